@@ -1,0 +1,481 @@
+"""The configuration: ml_collections in, frozen dataclasses out, every value checked here. Imports no jax.
+
+The keys and their meaning stand in `experiments/base.py`, which is also the only place with default values: the
+dataclasses below have none, so that a key has one truth.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from aimv2_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    width: int
+    depth: int
+    heads: int
+    hidden: int | None
+    position: Literal["learned", "sincos"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    width: int
+    depth: int
+    heads: int
+    hidden: int | None
+    vocab_size: int
+    text_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    patch_size: int
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    norm_eps: float
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    layers: Literal["scan", "loop"]
+    remat: Literal["none", "full"]
+    compute_dtype: Literal["bfloat16", "float32"]
+    param_dtype: Literal["float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    image: bool
+    text: bool
+    alpha: float
+    predict_eos: bool
+    target_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    peak_lr: float
+    start_lr: float
+    end_lr: float
+    warmup_steps: int
+    schedule_steps: int
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    batch_size: int
+    workers: int
+    prefetch: int
+    image_size: int
+    crop_area: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    sources: Mapping[str, str]
+    mixture: Mapping[str, Mapping[str, float]]
+    max_bad_fraction: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    sources: Mapping[str, str]
+    kinds: tuple[str, ...]
+    batch_size: int
+    prefixes: tuple[float, ...]
+    max_examples: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    keep: int
+    microbatches: int
+    compilation_cache: str | None
+    tensorboard: bool
+    wandb_project: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    model: ModelConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    eval: EvalConfig
+    mesh: MeshConfig
+    train: TrainConfig
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a training image."""
+        side = self.data.image_size // self.model.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+
+# --- from text and ConfigDict to dataclasses ---------------------------------------------------------------------
+
+
+class _FlagText(str):
+    """A value as typed on the command line; its key's type decides how it is read."""
+
+
+def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Reads `path` (a file with `get_config()`), applies `(dotted key, text)` overrides, and checks every value.
+
+    Raises:
+      UserError: for a missing file, an unknown key, a value of the wrong type, or one that cannot work.
+    """
+    tree = _read_experiment(Path(path))
+    for key, text in overrides:
+        _set(tree, key, _FlagText(text))
+    return build_config(tree)
+
+
+def build_config(tree: Mapping[str, Any]) -> Config:
+    """Turns a nested mapping into a checked `Config`; raises `UserError` naming key, value and remedy."""
+    config = _build(Config, tree, "")
+    _check(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts, lists and numbers: `build_config` reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_text(config: Config) -> str:
+    """The resolved config as `dotted.key = value` lines: for logs, golden files and differences."""
+    return "".join(f"{key} = {value!r}\n" for key, value in flatten(config_to_dict(config)).items())
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one flat dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_experiment(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError("--config: no such file", str(path), "Give an experiment such as experiments/quickstart.py")
+    # Experiments build on each other as `from experiments import base`: the folder above theirs must be importable.
+    root = str(path.resolve().parent.parent)
+    added = root not in sys.path
+    if added:
+        sys.path.insert(0, root)
+    try:
+        spec = importlib.util.spec_from_file_location(f"_experiment_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise UserError("--config: not a Python file", str(path), "Give a .py file that defines get_config()")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise UserError("--config: not valid Python", f"{path}:{error.lineno}", f"Mend it: {error.msg}") from error
+    finally:
+        if added:
+            sys.path.remove(root)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError("--config: the file has no get_config()", str(path), "Define get_config() -> ConfigDict in it")
+    config = module.get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            "--config: get_config() must return an ml_collections.ConfigDict",
+            type(config).__name__,
+            "Start from experiments/base.py",
+        )
+    return config.to_dict()
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError("unknown config key", dotted, f"{parent} holds a value, not further keys")
+        tree = child
+    tree[leaf] = value
+
+
+def _build(kind: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"config {where.rstrip('.')} must hold keys", _shown(tree), "Set the keys below it, one by one")
+    hints = typing.get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            remedy = f"Did you mean {where}{near[0]}" if near else f"Known here: {', '.join(hints)}"
+            raise UserError("unknown config key", f"{where}{key}", remedy)
+    missing = [key for key in hints if key not in tree]
+    if missing:
+        raise UserError("config key missing", f"{where}{missing[0]}", "Start from experiments/base.py, which sets it")
+    return kind(**{key: _convert(hint, tree[key], f"{where}{key}") for key, hint in hints.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the type `hint`, or a UserError naming `key`."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # always `X | None` here
+        if value is None or (isinstance(value, _FlagText) and value.lower() == "none"):
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, key)
+    if isinstance(value, _FlagText) and hint is not str and origin is not Literal:
+        value = _literal(value)
+    if origin is Literal:
+        if str(value) in args:
+            return str(value)
+        raise UserError(f"config {key} has an unknown value", _shown(value), f"Choose one of {', '.join(args)}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) == len(value):
+            return tuple(_convert(arg, item, f"{key}[{i}]") for i, (arg, item) in enumerate(zip(inner, value)))
+        raise UserError(f"config {key} has the wrong length", _shown(value), f"Give {len(inner)} values")
+    # origin of Mapping[...] is collections.abc.Mapping
+    if origin is Mapping and isinstance(value, Mapping):
+        return {str(name): _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+        raise UserError(f"config {key} must be finite", value, "Give a number")
+    if hint is str and isinstance(value, str):
+        return str(value)
+    raise UserError(f"config {key} has the wrong type", _shown(value), f"Give {_type_name(hint)}")
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return str(text)
+
+
+def _shown(value: Any) -> Any:
+    return str(value) if isinstance(value, _FlagText) else value
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if hint in names:
+        return names[hint]
+    return "a list of values, as (a, b)" if typing.get_origin(hint) is tuple else "keys with values"
+
+
+# --- what cannot work, said before anything compiles ---------------------------------------------------------------
+
+
+def _check(config: Config) -> None:
+    model, data, optimizer, train, mesh = config.model, config.data, config.optimizer, config.train, config.mesh
+    if not 0 <= config.seed < 2**31:
+        raise UserError("config seed is out of range", config.seed, "Give a whole number from 0 to 2147483647")
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+        for key in ("width", "depth", "heads"):
+            _at_least(1, getattr(part, key), f"model.{name}.{key}")
+        if part.hidden is not None:
+            _at_least(1, part.hidden, f"model.{name}.hidden")
+        if part.width % part.heads:
+            raise UserError(
+                f"config model.{name}.heads does not divide model.{name}.width",
+                f"{part.heads} heads, width {part.width}",
+                "Choose heads so that width / heads is whole (AIMv2 uses 128 channels a head)",
+            )
+    if model.encoder.position == "sincos" and model.encoder.width % 4:
+        raise UserError(
+            "config model.encoder.width must be a multiple of 4 for sin-cos positions",
+            model.encoder.width,
+            "Change the width, or set model.encoder.position=learned",
+        )
+    _at_least(2, model.decoder.vocab_size, "model.decoder.vocab_size")
+    _at_least(2, model.decoder.text_length, "model.decoder.text_length")
+    _at_least(1, model.patch_size, "model.patch_size")
+    for key in ("norm_eps",):
+        _positive(getattr(model, key), f"model.{key}")
+    for i, std in enumerate(model.pixel_std):
+        _positive(std, f"model.pixel_std[{i}]")
+    if data.image_size < 1 or data.image_size % model.patch_size:
+        raise UserError(
+            "config data.image_size is not a multiple of model.patch_size",
+            f"{data.image_size} px, patches of {model.patch_size}",
+            f"Use for example {max(2, round(data.image_size / model.patch_size)) * model.patch_size}",
+        )
+    if config.num_patches < 2:
+        raise UserError("config data.image_size leaves one patch", data.image_size, "Next-patch prediction needs two")
+    _check_losses(config)
+    _check_optimizer(optimizer)
+    _check_data(config)
+    for key in ("steps", "log_every", "keep", "microbatches"):
+        _at_least(1, getattr(train, key), f"train.{key}")
+    for key in ("eval_every", "save_every"):
+        _at_least(0, getattr(train, key), f"train.{key}")
+    if data.batch_size % train.microbatches:
+        raise UserError(
+            "config train.microbatches does not divide data.batch_size",
+            f"{train.microbatches} microbatches, batch {data.batch_size}",
+            "Choose a divisor of the batch",
+        )
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(
+            "config mesh.data, mesh.fsdp, mesh.tensor cannot be laid out",
+            sizes,
+            "Give sizes of at least 1; one of them may be -1, which takes the devices that are left",
+        )
+
+
+def _check_losses(config: Config) -> None:
+    loss = config.loss
+    if not (loss.image or loss.text):
+        raise UserError("config loss.image and loss.text are both off", False, "Switch at least one on")
+    _at_least(0, loss.alpha, "loss.alpha")
+    _positive(loss.target_eps, "loss.target_eps")
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _positive(optimizer.peak_lr, "optimizer.peak_lr")
+    for key in ("start_lr", "end_lr", "weight_decay", "warmup_steps"):
+        _at_least(0, getattr(optimizer, key), f"optimizer.{key}")
+    _positive(optimizer.eps, "optimizer.eps")
+    _positive(optimizer.clip_norm, "optimizer.clip_norm")
+    for i, beta in enumerate(optimizer.betas):
+        if not 0 <= beta < 1:
+            raise UserError(f"config optimizer.betas[{i}] is out of range", beta, "Give a number in [0, 1)")
+    if optimizer.weight_decay >= 1:
+        raise UserError(
+            "config optimizer.weight_decay would turn parameters over",
+            optimizer.weight_decay,
+            "It is the fraction removed at each step at the peak learning rate (the paper: 1e-4)",
+        )
+    if optimizer.schedule_steps <= optimizer.warmup_steps:
+        raise UserError(
+            "config optimizer.schedule_steps must exceed optimizer.warmup_steps",
+            f"{optimizer.schedule_steps} with {optimizer.warmup_steps} of warm-up",
+            "The schedule counts its warm-up",
+        )
+
+
+def _check_data(config: Config) -> None:
+    data, evaluation = config.data, config.eval
+    _at_least(1, data.batch_size, "data.batch_size")
+    _at_least(1, data.prefetch, "data.prefetch")
+    _at_least(0, data.workers, "data.workers")
+    _in_order(data.crop_area, 1.0, "data.crop_area")
+    _in_order(data.crop_ratio, math.inf, "data.crop_ratio")
+    for key in ("flip", "max_bad_fraction"):
+        if not 0 <= getattr(data, key) <= 1:
+            raise UserError(f"config data.{key} is out of range", getattr(data, key), "Give a number from 0 to 1")
+    for name in data.mixture:
+        if name not in data.sources:
+            raise UserError(
+                "config data.mixture has a weight for a source that isn't there",
+                name,
+                f"Add data.sources.{name}=PATH, or drop the weight; sources: {', '.join(data.sources) or 'none'}",
+            )
+    for name in data.sources:
+        if not sum(data.mixture.get(name, {}).values()):
+            raise UserError(
+                "config data.sources has a source without a weight", name, f"Set data.mixture.{name}.KIND, or drop it"
+            )
+    for name, kinds in data.mixture.items():
+        for kind, weight in kinds.items():
+            _at_least(0, weight, f"data.mixture.{name}.{kind}")
+    if not data.sources:
+        raise UserError("config data.sources is empty", {}, "Name at least one prepared data set")
+    cycle = mixture_counts(data.mixture)
+    length = sum(sum(kinds.values()) for kinds in cycle.values())
+    if length > 10**6:
+        raise UserError(
+            "config data.mixture has weights with no short common cycle",
+            f"{length} examples a cycle",
+            "Use weights with fewer digits, such as 0.28",
+        )
+    _at_least(1, evaluation.batch_size, "eval.batch_size")
+    if evaluation.max_examples is not None:
+        _at_least(1, evaluation.max_examples, "eval.max_examples")
+    for i, prefix in enumerate(evaluation.prefixes):
+        if not 0 < prefix < 1:
+            raise UserError(f"config eval.prefixes[{i}] is out of range", prefix, "Give fractions between 0 and 1")
+    if evaluation.sources and not (evaluation.kinds and evaluation.prefixes):
+        raise UserError("config eval.kinds or eval.prefixes is empty", (), "Name caption kinds and prefix fractions")
+
+
+def mixture_counts(mixture: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:
+    """The smallest whole numbers in the proportions of `mixture`, read as the decimals that were written.
+
+    `{"a": {"alt": 0.3}, "b": {"alt": 0.28}}` gives `{"a": {"alt": 15}, "b": {"alt": 14}}`. Weights of 0 are left out.
+    """
+    exact = {
+        name: {kind: Fraction(repr(weight)) for kind, weight in kinds.items() if weight}
+        for name, kinds in mixture.items()
+        if any(kinds.values())
+    }
+    weights = [weight for kinds in exact.values() for weight in kinds.values()]
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    shrink = math.gcd(*(int(weight * scale) for weight in weights))
+    return {
+        name: {kind: int(weight * scale) // shrink for kind, weight in kinds.items()} for name, kinds in exact.items()
+    }
+
+
+def _at_least(low: float, value: float, key: str) -> None:
+    if value < low:
+        raise UserError(f"config {key} is too small", value, f"Give at least {low}")
+
+
+def _positive(value: float, key: str) -> None:
+    if value <= 0:
+        raise UserError(f"config {key} must be above zero", value, "Give a positive number")
+
+
+def _in_order(pair: tuple[float, float], high: float, key: str) -> None:
+    if not 0 < pair[0] <= pair[1] <= high:
+        raise UserError(f"config {key} is not a range", pair, f"Give (low, high) with 0 < low <= high <= {high}")

@@ -1,0 +1,126 @@
+"""The causal decoder over [image features | begin | text]. B batch, L patches, T text, S sequence, D width, V vocabulary."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from aimv2_jax.models.attention import causal_mask
+from aimv2_jax.models.layers import (
+    Cache,
+    LayerRun,
+    Linear,
+    Precision,
+    Remat,
+    Trunk,
+    named,
+    symmetric_uniform,
+)
+
+
+class Decoder(nn.Module):
+    """One trunk for both modalities; a linear head for pixels, another for tokens (RECIPE.md §3).
+
+    Image row i predicts patch i+1; the begin row predicts token 0, text row j token j+1. The caller slices the rows
+    whose predictions it wants and hands them to `predict_pixels` or `predict_tokens`.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    encoder_width: int
+    pixels: int
+    vocab_size: int
+    text_length: int
+    eps: float = 1e-5
+    precision: Precision = Precision()
+    layers: LayerRun = "scan"
+    remat: Remat = "none"
+
+    def setup(self):
+        param = self.precision.param
+        image_init = symmetric_uniform(self.encoder_width)
+        self.image_embed = Linear(
+            self.width, ("features", "embed"), self.precision, kernel_init=image_init, bias_init=image_init
+        )
+        self.token_table = self.param(
+            "token_table", named(nn.initializers.normal(0.02), "vocab", "embed"), (self.vocab_size, self.width), param
+        )
+        self.begin = self.param(
+            "begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param
+        )
+        self.position = self.param(
+            "position",
+            named(nn.initializers.normal(0.01), "positions", "position_embed"),
+            (self.text_length + 1, self.width),
+            param,
+        )
+        self.trunk = Trunk(
+            self.depth, self.heads, self.hidden, self.eps, self.precision, self.layers, self.remat
+        )
+        # Variance 1 / ((1 + blocks) · in): the reference's heads start small in proportion to their depth.
+        head_init = nn.initializers.variance_scaling(1 / (1 + self.depth), "fan_in", "truncated_normal")
+        self.pixel_head = Linear(
+            self.pixels, ("embed", "pixels"), self.precision, kernel_init=head_init, out_dtype=jnp.float32
+        )
+        self.token_head = Linear(
+            self.vocab_size, ("embed", "vocab"), self.precision, kernel_init=head_init, out_dtype=jnp.float32
+        )
+
+    def embed_image(self, features: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
+        """Features as decoder rows; no position is added to them."""
+        return self.image_embed(features)
+
+    def embed_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B R D"]:
+        """[begin | tokens] plus their positions."""
+        compute = self.precision.compute
+        rows = jnp.take(self.token_table, tokens, axis=0)
+        begin = jnp.broadcast_to(self.begin, (rows.shape[0], 1, self.width))
+        rows = jnp.concatenate([begin, rows], axis=1)
+        return rows.astype(compute) + self.position[: rows.shape[1]].astype(compute)
+
+    def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
+        """The row of text token number `index`, for generation."""
+        compute = self.precision.compute
+        rows = jnp.take(self.token_table, token_B, axis=0).astype(compute)
+        return (rows + jnp.take(self.position, index + 1, axis=0).astype(compute))[:, None]
+
+    def run(
+        self,
+        rows: Float[Array, "B S D"],
+        mask: Bool[Array, "#B 1 #S K"],
+        cache: Cache | None = None,
+        collect: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "N B S D"] | None, Cache | None]:
+        """The trunk over given rows; with a cache, rows are appended to what was decoded before."""
+        return self.trunk(rows, mask, cache, collect)
+
+    def predict_pixels(self, rows: Float[Array, "B R D"]) -> Float[Array, "B R P"]:
+        """Normalised next patches, float32."""
+        return self.pixel_head(rows)
+
+    def predict_tokens(self, rows: Float[Array, "B R D"]) -> Float[Array, "B R V"]:
+        """Logits of the next token, float32."""
+        return self.token_head(rows)
+
+    def __call__(
+        self,
+        features: Float[Array, "B L C"],
+        valid: Bool[Array, "B L"],
+        tokens: Int[Array, "B T"] | None,
+        collect: bool = False,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "N B S D"] | None]:
+        """Rows of [image | begin | tokens] after the final norm, and after every block (`collect`).
+
+        `tokens` are those that are read: the last token of a caption predicts nothing and need not be given. Padded
+        text trails and masks nothing; padded image rows do not trail and are masked as keys.
+        """
+        rows = self.embed_image(features)
+        if tokens is not None:
+            text = self.embed_text(tokens)
+            rows = jnp.concatenate([rows, text], axis=1)
+            valid = jnp.concatenate([valid, jnp.ones(text.shape[:2], bool)], axis=1)
+        rows, every, _ = self.run(rows, causal_mask(valid), collect=collect)
+        return rows, every

@@ -1,0 +1,1 @@
+"""Mesh, sharding rules and processes. Knows nothing of models or data."""

@@ -1,0 +1,1 @@
+"""The task, its optimiser, the pure step, and the loop that owns the state."""

@@ -1,0 +1,97 @@
+"""One training step, pure: state and batch in, state and metrics out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from aimv2_jax.train.optimizer import Schedule
+from aimv2_jax.train.task import Batch, PretrainTask, SumCount
+
+
+class TrainState(struct.PyTreeNode):
+    """All that training changes. `step` counts finished steps, and is the number of the next one."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def init_state(rng: jax.Array, task: PretrainTask, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before step 0, a function of the run's key."""
+    params = task.init(rng)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    rng: jax.Array,
+    prefix: Int[Array, " B"] | None = None,
+    *,
+    task: PretrainTask,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    microbatches: int = 1,
+    grad_shardings: Any = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Forward, backward, clip, update. `rng` is the run's key; what is per example is folded in from its number.
+
+    Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm.
+    """
+    prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
+    counts = task.counts(batch, prefix)
+    sums, grads = accumulate(state.params, batch, prefix, counts, task, microbatches)
+    if grad_shardings is not None:
+        grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": task.total(sums, counts),
+        **{f"loss_{name}": total / jnp.maximum(counts[name], 1) for name, total in sums.items()},
+        **{f"count_{name}": count.astype(jnp.float32) for name, count in counts.items()},
+        "lr": schedule(state.step),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(state.params),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def accumulate(
+    params: Any,
+    batch: Batch,
+    prefix: Int[Array, " B"],
+    counts: dict[str, Int[Array, ""]],
+    task: PretrainTask,
+    microbatches: int,
+) -> tuple[dict[str, Float[Array, ""]], Any]:
+    """Loss sums and the gradient of the objective over a batch, taken in `microbatches` parts.
+
+    Every part is divided by the counts of the whole batch, so the parts simply add up. Part j takes the rows j, j + k,
+    …: each device's rows are contiguous, so it finds its share of every part at home.
+    """
+
+    def objective(params, batch, prefix):
+        sums = {name: term.sum for name, term in task.loss(params, batch, prefix).items()}
+        return task.total(sums, counts), sums
+
+    def gradient(rows):
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, *rows)
+        return sums, grads
+
+    rows = (dict(batch), prefix)
+    if microbatches == 1:
+        return gradient(rows)
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), rows)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, rows))
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts)[0]
+
+
+def eval_step(params: Any, batch: Batch, prefix: Int[Array, " B"], *, task: PretrainTask) -> dict[str, SumCount]:
+    """Loss sums and counts of one held-out batch at the given prefix lengths."""
+    return task.loss(params, batch, prefix)

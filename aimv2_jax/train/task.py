@@ -1,0 +1,167 @@
+"""What a stage optimises: the pre-training task, from a batch to sums and counts.
+
+Batch: see LAYOUT.md, "Batch". B batch, L patches, P pixels a patch, T text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from jaxtyping import Array, Float, Int
+
+from aimv2_jax.config import Config
+from aimv2_jax.models.aimv2 import AIMv2, Predictions
+from aimv2_jax.models.decoder import Decoder
+from aimv2_jax.models.encoder import Encoder
+from aimv2_jax.models.layers import Precision
+from aimv2_jax.models.sizes import swiglu_hidden
+from aimv2_jax.train import losses
+
+Batch = Mapping[str, jax.Array]
+Params = Any
+
+
+class SumCount(NamedTuple):
+    """A loss before division: its sum and the number of terms, both over the rows that were given."""
+
+    sum: Float[Array, ""]
+    count: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainTask:
+    """Next patch and next token (RECIPE.md §4): total = Σ weights[name] · sum / count.
+
+    A name that is missing from `weights` is not computed at all.
+    """
+
+    model: AIMv2
+    weights: Mapping[str, float]
+    predict_eos: bool
+    target_eps: float
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters, a function of `rng` alone."""
+        return meta.unbox(self._init_named(rng))
+
+    def logical_axes(self) -> Any:
+        """The logical axis names of every parameter, as a tree of PartitionSpecs shaped like the parameters."""
+        return nn.get_partition_spec(jax.eval_shape(self._init_named, jax.random.key(0)))
+
+    def _init_named(self, rng: jax.Array) -> Params:
+        encoder, decoder = self.model.encoder, self.model.decoder
+        num_patches = encoder.num_patches
+        return self.model.init(
+            rng,
+            jnp.zeros((1, num_patches, decoder.pixels)),
+            jnp.zeros((1, num_patches, 2), jnp.int32),
+            jnp.ones((1, num_patches), bool),
+            jnp.zeros((1, decoder.text_length), jnp.int32),
+            jnp.ones((1,), jnp.int32),
+        )["params"]
+
+    def draw_prefix(self, rng: jax.Array, batch: Batch) -> Int[Array, " B"]:
+        """Prefix lengths of a batch, functions of (run key, example number)."""
+        return losses.draw_prefix(purpose_key(rng, "prefix"), batch["example_index"], batch["valid"])
+
+    def counts(self, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, Int[Array, ""]]:
+        """How many terms each loss will have: known before any forward pass, so that parts can be weighted."""
+        counts = {}
+        if "image" in self.weights:
+            counts["image"] = jnp.sum(losses.counted_patches(prefix, batch["valid"]))
+        if "text" in self.weights:
+            counts["text"] = jnp.sum(losses.counted_tokens(batch["token_valid"], self.predict_eos))
+        return counts
+
+    def normalise(self, batch: Batch) -> Float[Array, "B L P"]:
+        """The batch's pixels as the model reads them."""
+        return losses.normalise_pixels(batch["patches"], batch["valid"], self.pixel_mean, self.pixel_std)
+
+    def predict(self, params: Params, batch: Batch, prefix: Int[Array, " B"] | None) -> Predictions:
+        """The model's predictions, of what `weights` asks for."""
+        outputs = [output for name, output in (("image", "pixels"), ("text", "logits")) if name in self.weights]
+        return self.model.apply(
+            {"params": params},
+            self.normalise(batch),
+            batch["coords"],
+            batch["valid"],
+            batch["tokens"],
+            prefix,
+            tuple(outputs),
+        )
+
+    def loss(self, params: Params, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, SumCount]:
+        """Sum and count of every loss in `weights`, with the encoder reading the first `prefix` patches freely."""
+        predictions = self.predict(params, batch, prefix)
+        counts = self.counts(batch, prefix)
+        sums = {}
+        if predictions.pixels is not None:
+            targets = losses.patch_targets(self.normalise(batch), self.target_eps)
+            counted = losses.counted_patches(prefix, batch["valid"])
+            sums["image"] = losses.image_loss_sum(predictions.pixels, targets, counted)
+        if predictions.logits is not None:
+            counted = losses.counted_tokens(batch["token_valid"], self.predict_eos)
+            sums["text"] = losses.text_loss_sum(predictions.logits, batch["tokens"], counted)
+        return {name: SumCount(total, counts[name]) for name, total in sums.items()}
+
+    def total(self, sums: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> Float[Array, ""]:
+        """The objective, from sums over some rows and counts over the whole batch."""
+        return sum(weight * losses.divide(sums[name], counts[name]) for name, weight in self.weights.items())
+
+
+def run_key(seed: int) -> jax.Array:
+    """The key of a run. The generator is named, so that no global default changes a run's numbers."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def purpose_key(rng: jax.Array, purpose: str) -> jax.Array:
+    """A key for one use of randomness, so that no two uses share numbers."""
+    return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
+
+
+def build_task(config: Config) -> PretrainTask:
+    """The task a config describes: where the config and the model meet."""
+    model, loss = config.model, config.loss
+    shared = dict(
+        eps=model.norm_eps,
+        precision=Precision(jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)),
+        layers=model.layers,
+        remat=model.remat,
+    )
+    encoder = Encoder(
+        width=model.encoder.width,
+        depth=model.encoder.depth,
+        heads=model.encoder.heads,
+        hidden=model.encoder.hidden or swiglu_hidden(model.encoder.width),
+        num_patches=config.num_patches,
+        position=model.encoder.position,
+        **shared,
+    )
+    decoder = Decoder(
+        width=model.decoder.width,
+        depth=model.decoder.depth,
+        heads=model.decoder.heads,
+        hidden=model.decoder.hidden or swiglu_hidden(model.decoder.width),
+        encoder_width=model.encoder.width,
+        pixels=model.patch_size**2 * len(model.pixel_mean),
+        vocab_size=model.decoder.vocab_size,
+        text_length=model.decoder.text_length,
+        **shared,
+    )
+    return PretrainTask(
+        model=AIMv2(encoder, decoder),
+        weights={name: weight for name, on, weight in (("image", loss.image, loss.alpha), ("text", loss.text, 1.0)) if on},
+        predict_eos=loss.predict_eos,
+        target_eps=loss.target_eps,
+        pixel_mean=model.pixel_mean,
+        pixel_std=model.pixel_std,
+    )

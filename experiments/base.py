@@ -1,0 +1,134 @@
+"""Every key of a run, with the paper's values: AIMv2-L at 224 px. Other experiments change a few of these.
+
+Tags: [P] the paper (arXiv 2411.14402), [R] Apple's public trainer, [O] ours, with the reason.
+"""
+
+import ml_collections
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # All randomness is a function of (seed, purpose, example number). [O]
+    config.model = _model()
+    config.loss = _loss()
+    config.optimizer = _optimizer()
+    config.data = _data()
+    config.tokenizer = ConfigDict(
+        dict(
+            path="",  # A SentencePiece .model file; the recipe's has 32,000 pieces. [R]
+        )
+    )
+    config.eval = _eval()
+    config.mesh = ConfigDict(
+        dict(
+            data=-1,  # Devices that split the batch and hold whole parameters; -1: all that are left. [O]
+            fsdp=1,  # Devices that split the batch and the parameters. [O]
+            tensor=1,  # Devices that split heads, hidden units and vocabulary. [O]
+        )
+    )
+    config.train = _train()
+    return config
+
+
+def _model() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            patch_size=14,  # Side of a patch, pixels. [P]
+            encoder=dict(
+                width=1024,  # Channels of the residual stream. [P]
+                depth=24,  # Blocks. [P]
+                heads=8,  # Attention heads, 128 channels each. [P]
+                hidden=ml_collections.config_dict.placeholder(int),  # SwiGLU units; None: 2/3 of 4 x width, up to 256s.
+                position="learned",  # "learned" table for one resolution, or "sincos" of the true grid. [P]
+            ),
+            decoder=dict(
+                width=1024,  # [P]
+                depth=12,  # [P]
+                heads=8,  # [R]
+                hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's.
+                vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
+                text_length=77,  # Tokens of a caption, its end included. [R]
+            ),
+            norm_eps=1e-5,  # RMSNorm. [R]
+            pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, of pixels in [0, 1]. [R]
+            pixel_std=(0.229, 0.224, 0.225),  # [R]
+            layers="loop",  # Blocks by "scan" (quick to compile) or "loop" (faster on TPU); one parameter tree. [O]
+            remat="none",  # What the backward pass recomputes: "none", or "full" blocks (less memory). [O]
+            compute_dtype="bfloat16",  # Activations and matrix products; norms, softmax, losses are float32. [R]
+            param_dtype="float32",  # Parameters and Adam's moments. [R]
+        )
+    )
+
+
+def _loss() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            image=True,  # Next-patch regression. [P]
+            text=True,  # Next-token cross-entropy. [P]
+            alpha=0.4,  # Weight of the image loss; total = text + alpha x image. [P]
+            predict_eos=True,  # The end of a caption is a target. [O: a decoder that cannot stop cannot caption]
+            target_eps=1e-6,  # Added to a patch's variance before the root. [R]
+        )
+    )
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            peak_lr=1e-3,  # [P]
+            start_lr=1e-6,  # The first step's. [R]
+            end_lr=1e-5,  # From step `schedule_steps` on. [R]
+            warmup_steps=12_500,  # Linear, start_lr to peak_lr. [R]
+            schedule_steps=1_464_844,  # Warm-up and cosine together: 12e9 samples / 8192. [P: samples]
+            betas=(0.9, 0.95),  # [P]
+            eps=1e-8,  # [R]
+            weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [R]
+            clip_norm=1.0,  # Of the global gradient norm. [P]
+        )
+    )
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            batch_size=8192,  # Examples a step, over all devices and hosts. [P]
+            workers=8,  # Processes that read and decode, on each host; 0: threads of the trainer. [O]
+            prefetch=2,  # Batches that each worker keeps ready. [O]
+            image_size=224,  # Side of the training crop, pixels. [P]
+            crop_area=(0.4, 1.0),  # RandomResizedCrop: share of the picture's area. [R]
+            crop_ratio=(3 / 4, 4 / 3),  # RandomResizedCrop: aspect ratio, width / height. [R]
+            flip=0.5,  # Probability of a horizontal flip. [R]
+            sources={},  # Name -> folder of prepared records ("package:..." is inside the installed package).
+            mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights.
+            max_bad_fraction=0.01,  # Records that may be unusable before the run stops. [O]
+        )
+    )
+
+
+def _eval() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            sources={},  # Held-out sets, name -> folder; empty: no evaluation.
+            kinds=("alt", "synthetic"),  # Caption kinds that are evaluated.
+            batch_size=1024,  # Examples at a time. [O]
+            prefixes=(0.25, 0.5, 0.75),  # Fixed prefix lengths, as shares of a picture's patches. [O]
+            max_examples=ml_collections.config_dict.placeholder(int),  # Pictures of each source; None: all.
+        )
+    )
+
+
+def _train() -> ConfigDict:
+    return ConfigDict(
+        dict(
+            steps=1_464_844,  # Where the run ends; the learning rate follows optimizer.schedule_steps. [P: samples]
+            log_every=100,  # Steps between lines of metrics.jsonl. [O]
+            eval_every=10_000,  # Steps between evaluations; 0: at the end only. [O]
+            save_every=5_000,  # Steps between checkpoints; 0: at the end only. [O]
+            keep=3,  # Newest checkpoints kept, beside the best. [O]
+            microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]
+            compilation_cache=ml_collections.config_dict.placeholder(str),  # Folder of JAX's persistent cache.
+            tensorboard=True,  # Also write TensorBoard events to WORKDIR/tensorboard. [O]
+            wandb_project=ml_collections.config_dict.placeholder(str),  # Also log to Weights & Biases (extra "wandb").
+        )
+    )

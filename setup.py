@@ -1,0 +1,58 @@
+"""Packaging; tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "aimv2_jax/__init__.py").read_text())[1]
+
+# Lower bounds are what the suite has run with. Upper bounds stand where a break is known: flax 0.12.9 with jax 0.11.2
+# fails at import; grain and orbax change interfaces that one module of ours each wraps.
+REQUIRES = [
+    "jax>=0.10.0,<0.11",
+    "flax>=0.12.7,<0.12.9",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "array-record>=0.8.3",
+    "tensorflow-text>=2.20,<2.22",
+    "sentencepiece>=0.2.1",
+    "ml-collections>=1.1",
+    "einops>=0.8",
+    "jaxtyping>=0.3.4",
+    "etils[epath]>=1.13",
+    "numpy>=2.1",
+    "pillow>=11.3",
+    "ftfy>=6.3",
+    "msgpack>=1.1",
+    "matplotlib>=3.10",
+    "rich>=14.0",
+    "tensorboardX>=2.6.4",
+]
+
+setup(
+    name="aimv2_jax",
+    version=VERSION,
+    description="Pre-training of AIMv2 vision encoders in JAX / Flax, on TPU pods, exact and reproducible",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["aimv2_jax", "aimv2_jax.*"]),
+    package_data={"aimv2_jax": ["data/sample/**/*"]},
+    install_requires=REQUIRES,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.0,<0.11"],
+        "gpu": ["jax[cuda12]>=0.10.0,<0.11"],
+        "wandb": ["wandb>=0.20"],
+        "test": [
+            "pytest>=8.4",
+            "beartype>=0.21",
+            "hypothesis>=6.130",
+            "safetensors>=0.6",
+            "ruff>=0.12",
+        ],
+    },
+)

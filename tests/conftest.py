@@ -1,0 +1,27 @@
+"""Eight virtual CPU devices, checked shapes, and the place of the golden tensors."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated array of these modules is checked while the tests run.
+install_import_hook(["aimv2_jax.models", "aimv2_jax.train.losses"], "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        help="directory with the reference tensors; its README says what each file is",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request) -> Path:
+    return request.config.getoption("--golden")

@@ -1,0 +1,403 @@
+"""The model, losses, gradients and optimiser against tensors made by the reference's own classes.
+
+`pytest tests/test_golden.py --golden DIR` reads every size, seed and hyper-parameter from the directory's json files
+and tensor shapes. What is compared goes through the model that training uses, in every way of running its layers.
+
+Tolerances (an independent float32 model reaches 1.3e-6, 2.5e-6, 2e-7 and 1.5e-5; the tensors are float64 rounded once):
+activations and gradients 2e-5 of a tensor's largest entry, losses 5e-6 relative, parameters 3e-5 absolute.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from golden_names import APPLE_PRETRAIN, HF_ENCODER, nested, paths, to_ours
+from safetensors.numpy import load_file
+
+from aimv2_jax.models.aimv2 import AIMv2
+from aimv2_jax.models.attention import prefix_mask
+from aimv2_jax.models.decoder import Decoder
+from aimv2_jax.models.encoder import Encoder
+from aimv2_jax.models.positions import sincos_positions
+from aimv2_jax.train import losses
+from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
+from aimv2_jax.train.step import TrainState, accumulate, train_step
+from aimv2_jax.train.task import PretrainTask, run_key
+
+LARGEST_ENTRY = 2e-5
+LOSS_RELATIVE = 5e-6
+PARAMETER_ABSOLUTE = 3e-5
+WAYS = [(layers, remat) for layers in ("scan", "loop") for remat in ("none", "full")]
+
+
+def read_json(path: Path) -> dict:
+    assert path.is_file(), f"golden file missing: {path}"
+    return json.loads(path.read_text())
+
+
+def read_tensors(path: Path, expected: set[str]) -> dict[str, np.ndarray]:
+    assert path.is_file(), f"golden file missing: {path}"
+    tensors = load_file(path)
+    missing = expected - set(tensors)
+    assert not missing, f"{path} lacks {sorted(missing)}"
+    return tensors
+
+
+def assert_close(ours, theirs, what: str, tolerance: float = LARGEST_ENTRY):
+    """Within `tolerance` of the largest entry of `theirs`."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, f"{what}: shape {ours.shape}, expected {theirs.shape}"
+    error = np.abs(ours - theirs).max()
+    assert error <= tolerance * np.abs(theirs).max(), f"{what}: off by {error}, largest entry {np.abs(theirs).max()}"
+
+
+class Pretrain:
+    """The pretrain/ directory: sizes, batch and parameters, in our form."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config = read_json(directory / "config.json")
+        sizes = self.config["sizes"]
+        self.sizes = sizes
+        self.length, self.text = sizes["num_patches"], sizes["text_len"]
+
+    def names(self) -> set[str]:
+        return set(self.config["optimizer"]["decayed"])
+
+    def ours(self, file: str, prefix: str = "") -> dict[str, np.ndarray]:
+        tensors = read_tensors(self.directory / file, {prefix + name for name in self.names()})
+        return to_ours({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, APPLE_PRETRAIN)
+
+    @cached_property
+    def params(self) -> dict:
+        return nested(self.ours("params.safetensors"))
+
+    @cached_property
+    def raw_batch(self) -> dict[str, np.ndarray]:
+        keys = {"image_loss_mask", "image_normalised_bchw", "image_uint8_bhwc", "prefix_length", "text_ids", "text_valid"}
+        return read_tensors(self.directory / "batch.safetensors", keys)
+
+    @cached_property
+    def batch(self) -> dict[str, jax.Array]:
+        raw, (rows, columns), side = self.raw_batch, self.sizes["grid_height_width"], self.sizes["patch_size"]
+        size = len(raw["text_ids"])
+        images = raw["image_uint8_bhwc"]
+        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side)
+        coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
+        batch = {
+            "patches": patches,
+            "coords": np.broadcast_to(coords, (size, *coords.shape[1:])).astype(np.int32),
+            "valid": np.ones((size, self.length), bool),
+            "tokens": raw["text_ids"],
+            "token_valid": raw["text_valid"].astype(bool),
+            "example_index": np.zeros((size, 2), np.uint32),
+        }
+        return jax.tree.map(jnp.asarray, batch)
+
+    @property
+    def prefix(self) -> np.ndarray:
+        return self.raw_batch["prefix_length"]
+
+    def task(self, layers: str, remat: str, predict_eos: bool = False) -> PretrainTask:
+        config, sizes = self.config, self.sizes
+        shared = {"eps": config["rms_norm_eps"], "layers": layers, "remat": remat}
+        trunk = lambda size: {  # noqa: E731
+            "width": size["width"],
+            "depth": size["depth"],
+            "heads": size["heads"],
+            "hidden": size["swiglu_hidden"],
+        }
+        model = AIMv2(
+            Encoder(**trunk(sizes["encoder"]), num_patches=self.length, **shared),
+            Decoder(
+                **trunk(sizes["decoder"]),
+                encoder_width=sizes["encoder"]["width"],
+                pixels=self.batch["patches"].shape[-1],
+                vocab_size=sizes["vocab"],
+                text_length=self.text,
+                **shared,
+            ),
+        )
+        return PretrainTask(
+            model=model,
+            weights={"image": config["alpha_image_weight"], "text": config["text_weight"]},
+            predict_eos=predict_eos,
+            target_eps=config["target_norm"]["eps"],
+            pixel_mean=tuple(config["image_mean"]),
+            pixel_std=tuple(config["image_std"]),
+        )
+
+
+@pytest.fixture(scope="module")
+def pretrain(golden_dir) -> Pretrain:
+    return Pretrain(golden_dir / "pretrain")
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: "-".join(way))
+def way(request) -> tuple[str, str]:
+    return request.param
+
+
+def test_parameters_when_mapped_then_the_tree_is_exactly_ours(pretrain):
+    shapes = paths(jax.eval_shape(pretrain.task("scan", "none").init, run_key(0)))
+    ours = pretrain.ours("params.safetensors")
+    assert {path: leaf.shape for path, leaf in shapes.items()} == {path: leaf.shape for path, leaf in ours.items()}
+
+
+def test_targets_when_pixels_are_normalised_then_equal(pretrain):
+    task, batch = pretrain.task("scan", "none"), pretrain.batch
+    targets = read_tensors(pretrain.directory / "targets.safetensors", {"patches_normalised", "patches_raw"})
+    pixels = task.normalise(batch)
+    assert_close(pixels, targets["patches_raw"], "patches_raw")
+    side = pretrain.sizes["patch_size"]
+    image = rearrange(pretrain.raw_batch["image_normalised_bchw"], "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
+    assert_close(pixels, image, "image_normalised_bchw")
+    assert_close(losses.patch_targets(pixels, task.target_eps), targets["patches_normalised"], "patches_normalised")
+    outside = losses.counted_patches(jnp.asarray(pretrain.prefix), jnp.asarray(batch["valid"]))
+    np.testing.assert_array_equal(outside, pretrain.raw_batch["image_loss_mask"])
+
+
+def test_activations_when_run_as_in_training_then_equal(pretrain, way):
+    task, batch, prefix = pretrain.task(*way), pretrain.batch, jnp.asarray(pretrain.prefix)
+    encoder, decoder = task.model.encoder, task.model.decoder
+    expected = {"decoder.embedded_text", "decoder.final_norm", "decoder.input", "decoder.projected_image"}
+    expected |= {"encoder.attention_mask", "encoder.final_norm", "encoder.input", "encoder.patch_embed"}
+    expected |= {"predicted_pixels", "text_logits"}
+    expected |= {f"encoder.block_{i}" for i in range(encoder.depth)}
+    expected |= {f"decoder.block_{i}" for i in range(decoder.depth)}
+    theirs = read_tensors(pretrain.directory / "activations.safetensors", expected)
+    variables = {part: {"params": pretrain.params[part]} for part in ("encoder", "decoder")}
+
+    mask = prefix_mask(prefix, jnp.asarray(batch["valid"]))
+    np.testing.assert_array_equal(mask[:, 0], theirs["encoder.attention_mask"])
+    (features, every), captured = encoder.apply(
+        variables["encoder"],
+        task.normalise(batch),
+        batch["coords"],
+        batch["valid"],
+        prefix,
+        True,
+        capture_intermediates=lambda module, _: module.name == "patch_norm",
+        mutable=["intermediates"],
+    )
+    assert_close(captured["intermediates"]["patch_norm"]["__call__"][0], theirs["encoder.patch_embed"], "patch_embed")
+    assert_close(every[0], theirs["encoder.input"], "encoder.input")
+    for i in range(encoder.depth):
+        assert_close(every[i + 1], theirs[f"encoder.block_{i}"], f"encoder.block_{i}")
+    assert_close(features, theirs["encoder.final_norm"], "encoder.final_norm")
+
+    apply = partial(decoder.apply, variables["decoder"])
+    tokens = batch["tokens"][:, :-1]  # the last token predicts nothing, so its row is not computed
+    image = apply(features, method="embed_image")
+    text = apply(tokens, method="embed_text")
+    assert_close(image, theirs["decoder.projected_image"], "decoder.projected_image")
+    assert_close(text, theirs["decoder.embedded_text"][:, :-1], "decoder.embedded_text")
+    assert_close(np.concatenate([image, text], axis=1), theirs["decoder.input"][:, :-1], "decoder.input")
+    rows, every = apply(features, batch["valid"], tokens, True)
+    for i in range(decoder.depth):
+        assert_close(every[i], theirs[f"decoder.block_{i}"][:, :-1], f"decoder.block_{i}")
+    assert_close(rows, theirs["decoder.final_norm"][:, :-1], "decoder.final_norm")
+
+    predictions = task.predict(pretrain.params, batch, prefix)
+    assert_close(predictions.pixels, theirs["predicted_pixels"][:, :-1], "predicted_pixels")
+    assert_close(predictions.logits, theirs["text_logits"][:, :-1], "text_logits")
+
+
+def loss_and_gradients(task: PretrainTask, pretrain: Pretrain, microbatches: int = 1):
+    batch, prefix = pretrain.batch, jnp.asarray(pretrain.prefix)
+    counts = task.counts(batch, prefix)
+    run = jax.jit(partial(accumulate, task=task, microbatches=microbatches))
+    sums, grads = run(pretrain.params, batch, prefix, counts)
+    return counts, sums, float(task.total(sums, counts)), paths(grads)
+
+
+def check_losses(expected: dict, counts, sums, total):
+    for name in ("image", "text"):
+        assert int(counts[name]) == expected[f"{name}_count"]
+        assert float(sums[name] / counts[name]) == pytest.approx(expected[f"{name}_loss"], rel=LOSS_RELATIVE)
+        if f"{name}_numerator" in expected:
+            assert float(sums[name]) == pytest.approx(expected[f"{name}_numerator"], rel=LOSS_RELATIVE)
+    assert total == pytest.approx(expected["total_loss"], rel=LOSS_RELATIVE)
+
+
+def test_losses_and_gradients_when_one_batch_then_equal(pretrain, way):
+    counts, sums, total, grads = loss_and_gradients(pretrain.task(*way), pretrain)
+    check_losses(read_json(pretrain.directory / "losses.json"), counts, sums, total)
+    for path, theirs in pretrain.ours("grads.safetensors").items():
+        assert_close(grads[path], theirs, f"gradient of {path}")
+
+
+def test_losses_and_gradients_when_accumulated_row_by_row_then_equal(pretrain):
+    task = pretrain.task("scan", "none")
+    counts, sums, total, grads = loss_and_gradients(task, pretrain, microbatches=pretrain.sizes["batch"])
+    check_losses(read_json(pretrain.directory / "losses.json"), counts, sums, total)
+    for path, theirs in pretrain.ours("grads.safetensors").items():
+        assert_close(grads[path], theirs, f"gradient of {path}")
+
+
+def test_losses_and_gradients_when_the_end_is_predicted_then_equal(pretrain, golden_dir, way):
+    directory = golden_dir / "pretrain_eos"
+    targets = read_tensors(directory / "targets.safetensors", {"text_targets"})["text_targets"]
+    counted = losses.counted_tokens(jnp.asarray(pretrain.batch["token_valid"]), True)
+    np.testing.assert_array_equal(np.where(counted, pretrain.batch["tokens"], -100), targets)
+    counts, sums, total, grads = loss_and_gradients(pretrain.task(*way, predict_eos=True), pretrain)
+    check_losses(read_json(directory / "losses.json"), counts, sums, total)
+    tensors = read_tensors(directory / "grads.safetensors", pretrain.names())
+    for path, theirs in to_ours(tensors, APPLE_PRETRAIN).items():
+        assert_close(grads[path], theirs, f"gradient of {path}")
+
+
+def test_decay_mask_when_read_by_path_then_equal(pretrain):
+    decayed = {k: np.asarray(v) for k, v in pretrain.config["optimizer"]["decayed"].items()}
+    shaped = {name: np.full(tensor.shape, decayed[name]) for name, tensor in _params(pretrain).items()}
+    theirs = {path: leaf.all() for path, leaf in to_ours(shaped, APPLE_PRETRAIN).items()}
+    assert paths(is_decayed(pretrain.params)) == theirs
+
+
+def _params(pretrain):
+    return read_tensors(pretrain.directory / "params.safetensors", pretrain.names())
+
+
+def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equal(pretrain, way):
+    golden = pretrain.config["optimizer"]
+    schedule = learning_rate(
+        start_lr=golden["lr_start"],
+        peak_lr=golden["lr_peak_given_to_constructor"],
+        end_lr=golden["lr_end"],
+        warmup_steps=golden["warmup_steps"],
+        schedule_steps=golden["warmup_steps"] + golden["cosine_steps"],
+    )
+    assert golden["grad_clip_eps"] == 1e-6  # the constant of clip_by_global_norm
+    optimizer = adamlh(
+        schedule,
+        peak_lr=golden["lr_peak_given_to_constructor"],
+        betas=tuple(golden["betas"]),
+        eps=golden["eps"],
+        weight_decay=golden["weight_decay"],
+        clip_norm=golden["grad_clip_global_norm"],
+    )
+    task = pretrain.task(*way)
+    params = jax.tree.map(jnp.asarray, pretrain.params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = jax.jit(partial(train_step, task=task, optimizer=optimizer, schedule=schedule))
+    assert len(golden["steps"]) == 3
+    for expected in golden["steps"]:
+        state, metrics = step(state, pretrain.batch, run_key(0), jnp.asarray(pretrain.prefix))
+        number = expected["step"]
+        assert float(metrics["lr"]) == pytest.approx(expected["lr"], rel=1e-6)
+        assert float(metrics["loss"]) == pytest.approx(expected["total_loss_before_step"], rel=LOSS_RELATIVE)
+        assert float(metrics["grad_norm"]) == pytest.approx(expected["grad_norm"], rel=LARGEST_ENTRY)
+        ours = paths(state.params)
+        for path, theirs in pretrain.ours(f"adamlh_step_{number}.safetensors").items():
+            np.testing.assert_allclose(ours[path], theirs, rtol=0, atol=PARAMETER_ABSOLUTE, err_msg=f"{path}, step {number}")
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    for prefix, moments in (("exp_avg.", adam.mu), ("exp_avg_sq.", adam.nu)):
+        moments = paths(moments)
+        for path, theirs in pretrain.ours("adamlh_moments_step_3.safetensors", prefix).items():
+            assert_close(moments[path], theirs, f"{prefix}{path}", tolerance=1e-4)  # three steps of drifting parameters
+
+
+def test_learning_rate_when_asked_at_given_iterations_then_equal(pretrain):
+    golden, recipe = pretrain.config["optimizer"], pretrain.config["reference_recipe"]
+    total = golden["warmup_steps"] + golden["cosine_steps"]
+    scaled = learning_rate(
+        start_lr=golden["lr_start"],
+        peak_lr=golden["lr_peak_given_to_constructor"],
+        end_lr=golden["lr_end"],
+        warmup_steps=golden["warmup_steps"],
+        schedule_steps=total,
+    )
+    check_rates(scaled, dict(enumerate(golden["lr_of_iteration_0_to_end"])), golden["warmup_steps"], total)
+    total = recipe["total_iterations"]
+    full = learning_rate(start_lr=1e-6, peak_lr=1e-3, end_lr=1e-5, warmup_steps=12_500, schedule_steps=total)
+    check_rates(full, {int(it): lr for it, lr in recipe["lr_at_iteration"].items()}, 12_500, total)
+
+
+def check_rates(schedule, expected: dict[int, float], warmup_steps: int, total: int):
+    """All but the iteration in which the reference's scheduler, with a slack of 1e-6 of the run, is already cooling."""
+    compared = {it: lr for it, lr in expected.items() if not it < warmup_steps <= it + 1e-6 * total}
+    assert compared
+    for it, lr in compared.items():
+        assert float(schedule(jnp.asarray(it))) == pytest.approx(lr, rel=1e-6), f"iteration {it}"
+
+
+@pytest.mark.parametrize("name", ["hf_learned", "hf_native"])
+def test_hugging_face_encoder_when_weights_are_mapped_then_hidden_states_equal(golden_dir, name, way):
+    directory = golden_dir / name
+    config, golden = read_json(directory / "config.json"), read_json(directory / "golden.json")
+    suffixes = {"": golden["grid_height_width"]}
+    suffixes |= {f"_{rows}x{columns}": [rows, columns] for rows, columns in golden["extra_grids"]}
+    depth = config["num_hidden_layers"]
+    # Hugging Face may list fewer states than the model has; every one that is promised must be there.
+    states = [f"hidden_state_{i}" for i in range(golden["num_hidden_states"])]
+    inputs = read_tensors(
+        directory / "inputs.safetensors",
+        {f"{key}{suffix}" for key in ("image_uint8_bhwc", "pixel_values") for suffix in suffixes},
+    )
+    outputs = read_tensors(
+        directory / "outputs.safetensors", {f"{s}{suffix}" for s in [*states, "last_hidden_state"] for suffix in suffixes}
+    )
+    weights = read_tensors(directory / "model.safetensors", set())
+    params = nested(to_ours(weights, HF_ENCODER))
+    side = config["patch_size"]
+    rows, columns = golden["grid_height_width"]
+    encoder = Encoder(
+        width=config["hidden_size"],
+        depth=depth,
+        heads=config["num_attention_heads"],
+        hidden=config["intermediate_size"],
+        num_patches=rows * columns,
+        eps=config["rms_norm_eps"],
+        position="sincos" if config["is_native"] else "learned",
+        layers=way[0],
+        remat=way[1],
+    )
+    for suffix, (rows, columns) in suffixes.items():
+        images = inputs[f"image_uint8_bhwc{suffix}"]
+        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side)
+        valid = jnp.ones(patches.shape[:2], bool)
+        pixels = losses.normalise_pixels(jnp.asarray(patches), valid, golden["image_mean"], golden["image_std"])
+        theirs = inputs[f"pixel_values{suffix}"]
+        assert_close(pixels, rearrange(theirs, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side), "pixel_values")
+        coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
+        coords = jnp.broadcast_to(jnp.asarray(coords, jnp.int32), (len(images), rows * columns, 2))
+        shapes = jax.eval_shape(encoder.init, run_key(0), pixels, coords, valid)["params"]
+        assert {p: x.shape for p, x in paths(params).items()} == {
+            p: x.value.shape for p, x in _boxed_paths(shapes).items()
+        }
+        features, every = encoder.apply({"params": params}, pixels, coords, valid, None, True)
+        for i, state in enumerate(states):
+            assert_close(every[i], outputs[f"{state}{suffix}"], f"{state}{suffix}")
+        assert_close(features, outputs[f"last_hidden_state{suffix}"], f"last_hidden_state{suffix}")
+
+
+def _boxed_paths(tree) -> dict:
+    return {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "names"))
+    }
+
+
+def test_sincos_positions_when_any_grid_then_equal_to_every_source(golden_dir):
+    directory = golden_dir / "pos_embed"
+    config = read_json(directory / "config.json")
+    tables = {f"sincos_{h}x{w}_d{d}": (h, w, d) for h, w, d in config["sincos"]}
+    expected = {f"{table}.{source}" for table in tables for source in ("hf", "ml_aim", "ml_l3m")}
+    for case in config["resize"]:
+        (h, w), (to_h, to_w) = case["from"], case["to"]
+        operators = ("source", "bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias")
+        expected |= {f"resize_{h}x{w}_to_{to_h}x{to_w}_d{case['dim']}.{operator}" for operator in operators}
+    tensors = read_tensors(directory / "pos_embed.safetensors", expected)
+    for table, (rows, columns, width) in tables.items():
+        coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
+        ours = sincos_positions(jnp.asarray(coords, jnp.int32), width)[0]
+        for source in ("hf", "ml_aim", "ml_l3m"):
+            # Angles up to `rows` radians in float32: half a unit in the last place of 16 is 1e-6.
+            np.testing.assert_allclose(ours, tensors[f"{table}.{source}"], rtol=0, atol=2e-6, err_msg=table)
