@@ -35,14 +35,6 @@ _COMMIT_FILE = "commit_success.txt"  # Orbax writes it last; where a rename isn'
 _SAVE_TIMEOUT_S = 3600
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax's threads log of an error which then reaches us, and is raised, anyway."""
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_is_news)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
     """A held-out loss, and what it was measured on: only losses on the same can be compared."""
@@ -120,6 +112,7 @@ class Checkpointer(CheckpointReader):
 
     def __init__(self, workdir: str | Path, keep: int):
         super().__init__(workdir)
+        logging.getLogger("absl").addFilter(_is_news)
         self._keep = keep
         self._pending: concurrent.futures.Future[dict[int, _Evaluation | None]] | None = None
         _make_folder(self._folder)
@@ -437,6 +430,11 @@ def _free_bytes(path: epath.Path) -> int | None:
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax's threads log of an error which then reaches us, and is raised, anyway."""
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _there(steps: list[int]) -> str:

@@ -1,0 +1,324 @@
+"""What a run tells while it goes: one JSON line an interval, TensorBoard, Weights & Biases, a readable line, a clock.
+
+`WORKDIR/metrics.jsonl` is the record; a line starts with its `step`, and no step stands twice: not after a restart
+either, since what a lost part of the run had written is cut away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import numbers
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from etils import epath
+
+from aimv2_jax.config import Config, config_text, config_to_dict
+from aimv2_jax.errors import UserError
+
+_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes the metrics of a run wherever they are wanted; on every process but the first it writes nothing.
+
+    Args:
+      workdir: the run's folder.
+      tensorboard: also write event files to `WORKDIR/tensorboard`.
+      wandb_project: also log to this project of Weights & Biases; its run is continued when the run is.
+      config: the run's; shown beside its metrics.
+
+    Raises:
+      UserError: when Weights & Biases is wanted and not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, workdir: str | Path, tensorboard: bool, wandb_project: str | None, config: Config):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._path = epath.Path(workdir) / _FILE
+        self._file: TextIO | None = None
+        self._tensorboard = _TensorBoard(self._path.parent / "tensorboard", config) if tensorboard else None
+        self._wandb = _start_wandb(self._path.parent, wandb_project, config) if wandb_project else None
+        with _writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends the line of `step`. A number that isn't finite becomes null, so that every line is JSON."""
+        if not self._active:
+            return
+        plain = {name: _plain(value) for name, value in values.items()}
+        line = json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n"
+        with _writing(self._path):
+            if self._file is None:
+                self._file = self._path.open("a")
+            self._file.write(line)
+            self._file.flush()
+        scalars = {name: value for name, value in plain.items() if isinstance(value, (int, float))}
+        if self._tensorboard is not None:
+            self._tensorboard.write(step, scalars)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=int(step))
+
+    def cut_after(self, step: int) -> None:
+        """Takes away what is beyond `step`, and a last line that a crash left unfinished: call it after a restore.
+
+        Weights & Biases cannot take back: there the steps that come again are ignored, which is the same for an exact
+        resume.
+        """
+        if not self._active:
+            return
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._tensorboard is not None:
+            self._tensorboard.cut_after(step)
+        if not self._path.exists():
+            return
+        kept = "".join(json.dumps(line) + "\n" for line in _read_lines(self._path) if line["step"] <= step)
+        rewritten = self._path.with_name(f"{_FILE}.tmp")
+        with _writing(self._path):
+            rewritten.write_text(kept)
+            rewritten.replace(self._path)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if not self._active:
+            return
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The training lines and the evaluation lines of a run, in the order of steps; a null stays None."""
+    path = epath.Path(workdir) / _FILE
+    if not path.exists():
+        raise UserError("no metrics in this folder", str(path), "Give the --workdir of a training run")
+    lines = _read_lines(path)
+    return [line for line in lines if "eval_loss" not in line], [line for line in lines if "eval_loss" in line]
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """All lines; a last one that is only half there (a crash, or a trainer at work) is left out."""
+    *whole, last = path.read_text().split("\n")
+    del last  # Empty, or without its end.
+    lines = []
+    for number, text in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            remedy = "Take the line out of the file, or move the file away"
+            raise UserError(f"{path}:{number} is not JSON", text[:80], remedy) from error
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of numpy, JAX or Python as JSON has it."""
+    if isinstance(value, (str, bool)) or value is None:
+        return value
+    if not isinstance(value, numbers.Number):
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written", error.strerror or str(error), "Make room, or give a --workdir that can be"
+        ) from error
+
+
+class _TensorBoard:
+    """Event files, opened at the first value: only then it is known from which step on older ones are void."""
+
+    def __init__(self, folder: epath.Path, config: Config):
+        self._folder = folder
+        self._config = config
+        self._purge_step: int | None = None
+        self._writer: Any = None
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            # tensorboardX names files by the second: without more, a quick restart would overwrite what it continues.
+            suffix = f".{step:09d}.{os.getpid()}"
+            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, filename_suffix=suffix)
+            text = config_text(self._config).replace("\n", "\n    ")
+            self._writer.add_text("config", f"    {text}", step)  # Indented: Markdown for "as it is".
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def cut_after(self, step: int) -> None:
+        self.close()
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _start_wandb(workdir: epath.Path, project: str, config: Config) -> Any:
+    """A new run, or the run that this workdir had: its id is kept in `WORKDIR/wandb_id`."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "config train.wandb_project needs the package wandb, which is not installed",
+            project,
+            'Install it by pip install "aimv2_jax[wandb]", or leave the key at None',
+        ) from error
+    remembered = workdir / "wandb_id"
+    run_id = remembered.read_text() if remembered.exists() else secrets.token_hex(8)
+    with _writing(remembered):
+        workdir.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(run_id)
+    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=config_to_dict(config))
+
+
+class Stopwatch:
+    """Measures steps without what is not training: compilation, evaluation, saving.
+
+        with stopwatch.waiting():
+            batch = next(batches)
+        ...
+        stopwatch.count(examples)      # once a step
+        with stopwatch.pause():
+            evaluate()
+        values = stopwatch.lap()       # once an interval
+
+    Args:
+      clock: seconds from any start, never going back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._begin()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out the time inside. A step inside (the first, which compiles) must not be counted."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._left_out_s += self._clock() - start
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data; not to be used inside `pause`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waiting_s += self._clock() - start
+
+    def count(self, images: int) -> None:
+        """One step of `images` examples is done."""
+        self._steps += 1
+        self._images += images
+
+    def lap(self) -> dict[str, float | None]:
+        """`images_per_s, step_time_s, data_wait_fraction` since the last lap; None where no step was counted."""
+        seconds = self._clock() - self._start_s - self._left_out_s
+        steps, images, waiting_s = self._steps, self._images, self._waiting_s
+        self._begin()
+        if not steps or seconds <= 0:
+            return {"images_per_s": None, "step_time_s": None, "data_wait_fraction": None}
+        return {
+            "images_per_s": images / seconds,
+            "step_time_s": seconds / steps,
+            "data_wait_fraction": waiting_s / seconds,
+        }
+
+    def _begin(self) -> None:
+        self._start_s = self._clock()
+        self._left_out_s = self._waiting_s = 0.0
+        self._steps = self._images = 0
+
+
+class ProgressLine:
+    """Makes the line that a person reads: where the run is, how it does, and when it will be done.
+
+    The time left comes from what this process has done since its first line, evaluation and saving included.
+
+    Args:
+      total_steps: where the run ends.
+      clock: seconds from any start.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
+        self._total_steps = total_steps
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+
+    def text(self, step: int, values: Mapping[str, Any]) -> str:
+        """The line of `step`; `values` as in `metrics.jsonl`. What is missing is left out, a null is a dash."""
+        total = f"{self._total_steps:,}"
+        parts = [f"step {step:>{len(total)},}/{total}"]
+        for label, name, form in _SHOWN:
+            if name in values:
+                value = values[name]
+                known = value is not None and math.isfinite(value)
+                parts.append(f"{label} {format(value, form) if known else '-':>{_WIDTH[form]}}")
+        left_s = self._left_s(step, values.get("step_time_s"))
+        if left_s is not None:
+            parts.append(f"{_duration(left_s)} left" if step < self._total_steps else "done")
+        return "  ".join(parts)
+
+    def _left_s(self, step: int, step_time_s: float | None) -> float | None:
+        now_s = self._clock()
+        if self._first is None:
+            self._first = step, now_s
+        first_step, first_s = self._first
+        if step > first_step:
+            step_time_s = (now_s - first_s) / (step - first_step)
+        return None if step_time_s is None else step_time_s * (self._total_steps - step)
+
+
+_SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("image", "loss_image", ".4f"),
+    ("text", "loss_text", ".4f"),
+    ("lr", "lr", ".2e"),
+    ("grad", "grad_norm", ".3g"),
+    ("images/s", "images_per_s", ".1f"),
+    ("wait", "data_wait_fraction", ".0%"),
+)
+_WIDTH = {".4f": 6, ".2e": 8, ".3g": 5, ".1f": 6, ".0%": 3}
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds_left = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    days, hours_left = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours_left:02d} h"
+    if hours:
+        return f"{hours} h {minutes_left:02d} min"
+    return f"{minutes} min {seconds_left:02d} s" if minutes else f"{seconds_left} s"

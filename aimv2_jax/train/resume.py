@@ -1,0 +1,59 @@
+"""Which config keys may change when a run is continued, and why."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from aimv2_jax.config import Config, config_to_dict, flatten
+from aimv2_jax.errors import UserError
+
+# Everything that isn't here must stay: the continued run is then, step by step, the one that was never stopped.
+MAY_CHANGE = {
+    "train.steps": "where the run ends; the learning rate follows optimizer.schedule_steps",
+    "train.log_every": "how often it is looked at",
+    "train.eval_every": "how often it is looked at",
+    "train.save_every": "how often it is saved",
+    "train.keep": "which checkpoints stay on the disk",
+    "train.microbatches": "parts of one and the same batch: rounding only, and fewer devices need more parts",
+    "train.compilation_cache": "a folder of this machine",
+    "train.tensorboard": "where metrics go",
+    "train.wandb_project": "where metrics go",
+    "mesh.*": "rounding only: examples, prefixes and the saved state are the same on any mesh",
+    "model.layers": "one parameter tree, run in two ways: rounding only",
+    "model.remat": "what is computed again in the backward pass: rounding only",
+    "data.workers": "who reads a batch; what is in it follows from the step",
+    "data.prefetch": "when a batch is read",
+    "data.max_bad_fraction": "when the run gives up; changes no example",
+    "data.sources.*": "a folder may move; the names stay, since the order of examples depends on them",
+    "tokenizer.path": "a file may move",
+    "eval.*": "evaluation changes no parameter; the best is chosen among losses measured in the same way",
+}
+# Below these a key may also come and go; of the others only the value may change.
+_NAMES_MAY_CHANGE = ("eval.*",)
+
+_ABSENT = "absent"
+
+
+def check_resumable(saved: Mapping[str, Any], current: Config) -> None:
+    """Compares the config that a checkpoint's `meta` holds with this run's.
+
+    Raises:
+      UserError: for the first key that differs and may not, with its old and new value.
+    """
+    old, new = flatten(saved), flatten(config_to_dict(current))
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key, _ABSENT), new.get(key, _ABSENT)
+        if before != now and not _may_change(key, renamed=_ABSENT in (before, now)):
+            whose = "a different model" if key.startswith("model.") else "a different run"
+            raise UserError(
+                f"the workdir is that of {whose}: config {key} may not change when a run is continued",
+                f"{before} before, {now} now",
+                f"Set {key} back to {before}, or give another --workdir",
+            )
+
+
+def _may_change(key: str, renamed: bool) -> bool:
+    allowed = _NAMES_MAY_CHANGE if renamed else MAY_CHANGE
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed)
