@@ -1,0 +1,184 @@
+"""One process' rows of one batch, built from a step number alone: what a worker does. Numpy only.
+
+b rows of this process, L patches, P numbers a patch, T text tokens, R reasons.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from aimv2_jax.data import captions, records, transforms
+from aimv2_jax.data.plan import Plan, example_rng
+from aimv2_jax.data.records import REASONS, BadRecord
+from aimv2_jax.data.sources import Source
+from aimv2_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A record that example number `example` met and could not use."""
+
+    example: int
+    source: str
+    record: int
+    key: str | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalBatch:
+    """A batch before its captions are tokens; `captions` are cleaned, in UTF-8, b"" in rows of filling."""
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    captions: list[bytes]
+    faults: list[Fault]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingView:
+    """How a training example sees its picture: a random crop and flip that its number decides."""
+
+    seed: int
+    size: int
+    area: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+
+    def __call__(self, image: Image.Image, example: int) -> np.ndarray:
+        crop_rng = example_rng(self.seed, "crop", example)
+        pixels = transforms.random_resized_crop(image, crop_rng, self.size, self.area, self.ratio)
+        flipped = example_rng(self.seed, "flip", example).random() < self.flip
+        return transforms.flip(pixels) if flipped else pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class CenterView:
+    """How an evaluation example sees its picture: the centre square."""
+
+    size: int
+
+    def __call__(self, image: Image.Image, example: int) -> np.ndarray:
+        return transforms.center_crop(image, self.size)
+
+
+def load(source: Source, index: int, kind: str) -> tuple[Image.Image, bytes]:
+    """The picture of a record and its cleaned caption of `kind` in UTF-8; raises `BadRecord`."""
+    record = records.decode(source.read(index))
+    try:
+        if kind not in record.captions:
+            raise BadRecord("missing_caption")
+        caption = captions.clean(record.captions[kind])
+        return transforms.decode_image(record.image), caption.encode()
+    except BadRecord as error:
+        raise BadRecord(error.reason, record.key) from error
+
+
+class _Rows:
+    """The rows of one batch while they are filled; those never filled stay filling, with `valid` False."""
+
+    def __init__(self, step: int, examples: Sequence[int], grid: tuple[int, int], patch_size: int):
+        count, num_patches = len(examples), grid[0] * grid[1]
+        self._step, self._patch_size = step, patch_size
+        self._captions, self._faults = [b""] * count, []
+        self.arrays = {
+            "patches": np.zeros((count, num_patches, 3 * patch_size**2), np.uint8),
+            "coords": np.broadcast_to(transforms.patch_coords(grid), (count, num_patches, 2)).copy(),
+            "valid": np.zeros((count, num_patches), bool),
+            "example_index": np.array([divmod(example, 1 << 32) for example in examples], np.uint32).reshape(count, 2),
+            "source": np.zeros(count, np.int32),
+            "faults": np.zeros((count, len(REASONS)), np.int32),
+        }
+
+    def fill(self, row: int, pixels: np.ndarray, caption: bytes) -> None:
+        self.arrays["patches"][row] = transforms.patchify(pixels, self._patch_size)
+        self.arrays["valid"][row] = True
+        self._captions[row] = caption
+
+    def blame(self, row: int, fault: Fault) -> None:
+        self.arrays["faults"][row, REASONS.index(fault.reason)] += 1
+        self._faults.append(fault)
+
+    def done(self) -> LocalBatch:
+        return LocalBatch(self._step, self.arrays, self._captions, self._faults)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingBatches:
+    """step -> this process' rows of that step's batch; `rows` are their places in the global batch."""
+
+    plan: Plan
+    sources: Mapping[str, Source]
+    rows: tuple[int, ...]
+    view: Callable[[Image.Image, int], np.ndarray]
+    grid: tuple[int, int]
+    patch_size: int
+
+    def __call__(self, step: int) -> LocalBatch:
+        examples = [self.plan.first_example(step) + row for row in self.rows]
+        rows, order = _Rows(step, examples, self.grid, self.patch_size), list(self.sources)
+        for row, example in enumerate(examples):
+            draw = self.plan.draw(example)
+            source, tried = self.sources[draw.source], collections.Counter()
+            rows.arrays["source"][row] = order.index(draw.source)
+            for index in self.plan.records(draw):
+                try:
+                    image, caption = load(source, index, draw.kind)
+                except BadRecord as error:
+                    tried[error.reason] += 1
+                    rows.blame(row, Fault(example, source.name, index, error.key, error.reason))
+                    continue
+                rows.fill(row, self.view(image, example), caption)
+                break
+            else:
+                raise UserError(
+                    f"data source {source.name!r} gave no usable record for its {draw.kind} captions",
+                    ", ".join(f"{count} x {reason}" for reason, count in tried.items()),
+                    "Prepare the data set again, or take its weight out of data.mixture",
+                )
+        return rows.done()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatches:
+    """number -> this process' rows of that batch of a held-out set: records in order, each once; none is replaced.
+
+    `examples` lists (source, records of it) in order; `rows` are places in the global batch of `batch_size`. Unusable
+    records, and rows beyond the last example, are rows of filling.
+    """
+
+    sources: Mapping[str, Source]
+    examples: tuple[tuple[str, int], ...]
+    kind: str
+    batch_size: int
+    rows: tuple[int, ...]
+    view: Callable[[Image.Image, int], np.ndarray]
+    grid: tuple[int, int]
+    patch_size: int
+
+    def __len__(self) -> int:
+        return -(-sum(count for _, count in self.examples) // self.batch_size)
+
+    def __call__(self, number: int) -> LocalBatch:
+        examples = [number * self.batch_size + row for row in self.rows]
+        rows, order = _Rows(number, examples, self.grid, self.patch_size), list(self.sources)
+        ends = np.cumsum([count for _, count in self.examples])
+        for row, example in enumerate(examples):
+            if example >= ends[-1]:
+                continue
+            which = int(np.searchsorted(ends, example, side="right"))
+            name, count = self.examples[which]
+            index = example - (int(ends[which]) - count)
+            rows.arrays["source"][row] = order.index(name)
+            try:
+                image, caption = load(self.sources[name], index, self.kind)
+            except BadRecord as error:
+                rows.blame(row, Fault(example, name, index, error.key, error.reason))
+                continue
+            rows.fill(row, self.view(image, example), caption)
+        return rows.done()

@@ -1,0 +1,23 @@
+"""Captions: the recipe's cleaning (RECIPE.md, section 7)."""
+
+from __future__ import annotations
+
+import html
+
+import ftfy
+
+from aimv2_jax.data.records import BadRecord
+
+
+def clean(text: str) -> str:
+    """`text` with broken encoding mended, HTML entities resolved, white space folded, in lower case.
+
+    Raises:
+      BadRecord: `empty_caption`, if nothing is left.
+    """
+    # Twice, as CLIP does: web pages hold "&amp;amp;".
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = " ".join(text.split()).lower()
+    if not text:
+        raise BadRecord("empty_caption")
+    return text

@@ -1,0 +1,123 @@
+"""Captions to tokens: tensorflow-text's SentencePiece, in batches, in the main process only.
+
+B batch, T text tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool, Int32
+
+from aimv2_jax.data.locations import locate
+from aimv2_jax.errors import UserError
+
+
+class Tokenizer:
+    """A SentencePiece model.
+
+    Args:
+      path: the `.model` file; `package:` paths lie inside the installed package.
+      length: T, the end of a caption included.
+      vocab_size: rows of the model's token table, at least the pieces of the file.
+      needs_end: whether an end of text is a target, so that the file must have an end id.
+
+    Raises:
+      UserError: if the file is missing, not SentencePiece, has too many pieces, or lacks an end id that is needed.
+    """
+
+    def __init__(self, path: str, length: int, vocab_size: int, needs_end: bool = True):
+        self.length = length
+        model, self._pieces = _read_model(path)
+        self.num_pieces = self._pieces.get_piece_size()
+        if self.num_pieces > vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.num_pieces} pieces, more than model.decoder.vocab_size",
+                vocab_size,
+                f"Set model.decoder.vocab_size to at least {self.num_pieces}, or choose another tokenizer.path",
+            )
+        eos_id, pad_id, unk_id = self._pieces.eos_id(), self._pieces.pad_id(), self._pieces.unk_id()
+        if needs_end and eos_id < 0:
+            raise UserError(
+                "the tokenizer has no end id, which loss.predict_eos needs",
+                path,
+                "Choose a model that was trained with one, or set loss.predict_eos=False",
+            )
+        self.eos_id: int | None = eos_id if eos_id >= 0 else None
+        self.unk_id: int | None = unk_id if unk_id >= 0 else None
+        self.pad_id: int = next((i for i in (pad_id, eos_id) if i >= 0), 0)
+        self._splitter = _tensorflow_splitter(model)
+
+    def encode(self, captions: Sequence[bytes]) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+        """`tokens` and `token_valid` of captions in UTF-8.
+
+        Each caption is cut to T - 1 pieces, then comes the end id (where the model has one), then padding;
+        `token_valid` is True on the text's pieces only.
+        """
+        shape = len(captions), self.length
+        tokens = np.full(shape, self.pad_id, np.int32)
+        token_valid = np.zeros(shape, bool)
+        if not captions:
+            return tokens, token_valid
+        pieces = self._splitter(list(captions))
+        values, splits = pieces.values.numpy(), pieces.row_splits.numpy()
+        lengths = np.minimum(np.diff(splits), self.length - 1)
+        column = np.arange(self.length)
+        token_valid = column < lengths[:, None]
+        tokens[token_valid] = values[(splits[:-1, None] + column)[token_valid]]
+        if self.eos_id is not None:
+            tokens[np.arange(len(captions)), lengths] = self.eos_id
+        return tokens, token_valid
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` up to the first end or padding."""
+        stops = {self.pad_id, self.eos_id}
+        ids = [int(i) for i in ids]
+        return self._pieces.decode(ids[: next((n for n, i in enumerate(ids) if i in stops), len(ids))])
+
+
+def _read_model(path: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+    file = locate(path)
+    if not path or not file.is_file():
+        raise UserError("config tokenizer.path: no such file", path, "Give a SentencePiece .model file")
+    model, pieces = file.read_bytes(), sentencepiece.SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(model)
+        usable = pieces.get_piece_size() > 0
+    except RuntimeError:
+        usable = False
+    if not usable:
+        raise UserError("config tokenizer.path: not a SentencePiece model", path, "Give a SentencePiece .model file")
+    return model, pieces
+
+
+def _tensorflow_splitter(model: bytes) -> Any:
+    """A function from a list of byte strings to the ragged tensor of their piece ids."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _silence():
+        import tensorflow as tf
+        import tensorflow_text
+
+        tf.config.set_visible_devices([], "GPU")  # They belong to jax.
+        tokenizer = tensorflow_text.SentencepieceTokenizer(model=model, out_type=tf.int32)
+        tokenizer.tokenize([b""])
+    return tokenizer.tokenize
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps from the terminal what tensorflow's C++ writes while it loads, before its log level counts."""
+    with tempfile.TemporaryFile() as sink:
+        stderr = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

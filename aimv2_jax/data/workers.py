@@ -1,0 +1,30 @@
+"""What a worker process does before its first batch, so that it never outlives the trainer or touches its devices."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+
+
+def start_worker(index: int, count: int) -> None:
+    """Grain's `worker_init_fn`.
+
+    The worker ends when the trainer does, by kill -9 too; the resource tracker then unlinks the shared memory, since
+    nobody holds its pipe any more. Ctrl-C is the trainer's to handle. No backend of jax may start here.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if jax := sys.modules.get("jax"):  # grain brings it
+        jax.config.update("jax_platforms", "cpu")
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
