@@ -32,7 +32,6 @@ FORMAT_VERSION = 1
 _FOLDER = "checkpoints"
 _TEMPORARY = ocp.utils.TMP_DIR_SUFFIX
 _COMMIT_FILE = "commit_success.txt"  # Orbax writes it last; where a rename isn't atomic (gs://) it alone counts.
-_SAVE_TIMEOUT_S = 3600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +118,7 @@ class Checkpointer(CheckpointReader):
         _sweep(self._folder)
         self._known = _read_record(self._folder)
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_TIMEOUT_S),
-        )
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def steps(self) -> list[int]:
         self.check_errors()
@@ -254,11 +250,9 @@ def parse_spec(spec: str | Path) -> tuple[str, int]:
     Raises:
       UserError: when there is no such folder, no checkpoint in it, or not that step.
     """
-    spec = str(spec)
-    workdir, colon, which = spec.rpartition(":")
-    names_step = colon and workdir and (which == "last" or (which.isascii() and which.isdecimal()))
-    if not names_step or (epath.Path(spec) / _FOLDER).is_dir():
-        workdir, which = spec, "best"
+    workdir, which = _split_spec(str(spec))
+    if which != "best" and (epath.Path(spec) / _FOLDER).is_dir():
+        workdir, which = str(spec), "best"
     if not epath.Path(workdir).is_dir():
         raise UserError("--checkpoint: no such folder", workdir, "Give WORKDIR, WORKDIR:STEP or WORKDIR:last")
     reader = CheckpointReader(workdir)
@@ -273,6 +267,13 @@ def parse_spec(spec: str | Path) -> tuple[str, int]:
     if int(which) not in steps:
         raise UserError("--checkpoint: the run has no such step", int(which), _there(steps))
     return workdir, int(which)
+
+
+def _split_spec(spec: str) -> tuple[str, str]:
+    workdir, _, which = spec.rpartition(":")
+    if workdir and (which == "last" or (which.isascii() and which.isdecimal())):
+        return workdir, which
+    return spec, "best"
 
 
 def state_bytes(abstract_state: Any) -> int:
