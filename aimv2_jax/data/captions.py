@@ -18,6 +18,7 @@ def clean(text: str) -> str:
     # Twice, as CLIP does: web pages hold "&amp;amp;".
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = " ".join(text.split()).lower()
-    if not text:
+    # Not a zero-width space alone, either: no piece would come of it.
+    if not any(letter.isprintable() and letter != " " for letter in text):
         raise BadRecord("empty_caption")
     return text

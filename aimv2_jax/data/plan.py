@@ -133,4 +133,4 @@ def example_rng(seed: int, purpose: str, example: int) -> np.random.Generator:
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=size).digest()
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=size).digest()

@@ -16,7 +16,7 @@ from aimv2_jax.data.records import BadRecord
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB of RGB.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-Box = tuple[float, float, float, float]
+Box = tuple[int | float, int | float, int | float, int | float]
 """(left, top, right, bottom), in pixels."""
 
 _ORIENTATION_TAG = 0x0112

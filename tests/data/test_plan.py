@@ -1,0 +1,155 @@
+"""The plan: exact counts, even spread, whole epochs, replacements; functions of (seed, example number)."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aimv2_jax.data.plan import MAX_ATTEMPTS, Draw, Plan, deal, example_rng, shuffled
+
+SIZES = {"dfn": 11, "coyo": 5, "hqitp": 3}
+COUNTS = {"dfn": {"alt": 30, "synthetic": 30}, "coyo": {"alt": 9}, "hqitp": {"alt": 28, "synthetic": 3}}
+
+
+def make_plan(seed=3, sizes=SIZES, counts=COUNTS):
+    return Plan(seed, 8, sizes, counts)
+
+
+def drawn(plan, examples):
+    return [plan.draw(example) for example in examples]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=7).filter(any))
+def test_deal_when_any_counts_then_exact_and_within_one_of_the_share_at_every_slot(counts):
+    order = deal(counts)
+    assert np.bincount(order, minlength=len(counts)).tolist() == counts
+    so_far = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
+    share = np.arange(1, len(order) + 1)[:, None] * np.array(counts) / len(order)
+    assert np.abs(so_far - share).max() < 1
+
+
+def test_deal_when_one_is_large_and_many_are_small_then_the_small_ones_do_not_come_together():
+    order = deal([100] + [1] * 100)
+    assert (np.diff(np.flatnonzero(order == 0)) <= 3).all()
+
+
+def test_mixture_when_k_cycles_have_passed_then_counts_are_k_times_the_weights():
+    plan = make_plan()
+    counts = collections.Counter((d.source, d.kind) for d in drawn(plan, range(7 * plan.cycle_length)))
+    assert plan.cycle_length == 100
+    assert counts == {(name, kind): 7 * n for name, kinds in COUNTS.items() for kind, n in kinds.items()}
+
+
+def test_mixture_when_any_window_then_each_source_is_within_2_of_its_share():
+    plan = make_plan()
+    names = np.array([draw.source for draw in drawn(plan, range(300))])
+    for name, kinds in COUNTS.items():
+        so_far = np.concatenate([[0], np.cumsum(names == name)])
+        for length in range(1, 300):
+            inside = so_far[length:] - so_far[:-length]
+            assert np.abs(inside - length * sum(kinds.values()) / 100).max() < 2
+
+
+def test_draws_when_counted_then_each_source_numbers_its_own_without_gap():
+    draws = drawn(make_plan(), range(250))
+    for name in SIZES:
+        numbers = [draw.number for draw in draws if draw.source == name]
+        assert numbers == list(range(len(numbers)))
+
+
+def test_draw_when_asked_far_away_then_as_if_counted_up_to_there():
+    plan, far = make_plan(), 10**13
+    for example in range(100):
+        name, number, kind = plan.draw(example)
+        assert plan.draw(100 * far + example) == (name, number + far * sum(COUNTS[name].values()), kind)
+
+
+def test_plan_when_the_config_lists_sources_in_another_order_then_the_same():
+    turned = make_plan(counts={name: dict(reversed(COUNTS[name].items())) for name in reversed(COUNTS)})
+    assert drawn(turned, range(200)) == drawn(make_plan(), range(200))
+
+
+def test_epoch_when_over_then_every_record_was_drawn_once_and_the_next_is_in_another_order():
+    plan = make_plan()
+    orders = collections.defaultdict(list)
+    for draw in drawn(plan, range(400)):
+        orders[draw.source].append(next(plan.records(draw)))
+    for name, size in SIZES.items():
+        epochs = [orders[name][i : i + size] for i in range(0, len(orders[name]) - size + 1, size)]
+        assert len(epochs) > 6
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 3
+
+
+def test_order_when_two_sources_have_the_same_pictures_then_they_do_not_march_together():
+    plan = make_plan(sizes={"dfn": 500, "coyo": 500, "hqitp": 500})
+    orders = [[next(plan.records(Draw(name, n, "alt"))) for n in range(500)] for name in SIZES]
+    for one, other in itertools.combinations(orders, 2):
+        assert sum(a == b for a, b in zip(one, other)) < 10
+
+
+def test_order_when_the_seed_differs_then_another():
+    orders = [[next(make_plan(seed).records(Draw("dfn", n, "alt"))) for n in range(11)] for seed in (0, 1)]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 100])
+def test_shuffled_when_any_size_then_a_permutation(size):
+    assert sorted(shuffled(i, size, seed=5) for i in range(size)) == list(range(size))
+
+
+def test_records_when_a_source_is_huge_then_indices_span_it():
+    plan = make_plan(sizes=SIZES | {"dfn": 2**32})
+    indices = [next(plan.records(Draw("dfn", n, "alt"))) for n in range(2**32, 2**32 + 2000)]
+    assert len(set(indices)) == 2000
+    assert 0 <= min(indices) < 2**27 and 31 * 2**27 < max(indices) < 2**32
+
+
+@pytest.mark.parametrize("size", [1, 2, 11, 1000])
+def test_replacements_when_listed_then_all_different_bounded_and_repeatable(size):
+    plan = make_plan(sizes=SIZES | {"dfn": size})
+    firsts = collections.Counter()
+    for number in range(50):
+        records = list(plan.records(Draw("dfn", number, "alt")))
+        assert len(records) == len(set(records)) == min(size, MAX_ATTEMPTS)
+        assert all(0 <= record < size for record in records)
+        assert records == list(plan.records(Draw("dfn", number, "alt")))
+        firsts.update(records[1:2])
+    assert len(firsts) >= min(size - 1, 9)
+
+
+def test_first_example_when_far_then_exact():
+    assert make_plan().first_example(10**12) == 8 * 10**12
+
+
+def test_example_rng_when_seed_purpose_or_example_differ_then_other_numbers_and_else_the_same():
+    draws = {
+        (seed, purpose, example): tuple(example_rng(seed, purpose, example).random(4))
+        for seed in (0, 1)
+        for purpose in ("crop", "flip")
+        for example in (0, 1, 2**40)
+    }
+    assert len(set(itertools.chain.from_iterable(draws.values()))) == 4 * len(draws)
+    assert all(tuple(example_rng(*key).random(4)) == value for key, value in draws.items())
+
+
+def test_example_rng_when_over_many_examples_then_uniform():
+    first = np.sort([example_rng(7, "flip", example).random() for example in range(4000)])
+    # Kolmogorov-Smirnov: above 1.95 / sqrt(n) once in a thousand seeds.
+    assert np.abs(first - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / np.sqrt(4000)
+
+
+def test_plan_when_nothing_was_meant_to_change_then_the_same_examples_as_ever():
+    """A change here changes which pictures every existing run sees after a resume."""
+    plan = make_plan()
+    got = [(d.source, d.number, d.kind, list(plan.records(d))[:3]) for d in drawn(plan, [0, 1, 2, 3, 12_345_678_901])]
+    assert got == PINNED
+    assert example_rng(3, "crop", 12_345_678_901).random(2).tolist() == PINNED_RANDOM
+
+
+PINNED = [('dfn', 0, 'alt', [3, 2, 6]), ('dfn', 1, 'synthetic', [5, 10, 1]), ('hqitp', 0, 'alt', [2, 1, 0]), ('dfn', 2, 'alt', [8, 10, 6]), ('dfn', 7407407341, 'synthetic', [4, 8, 6])]
+PINNED_RANDOM = [0.854931919664166, 0.2603456833402905]

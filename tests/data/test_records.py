@@ -1,0 +1,84 @@
+"""Records and data sets: exact, checked, whole or absent."""
+
+import dataclasses
+import json
+
+import pytest
+from array_record.python.array_record_module import ArrayRecordReader
+
+from aimv2_jax.data.records import BadRecord, DatasetInfo, Record, decode, encode, write_dataset
+from aimv2_jax.errors import UserError
+
+RECORD = Record("a/1", b"\xff\xd8 picture", {"alt": "Käse", "synthetic": "a cheese"}, {"label": "cheese", "kind": "photo"})
+
+
+def test_record_when_encoded_and_decoded_then_equal():
+    assert decode(encode(RECORD)) == RECORD
+
+
+def test_record_when_its_dicts_are_in_another_order_then_same_bytes():
+    turned = dataclasses.replace(RECORD, captions=dict(reversed(RECORD.captions.items())))
+    assert encode(turned) == encode(RECORD)
+
+
+def test_record_when_any_bit_is_flipped_then_corrupt():
+    data = encode(RECORD)
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BadRecord, match="corrupt_record"):
+            decode(bytes(flipped))
+
+
+def test_record_when_cut_anywhere_then_corrupt():
+    data = encode(RECORD)
+    for length in range(len(data)):
+        with pytest.raises(BadRecord, match="corrupt_record"):
+            decode(data[:length])
+
+
+def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tmp_path, make_record):
+    records = [make_record("red", i) for i in range(9)]
+    records[4] = dataclasses.replace(records[4], captions={"alt": "only"}, labels={"coarse": "x"})
+    size = len(encode(records[0]))
+    info = write_dataset(tmp_path, iter(records), shard_bytes=3 * size)
+    assert len(info.shards) > 2
+    assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
+    assert (info.records, info.kinds, info.labels) == (9, {"alt": 9, "synthetic": 8}, ("coarse", "number"))
+    assert info.bytes == sum((tmp_path / shard.file).stat().st_size for shard in info.shards)
+    read = []
+    for shard in info.shards:
+        reader = ArrayRecordReader(str(tmp_path / shard.file))
+        assert reader.num_records() == shard.records
+        assert "group_size:1," in reader.writer_options_string()
+        read += [decode(data) for data in reader.read_all()]
+    assert read == records
+
+
+def test_dataset_when_written_twice_then_same_bytes(tmp_path, make_record):
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, (make_record("red", i) for i in range(5)), shard_bytes=6_000)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) > 2
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_dataset_when_the_records_fail_midway_then_no_part_of_a_shard_and_no_dataset(tmp_path, make_record):
+    def records():
+        for i in range(5):
+            yield make_record("red", i)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        write_dataset(tmp_path, records(), shard_bytes=len(encode(make_record("red", 0))))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{i:05d}.arrayrecord" for i in range(len(names))}
+
+
+def test_dataset_when_the_folder_holds_one_then_refused(tmp_path, make_record):
+    write_dataset(tmp_path, [make_record("red", 0)])
+    before = (tmp_path / "dataset.json").read_bytes()
+    with pytest.raises(UserError, match="there is a data set already"):
+        write_dataset(tmp_path, [make_record("red", 1)])
+    assert json.loads(before) == json.loads((tmp_path / "dataset.json").read_bytes())

@@ -1,0 +1,108 @@
+"""Sources: what start-up refuses, and reads at any index with few files open."""
+
+import json
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from aimv2_jax.data import sources
+from aimv2_jax.data.records import BadRecord, decode, encode, write_dataset
+from aimv2_jax.data.sources import Source
+from aimv2_jax.errors import UserError
+
+
+def open_shards(folder):
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    return sum(os.path.realpath(link).startswith(folder) for link in links)
+
+
+def test_source_when_read_in_any_order_then_the_records_that_were_written(datasets, make_record):
+    source = Source("red", datasets["red"])
+    assert (len(source), source.kinds) == (13, {"alt": 13, "synthetic": 13})
+    assert len(source.info.shards) > 3
+    for i in (12, 0, 5, 6, 5):
+        assert source.read(i) == encode(make_record("red", i))
+
+
+def test_source_when_index_is_outside_then_our_bug(datasets):
+    for index in (-1, 13):
+        with pytest.raises(IndexError):
+            Source("red", datasets["red"]).read(index)
+
+
+def test_source_when_there_are_many_shards_then_none_is_open_at_start_and_few_later(make_dataset, monkeypatch):
+    folder = make_dataset("many", 30, shard_bytes=1)
+    monkeypatch.setattr(sources, "MAX_OPEN_SHARDS", 4)
+    source = Source("many", folder)
+    assert len(source.info.shards) == 30
+    assert open_shards(folder) == 0
+    for i in range(30):
+        source.read(i)
+        assert open_shards(folder) == min(i + 1, 4)
+
+
+def test_source_when_shards_are_dropped_while_threads_read_then_every_read_is_right(make_dataset, make_record, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_OPEN_SHARDS", 2)
+    source = Source("red", make_dataset("red", 10, shard_bytes=1))
+    wanted = [encode(make_record("red", i)) for i in range(10)]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(source.read, [(7 * i) % 10 for i in range(2000)]))
+    assert read == [wanted[(7 * i) % 10] for i in range(2000)]
+
+
+def test_source_when_pickled_after_a_read_then_reads_the_same(datasets):
+    source = Source("red", datasets["red"])
+    data = source.read(3)
+    assert pickle.loads(pickle.dumps(source)).read(3) == data
+
+
+def test_source_when_a_shard_is_damaged_then_its_records_are_unreadable_and_others_are_not(tmp_path, make_record):
+    info = write_dataset(tmp_path, (make_record("red", i) for i in range(4)), shard_bytes=1)
+    shard = tmp_path / info.shards[2].file
+    damaged = bytearray(shard.read_bytes())
+    start = damaged.find(encode(make_record("red", 2)))
+    assert start > 0
+    damaged[start + 40] ^= 1
+    shard.write_bytes(damaged)
+    (tmp_path / info.shards[3].file).write_bytes(b"")
+    source = Source("red", str(tmp_path))
+    assert decode(source.read(1)).key == "red/1"
+    for index in (2, 3):
+        with pytest.raises(BadRecord, match="unreadable_record"):
+            source.read(index)
+
+
+def damage(**changes):
+    def change(folder):
+        file = folder / "dataset.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "is empty"),
+        (lambda folder: (folder / "dataset.json").unlink(), "no dataset.json"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "cannot be read"),
+        (damage(format_version=9), "newer than this program's 1: 9"),
+        (damage(records=0, shards=[]), "no records"),
+        (lambda folder: (folder / "00000.arrayrecord").unlink(), "1 of its shards are missing: '00000.arrayrecord'"),
+    ],
+)
+def test_source_when_the_folder_is_not_a_data_set_then_a_user_error_says_why(tmp_path, make_record, harm, says):
+    write_dataset(tmp_path, [make_record("red", 0)])
+    harm(tmp_path)
+    with pytest.raises(UserError, match="config data source 'red'") as error:
+        Source("red", str(tmp_path))
+    assert says in str(error.value)
+
+
+def test_source_when_there_is_no_folder_then_a_user_error_names_it():
+    with pytest.raises(UserError, match="no such folder: '/nowhere/at/all'"):
+        Source("red", "/nowhere/at/all")
