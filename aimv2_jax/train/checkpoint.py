@@ -118,7 +118,9 @@ class Checkpointer(CheckpointReader):
         _sweep(self._folder)
         self._known = _read_record(self._folder)
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # When folders are made in the background and one cannot be, Orbax's other threads wait for it for minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def steps(self) -> list[int]:
         self.check_errors()

@@ -1,0 +1,91 @@
+"""The one place where a logical axis name becomes a mesh axis.
+
+A mesh has three axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads, hidden
+units and vocabulary. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aimv2_jax.errors import UserError
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    # Activations.
+    ("batch", ("data", "fsdp")),  # B of every batch array and of [B, L, D]
+    ("length", None),  # L of [B, L, D]
+    ("activation", None),  # D of [B, L, D]
+    # Parameters.
+    ("heads", "tensor"),  # attention [D, H·E] out, and [H·E, D] in
+    ("mlp", "tensor"),  # SwiGLU [D, F] out, and [F, D] in
+    ("vocab", "tensor"),  # token table [V, D], text head [D, V]
+    ("embed", "fsdp"),  # D of every matrix
+    ("features", None),  # encoder width in the image projection [C, D]
+    ("pixels", None),  # P of patch embedding [P, D] and pixel head [D, P]
+    ("layers", None),  # N, the stack of blocks
+    ("positions", None),  # rows of position tables
+    ("position_embed", None),  # D of position tables and of the begin vector
+    ("norm", None),  # gains [D]
+    ("bias", None),  # biases [D]
+)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def param_shardings(logical_axes: Any, mesh: Mesh) -> Any:
+    """Shardings of the parameters, from the tree of their logical axis names."""
+    known = {name for name, _ in RULES}
+    for path, names in jax.tree.leaves_with_path(logical_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)):
+        assert set(names) <= known, f"{jax.tree_util.keystr(path)} has an axis without a rule: {names}"
+    return nn.logical_to_mesh_sharding(logical_axes, mesh, RULES)
+
+
+def opt_state_shardings(
+    optimizer: optax.GradientTransformation, abstract_params: Any, param_shardings: Any, mesh: Mesh
+) -> Any:
+    """The optimiser's moments follow their parameters; its counters are whole everywhere."""
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract_params),
+        param_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def check_divisible(abstract_params: Any, shardings: Any) -> None:
+    """Raises UserError naming the first parameter that the mesh cannot split evenly."""
+    leaves = jax.tree.leaves_with_path(abstract_params)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings)):
+        for size, axes in zip(leaf.shape, sharding.spec):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(sharding.mesh.shape[name] for name in names)
+            if size % parts:
+                raise UserError(
+                    f"parameter {'/'.join(key.key for key in path)} cannot be split over mesh.{'/'.join(names)}",
+                    f"{size} entries, {parts} devices",
+                    "Choose sizes of mesh.fsdp and mesh.tensor that divide widths, hidden units and vocabulary",
+                )
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh) -> Iterator[None]:
+    """Where models are traced: their logical constraints mean this mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield

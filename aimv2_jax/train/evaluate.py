@@ -1,0 +1,73 @@
+"""Held-out losses during training: both at fixed prefix lengths, the text's at full prefix too."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from aimv2_jax.train.program import Program
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def fixed_prefixes(fractions: Sequence[float], valid: np.ndarray) -> list[np.ndarray]:
+    """For each share, the prefix lengths [B] of examples with the given valid patches [B, L].
+
+    K is the nearest whole number to share x n, kept to {1 … n-1}; a row without patches gets 1.
+    """
+    num_valid = valid.sum(axis=1)
+    return [np.clip(np.rint(f * num_valid), 1, np.maximum(num_valid - 1, 1)).astype(np.int32) for f in fractions]
+
+
+def full_prefix(valid: np.ndarray) -> np.ndarray:
+    """Prefix lengths [B] with which the encoder reads every valid patch [B, L] freely."""
+    return valid.sum(axis=1).astype(np.int32)
+
+
+def evaluate(
+    program: Program, params: Any, batches: Iterable[Arrays], put: Callable[[Arrays], dict[str, jax.Array]]
+) -> dict[str, float]:
+    """Losses of `params` over held-out batches.
+
+    Args:
+      batches: this process' rows of each batch (LAYOUT.md, "Batch").
+      put: makes the global arrays of such rows.
+
+    Returns:
+      `eval_loss`, `eval_loss_<name>` (sums over all prefixes, kinds and examples, divided once) and
+      `eval_loss_text_full_prefix`, where the encoder reads the whole picture freely.
+    """
+    task = program.task
+    fixed, full = _Sums(), _Sums()
+    for arrays in batches:
+        batch = put(arrays)
+        for prefix in fixed_prefixes(program.config.eval.prefixes, arrays["valid"]):
+            fixed.add(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
+        if "text" in task.weights:
+            prefix = full_prefix(arrays["valid"])
+            full.add(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
+    losses = {name: fixed.mean(name) for name in task.weights}
+    values = {"eval_loss": sum(weight * losses[name] for name, weight in task.weights.items())}
+    values |= {f"eval_loss_{name}": loss for name, loss in losses.items()}
+    if "text" in task.weights:
+        values["eval_loss_text_full_prefix"] = full.mean("text")
+    return values
+
+
+class _Sums:
+    """Sums and counts by loss, kept apart until the end."""
+
+    def __init__(self):
+        self._sums, self._counts = collections.Counter(), collections.Counter()
+
+    def add(self, terms: Mapping[str, Any]) -> None:
+        for name, term in terms.items():
+            self._sums[name] += float(term.sum)
+            self._counts[name] += int(term.count)
+
+    def mean(self, name: str) -> float:
+        return self._sums[name] / max(self._counts[name], 1)

@@ -1,0 +1,50 @@
+"""What a step costs in theory, and the share of the hardware's peak it reached.
+
+Convention: 2 FLOPs a multiply-add, backward = 2 x forward, attention in full (the mask is not exploited), recompute not
+counted; norms, softmax and the optimiser are left out.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from aimv2_jax.config import Config
+from aimv2_jax.models.sizes import swiglu_hidden
+
+# Dense bf16 peak of one chip, by the start of jax's `device_kind`; from the makers' data sheets. Longest match wins.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_example(config: Config) -> float:
+    """Model FLOPs of one example, forward and backward."""
+    encoder, decoder, loss = config.model.encoder, config.model.decoder, config.loss
+    length, pixels = config.num_patches, 3 * config.model.patch_size**2
+    text = decoder.text_length if loss.text else 0
+    multiply_adds = length * pixels * encoder.width + _trunk(encoder, length)
+    multiply_adds += length * encoder.width * decoder.width + _trunk(decoder, length + text)
+    if loss.image:
+        multiply_adds += (length - 1) * decoder.width * pixels
+    multiply_adds += text * decoder.width * decoder.vocab_size
+    return 3 * 2 * multiply_adds
+
+
+def _trunk(trunk, rows: int) -> int:
+    width, hidden = trunk.width, trunk.hidden or swiglu_hidden(trunk.width)
+    return trunk.depth * (rows * (4 * width**2 + 3 * width * hidden) + 2 * rows**2 * width)
+
+
+def model_flops_utilisation(config: Config, images_per_s: float | None, devices: list[jax.Device]) -> float | None:
+    """Model FLOP/s over the devices' peak; None where the peak or the rate is unknown."""
+    kind = devices[0].device_kind
+    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    if images_per_s is None or not known:
+        return None
+    return flops_per_example(config) * images_per_s / (len(devices) * PEAK_FLOPS[max(known, key=len)])

@@ -1,0 +1,202 @@
+"""The training loop: the one owner of what changes.
+
+The order of a step is a contract:
+
+1. take the batch of step i (the devices are still busy with step i-1), and hand it to the devices;
+2. dispatch step i;
+3. only then read the metrics of step i-1, so that the devices never wait for the host; a value that isn't finite ends
+   the run here;
+4. where step i is due to be evaluated or saved, its own metrics are read first (nothing that isn't finite is ever
+   saved), then comes the evaluation, then the save, which records the evaluation of this very state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from aimv2_jax.config import Config, config_text
+from aimv2_jax.data import pipeline
+from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.errors import GuardStop
+from aimv2_jax.models.aimv2 import count_parameters
+from aimv2_jax.parallel.mesh import local_rows
+from aimv2_jax.parallel.rules import replicated
+from aimv2_jax.train.checkpoint import Checkpointer, check_free_space, state_bytes
+from aimv2_jax.train.evaluate import evaluate
+from aimv2_jax.train.flops import model_flops_utilisation
+from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch
+from aimv2_jax.train.optimizer import decay_report
+from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.resume import check_resumable
+from aimv2_jax.train.step import TrainState
+from aimv2_jax.train.tally import BadRecordFile, Tally
+
+
+def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
+    """Trains until `train.steps`, from the newest checkpoint of `workdir` where there is one.
+
+    Raises:
+      UserError: before anything compiles, for what cannot work; later, when a checkpoint cannot be written.
+      GuardStop: on a loss or gradient that isn't finite, and on too many bad records.
+    """
+    if config.train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
+    program = build_program(config)
+    size = state_bytes(program.abstract_state)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep))
+        latest = checkpointer.latest_step()
+        if latest is not None:
+            check_resumable(checkpointer.meta(latest)["config"], config)
+            if latest >= config.train.steps:
+                _say(f"already finished: {workdir} has step {latest} of {config.train.steps}; raise train.steps to go on")
+                return
+        check_free_space(workdir, size)
+        writer = stack.enter_context(
+            MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
+        )
+        state = program.init() if latest is None else checkpointer.restore(latest, program.abstract_state)
+        _introduce(program, workdir, latest, size)
+        if latest is None and jax.process_index() == 0:
+            (workdir / "config.txt").write_text(config_text(config))
+        writer.cut_after(latest or 0)
+        run = _Run(program, workdir, tokenizer, checkpointer, writer, latest or 0)
+        run.train(state)
+
+
+def _introduce(program: Program, workdir: Path, latest: int | None, size: int) -> None:
+    """Says what will be trained, where, and which tensors are decayed."""
+    params = program.abstract_state.params
+    devices = program.mesh.devices
+    mesh = " x ".join(f"{name} {count}" for name, count in program.mesh.shape.items())
+    _say(f"weight decay by tensor:\n{decay_report(params)}".rstrip())
+    _say(
+        f"parameters: {count_parameters(params):,} (encoder {count_parameters(params['encoder']):,}, "
+        f"decoder {count_parameters(params['decoder']):,}); a checkpoint takes {size / 2**20:,.0f} MiB"
+    )
+    _say(f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)")
+    _say(f"workdir: {workdir}, {'from the start' if latest is None else f'continuing from step {latest}'}")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class _Run:
+    """What the loop holds while it runs, besides the state."""
+
+    def __init__(
+        self,
+        program: Program,
+        workdir: Path,
+        tokenizer: Tokenizer,
+        checkpointer: Checkpointer,
+        writer: MetricsWriter,
+        start: int,
+    ):
+        config = program.config
+        self.program, self.config, self.tokenizer = program, config, tokenizer
+        self.checkpointer, self.writer, self.start = checkpointer, writer, start
+        self.rows = local_rows(program.batch_sharding, config.data.batch_size)
+        self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size)
+        self.tally = Tally(list(config.data.sources), pipeline.REASONS, replicated(program.mesh))
+        self.bad_records = BadRecordFile(workdir, jax.process_index(), start)
+        self.stopwatch = Stopwatch()
+        self.progress = ProgressLine(config.train.steps)
+
+    def train(self, state: TrainState) -> None:
+        config, program, stopwatch = self.config, self.program, self.stopwatch
+        batches = pipeline.training_batches(config, self.rows, self.start, self.tokenizer)
+        with batches, jax.transfer_guard("disallow"):
+            _say("compiling the train step ...")
+            step = program.compile_step()
+            put = partial(
+                pipeline.to_devices,
+                sharding=program.batch_sharding,
+                rows=self.rows,
+                global_rows=config.data.batch_size,
+            )
+            pending = None  # The step before, whose metrics are still to be read.
+            self.stopwatch.lap()
+            for number in range(self.start + 1, config.train.steps + 1):
+                with stopwatch.waiting():
+                    host = next(batches)
+                assert host.step == number - 1
+                batch = put(host.arrays)
+                self.tally.add(batch.pop("source"), batch.pop("faults"))
+                self.bad_records.write(number, host.faults)
+                state, metrics = step(state, batch, program.rng)
+                stopwatch.count(config.data.batch_size)
+                self._read(pending)
+                pending = number, metrics
+                self.checkpointer.check_errors()
+                evaluating, saving = self._due(number)
+                if evaluating or saving:
+                    self._read(pending)
+                    pending = None
+                    with stopwatch.pause():
+                        values = self._evaluate(number, state) if evaluating else {}
+                        if saving:
+                            self.checkpointer.save(number, state, config, eval_loss=values.get("eval_loss"))
+            self._read(pending)
+        self.checkpointer.wait()
+        _say(f"finished: step {config.train.steps}, best checkpoint at step {self.checkpointer.best_step()}")
+
+    def _due(self, number: int) -> tuple[bool, bool]:
+        """Whether the state after step `number` is evaluated, and whether it is saved. The last one is both."""
+        settings = self.config.train
+        last = number == settings.steps
+        evaluating = bool(self.config.eval.sources) and (last or _every(settings.eval_every, number))
+        return evaluating, last or _every(settings.save_every, number)
+
+    def _read(self, pending: tuple[int, Mapping[str, jax.Array]] | None) -> None:
+        """Waits for a dispatched step; ends the run where its numbers aren't finite; logs it where that is due."""
+        if pending is None:
+            return
+        number, metrics = pending
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if broken:
+            kept = self.checkpointer.latest_step()
+            raise GuardStop(
+                f"{broken[0]} is {values[broken[0]]} at step {number}; nothing of it is saved, "
+                + ("there is no checkpoint yet" if kept is None else f"the newest checkpoint is that of step {kept}")
+            )
+        if number % self.config.train.log_every and number != self.config.train.steps:
+            return
+        values |= self.stopwatch.lap()
+        devices = list(self.program.mesh.devices.flat)
+        values["mfu"] = model_flops_utilisation(self.config, values["images_per_s"], devices)
+        self.writer.write(number, values | self.tally.lap())
+        _say(self.progress.text(number, values))
+        self.tally.check(self.config.data.max_bad_fraction)
+
+    def _evaluate(self, number: int, state: TrainState) -> dict[str, float]:
+        config = self.config
+        put = partial(
+            pipeline.to_devices,
+            sharding=self.program.batch_sharding,
+            rows=self.eval_rows,
+            global_rows=config.eval.batch_size,
+        )
+        values = evaluate(self.program, state.params, self._eval_arrays(), put)
+        self.writer.write(number, values)
+        _say(f"step {number:,}  held out: " + "  ".join(f"{name[5:]} {value:.4f}" for name, value in values.items()))
+        return values
+
+    def _eval_arrays(self) -> Any:
+        for _, host in pipeline.evaluation_batches(self.config, self.eval_rows, self.tokenizer):
+            yield {name: array for name, array in host.arrays.items() if name not in ("source", "faults")}
+
+
+def _every(interval: int, number: int) -> bool:
+    return interval > 0 and number % interval == 0

@@ -1,0 +1,153 @@
+"""What a run computes: task, optimiser, mesh and shardings, and the jitted functions over them.
+
+The loop, the tests, the benchmarks and the ahead-of-time compile all build their step here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+
+from aimv2_jax.config import Config
+from aimv2_jax.parallel import rules
+from aimv2_jax.parallel.mesh import build_mesh, check_batch
+from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
+from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step
+from aimv2_jax.train.task import Batch, PretrainTask, build_task, run_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A config on a mesh. Nothing is computed or compiled until asked."""
+
+    config: Config
+    task: PretrainTask
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    mesh: Mesh
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        return rules.batch_sharding(self.mesh)
+
+    @cached_property
+    def rng(self) -> jax.Array:
+        """The run's key, whole on every device of the mesh."""
+        return jax.device_put(run_key(self.config.seed), rules.replicated(self.mesh))
+
+    @cached_property
+    def state_shardings(self) -> TrainState:
+        """Shardings of the whole state, by the rule table."""
+        abstract = jax.eval_shape(self.task.init, run_key(0))
+        params = rules.param_shardings(self.task.logical_axes(), self.mesh)
+        rules.check_divisible(abstract, params)
+        opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
+        return TrainState(step=rules.replicated(self.mesh), params=params, opt_state=opt_state)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, without its memory."""
+        shapes = jax.eval_shape(partial(init_state, task=self.task, optimizer=self.optimizer), run_key(0))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.state_shardings,
+        )
+
+    @cached_property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of a training batch (LAYOUT.md, "Batch")."""
+        config = self.config
+        size, length, text = config.data.batch_size, config.num_patches, config.model.decoder.text_length
+        shapes = {
+            "patches": ((length, self.task.model.decoder.pixels), jnp.uint8),
+            "coords": ((length, 2), jnp.int32),
+            "valid": ((length,), jnp.bool_),
+            "tokens": ((text,), jnp.int32),
+            "token_valid": ((text,), jnp.bool_),
+            "example_index": ((2,), jnp.uint32),
+        }
+        return {
+            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=self.batch_sharding)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def init(self) -> TrainState:
+        """The state before step 0, laid out as the rules say; the same numbers on any mesh."""
+        build = partial(init_state, task=self.task, optimizer=self.optimizer)
+        with rules.scope(self.mesh):
+            return jax.jit(build, out_shardings=self.state_shardings)(self.rng)
+
+    @cached_property
+    def step(self) -> Any:
+        """The jitted train step (state, batch, rng) -> (state, metrics); the old state's memory is reused."""
+        run = partial(
+            train_step,
+            task=self.task,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            microbatches=self.config.train.microbatches,
+            grad_shardings=self.state_shardings.params,
+        )
+        whole = rules.replicated(self.mesh)
+        return jax.jit(
+            run,
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, self.batch_sharding, whole),
+            out_shardings=(self.state_shardings, whole),
+        )
+
+    def compile_step(self) -> Any:
+        """The train step, compiled for this run's shapes: calling it never compiles again."""
+        with rules.scope(self.mesh):
+            return self.step.lower(self.abstract_state, self.abstract_batch, self.rng).compile()
+
+    def eval_sums(self, params: Any, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, tuple[float, int]]:
+        """Sum and count of every loss of one held-out batch at the given prefix lengths, as numbers of the host."""
+        with rules.scope(self.mesh):
+            return jax.tree.map(np.asarray, jax.device_get(self._eval_step(params, batch, prefix)))
+
+    @cached_property
+    def _eval_step(self) -> Any:
+        rows = self.batch_sharding
+        return jax.jit(
+            partial(eval_step, task=self.task),
+            in_shardings=(self.state_shardings.params, rows, rows),
+            out_shardings=rules.replicated(self.mesh),
+        )
+
+
+def build_program(config: Config, devices: list[jax.Device] | None = None) -> Program:
+    """The program of a config on all devices, or on those given (described ones too).
+
+    Raises:
+      UserError: where mesh, batch or parameters don't fit the devices.
+    """
+    mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    check_batch(config.data.batch_size, mesh, "data.batch_size", config.train.microbatches)
+    check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    settings = config.optimizer
+    schedule = learning_rate(
+        start_lr=settings.start_lr,
+        peak_lr=settings.peak_lr,
+        end_lr=settings.end_lr,
+        warmup_steps=settings.warmup_steps,
+        schedule_steps=settings.schedule_steps,
+    )
+    optimizer = adamlh(
+        schedule,
+        peak_lr=settings.peak_lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+    return Program(config, build_task(config), optimizer, schedule, mesh)

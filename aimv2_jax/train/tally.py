@@ -1,0 +1,86 @@
+"""Examples and bad records by source, summed over all hosts. S sources, R reasons, B batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int
+
+from aimv2_jax.errors import GuardStop
+
+_LEAST_EXAMPLES = 1000  # The share of bad records is taken of at least so many: one early one is no verdict.
+
+
+class Tally:
+    """Counts on the devices, from the rows of the global batch, so that every host reads the same sums.
+
+    Args:
+      sources: their names, in the order of the batch's `source` numbers.
+      reasons: what can be wrong with a record, in the order of the batch's `faults`.
+      sharding: where the counts lie: whole on every device.
+    """
+
+    def __init__(self, sources: Sequence[str], reasons: Sequence[str], sharding: NamedSharding):
+        self._sources, self._reasons = list(sources), list(reasons)
+        zeros = np.zeros((len(sources), 1 + len(reasons)), np.int32)
+        self._zeros = jax.device_put(zeros, sharding)
+        self._counts = self._zeros
+        self._seen = np.zeros(zeros.shape, np.int64)
+        self._add = jax.jit(partial(_add, num_sources=len(sources)), out_shardings=sharding)
+
+    def add(self, source: Int[Array, " B"], faults: Int[Array, "B R"]) -> None:
+        """Counts a batch; waits for nothing."""
+        self._counts = self._add(self._counts, source, faults)
+
+    def lap(self) -> dict[str, int]:
+        """`images/SOURCE` and, where there were any, `bad/SOURCE/REASON`, since the last lap."""
+        counts = np.asarray(jax.device_get(self._counts))
+        self._counts = self._zeros
+        self._seen += counts
+        values = {f"images/{name}": int(row[0]) for name, row in zip(self._sources, counts)}
+        for name, row in zip(self._sources, counts):
+            values |= {f"bad/{name}/{why}": int(n) for why, n in zip(self._reasons, row[1:]) if n}
+        return values
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Raises GuardStop where too many of the records that were read so far could not be used."""
+        images, bad = int(self._seen[:, 0].sum()), int(self._seen[:, 1:].sum())
+        if bad > max_bad_fraction * max(images, _LEAST_EXAMPLES):
+            raise GuardStop(
+                f"{bad} of {images + bad} records read by this run could not be used, more than "
+                f"data.max_bad_fraction={max_bad_fraction} allows; their keys are in bad_records.jsonl in the workdir"
+            )
+
+
+def _add(counts, source, faults, *, num_sources: int):
+    rows = jnp.concatenate([jnp.ones_like(source)[:, None], faults], axis=1)
+    return counts + jax.ops.segment_sum(rows, source, num_segments=num_sources)
+
+
+class BadRecordFile:
+    """`WORKDIR/bad_records.jsonl`: every record that was met and could not be used, with the step that met it.
+
+    Each process writes what it read itself; from the second on the file's name carries the process' number.
+    """
+
+    def __init__(self, workdir: Path, process: int, last_step: int):
+        """Opens the file; lines of steps beyond `last_step`, which will come again, are cut."""
+        self._path = workdir / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
+        if self._path.exists():
+            whole = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+
+    def write(self, step: int, faults: Sequence[Any]) -> None:
+        """Appends the faults (dataclasses of data.pipeline) of the batch that made `step`."""
+        if faults:
+            with self._path.open("a") as file:
+                for fault in faults:
+                    file.write(json.dumps({"step": step, **vars(fault)}) + "\n")
