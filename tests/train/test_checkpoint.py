@@ -1,0 +1,472 @@
+"""Checkpoints: what comes back is what was saved, whatever happens in between."""
+
+import contextlib
+import functools
+import json
+import logging
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from aimv2_jax.config import build_config, config_to_dict
+from aimv2_jax.errors import UserError
+from aimv2_jax.train import checkpoint
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, parse_spec, state_bytes
+from experiments import base
+
+Moments = namedtuple("Moments", ["count", "mu"])
+
+
+class State(struct.PyTreeNode):
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+
+def make_config(**evaluation):
+    tree = base.get_config().to_dict()
+    tree["data"]["sources"] = {"photos": "/a/photos"}
+    tree["data"]["mixture"] = {"photos": {"alt": 1.0}}
+    tree["eval"].update({"sources": {"held_out": "/a/test"}, **evaluation})
+    return build_config(tree)
+
+
+CONFIG = make_config()
+
+
+def make_state(seed=0, size=16):
+    weights = jax.random.normal(jax.random.key(seed), (size, 8))
+    params = {"encoder": {"w": weights}, "scale": weights[0].astype(jnp.bfloat16)}
+    return State(jnp.int32(seed), params, (Moments(jnp.int32(7), params), None))
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def folders(workdir):
+    return sorted(path.name for path in (Path(workdir) / "checkpoints").iterdir())
+
+
+def save_all(workdir, losses, keep=10):
+    """A run whose step s was saved with `losses[s]`."""
+    with Checkpointer(workdir, keep) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, make_state(step), CONFIG, loss)
+
+
+# --- there and back ------------------------------------------------------------------------------------------------
+
+
+def test_state_when_restored_then_bitwise_the_same_tree(tmp_path):
+    state = make_state(3)
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(3, state, CONFIG)
+        assert_same(checkpointer.restore(3, abstract(state)), state)  # Waits for the save in progress.
+    assert_same(CheckpointReader(tmp_path).restore(3, abstract(state)), state)
+
+
+def test_meta_when_saved_then_it_holds_config_and_evaluation(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(3, make_state(), CONFIG, eval_loss=jnp.float32(0.5), extra={"skipped": [[4, 8]]})
+        checkpointer.save(4, make_state(), CONFIG)
+    meta = CheckpointReader(tmp_path).meta(3)
+    assert (meta["format_version"], meta["step"], meta["eval_loss"]) == (1, 3, 0.5)
+    assert meta["config"] == config_to_dict(CONFIG) and meta["extra"] == {"skipped": [[4, 8]]}
+    assert meta["leaves"]["params/encoder/w"] == [[16, 8], "float32"]
+    assert meta["leaves"]["opt_state/0/mu/scale"] == [[8], "bfloat16"]
+    assert CheckpointReader(tmp_path).meta(4)["eval_loss"] is None
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_state_when_its_buffers_are_donated_right_after_the_save_then_it_is_that_of_its_step(tmp_path, num_devices):
+    sharding = jax.NamedSharding(jax.make_mesh((num_devices,), ("data",)), jax.P("data"))
+    train_step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"w": jax.device_put(jnp.zeros((1024, 2048)), sharding), "b": jax.device_put(jnp.zeros(8), sharding)}
+    shapes = abstract(state)
+    probe = train_step(state)
+    assert state["w"].is_deleted()  # This backend does donate: else the test shows nothing.
+    state = probe
+    with Checkpointer(tmp_path, keep=10) as checkpointer:
+        for step in range(1, 7):
+            if step % 2 == 0:
+                checkpointer.save(step, state, CONFIG)
+            state = train_step(state)
+        for step in (2, 4, 6):
+            for leaf in jax.tree.leaves(checkpointer.restore(step, shapes)):
+                np.testing.assert_array_equal(leaf, np.full(leaf.shape, step, np.float32))
+
+
+def test_state_when_restored_onto_other_meshes_then_bitwise_the_same_and_sharded_as_asked(tmp_path):
+    devices = np.array(jax.devices())
+    assert devices.size == 8
+    eight = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ("fsdp",)), jax.P("fsdp"))
+    state = {"w": jax.device_put(jnp.arange(64.0 * 32).reshape(64, 32), eight)}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, CONFIG)
+        for mesh, spec in [
+            (jax.sharding.Mesh(devices.reshape(2, 4), ("data", "tensor")), jax.P("tensor", "data")),
+            (jax.sharding.Mesh(devices[:2][::-1], ("fsdp",)), jax.P(None, "fsdp")),
+            (jax.sharding.Mesh(devices[5:6], ("fsdp",)), jax.P()),
+        ]:
+            sharding = jax.sharding.NamedSharding(mesh, spec)
+            restored = checkpointer.restore(1, abstract(state, sharding))
+            assert restored["w"].sharding == sharding
+            assert_same(restored, state)
+
+
+def test_part_when_asked_for_then_only_that_is_returned(tmp_path):
+    state = make_state(3)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(3, state, CONFIG)
+    reader = CheckpointReader(tmp_path)
+    assert_same(reader.restore_part(3, {"params": abstract(state.params)}), {"params": state.params})
+    with pytest.raises(UserError, match="params/other is not in it"):
+        reader.restore_part(3, {"params": {"other": abstract(state.params["scale"])}})
+
+
+# --- strictness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        ({"a": ((4, 2), "float32")}, r"b/c is in it and not in this model"),
+        ({"a": ((4, 2), "float32"), "b": {"c": ((3,), "int32"), "d": ((), "int32")}}, r"b/d is not in it"),
+        ({"a": ((2, 4), "float32"), "b": {"c": ((3,), "int32")}}, r"a is float32\[4,2\] in it, float32\[2,4\] here"),
+        ({"a": ((4, 2), "bfloat16"), "b": {"c": ((3,), "int32")}}, r"a is float32\[4,2\] in it, bfloat16\[4,2\] here"),
+        ({"a": ((4,), "float32"), "b": {"c": ((5,), "int32")}}, r"a is float32\[4,2\] in it, .*, and 1 more"),
+    ],
+    ids=["extra", "missing", "shape", "dtype", "two"],
+)
+def test_state_when_the_model_differs_then_user_error_names_the_array(tmp_path, wanted, message):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, {"a": jnp.ones((4, 2)), "b": {"c": jnp.ones(3, jnp.int32)}}, CONFIG)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf[0], leaf[1], sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        wanted,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    with pytest.raises(UserError, match=message):
+        CheckpointReader(tmp_path).restore(1, shapes)
+
+
+def _edit_meta(workdir, step, edit):
+    path = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
+    path.write_text(edit(path.read_text()))
+
+
+def test_format_when_newer_than_ours_then_refused(tmp_path):
+    save_all(tmp_path, {1: None})
+    _edit_meta(tmp_path, 1, lambda text: json.dumps({**json.loads(text), "format_version": 2}))
+    with pytest.raises(UserError, match=r"newer.*format 2, this one reads up to 1"):
+        CheckpointReader(tmp_path).meta(1)
+
+
+@pytest.mark.parametrize("edit", [lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "{}"])
+def test_meta_when_damaged_then_user_error_names_the_file(tmp_path, edit):
+    save_all(tmp_path, {1: None})
+    _edit_meta(tmp_path, 1, edit)
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1/meta/metadata"):
+        CheckpointReader(tmp_path).meta(1)
+
+
+def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
+    save_all(tmp_path, {1: None})
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "meta")
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        CheckpointReader(tmp_path).best_step()
+
+
+# --- which are kept --------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "losses, keep, kept, best",
+    [
+        ({1: None, 2: None, 3: None}, 2, [2, 3], None),
+        ({1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: 4.0}, 2, [2, 4, 5], 2),
+        ({1: 3.0, 2: 2.0, 3: 1.0}, 1, [3], 3),
+        ({1: 1.0, 2: None, 3: None}, 1, [1, 3], 1),
+        ({1: 1.0, 2: 1.0, 3: 1.0}, 1, [1, 3], 1),
+        ({1: 2.0, 2: NAN, 3: float("-inf")}, 1, [1, 3], 1),
+        ({8: 1.0, 9: 2.0, 10: 3.0, 11: 3.0}, 2, [8, 10, 11], 8),
+    ],
+)
+def test_steps_when_many_were_saved_then_the_newest_and_the_best_are_left(tmp_path, losses, keep, kept, best):
+    with Checkpointer(tmp_path, keep) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, make_state(step), CONFIG, loss)
+        checkpointer.wait()
+        assert (checkpointer.steps(), checkpointer.best_step(), checkpointer.latest_step()) == (kept, best, kept[-1])
+    reader = CheckpointReader(tmp_path)
+    assert (reader.steps(), reader.best_step(), reader.latest_step()) == (kept, best, kept[-1])
+    assert folders(tmp_path) == sorted(map(str, kept))
+    for step in kept:
+        assert_same(reader.restore(step, abstract(make_state())), make_state(step))
+
+
+def test_best_when_the_run_was_restarted_then_it_is_still_kept(tmp_path):
+    for step, loss in {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0}.items():
+        save_all(tmp_path, {step: loss}, keep=1)
+    assert CheckpointReader(tmp_path).steps() == [2, 4]
+
+
+def test_best_when_evaluation_changed_on_a_resume_then_only_like_is_compared(tmp_path):
+    moved = make_config(sources={"held_out": "/elsewhere/test"}, batch_size=3)
+    other = make_config(prefixes=(0.5,))
+    with Checkpointer(tmp_path, keep=10) as checkpointer:
+        checkpointer.save(1, make_state(), CONFIG, 1.0)
+        checkpointer.save(2, make_state(), moved, 2.0)
+        checkpointer.wait()
+        assert checkpointer.best_step() == 1
+        checkpointer.save(3, make_state(), other, 5.0)
+        checkpointer.save(4, make_state(), other, 6.0)
+        checkpointer.wait()
+        assert checkpointer.best_step() == 3
+
+
+def test_folder_when_a_step_is_being_deleted_then_it_is_no_step_any_more(tmp_path, monkeypatch):
+    seen = []
+    rmtree = type(checkpoint.epath.Path(tmp_path)).rmtree
+
+    def watching(path, **options):
+        if "-deleted" in path.name:
+            seen.append((path.name, CheckpointReader(tmp_path).steps()))
+        return rmtree(path, **options)
+
+    monkeypatch.setattr(type(checkpoint.epath.Path(tmp_path)), "rmtree", watching)
+    save_all(tmp_path, {1: None, 2: None}, keep=1)
+    assert seen == [("1.orbax-checkpoint-tmp-deleted", [2])]
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_folder_when_opened_to_train_then_only_our_leftovers_are_swept(tmp_path):
+    save_all(tmp_path, {1: None})
+    place = tmp_path / "checkpoints"
+    for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-deleted", "notes", "old.orbax-checkpoint-tmp"):
+        (place / name / "state").mkdir(parents=True)
+    assert CheckpointReader(tmp_path).steps() == [1]
+    assert len(folders(tmp_path)) == 5  # Reading sweeps nothing: a trainer may be at work.
+    Checkpointer(tmp_path, keep=1).close()
+    assert folders(tmp_path) == ["1", "notes", "old.orbax-checkpoint-tmp"]
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys, time
+from pathlib import Path
+import jax
+from train import test_checkpoint as test
+
+workdir = Path(sys.argv[1])
+checkpointer = test.Checkpointer(workdir, keep=2)
+checkpointer.save(1, test.make_state(1), test.CONFIG)
+checkpointer.wait()
+checkpointer.save(2, {"w": jax.random.normal(jax.random.key(0), (32, 1024, 1024))}, test.CONFIG)
+half_written = workdir / "checkpoints" / "2.orbax-checkpoint-tmp"
+while not any(path.stat().st_size for path in half_written.glob("state*/**/d/*")):
+    assert not (workdir / "checkpoints" / "2").exists(), "the save was faster than the kill"
+    time.sleep(0.0005)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_step_when_killed_in_the_middle_of_its_save_then_ignored_and_saved_again_later(tmp_path):
+    root = Path(__file__).parents[2]
+    script = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{KILLED_IN_A_SAVE}"
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -9, killed.stderr
+    assert folders(tmp_path) == ["1", "2.orbax-checkpoint-tmp"]
+    reader = CheckpointReader(tmp_path)
+    assert (reader.steps(), parse_spec(f"{tmp_path}:last")) == ([1], (str(tmp_path), 1))
+    assert_same(reader.restore(1, abstract(make_state())), make_state(1))
+    save_all(tmp_path, {2: None})
+    assert_same(reader.restore(2, abstract(make_state())), make_state(2))
+    assert folders(tmp_path) == ["1", "2"]
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """Writing further fails as on a full disk: Python ignores SIGXFSZ, so that it is an error of the write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _failure_of(action):
+    with pytest.raises(UserError) as caught:
+        action()
+    return caught.value
+
+
+def test_save_when_the_disk_is_full_then_the_last_good_step_stays_and_the_error_tells(tmp_path, capfd):
+    big = {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, make_state(1), CONFIG)
+        checkpointer.wait()
+        with files_of_at_most(64 * 1024):
+            checkpointer.save(2, big, CONFIG)
+            error = _failure_of(checkpointer.wait)
+        message = str(error)
+        assert "checkpoint of step 2, which needs 1.0 MiB (" in message and " free)" in message
+        assert error.value == "File too large" and "the last good one, step 1, is untouched" in message
+        checkpointer.check_errors()  # Told once.
+        assert checkpointer.steps() == [1]
+        assert_same(checkpointer.restore(1, abstract(make_state())), make_state(1))
+        checkpointer.save(2, big, CONFIG)  # There is room again.
+        assert_same(checkpointer.restore(2, abstract(big)), big)
+    assert folders(tmp_path) == ["2"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("notice", ["check_errors", "save", "close"])
+def test_save_when_it_failed_in_the_background_then_the_next_call_says_so(tmp_path, notice):
+    big = {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    with files_of_at_most(64 * 1024):
+        checkpointer.save(5, big, CONFIG)
+
+        def check_each_step():
+            for _ in range(2000):
+                checkpointer.check_errors()
+                time.sleep(0.01)
+
+        calls = {
+            "check_errors": check_each_step,
+            "save": lambda: checkpointer.save(6, make_state(), CONFIG),
+            "close": checkpointer.close,
+        }
+        error = _failure_of(calls[notice])
+    assert "step 5" in error.what and "no checkpoint was written before" in error.remedy
+    checkpointer.close()
+    assert folders(tmp_path) == []
+
+
+def test_save_when_the_folder_vanished_then_user_error(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "run", keep=1)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file")
+    try:
+        error = _failure_of(lambda: (checkpointer.save(1, make_state(), CONFIG), checkpointer.wait()))
+        assert "step 1" in error.what
+    finally:
+        (tmp_path / "run").unlink()
+        checkpointer.close()
+
+
+def test_workdir_when_it_cannot_be_made_then_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir cannot be made"):
+        Checkpointer(tmp_path / "file" / "run", keep=1)
+
+
+def test_save_when_the_step_is_there_already_then_it_is_our_bug(tmp_path):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, make_state(1), CONFIG)
+        with pytest.raises(AssertionError, match="step 1 is saved already"):
+            checkpointer.save(1, make_state(2), CONFIG)
+        assert_same(checkpointer.restore(1, abstract(make_state())), make_state(1))
+
+
+def test_other_logs_of_absl_when_a_checkpointer_was_made_then_they_still_appear(tmp_path, caplog):
+    Checkpointer(tmp_path, keep=1).close()
+    with caplog.at_level(logging.ERROR, logger="absl"):
+        logging.getLogger("absl").error("something else")
+    assert "something else" in caplog.text
+
+
+# --- what the user names ---------------------------------------------------------------------------------------------
+
+
+def test_spec_when_steps_were_evaluated_then_the_folder_alone_is_the_best(tmp_path):
+    save_all(tmp_path, {10: 3.0, 20: 1.0, 30: 2.0})
+    assert parse_spec(str(tmp_path)) == (str(tmp_path), 20)
+    assert parse_spec(tmp_path) == (str(tmp_path), 20)
+    assert parse_spec(f"{tmp_path}:last") == (str(tmp_path), 30)
+    assert parse_spec(f"{tmp_path}:10") == (str(tmp_path), 10)
+
+
+def test_spec_when_none_was_evaluated_then_the_folder_alone_is_the_latest(tmp_path):
+    save_all(tmp_path, {9: None, 10: None})
+    assert parse_spec(str(tmp_path)) == (str(tmp_path), 10)
+
+
+@pytest.mark.parametrize("name", ["run:7", "run:last", "a:b", "a:b/c"])
+def test_spec_when_the_path_itself_has_a_colon_then_it_works(tmp_path, name):
+    workdir = tmp_path / name
+    save_all(workdir, {1: None, 7: None})
+    assert parse_spec(str(workdir)) == (str(workdir), 7)
+    assert parse_spec(f"{workdir}:1") == (str(workdir), 1)
+    assert parse_spec(f"{workdir}:last") == (str(workdir), 7)
+
+
+@pytest.mark.parametrize(
+    "spec, parts",
+    [
+        ("gs://bucket/run", ("gs://bucket/run", "best")),
+        ("gs://bucket/run:20", ("gs://bucket/run", "20")),
+        ("gs://bucket/run:last", ("gs://bucket/run", "last")),
+    ],
+)
+def test_spec_when_it_is_in_a_bucket_then_its_scheme_is_no_step(spec, parts):
+    assert checkpoint._split_spec(spec) == parts
+
+
+def test_spec_when_it_leads_nowhere_then_user_error_says_what_is_there(tmp_path):
+    save_all(tmp_path / "run", {10: None, 20: None})
+    (tmp_path / "empty").mkdir()
+    for spec, message in [
+        (tmp_path / "none", "no such folder"),
+        (f"{tmp_path}/none:3", "no such folder"),
+        (f"{tmp_path}/run:lst", "no such folder.*WORKDIR:last"),
+        (tmp_path / "empty", "no checkpoints"),
+        (f"{tmp_path}/empty:5", "no checkpoints"),
+        (f"{tmp_path}/run:15", "no such step: 15. Steps that are there: 10, 20"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse_spec(spec)
+
+
+def test_meta_when_the_step_is_not_there_then_user_error_lists_those_that_are(tmp_path):
+    save_all(tmp_path, {10: None, 20: None})
+    with pytest.raises(UserError, match=r"15\. Steps that are there: 10, 20"):
+        CheckpointReader(tmp_path).meta(15)
+
+
+def test_state_bytes_when_summed_then_every_array_counts():
+    assert state_bytes(abstract(make_state(size=16))) == 4 + 4 + 2 * (16 * 8 * 4 + 8 * 2)
+
+
+def test_free_space_when_two_checkpoints_do_not_fit_then_both_numbers_are_told(tmp_path, monkeypatch):
+    usage = functools.partial(shutil._ntuple_diskusage, 0, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(5 * 2**30))
+    check_free_space(tmp_path / "not" / "yet", 2**31)
+    with pytest.raises(UserError, match=r"5\.0 GiB free, 6\.0 GiB needed"):
+        check_free_space(tmp_path / "not" / "yet", 3 * 2**30)
+    check_free_space("gs://bucket/run", 2**60)
