@@ -1,0 +1,80 @@
+"""A trained model from a checkpoint, on the devices that are here, however many it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from aimv2_jax.config import Config, build_config
+from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.errors import UserError
+from aimv2_jax.parallel import rules
+from aimv2_jax.parallel.mesh import build_mesh
+from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model as it was after `step` steps of the run in `workdir`; `params` are whole on every device of `mesh`."""
+
+    config: Config
+    task: PretrainTask
+    params: Params
+    workdir: str
+    step: int
+    mesh: Mesh
+
+    @property
+    def name(self) -> str:
+        """What `--checkpoint` takes for just this step."""
+        return f"{self.workdir}:{self.step}"
+
+    def put(self, arrays: Any) -> Any:
+        """A tree of a batch's arrays on the devices: rows split among them, or whole on each if that doesn't divide."""
+        divides = all(len(leaf) % self.mesh.size == 0 for leaf in jax.tree.leaves(arrays))
+        return jax.device_put(arrays, (rules.batch_sharding if divides else rules.replicated)(self.mesh))
+
+    def with_eval(self, **values: Any) -> Loaded:
+        """The same, with some keys of config `eval` changed."""
+        evaluation = dataclasses.replace(self.config.eval, **values)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, eval=evaluation))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run; its file lies where the config says."""
+        config, decoder = self.config, self.config.model.decoder
+        return Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
+
+
+def load(spec: str) -> Loaded:
+    """The model that `spec` names: `WORKDIR` (its best step), `WORKDIR:STEP` or `WORKDIR:last`.
+
+    Reads the parameters alone, and writes nothing.
+
+    Raises:
+      UserError: when there is no such checkpoint, or it cannot be read.
+    """
+    workdir, step = parse_spec(spec)
+    reader = CheckpointReader(workdir)
+    config = build_config(reader.meta(step)["config"])
+    task = build_task(config)
+    mesh = build_mesh(-1, 1, 1, jax.local_devices())
+    shapes = jax.eval_shape(task.init, run_key(0))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
+    )
+    params = reader.restore_part(step, {"params": abstract})["params"]
+    return Loaded(config, task, params, workdir, step, mesh)
+
+
+def check_held_out(loaded: Loaded) -> None:
+    """Raises `UserError` where the run has no held-out pictures."""
+    if not loaded.config.eval.sources:
+        raise UserError(
+            "the run has no held-out pictures: config eval.sources is empty",
+            loaded.workdir,
+            "Give a run that was trained with eval.sources set",
+        )

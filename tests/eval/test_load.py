@@ -1,0 +1,32 @@
+import jax
+import numpy as np
+import pytest
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.eval.load import load
+from aimv2_jax.train.program import build_program
+
+
+def test_load_when_given_a_workdir_then_the_best_step_with_config_and_parameters(workdir, config):
+    loaded = load(str(workdir))
+    assert (loaded.workdir, loaded.step, loaded.config) == (str(workdir), 20, config)
+    assert loaded.name == f"{workdir}:20"
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, build_program(config).init().params)
+
+
+def test_load_when_on_eight_devices_then_parameters_whole_on_each_and_rows_split(workdir):
+    loaded = load(f"{workdir}:last")
+    assert loaded.step == 40
+    best = load(str(workdir)).params
+    jax.tree.map(lambda last, best: np.testing.assert_array_equal(last, 2 * best), loaded.params, best)
+    assert jax.device_count() == 8
+    for leaf in jax.tree.leaves(loaded.params):
+        assert len(leaf.sharding.device_set) == 8 and leaf.sharding.is_fully_replicated
+    assert loaded.put(np.zeros((16, 3))).addressable_shards[0].data.shape == (2, 3)
+    assert loaded.put({"odd": np.zeros((5, 3))})["odd"].addressable_shards[0].data.shape == (5, 3)
+
+
+@pytest.mark.parametrize("spec", ["{}:30", "{}/none"])
+def test_load_when_there_is_no_such_checkpoint_then_user_error(workdir, spec):
+    with pytest.raises(UserError, match="--checkpoint"):
+        load(spec.format(workdir))
