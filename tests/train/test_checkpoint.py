@@ -271,8 +271,8 @@ def test_folder_when_opened_to_train_then_only_our_leftovers_are_swept(tmp_path)
         (place / name / "state").mkdir(parents=True)
     assert CheckpointReader(tmp_path).steps() == [1]
     assert len(folders(tmp_path)) == 5  # Reading sweeps nothing: a trainer may be at work.
-    Checkpointer(tmp_path, keep=1).close()
-    assert folders(tmp_path) == ["1", "notes", "old.orbax-checkpoint-tmp"]
+    with Checkpointer(tmp_path, keep=1):
+        assert folders(tmp_path) == ["1", "notes", "old.orbax-checkpoint-tmp"]
 
 
 KILLED_IN_A_SAVE = """
@@ -325,7 +325,7 @@ def _failure_of(action):
     return caught.value
 
 
-def test_save_when_the_disk_is_full_then_the_last_good_step_stays_and_the_error_tells(tmp_path, capfd):
+def test_save_when_the_disk_is_full_then_the_last_good_step_stays_and_the_error_tells(tmp_path, caplog):
     big = {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(1, make_state(1), CONFIG)
@@ -342,7 +342,7 @@ def test_save_when_the_disk_is_full_then_the_last_good_step_stays_and_the_error_
         checkpointer.save(2, big, CONFIG)  # There is room again.
         assert_same(checkpointer.restore(2, abstract(big)), big)
     assert folders(tmp_path) == ["2"]
-    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.exc_info]  # Orbax's tracebacks: the error says it all.
 
 
 @pytest.mark.parametrize("notice", ["check_errors", "save", "close"])
