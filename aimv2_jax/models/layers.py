@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,6 +43,35 @@ class Precision(NamedTuple):
     param: Any = jnp.float32
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], out_dtype: Any) -> Float[Array, "*rows O"]:
+    """x · kernel, computed in x's type; the kernel's gradient leaves the matrix unit in the kernel's own type.
+
+    So the sum over rows, and the one over devices that follows, are float32 where parameters are, with bfloat16
+    operands. The rule is ours also because it says which operand of the weight gradient is transposed: the narrower.
+    """
+    return jax.lax.dot_general(
+        x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype
+    )
+
+
+def _project_forward(x, kernel, out_dtype):
+    return project(x, kernel, out_dtype), (x, kernel)
+
+
+def _project_backward(out_dtype, saved, dy):
+    x, kernel = saved
+    dy = dy.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    narrow_first = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
+    dkernel = jax.lax.dot_general(*narrow_first, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, dkernel if narrow_first[0] is x else dkernel.T
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 class Linear(nn.Module):
     """x W (+ b), computed in the compute type. `axes` are the logical names of W's [in, out]."""
 
@@ -56,7 +86,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
         compute, param = self.precision
         kernel = self.param("kernel", named(self.kernel_init, *self.axes), (x.shape[-1], self.features), param)
-        y = jnp.dot(x.astype(compute), kernel.astype(compute), preferred_element_type=self.out_dtype)
+        y = project(x.astype(compute), kernel, self.out_dtype or compute)
         if self.bias_init is not None:
             bias = self.param("bias", named(self.bias_init, "bias"), (self.features,), param)
             y += bias.astype(y.dtype)
