@@ -75,7 +75,7 @@ class Tokenizer:
             tokens[np.arange(len(captions)), lengths] = self.eos_id
         return tokens, token_valid
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int32[np.ndarray, " T"]) -> str:
         """The text of `ids` up to the first end or padding."""
         stops = {self.pad_id, self.eos_id}
         ids = [int(i) for i in ids]

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 
 
 def start_worker(index: int, count: int) -> None:
@@ -20,6 +21,8 @@ def start_worker(index: int, count: int) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # grain brings it
         jax.config.update("jax_platforms", "cpu")
+    # Pillow's, of broken EXIF blocks and the like: such pictures are used or counted, one by one.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()

@@ -9,7 +9,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from aimv2_jax.data.records import BadRecord, DatasetInfo, Record, decode, encode, write_dataset
 from aimv2_jax.errors import UserError
 
-RECORD = Record("a/1", b"\xff\xd8 picture", {"alt": "Käse", "synthetic": "a cheese"}, {"label": "cheese", "kind": "photo"})
+RECORD = Record(
+    "a/1", b"\xff\xd8 picture", {"alt": "Käse", "synthetic": "a cheese"}, {"label": "cheese", "kind": "photo"}
+)
 
 
 def test_record_when_encoded_and_decoded_then_equal():

@@ -22,7 +22,7 @@ def open_shards(folder):
 def test_source_when_read_in_any_order_then_the_records_that_were_written(datasets, make_record):
     source = Source("red", datasets["red"])
     assert (len(source), source.kinds) == (13, {"alt": 13, "synthetic": 13})
-    assert len(source.info.shards) > 3
+    assert len(source.info.shards) == 3
     for i in (12, 0, 5, 6, 5):
         assert source.read(i) == encode(make_record("red", i))
 
@@ -44,7 +44,9 @@ def test_source_when_there_are_many_shards_then_none_is_open_at_start_and_few_la
         assert open_shards(folder) == min(i + 1, 4)
 
 
-def test_source_when_shards_are_dropped_while_threads_read_then_every_read_is_right(make_dataset, make_record, monkeypatch):
+def test_source_when_shards_are_dropped_while_threads_read_then_every_read_is_right(
+    make_dataset, make_record, monkeypatch
+):
     monkeypatch.setattr(sources, "MAX_OPEN_SHARDS", 2)
     source = Source("red", make_dataset("red", 10, shard_bytes=1))
     wanted = [encode(make_record("red", i)) for i in range(10)]

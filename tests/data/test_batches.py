@@ -1,0 +1,138 @@
+"""One process' rows of a batch: exact transforms of exact records, and what becomes of unusable ones."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from aimv2_jax.config import mixture_counts
+from aimv2_jax.data import transforms
+from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, TrainingBatches, TrainingView
+from aimv2_jax.data.captions import clean
+from aimv2_jax.data.plan import Plan, example_rng
+from aimv2_jax.data.records import REASONS, decode
+from aimv2_jax.data.sources import Source
+from aimv2_jax.errors import UserError
+
+MIXTURE = {"red": {"alt": 0.5}, "blue": {"synthetic": 0.5}}
+
+
+def training(paths, mixture=MIXTURE, rows=range(8), seed=0, flip=0.5):
+    sources = {name: Source(name, path) for name, path in paths.items()}
+    sizes = {name: len(source) for name, source in sources.items()}
+    plan = Plan(seed, 8, sizes, mixture_counts(mixture))
+    view = TrainingView(seed, 28, (0.4, 1.0), (3 / 4, 4 / 3), flip)
+    return TrainingBatches(plan, sources, tuple(rows), view, (2, 2), 14)
+
+
+def evaluation(paths, counts, rows=range(8), kind="alt"):
+    sources = {name: Source(name, path) for name, path in paths.items()}
+    return EvaluationBatches(sources, tuple(counts.items()), kind, 8, tuple(rows), CenterView(28), (2, 2), 14)
+
+
+def test_training_batch_when_built_then_each_row_is_its_examples_record_crop_and_flip(datasets):
+    build = training(datasets)
+    batch = build(5)
+    assert batch.step == 5 and batch.faults == [] and batch.arrays["valid"].all()
+    flips = 0
+    for row, example in enumerate(range(40, 48)):
+        draw = build.plan.draw(example)
+        record = decode(build.sources[draw.source].read(next(build.plan.records(draw))))
+        image = transforms.decode_image(record.image)
+        pixels = transforms.random_resized_crop(image, example_rng(0, "crop", example), 28)
+        if example_rng(0, "flip", example).random() < 0.5:
+            pixels, flips = pixels[:, ::-1], flips + 1
+        np.testing.assert_array_equal(batch.arrays["patches"][row], transforms.patchify(pixels, 14))
+        assert batch.captions[row] == clean(record.captions[draw.kind]).encode()
+        assert batch.arrays["source"][row] == ["red", "blue"].index(draw.source)
+        assert batch.arrays["example_index"][row].tolist() == [0, example]
+    assert 0 < flips < 8
+    assert batch.arrays["coords"][3].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_training_batch_when_far_away_then_the_example_number_is_in_two_words(datasets):
+    batch = training(datasets, rows=[6])(10**11)
+    assert batch.arrays["example_index"].tolist() == [[(8 * 10**11 + 6) >> 32, (8 * 10**11 + 6) & 0xFFFFFFFF]]
+
+
+def test_training_batch_when_rows_are_some_in_any_order_then_those_of_the_whole(datasets):
+    whole, part = training(datasets)(3), training(datasets, rows=[6, 1])(3)
+    for name, array in part.arrays.items():
+        np.testing.assert_array_equal(array, whole.arrays[name][[6, 1]])
+    assert part.captions == [whole.captions[6], whole.captions[1]]
+
+
+BAD = {
+    1: ({"captions": {"synthetic": "no alt here"}}, "missing_caption"),
+    3: ({"captions": {"alt": " &nbsp; "}}, "empty_caption"),
+    4: ({"image": b""}, "empty_image"),
+    6: ({"image": b"\xff\xd8\xff nothing"}, "undecodable_image"),
+}
+
+
+def test_unusable_records_when_drawn_then_replaced_from_the_same_source_named_and_counted(make_dataset):
+    paths = {"red": make_dataset("red", 12, {number: fields for number, (fields, _) in BAD.items()})}
+    build = training(paths, {"red": {"alt": 1.0}})
+    met, usable = collections.Counter(), set()
+    for step in range(6):
+        batch = build(step)
+        assert batch.arrays["valid"].all() and all(batch.captions)
+        totals = collections.Counter((fault.example - 8 * step, fault.reason) for fault in batch.faults)
+        for (row, reason), count in totals.items():
+            assert batch.arrays["faults"][row, REASONS.index(reason)] == count
+        assert batch.arrays["faults"].sum() == len(batch.faults)
+        for fault in batch.faults:
+            assert (fault.source, fault.key, fault.reason) == ("red", f"red/{fault.record}", BAD[fault.record][1])
+            draw = build.plan.draw(fault.example)
+            assert (
+                fault.record in list(build.plan.records(draw))[: batch.arrays["faults"][fault.example - 8 * step].sum()]
+            )
+        met.update(fault.record for fault in batch.faults)
+        usable.update(batch.captions)
+        again = build(step)
+        assert again.faults == batch.faults
+        np.testing.assert_array_equal(again.arrays["patches"], batch.arrays["patches"])
+    # 48 draws are 4 epochs: each bad record is drawn once in each, and met oftener as a replacement.
+    assert set(met) == set(BAD) and min(met.values()) >= 4
+    assert usable == {f"red number {i}".encode() for i in set(range(12)) - set(BAD)}
+
+
+def test_unusable_records_when_the_whole_source_is_then_a_user_error_with_the_reasons(make_dataset):
+    bad = {i: {"image": b"junk"} if i else {"image": b""} for i in range(5)}
+    build = training({"red": make_dataset("red", 5, bad)}, {"red": {"alt": 1.0}})
+    with pytest.raises(UserError, match="data source 'red' gave no usable record") as error:
+        build(0)
+    assert "4 x undecodable_image" in str(error.value) and "1 x empty_image" in str(error.value)
+
+
+def test_unusable_record_when_it_is_the_only_one_then_a_user_error(make_dataset):
+    build = training({"red": make_dataset("red", 1, {0: {"image": b"junk"}})}, {"red": {"alt": 1.0}})
+    with pytest.raises(UserError, match="1 x undecodable_image"):
+        build(0)
+
+
+def test_evaluation_batches_when_run_through_then_every_record_once_in_order_and_filling_at_the_end(datasets):
+    build = evaluation(datasets, {"red": 13, "blue": 7})
+    assert len(build) == 3
+    batches = [build(number) for number in range(3)]
+    captions = [caption for batch in batches for caption in batch.captions]
+    assert (
+        captions
+        == [f"red number {i}".encode() for i in range(13)] + [f"blue number {i}".encode() for i in range(7)] + [b""] * 4
+    )
+    arrays = {name: np.concatenate([batch.arrays[name] for batch in batches]) for name in batches[0].arrays}
+    assert arrays["example_index"].tolist() == [[0, i] for i in range(24)]
+    assert arrays["valid"].all(1).tolist() == arrays["valid"].any(1).tolist() == [True] * 20 + [False] * 4
+    assert arrays["source"][:20].tolist() == [0] * 13 + [1] * 7
+    record = decode(build.sources["blue"].read(2))
+    pixels = transforms.center_crop(transforms.decode_image(record.image), 28)
+    np.testing.assert_array_equal(arrays["patches"][15], transforms.patchify(pixels, 14))
+
+
+def test_evaluation_batch_when_a_record_is_unusable_then_a_row_of_filling_that_is_counted(make_dataset):
+    build = evaluation({"red": make_dataset("red", 3, {1: {"image": b"junk"}})}, {"red": 3})
+    batch = build(0)
+    assert batch.arrays["valid"].any(1).tolist() == [True, False, True] + [False] * 5
+    assert batch.faults == [Fault(1, "red", 1, "red/1", "undecodable_image")]
+    assert batch.arrays["faults"].sum(1).tolist() == [0, 1] + [0] * 6
+    assert batch.captions[1] == b"" and not batch.arrays["patches"][1].any()

@@ -1,0 +1,264 @@
+"""The pipeline: the same batches for any workers, start and hosts; errors in their turn; nothing heavy imported."""
+
+import ast
+import dataclasses
+import itertools
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import aimv2_jax.data
+from aimv2_jax.data.batches import LocalBatch
+from aimv2_jax.data.pipeline import (
+    REASONS,
+    Batches,
+    HostBatch,
+    check_sources,
+    evaluation_batches,
+    to_devices,
+    training_batches,
+)
+from aimv2_jax.errors import UserError
+
+ROWS = range(8)
+
+
+def take(config, count, start=0, rows=ROWS, tokenizer=None):
+    with training_batches(config, rows, start, tokenizer) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def assert_same(one, other):
+    assert one.step == other.step and one.faults == other.faults
+    assert list(one.arrays) == list(other.arrays)
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name], err_msg=name, strict=True)
+
+
+@pytest.fixture(scope="module")
+def flawed(make_dataset):
+    """Two sources, one of them with records that cannot be used."""
+    bad = {2: {"image": b"junk"}, 5: {"captions": {"alt": "", "synthetic": ""}}}
+    return {"red": make_dataset("red", 13, bad), "blue": make_dataset("blue", 7)}
+
+
+@pytest.fixture(scope="module")
+def plain(make_config, flawed, tokenizer):
+    """Six batches built in this process."""
+    return take(make_config(sources=flawed), 6, tokenizer=tokenizer)
+
+
+def test_batch_when_made_then_the_arrays_of_the_contract(plain, tokenizer):
+    shapes = {name: (array.shape, array.dtype) for name, array in plain[0].arrays.items()}
+    assert shapes == {
+        "patches": ((8, 4, 588), np.uint8),
+        "coords": ((8, 4, 2), np.int32),
+        "valid": ((8, 4), bool),
+        "tokens": ((8, 12), np.int32),
+        "token_valid": ((8, 12), bool),
+        "example_index": ((8, 2), np.uint32),
+        "source": ((8,), np.int32),
+        "faults": ((8, len(REASONS)), np.int32),
+    }
+    assert [batch.step for batch in plain] == list(range(6))
+    assert sum(batch.arrays["faults"].sum() for batch in plain) == sum(len(batch.faults) for batch in plain) > 0
+    assert all(type(array) is np.ndarray for array in plain[0].arrays.values())
+    assert tokenizer.decode(plain[0].arrays["tokens"][0]).split()[0] in ("a", "red", "blue")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_when_built_by_workers_then_the_same_bytes(make_config, flawed, tokenizer, plain, workers):
+    config = make_config(sources=flawed, data__workers=workers)
+    for one, other in zip(plain, take(config, 6, tokenizer=tokenizer), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_when_started_anywhere_then_the_same_bytes(make_config, flawed, tokenizer, plain, workers):
+    config = make_config(sources=flawed, data__workers=workers)
+    for one, other in zip(plain[3:], take(config, 3, start=3, tokenizer=tokenizer), strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_batches_when_split_over_hosts_then_their_rows_put_together_are_the_global_batch(
+    make_config, flawed, tokenizer, plain, hosts
+):
+    parts = [take(make_config(sources=flawed), 6, rows=ROWS[host::hosts], tokenizer=tokenizer) for host in range(hosts)]
+    for whole, *shares in zip(plain, *parts, strict=True):
+        for host, share in enumerate(shares):
+            for name, array in share.arrays.items():
+                np.testing.assert_array_equal(array, whole.arrays[name][host::hosts], err_msg=name)
+        key = dataclasses.astuple
+        assert sorted(map(key, itertools.chain(*(share.faults for share in shares)))) == sorted(map(key, whole.faults))
+
+
+def test_batches_when_started_at_a_million_then_soon_there(make_config):
+    [batch] = take(make_config(), 1, start=10**6)
+    assert batch.step == 10**6 and batch.arrays["example_index"][0].tolist() == [0, 8 * 10**6]
+
+
+def test_batches_when_no_tokenizer_then_tokens_are_zero(make_config):
+    [batch] = take(make_config(), 1)
+    assert not batch.arrays["tokens"].any() and not batch.arrays["token_valid"].any()
+
+
+def test_batches_when_the_seed_differs_then_other_pictures(make_config):
+    [one], [other] = (
+        take(make_config() if seed is None else dataclasses.replace(make_config(), seed=seed), 1) for seed in (None, 9)
+    )
+    assert (one.arrays["patches"] != other.arrays["patches"]).any(axis=(1, 2)).all()
+
+
+def boom(step):
+    if step == 4:
+        raise UserError("the disk", step, "Mend it")
+    return LocalBatch(step, {"x": np.full(3, step)}, [], [])
+
+
+def as_host_batch(batch):
+    return HostBatch(batch.step, batch.arrays, batch.faults)
+
+
+def test_error_when_a_batch_cannot_be_built_then_raised_in_its_turn_and_ever_after():
+    with Batches(boom, range(2, 9), as_host_batch, workers=0, prefetch=2) as batches:
+        assert [next(batches).step, next(batches).step] == [2, 3]
+        for _ in range(2):
+            with pytest.raises(UserError, match="the disk: 4"):
+                next(batches)
+
+
+def test_error_when_a_worker_meets_it_then_raised_in_its_turn(make_config, make_dataset):
+    bad = {i: {"image": b"junk"} for i in range(3)}
+    config = make_config(sources={"red": make_dataset("red", 3, bad)}, mixture={"red": {"alt": 1.0}}, data__workers=1)
+    with training_batches(config, ROWS, 0) as batches, pytest.raises(UserError, match="3 x undecodable_image"):
+        next(batches)
+
+
+def test_error_when_finishing_fails_then_raised_in_its_turn():
+    def finish(batch):
+        raise KeyError("token")
+
+    with Batches(boom, range(3), finish, workers=0, prefetch=2) as batches, pytest.raises(KeyError, match="token"):
+        next(batches)
+
+
+def test_batches_when_they_end_then_iteration_stops():
+    with Batches(boom, range(2), as_host_batch, workers=0, prefetch=2) as batches:
+        assert [batch.arrays["x"].tolist() for batch in batches] == [[0, 0, 0], [1, 1, 1]]
+        assert list(batches) == []
+
+
+def test_close_when_batches_are_ready_then_the_thread_ends_and_nothing_follows():
+    batches = Batches(boom, range(4), as_host_batch, workers=0, prefetch=2)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
+    assert list(batches) == []
+
+
+def test_evaluation_when_run_then_each_kind_in_turn_twice_the_same_and_without_workers(make_config, tokenizer):
+    config = make_config(data__workers=2)
+    runs = [list(evaluation_batches(config, ROWS, tokenizer)) for _ in range(2)]
+    assert [(kind, batch.step) for kind, batch in runs[0]] == [(k, i) for k in ("alt", "synthetic") for i in range(3)]
+    for (_, one), (_, other) in zip(*runs, strict=True):
+        assert_same(one, other)
+    assert [batch.arrays["valid"].any(1).sum() for _, batch in runs[0]] == [8, 8, 4] * 2
+    last = runs[0][2][1].arrays
+    assert not last["token_valid"][4:].any() and last["token_valid"][:4].any(1).all()
+    assert [tokenizer.decode(row) for row in last["tokens"][:1]] == ["blue number 3"]
+
+
+def test_evaluation_when_split_over_hosts_then_their_rows_put_together_are_the_same(make_config, tokenizer):
+    whole = evaluation_batches(make_config(), ROWS, tokenizer)
+    shares = [evaluation_batches(make_config(), ROWS[host::2], tokenizer) for host in range(2)]
+    for (_, batch), *parts in zip(whole, *shares, strict=True):
+        for host, (_, part) in enumerate(parts):
+            for name, array in part.arrays.items():
+                np.testing.assert_array_equal(array, batch.arrays[name][host::2])
+
+
+def test_evaluation_when_limited_then_the_first_of_each_source(make_config, tokenizer):
+    config = make_config(eval__max_examples=3, eval__kinds=("alt",))
+    [(_, batch)] = evaluation_batches(config, ROWS, tokenizer)
+    said = [tokenizer.decode(row) for row in batch.arrays["tokens"]]
+    assert said == [f"{name} number {i}" for name in ("red", "blue") for i in range(3)] + ["", ""]
+
+
+def test_evaluation_when_a_source_lacks_the_kind_or_there_is_none_then_left_out(make_config, make_dataset, datasets):
+    silent = make_dataset("red", 3, {i: {"captions": {"synthetic": "a"}} for i in range(3)})
+    config = make_config(eval__sources={"silent": silent, "blue": datasets["blue"]}, eval__kinds=("alt",))
+    [(_, batch)] = evaluation_batches(config, ROWS)
+    assert batch.arrays["source"][:7].tolist() == [1] * 7 and batch.arrays["valid"].any(1).sum() == 7
+    assert list(evaluation_batches(make_config(eval__sources={}), ROWS)) == []
+
+
+def test_check_sources_when_all_is_there_then_silent(make_config):
+    check_sources(make_config())
+
+
+def test_check_sources_when_something_is_missing_then_a_user_error_names_it(make_config, make_dataset, datasets):
+    alt_only = {
+        "red": make_dataset("red", 2, {i: {"captions": {"alt": "a"}} for i in range(2)}),
+        "blue": datasets["blue"],
+    }
+    cases = [
+        (make_config(sources=alt_only), "data.mixture.red asks .* lacks: 'synthetic'. It has alt."),
+        (make_config(eval__kinds=("alt", "long")), "no evaluation source has: 'long'. There is alt, synthetic."),
+        (make_config(eval__sources={"held": "/nowhere"}), "config data source 'held': no such folder: '/nowhere'"),
+    ]
+    for config, says in cases:
+        with pytest.raises(UserError, match=says):
+            check_sources(config)
+
+
+@pytest.mark.parametrize("axes", [("data",), ("data", "fsdp")])
+def test_to_devices_when_rows_come_in_any_order_then_the_global_array(axes):
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "fsdp"))
+    arrays = {"a": np.arange(16 * 3).reshape(16, 3).astype(np.int32), "b": np.arange(16, dtype=np.uint32)}
+    rows = np.random.default_rng(0).permutation(16)
+    sharding = NamedSharding(mesh, PartitionSpec(axes))
+    placed = to_devices({name: array[rows] for name, array in arrays.items()}, sharding, rows, 16)
+    for name, array in placed.items():
+        assert array.sharding == sharding
+        np.testing.assert_array_equal(np.asarray(array), arrays[name])
+
+
+def test_to_devices_when_a_row_is_not_there_then_our_bug():
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data"))
+    with pytest.raises(AssertionError, match="not read by its process"):
+        to_devices({"a": np.zeros((3, 2))}, sharding, [0, 1, 2], 4)
+
+
+def test_import_when_the_pipeline_is_then_no_tensorflow_and_no_backend():
+    program = (
+        "import sys, aimv2_jax.data.pipeline\n"
+        "bridge = sys.modules.get('jax._src.xla_bridge')\n"
+        "print('tensorflow' in sys.modules, bool(bridge and bridge._backends))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_import_when_any_data_module_is_then_nothing_of_ours_brings_jax_tensorflow_models_or_train():
+    for path in Path(aimv2_jax.data.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            for name in names:
+                assert name.split(".")[0] not in ("jax", "flax", "optax", "tensorflow", "tensorflow_text"), path
+                assert not name.startswith(("aimv2_jax.models", "aimv2_jax.train", "aimv2_jax.parallel")), path

@@ -1,0 +1,100 @@
+"""The data set that the package carries, and the program that made it."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aimv2_jax.data.batches import load
+from aimv2_jax.data.locations import locate
+from aimv2_jax.data.records import decode
+from aimv2_jax.data.sources import Source
+from aimv2_jax.errors import UserError
+from experiments import make_sample
+
+SAMPLE = locate("package:data/sample")
+SETS = {"train/photo": 209, "train/other": 289, "test/photo": 44, "test/other": 66}
+
+
+@pytest.fixture(scope="module")
+def records():
+    sources = {name: Source(name, str(SAMPLE / name)) for name in SETS}
+    return {name: [decode(source.read(i)) for i in range(len(source))] for name, source in sources.items()}
+
+
+def test_sample_when_read_then_all_608_pairs_decode_with_both_captions_and_three_labels(records):
+    assert {name: len(found) for name, found in records.items()} == SETS
+    for name, found in records.items():
+        source = Source(name, str(SAMPLE / name))
+        for i, record in enumerate(found):
+            assert set(record.labels) == {"label", "coarse", "kind"}
+            assert (record.labels["kind"] == "photo") == name.endswith("photo")
+            for kind in ("alt", "synthetic"):
+                image, caption = load(source, i, kind)
+                assert min(image.size) > 50 and caption
+
+
+def test_sample_when_compared_then_test_is_apart_from_train(records):
+    train, test = (
+        {r.key for name in SETS if name.startswith(split) for r in records[name]} for split in ("train", "test")
+    )
+    assert len(train) == 498 and len(test) == 110 and not train & test
+
+
+def test_sample_when_measured_then_at_most_4_mb_and_every_picture_has_its_attribution(records):
+    assert sum(path.stat().st_size for path in SAMPLE.rglob("*")) <= 4 * 10**6
+    attribution = (SAMPLE / "ATTRIBUTION.md").read_text()
+    rows = {}
+    for part in attribution.split("\n## ")[1:]:
+        name, _, table = part.partition("\n")
+        rows[name.strip()] = {line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if " | " in line}
+    keys = [record.key.split("/", 1) for found in records.values() for record in found]
+    assert [(source, key) for source, key in keys if key not in rows[source]] == []
+    assert {path.name for path in (SAMPLE / "licenses").iterdir()} >= {"CC-BY-SA-4.0.txt", "CC0-1.0.txt"}
+
+
+def write_tar(path, count, kinds):
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as tar:
+        for number in reversed(range(count)):
+            picture = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(picture, "JPEG")
+            fields = {
+                "source": "here", "picture_key": f"p{number}", "alt": f"Thing {number}", "synthetic": f"a thing, {number}.",
+                "label": "thing", "coarse": "object", "kind": kinds[number % len(kinds)],
+            }  # fmt: skip
+            for extension, data in (("json", json.dumps(fields).encode()), ("jpg", picture.getvalue())):
+                member = tarfile.TarInfo(f"{number:09d}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_make_sample_when_run_twice_then_the_same_files_with_the_pairs_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_sample, "VOCAB_SIZE", 290)
+    given = tmp_path / "given"
+    write_tar(given / "train/00000.tar", 9, ["photo", "drawn", "art"])
+    write_tar(given / "test/00000.tar", 4, ["photo", "drawn"])
+    (given / "ATTRIBUTION.md").write_text("mine")
+    (given / "licenses").mkdir()
+    (given / "licenses/CC0.txt").write_text("free")
+    outputs = [tmp_path / "one", tmp_path / "two"]
+    for output in (*outputs, outputs[0]):
+        make_sample.make(given, output)
+    files = [
+        {str(p.relative_to(output)): p.read_bytes() for p in output.rglob("*") if p.is_file()} for output in outputs
+    ]
+    assert files[0] == files[1]
+    assert {"tokenizer.model", "README.md", "ATTRIBUTION.md", "licenses/CC0.txt"} < set(files[0])
+    source = Source("other", str(outputs[0] / "train/other"))
+    assert [decode(source.read(i)).key for i in range(len(source))] == [f"here/p{i}" for i in (1, 2, 4, 5, 7, 8)]
+
+
+def test_make_sample_when_the_input_has_no_tars_then_a_user_error_and_the_output_stays(tmp_path):
+    (tmp_path / "kept").touch()
+    with pytest.raises(UserError, match=r"no train/\*\.tar"):
+        make_sample.make(Path("/nowhere"), tmp_path)
+    assert (tmp_path / "kept").exists()

@@ -1,0 +1,165 @@
+"""Workers: what they import, and that nothing of them outlives the trainer."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# A trainer whose shared memory has names of its own: other programs of the machine have segments, too. Workers import
+# this file again, so that theirs are named alike.
+TRAINER = '''
+import dataclasses, json, multiprocessing.shared_memory, os, sys, time
+
+multiprocessing.shared_memory._SHM_NAME_PREFIX = "/t" + os.environ["TRAINER_NAME"]
+
+from aimv2_jax.data.batches import LocalBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Builds a batch, and says in its caption what its process is."""
+
+    build: object
+
+    def __call__(self, step):
+        batch = self.build(step)
+        bridge = sys.modules.get("jax._src.xla_bridge")
+        facts = {
+            "pid": os.getpid(),
+            "modules": [m for m in ("tensorflow", "tensorflow_text", "flax") if m in sys.modules],
+            "backends": list(bridge._backends) if bridge else [],
+            "platforms": sys.modules["jax"].config.jax_platforms,
+        }
+        return LocalBatch(step, batch.arrays, [json.dumps(facts).encode()], batch.faults)
+
+
+def main():
+    from aimv2_jax.data import pipeline
+
+    build = pipeline.TrainingBatches(
+        pipeline.Plan(0, 64, {"photo": 209}, {"photo": {"alt": 1}}),
+        pipeline.open_sources({"photo": "package:data/sample/train/photo"}),
+        tuple(range(64)),
+        pipeline.TrainingView(0, 112, (0.4, 1.0), (0.75, 4 / 3), 0.5),
+        (8, 8),
+        14,
+    )
+    facts = {}
+
+    def finish(batch):
+        fact = json.loads(batch.captions[0])
+        facts[fact["pid"]] = fact
+        return pipeline.HostBatch(batch.step, batch.arrays, batch.faults)
+
+    batches = pipeline.Batches(Report(build), range(10**6), finish, workers=2, prefetch=2)
+    for _ in range(6):
+        next(batches)
+    print(json.dumps(list(facts.values())), flush=True)
+    if sys.argv[1] == "close":
+        kept = next(batches)
+        batches.close()
+        names = [name for name in os.listdir("/dev/shm") if name.startswith("t" + os.environ["TRAINER_NAME"])]
+        alive = [pid for pid in facts if os.path.exists(f"/proc/{pid}")]
+        print(json.dumps([names, alive, int(kept.arrays["patches"].sum() > 0)]), flush=True)
+    elif sys.argv[1] == "go on":
+        try:
+            while True:
+                next(batches)
+        except Exception as error:
+            batches.close()
+            print(type(error).__name__, error, flush=True)
+    elif sys.argv[1] == "forget":
+        pass
+    else:
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+
+class Trainer:
+    def __init__(self, folder, what):
+        path = folder / "trainer.py"
+        path.write_text(TRAINER)
+        self.name = secrets.token_hex(3)
+        environment = os.environ | {"TRAINER_NAME": self.name, "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, str(path), what]
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self.facts = json.loads(self.process.stdout.readline())
+        self.workers = [fact["pid"] for fact in self.facts]
+
+    def left(self):
+        """Worker processes and shared memory that are there."""
+        running = [pid for pid in self.workers if _runs(pid)]
+        return running + [name for name in os.listdir("/dev/shm") if name.startswith("t" + self.name)]
+
+    def assert_gone_within(self, seconds):
+        end = time.monotonic() + seconds
+        while left := self.left():
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path):
+    trainers = []
+
+    def start(what):
+        trainers.append(Trainer(tmp_path, what))
+        return trainers[-1]
+
+    yield start
+    for trainer in trainers:
+        trainer.process.kill()
+        trainer.process.wait()
+        trainer.process.stdout.close()
+
+
+def test_workers_when_the_trainer_is_killed_then_gone_with_their_shared_memory_within_10_s(start):
+    trainer = start("wait")
+    assert len(trainer.workers) == 2
+    left = trainer.left()
+    assert set(trainer.workers) < set(left) and len(left) > 2  # Batches wait in shared memory.
+    trainer.process.kill()
+    trainer.assert_gone_within(10)
+
+
+def test_workers_when_closed_then_gone_at_once_and_batches_in_hand_stay(start):
+    trainer = start("close")
+    assert json.loads(trainer.process.stdout.readline()) == [[], [], 1]
+    assert trainer.process.wait(20) == 0
+    assert [fact["modules"] for fact in trainer.facts] == [[], []]
+    assert [fact["backends"] for fact in trainer.facts] == [[], []]
+    assert [fact["platforms"] for fact in trainer.facts] == ["cpu", "cpu"]
+
+
+def test_worker_when_killed_then_the_trainer_is_told_and_nothing_is_left(start):
+    trainer = start("go on")
+    os.kill(trainer.workers[1], signal.SIGKILL)
+    said = trainer.process.stdout.readline()
+    assert said.startswith(
+        "UserError a data worker died: 'Worker process was terminated unexpectedly with exit code -9'"
+    )
+    assert trainer.process.wait(30) == 0
+    trainer.assert_gone_within(10)
+
+
+def test_trainer_when_it_ends_without_closing_then_it_does_end_and_nothing_is_left(start):
+    trainer = start("forget")
+    assert trainer.process.wait(30) == 0
+    trainer.assert_gone_within(10)
