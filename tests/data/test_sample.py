@@ -63,10 +63,9 @@ def write_tar(path, count, kinds):
         for number in reversed(range(count)):
             picture = io.BytesIO()
             Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(picture, "JPEG")
-            fields = {
-                "source": "here", "picture_key": f"p{number}", "alt": f"Thing {number}", "synthetic": f"a thing, {number}.",
-                "label": "thing", "coarse": "object", "kind": kinds[number % len(kinds)],
-            }  # fmt: skip
+            fields = {"source": "here", "picture_key": f"p{number}", "alt": f"Thing {number}"}
+            fields |= {"synthetic": f"a thing, {number}.", "label": "thing", "coarse": "object"}
+            fields["kind"] = kinds[number % len(kinds)]
             for extension, data in (("json", json.dumps(fields).encode()), ("jpg", picture.getvalue())):
                 member = tarfile.TarInfo(f"{number:09d}.{extension}")
                 member.size = len(data)
