@@ -77,7 +77,7 @@ class Pretrain:
 
     @cached_property
     def params(self) -> dict:
-        return nested(self.ours("params.safetensors"))
+        return jax.tree.map(jnp.asarray, nested(self.ours("params.safetensors")))
 
     @cached_property
     def raw_batch(self) -> dict[str, np.ndarray]:
@@ -284,7 +284,7 @@ def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equa
         clip_norm=golden["grad_clip_global_norm"],
     )
     task = pretrain.task(*way)
-    params = jax.tree.map(jnp.asarray, pretrain.params)
+    params = pretrain.params
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     step = jax.jit(partial(train_step, task=task, optimizer=optimizer, schedule=schedule))
     assert len(golden["steps"]) == 3
@@ -345,7 +345,7 @@ def test_hugging_face_encoder_when_weights_are_mapped_then_hidden_states_equal(g
         directory / "outputs.safetensors", {f"{s}{suffix}" for s in [*states, "last_hidden_state"] for suffix in suffixes}
     )
     weights = read_tensors(directory / "model.safetensors", set())
-    params = nested(to_ours(weights, HF_ENCODER))
+    params = jax.tree.map(jnp.asarray, nested(to_ours(weights, HF_ENCODER)))
     side = config["patch_size"]
     rows, columns = golden["grid_height_width"]
     encoder = Encoder(
