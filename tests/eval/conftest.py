@@ -49,7 +49,7 @@ def config(tmp_path_factory) -> Config:
     tree.model.patch_size = 8
     for part in (tree.model.encoder, tree.model.decoder):
         part.update(width=32, depth=2, heads=2, hidden=64)
-    tree.model.decoder.update(vocab_size=1024, text_length=12)
+    tree.model.decoder.update(vocab_size=1024, text_length=20)
     tree.model.update(layers="scan", compute_dtype="float32")
     tree.data.update(image_size=32, batch_size=8, workers=0)
     tree.data.sources = {"train": str(data / "train")}

@@ -1,0 +1,182 @@
+"""Drawings for people, by matplotlib without a screen: pictures in a grid, pictures beside text, curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+Picture = UInt8[np.ndarray, "H W 3"]
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "axes.grid.axis": "y",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "text.color": "#222222",
+    "text.parse_math": False,  # A caption may have dollar signs.
+}
+DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#3d8f4f"
+
+_CELL = 1.3  # Inches that a picture is wide.
+_MARGIN = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of pictures under a title; those of one `group` stand close together under the group's name."""
+
+    group: str
+    title: str
+    pictures: Sequence[Picture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A line of a panel: `name` in the legend, values by step (None: nothing known there)."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float | None]
+    color: str = DARK
+    marked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A diagram over steps."""
+
+    title: str
+    curves: Sequence[Curve]
+    scale: str = "linear"
+
+
+def picture_grid(columns: Sequence[Column], heading: str, note: str) -> Figure:
+    """Columns of pictures side by side, a row an example."""
+    gap, head, title = 0.22, 0.82, 0.5
+    places, x = [], _MARGIN
+    for index, column in enumerate(columns):
+        if index:
+            x += 0.04 if column.group == columns[index - 1].group else gap
+        places.append(x)
+        x += _CELL
+    rows = max(len(column.pictures) for column in columns)
+    width, height = x + _MARGIN, head + title + rows * (_CELL + 0.05) + _MARGIN
+    with rc_context(STYLE):
+        figure = Figure((width, height), facecolor="white")
+        _heading(figure, heading, note)
+        top = height - head - title
+        for index, (column, x) in enumerate(zip(columns, places)):
+            middle = (x + _CELL / 2) / width
+            figure.text(middle, (top + 0.08) / height, column.title, ha="center", color=GREY)
+            if index == 0 or column.group != columns[index - 1].group:
+                last = max(i for i, other in enumerate(columns) if other.group == column.group)
+                middle = (x + places[last] + _CELL) / 2 / width
+                figure.text(middle, (top + 0.28) / height, column.group, ha="center", weight="bold")
+            for row, picture in enumerate(column.pictures):
+                _picture(figure, picture, x, top - row * (_CELL + 0.05), _CELL)
+    return figure
+
+
+def picture_cards(
+    pictures: Sequence[Picture], texts: Sequence[Mapping[str, str]], heading: str, note: str, columns: int = 2
+) -> Figure:
+    """Pictures with their texts to the right, each under its label; the first of them stands out."""
+    side, text_width, head = 1.45, 3.15, 0.75
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    card = side + 0.15 + text_width
+    width = max(columns * card + 2 * _MARGIN, 7)
+    height = head + rows * (side + 0.22) + _MARGIN
+    with rc_context(STYLE):
+        figure = Figure((width, height), facecolor="white")
+        _heading(figure, heading, note)
+        for index, (picture, lines) in enumerate(zip(pictures, texts)):
+            row, column = divmod(index, columns)
+            x, top = _MARGIN + column * card, height - head - row * (side + 0.22)
+            _picture(figure, picture, x, top, side)
+            y = top
+            for place, (label, text) in enumerate(lines.items()):
+                left, color = (x + side + 0.12) / width, DARK if place else BLUE
+                figure.text(left, y / height, label, va="top", size=7, color=GREY)
+                letters = 42 if place else 37  # Of which a line holds, thin or bold.
+                wrapped = textwrap.wrap(text, letters, max_lines=2, placeholder=" …") or ["(nothing)"]
+                weight = "normal" if place else "bold"
+                figure.text(left, (y - 0.13) / height, "\n".join(wrapped), va="top", color=color, weight=weight)
+                y -= 0.21 + 0.155 * len(wrapped)
+    return figure
+
+
+def curve_panels(panels: Sequence[Panel], heading: str, note: str, marked_step: int, columns: int = 3) -> Figure:
+    """Diagrams over the steps of a run; a dotted line marks one step."""
+    rows = -(-len(panels) // columns)
+    width, head = 4.0 * columns, 0.9
+    height = head + 2.75 * rows
+    with rc_context(STYLE):
+        figure = Figure((width, height), facecolor="white")
+        _heading(figure, heading, note)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        figure.subplots_adjust(
+            left=0.055, right=0.985, top=1 - (head + 0.15) / height, bottom=0.45 / height, hspace=0.42, wspace=0.2
+        )
+        for axes, panel in zip(grid.flat, panels):
+            _panel(axes, panel, marked_step)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+    return figure
+
+
+def _panel(axes: Axes, panel: Panel, marked_step: int) -> None:
+    for curve in panel.curves:
+        values = np.array([np.nan if value is None else value for value in curve.values], float)
+        look = {"marker": "o", "markersize": 4, "linewidth": 1.6} if curve.marked else {"linewidth": 1.1}
+        axes.plot(curve.steps, values, color=curve.color, label=curve.name, **look)
+    axes.axvline(marked_step, color=GREY, linestyle=":", linewidth=1)
+    axes.set_title(panel.title, loc="left")
+    axes.set_yscale(panel.scale)
+    if panel.scale == "log":
+        for which in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{which}_formatter")(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5))
+    axes.margins(x=0.01)
+    axes.tick_params(length=0)
+    axes.set_xlabel("step", size=8, color=GREY, labelpad=1)
+    if len(panel.curves) > 1:
+        axes.legend(fontsize=8)
+
+
+def _heading(figure: Figure, heading: str, note: str) -> None:
+    width, height = figure.get_size_inches()
+    figure.text(_MARGIN / width, 1 - 0.12 / height, heading, va="top", size=13, weight="bold")
+    figure.text(_MARGIN / width, 1 - 0.4 / height, note, va="top", color=GREY, linespacing=1.3)
+
+
+def _picture(figure: Figure, picture: Picture, x: float, top: float, side: float) -> Any:
+    """A picture of `side` inches with its left upper corner at `x`, `top`."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((x / width, (top - side) / height, side / width, side / height))
+    axes.imshow(picture, interpolation="nearest")
+    axes.grid(False)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="#cccccc", linewidth=0.6)
+    return axes

@@ -1,0 +1,226 @@
+"""Pictures of what a checkpoint has learnt.
+
+    python -m aimv2_jax.eval.show --checkpoint SPEC --output DIR [--examples N]
+
+DIR/predictions.png   held-out pictures, the part that the model saw, and its predictions of the other patches
+DIR/captions.png      held-out pictures, the caption that the model writes for each, and the true ones
+DIR/curves.png        the run's losses, learning rate, gradient norm and speed over its steps
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+from matplotlib.figure import Figure
+
+from aimv2_jax.data.pipeline import evaluation_batches
+from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.data.transforms import unpatchify
+from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
+from aimv2_jax.eval.arguments import add_checkpoint, positive
+from aimv2_jax.eval.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Column,
+    Curve,
+    Panel,
+    curve_panels,
+    picture_cards,
+    picture_grid,
+)
+from aimv2_jax.eval.generate import greedy
+from aimv2_jax.eval.load import Loaded, check_held_out, load
+from aimv2_jax.eval.patches import completed, denormalise, seen
+from aimv2_jax.flags import Parser
+from aimv2_jax.train.evaluate import fixed_prefixes
+from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.task import PretrainTask
+
+DOTS_PER_INCH = 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Held-out pictures, and the true captions of each by kind. B pictures, L patches, P numbers a patch."""
+
+    patches: UInt8[np.ndarray, "B L P"]
+    coords: Int32[np.ndarray, "B L 2"]
+    valid: Bool[np.ndarray, "B L"]
+    captions: list[dict[str, str]]
+
+
+def read_examples(loaded: Loaded, tokenizer: Tokenizer, count: int) -> Examples:
+    """The first `count` usable pictures of the held-out sources, one of each in turn.
+
+    Captions are as the model was to learn them: cleaned, and cut to its length.
+    """
+    check_held_out(loaded)
+    size = count * len(loaded.config.eval.sources)
+    config = loaded.with_eval(max_examples=count, batch_size=size).config
+    rows: dict[bytes, dict[str, np.ndarray]] = {}
+    captions: dict[bytes, dict[str, str]] = {}
+    for kind, batch in evaluation_batches(config, np.arange(size), tokenizer):
+        arrays = batch.arrays
+        for row in _in_turn(arrays["source"], arrays["valid"].any(axis=1)):
+            key = arrays["patches"][row].tobytes()
+            rows.setdefault(key, {name: arrays[name][row] for name in ("patches", "coords", "valid")})
+            text = tokenizer.decode(arrays["tokens"][row][arrays["token_valid"][row]])
+            captions.setdefault(key, {})[kind] = text
+    chosen = list(rows)[:count]
+    if not chosen:
+        raise UserError("no held-out picture can be used", dict(config.eval.sources), "Prepare the data set again")
+    arrays = {name: np.stack([rows[key][name] for key in chosen]) for name in ("patches", "coords", "valid")}
+    return Examples(**arrays, captions=[captions[key] for key in chosen])
+
+
+def _in_turn(sources: np.ndarray, usable: np.ndarray) -> list[int]:
+    """The usable rows: the first of each source, the second of each, …"""
+    rank = np.zeros(len(sources), int)
+    for source in np.unique(sources):
+        rank[sources == source] = np.cumsum(usable[sources == source])
+    return [int(row) for row in np.lexsort((sources, rank)) if usable[row]]
+
+
+def predictions_figure(loaded: Loaded, examples: Examples) -> Figure:
+    """Each picture as it is, where zero is predicted, and as predicted at each prefix of config `eval.prefixes`."""
+    config, task = loaded.config, dataclasses.replace(loaded.task, weights={"image": 1.0})
+    grid, size = config.grid, config.model.patch_size
+    restore = partial(denormalise, mean=task.pixel_mean, std=task.pixel_std, eps=task.target_eps)
+    batch = loaded.put(_arrays(loaded, examples))
+
+    def draw(patches_BLP: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [unpatchify(patches, grid, size) for patches in patches_BLP]
+
+    predict = jax.jit(lambda params, batch, prefix: task.predict(params, batch, prefix).pixels)
+    flat = [restore(np.zeros_like(patches[1:], np.float32), patches) for patches in examples.patches]
+    columns = [
+        Column("held-out picture", "as it is", draw(examples.patches)),
+        Column("without a model", "zero predicted", draw(flat)),
+    ]
+    for prefix_B in fixed_prefixes(config.eval.prefixes, examples.valid):
+        pixels_BMP = np.asarray(predict(loaded.params, batch, loaded.put(prefix_B)))
+        group = f"prefix of {prefix_B[0]} of {config.num_patches} patches"
+        before, after = [], []
+        for patches, pixels, prefix in zip(examples.patches, pixels_BMP, prefix_B):
+            before.append(seen(patches, prefix))
+            after.append(completed(patches, restore(pixels, patches), prefix))
+        columns += [Column(group, "given", draw(before)), Column(group, "predicted", draw(after))]
+    note = (
+        "Each patch after the prefix is predicted from all true patches before it in reading order: one step ahead,"
+        " not a continuation.\nThe model predicts patches of mean 0 and variance 1; the true mean and variance of each"
+        " are put back: a prediction of zero would give the second column."
+    )
+    return picture_grid(columns, f"Next-patch predictions, step {loaded.step:,}", note)
+
+
+def captions_figure(loaded: Loaded, tokenizer: Tokenizer, examples: Examples) -> Figure:
+    """Each picture with the caption that the model writes greedily for it, and its true captions."""
+    config = loaded.config
+    write = jax.jit(partial(_write, loaded.task, tokenizer.eos_id, tokenizer.num_pieces))
+    captions = jax.device_get(write(loaded.params, loaded.put(_arrays(loaded, examples))))
+    texts = []
+    for tokens, length, true in zip(captions.tokens, captions.lengths, examples.captions):
+        texts.append({"model": tokenizer.decode(tokens[:length]), **{f"true, {kind}": true[kind] for kind in true}})
+    pictures = [unpatchify(patches, config.grid, config.model.patch_size) for patches in examples.patches]
+    note = "Blue: the likeliest token at each place, given the whole picture. Below it the true captions, by kind."
+    return picture_cards(pictures, texts, f"Captions of held-out pictures, step {loaded.step:,}", note)
+
+
+def _write(task: PretrainTask, end_id: int | None, num_pieces: int, params: Any, batch: dict[str, jax.Array]):
+    pixels = task.normalise(batch)
+    return greedy(task.model, params, pixels, batch["coords"], batch["valid"], end_id, num_pieces=num_pieces)
+
+
+def _arrays(loaded: Loaded, examples: Examples) -> dict[str, np.ndarray]:
+    """The examples as a batch; their captions are not read."""
+    shape = len(examples.patches), loaded.config.model.decoder.text_length
+    named = {name: getattr(examples, name) for name in ("patches", "coords", "valid")}
+    return {**named, "tokens": np.zeros(shape, np.int32), "token_valid": np.zeros(shape, bool)}
+
+
+def curves_figure(loaded: Loaded) -> Figure:
+    """The curves of the whole run, up to its newest line; a dotted line marks the checkpoint."""
+    training, evaluation = read_metrics(loaded.workdir)
+
+    def train(key: str, name: str = "training", color: str = GREY) -> Curve:
+        lines = [line for line in training if key in line]
+        return Curve(name, [line["step"] for line in lines], [line[key] for line in lines], color)
+
+    def held_out(key: str, name: str = "held-out", color: str = ORANGE) -> Curve:
+        lines = [line for line in evaluation if key in line]
+        return Curve(name, [line["step"] for line in lines], [line[key] for line in lines], color, marked=True)
+
+    panels = [
+        Panel("Image loss", [train("loss_image"), held_out("eval_loss_image")]),
+        Panel(
+            "Text loss (nats a token)",
+            [
+                train("loss_text"),
+                held_out("eval_loss_text"),
+                held_out("eval_loss_text_full_prefix", "held-out, whole picture", BLUE),
+            ],
+        ),
+        Panel("Total loss", [train("loss"), held_out("eval_loss")]),
+        Panel("Learning rate", [train("lr", color=GREEN)]),
+        Panel("Gradient norm", [train("grad_norm", color=GREEN)], scale="log"),
+        Panel("Images per second", [train("images_per_s", color=GREEN)]),
+    ]
+    panels = [
+        dataclasses.replace(panel, curves=[curve for curve in panel.curves if any(v is not None for v in curve.values)])
+        for panel in panels
+    ]
+    note = (
+        f"Training: random prefixes and crops. Held-out: prefixes of {_listed(loaded.config.eval.prefixes)} of the"
+        f" patches. Dotted: the checkpoint shown, step {loaded.step:,}."
+    )
+    return curve_panels([panel for panel in panels if panel.curves], "Training curves", note, loaded.step)
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes `figure` as PNG and says so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            # A caption in a script that the font lacks: its boxes in the picture say so.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(path, dpi=DOTS_PER_INCH)
+    except OSError as error:
+        raise UserError("--output cannot be written", str(path), f"Give another folder: {error.strerror}") from error
+    print(path)
+
+
+@reports_user_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m aimv2_jax.eval.show", description=__doc__)
+    add_checkpoint(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the PNGs are written")
+    parser.add_argument("--examples", type=positive, default=8, metavar="N", help="held-out pictures (default: 8)")
+    args = parser.parse_args(arguments)
+    loaded = load(args.checkpoint)
+    tokenizer = loaded.tokenizer()
+    examples = read_examples(loaded, tokenizer, args.examples)
+    if "image" in loaded.task.weights:
+        save(predictions_figure(loaded, examples), args.output / "predictions.png")
+    if "text" in loaded.task.weights:
+        save(captions_figure(loaded, tokenizer, examples), args.output / "captions.png")
+    save(curves_figure(loaded), args.output / "curves.png")
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

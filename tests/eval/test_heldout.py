@@ -1,0 +1,145 @@
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aimv2_jax.data.pipeline import evaluation_batches, to_devices
+from aimv2_jax.eval.heldout import CaptionSet, derangements, has_texture, held_out_figures, main, text_sums
+from aimv2_jax.eval.load import load
+from aimv2_jax.train.evaluate import evaluate
+from aimv2_jax.train.program import build_program
+
+KEYS = {
+    "loss_image",
+    "loss_image_textured",
+    "loss_text",
+    "loss_text_shuffled",
+    "loss_text_alt",
+    "loss_text_synthetic",
+    "loss_text_shuffled_alt",
+    "loss_text_shuffled_synthetic",
+    "unigram_entropy",
+    "unigram_entropy_alt",
+    "unigram_entropy_synthetic",
+    "examples",
+}
+# The same float32 losses of single examples, added up in another order.
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return load(str(workdir))
+
+
+@pytest.fixture(scope="module")
+def figures(loaded):
+    return held_out_figures(loaded)
+
+
+def test_figures_when_of_a_whole_run_then_just_the_named_keys_and_finite_numbers(figures):
+    assert set(figures) == KEYS
+    assert figures["examples"] == 5
+    assert all(np.isfinite(value) for value in figures.values())
+    assert figures["loss_image"] != figures["loss_image_textured"]
+
+
+def test_figures_when_compared_with_the_loops_evaluation_then_equal(figures, loaded):
+    program = build_program(loaded.config)
+    rows = np.arange(8)
+    batches = (batch.arrays for _, batch in evaluation_batches(loaded.config, rows, loaded.tokenizer()))
+    params = jax.device_put(loaded.params, program.state_shardings.params)
+    losses = evaluate(program, params, batches, lambda arrays: to_devices(arrays, program.batch_sharding, rows, 8))
+    assert figures["loss_image"] == pytest.approx(losses["eval_loss_image"], rel=CLOSE)
+    assert figures["loss_text"] == pytest.approx(losses["eval_loss_text_full_prefix"], rel=CLOSE)
+
+
+def test_figures_when_batches_are_smaller_than_the_set_then_the_same(figures, loaded):
+    others = held_out_figures(loaded.with_eval(batch_size=2))
+    assert others == {key: pytest.approx(value, rel=CLOSE) for key, value in figures.items()}
+
+
+def test_figures_when_the_run_has_no_image_loss_then_null(loaded):
+    text = dataclasses.replace(loaded, task=dataclasses.replace(loaded.task, weights={"text": 1.0}))
+    figures = held_out_figures(text.with_eval(kinds=("synthetic",)))
+    assert figures["loss_image"] is None and figures["loss_image_textured"] is None
+    assert figures["loss_text"] == figures["loss_text_synthetic"] > 0
+
+
+def test_shuffled_text_when_pictures_are_moved_instead_then_the_same_sums(loaded):
+    """Captions given to other pictures, against pictures given to other captions."""
+    [arrays] = [
+        batch.arrays
+        for kind, batch in evaluation_batches(loaded.config, np.arange(8), loaded.tokenizer())
+        if kind == "alt"
+    ]
+    usable = arrays["valid"].any(axis=1)
+    given = CaptionSet(arrays["tokens"], arrays["token_valid"], usable, arrays["source"]).given()
+    assert len(given) == 5 and usable.sum() == 5
+    turns = np.stack(given)
+    sums = jax.jit(partial(text_sums, loaded.task))
+    terms = sums(loaded.params, arrays, arrays["tokens"][turns], arrays["token_valid"][turns])
+    loss = jax.jit(loaded.task.loss)
+    for turn, total, count in zip(given, *terms):
+        moved = {**arrays, "patches": arrays["patches"][np.argsort(turn)], "valid": arrays["valid"][np.argsort(turn)]}
+        expected = loss(loaded.params, moved, moved["valid"].sum(axis=1))["text"]
+        assert count == expected.count
+        np.testing.assert_allclose(total, expected.sum, rtol=CLOSE)
+    assert len(set(np.asarray(terms.sum).tolist())) == 5
+
+
+@pytest.mark.parametrize("size", [2, 3, 110])
+def test_derangements_when_made_then_nothing_stays_and_no_two_agree(size):
+    permutations = derangements(size, 4)
+    assert len(permutations) == min(4, size - 1)
+    for row in zip(np.arange(size), *permutations):
+        assert len(set(map(int, row))) == len(row)
+    for permutation in permutations:
+        assert sorted(permutation) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_derangements_when_there_is_nothing_to_exchange_then_none(size):
+    assert derangements(size, 4) == []
+
+
+def test_has_texture_when_a_patch_is_one_colour_with_jpeg_noise_then_not():
+    noise = np.random.default_rng(0).integers(-1, 2, 588)
+    flat = [np.full(588, 255), np.tile([200, 10, 30], 196), np.full(588, 128) + noise]
+    edge = np.full(588, 255)
+    edge[:42] = 200  # One of fourteen rows of pixels.
+    textured = [edge, np.arange(588) // 4]
+    found = has_texture(jnp.asarray(np.stack(flat + textured), jnp.uint8)[None], 3)
+    assert found.tolist() == [[False] * 3 + [True] * 2]
+
+
+def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, capsys, figures):
+    file = tmp_path / "deep" / "figures.json"
+    assert main(["--checkpoint", f"{workdir}:20", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == figures
+    printed = capsys.readouterr().out
+    assert f"{figures['loss_text_shuffled_alt']:.4f}" in printed and "5 held-out pictures" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--checkpoint"),
+        (["--checkpoint", "nowhere"], "'nowhere'"),
+        (["--checkpoint", "{workdir}", "--steps", "3"], "--steps"),
+        (["--checkpoint", "{workdir}", "--batch-size", "0"], "'0' is not a whole number above zero"),
+        (["--checkpoint", "{workdir}:7"], "20, 40"),
+    ],
+)
+def test_main_when_the_command_line_is_wrong_then_one_line_and_code_2(workdir, capsys, arguments, message):
+    try:
+        code = main([argument.format(workdir=workdir) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    assert (code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert printed.err.startswith("error: ") and message in printed.err
