@@ -75,6 +75,7 @@ def test_batches_when_built_by_workers_then_the_same_bytes(make_config, flawed, 
     config = make_config(sources=flawed, data__workers=workers)
     for one, other in zip(plain, take(config, 6, tokenizer=tokenizer), strict=True):
         assert_same(one, other)
+        assert all(type(array) is np.ndarray for array in other.arrays.values())  # Not in shared memory any more.
 
 
 @pytest.mark.parametrize("workers", [0, 2])

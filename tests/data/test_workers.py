@@ -91,6 +91,7 @@ class Trainer:
         path.write_text(TRAINER)
         self.name = secrets.token_hex(3)
         environment = os.environ | {"TRAINER_NAME": self.name, "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment.pop("JAX_PLATFORMS", None)  # The workers must choose for themselves.
         command = [sys.executable, str(path), what]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         self.facts = json.loads(self.process.stdout.readline())
