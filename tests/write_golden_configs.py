@@ -3,9 +3,15 @@
     python -m tests.write_golden_configs
 """
 
+import os
+import sys
 from pathlib import Path
 
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+sys.path.insert(0, str(Path(__file__).parent))
+
 import jax
+from parallel.test_rules import table
 
 from aimv2_jax.config import config_text, load_config
 from aimv2_jax.train.optimizer import decay_report
@@ -21,6 +27,7 @@ def main() -> None:
         if "get_config" in path.read_text() and path.stem != "base":
             (GOLDEN / f"{path.stem}.txt").write_text(config_text(load_config(path)))
     task = build_task(load_config(ROOT / "experiments/quickstart.py"))
+    (GOLDEN / "shardings.txt").write_text(table("pretrain_large_224"))
     (GOLDEN / "decay.txt").write_text(decay_report(jax.eval_shape(task.init, run_key(0))))
 
 

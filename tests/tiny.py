@@ -1,0 +1,48 @@
+"""A run small enough for tests: the quickstart's data, a model of a few thousand parameters, four patches a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aimv2_jax.config import Config, load_config
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "experiments/quickstart.py"
+TINY = {
+    "model.encoder.width": 32,
+    "model.encoder.depth": 2,
+    "model.encoder.heads": 2,
+    "model.encoder.hidden": 64,
+    "model.decoder.width": 16,
+    "model.decoder.depth": 2,
+    "model.decoder.heads": 2,
+    "model.decoder.hidden": 32,
+    "model.decoder.text_length": 12,
+    "optimizer.warmup_steps": 5,
+    "optimizer.schedule_steps": 100,
+    "data.image_size": 28,
+    "data.batch_size": 16,
+    "data.workers": 0,
+    "eval.batch_size": 64,
+    "eval.max_examples": 40,
+    "train.steps": 20,
+    "train.log_every": 5,
+    "train.eval_every": 0,
+    "train.save_every": 10,
+}
+
+
+def overrides(**changes: object) -> list[tuple[str, str]]:
+    """The tiny run as command-line overrides; `changes` are keys with `__` for the dot."""
+    settings = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    return [(key, str(value)) for key, value in settings.items()]
+
+
+def tiny_config(**changes: object) -> Config:
+    return load_config(QUICKSTART, overrides(**changes))
+
+
+def tiny_arguments(workdir: Path, **changes: object) -> list[str]:
+    """The tiny run as arguments of `aimv2_jax.main`."""
+    keys = [f"--config.{key}={value}" for key, value in overrides(**changes)]
+    return [f"--config={QUICKSTART}", f"--workdir={workdir}", *keys]
