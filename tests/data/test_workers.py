@@ -17,6 +17,7 @@ TRAINER = '''
 import dataclasses, json, multiprocessing.shared_memory, os, sys, time
 
 multiprocessing.shared_memory._SHM_NAME_PREFIX = "/t" + os.environ["TRAINER_NAME"]
+multiprocessing.current_process()._config["semprefix"] = "/t" + os.environ["TRAINER_NAME"]
 
 from aimv2_jax.data.batches import LocalBatch
 
@@ -98,9 +99,10 @@ class Trainer:
         self.workers = [fact["pid"] for fact in self.facts]
 
     def left(self):
-        """Worker processes and shared memory that are there."""
+        """Worker processes, shared memory and semaphores that are there."""
         running = [pid for pid in self.workers if _runs(pid)]
-        return running + [name for name in os.listdir("/dev/shm") if name.startswith("t" + self.name)]
+        ours = f"t{self.name}", f"sem.t{self.name}"
+        return running + [name for name in os.listdir("/dev/shm") if name.startswith(ours)]
 
     def assert_gone_within(self, seconds):
         end = time.monotonic() + seconds
@@ -135,7 +137,8 @@ def test_workers_when_the_trainer_is_killed_then_gone_with_their_shared_memory_w
     trainer = start("wait")
     assert len(trainer.workers) == 2
     left = trainer.left()
-    assert set(trainer.workers) < set(left) and len(left) > 2  # Batches wait in shared memory.
+    assert set(trainer.workers) < set(left)
+    assert {str(name).split("t")[0] for name in left[2:]} == {"", "sem."}  # Batches wait; queues have semaphores.
     trainer.process.kill()
     trainer.assert_gone_within(10)
 
