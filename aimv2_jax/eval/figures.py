@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
@@ -38,6 +38,7 @@ DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#
 
 _CELL = 1.3  # Inches that a picture is wide.
 _MARGIN = 0.15
+_LABEL, _LINE = 0.21, 0.155  # Inches that a label and a line of text are high.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,27 +103,34 @@ def picture_cards(
     """Pictures with their texts to the right, each under its label; the first of them stands out."""
     side, text_width, head = 1.45, 3.15, 0.75
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
     card = side + 0.15 + text_width
+    blocks = [
+        [(label, _wrapped(text, bold=place == 0)) for place, (label, text) in enumerate(lines.items())]
+        for lines in texts
+    ]
+    tall = max(sum(_LABEL + _LINE * len(lines) for _, lines in block) for block in blocks)
+    pitch = max(side, tall) + 0.22
     width = max(columns * card + 2 * _MARGIN, 7)
-    height = head + rows * (side + 0.22) + _MARGIN
+    height = head + -(-len(pictures) // columns) * pitch + _MARGIN
     with rc_context(STYLE):
         figure = Figure((width, height), facecolor="white")
         _heading(figure, heading, note)
-        for index, (picture, lines) in enumerate(zip(pictures, texts)):
+        for index, (picture, block) in enumerate(zip(pictures, blocks)):
             row, column = divmod(index, columns)
-            x, top = _MARGIN + column * card, height - head - row * (side + 0.22)
-            _picture(figure, picture, x, top, side)
-            y = top
-            for place, (label, text) in enumerate(lines.items()):
-                left, color = (x + side + 0.12) / width, DARK if place else BLUE
+            x, y = _MARGIN + column * card, height - head - row * pitch
+            _picture(figure, picture, x, y, side)
+            left = (x + side + 0.12) / width
+            for place, (label, lines) in enumerate(block):
+                color, weight = (DARK, "normal") if place else (BLUE, "bold")
                 figure.text(left, y / height, label, va="top", size=7, color=GREY)
-                letters = 42 if place else 37  # Of which a line holds, thin or bold.
-                wrapped = textwrap.wrap(text, letters, max_lines=2, placeholder=" …") or ["(nothing)"]
-                weight = "normal" if place else "bold"
-                figure.text(left, (y - 0.13) / height, "\n".join(wrapped), va="top", color=color, weight=weight)
-                y -= 0.21 + 0.155 * len(wrapped)
+                figure.text(left, (y - 0.13) / height, "\n".join(lines), va="top", color=color, weight=weight)
+                y -= _LABEL + _LINE * len(lines)
     return figure
+
+
+def _wrapped(text: str, bold: bool) -> list[str]:
+    """At most three lines, of as many letters as a card holds."""
+    return textwrap.wrap(text, 37 if bold else 42, max_lines=3, placeholder=" …") or ["(nothing)"]
 
 
 def curve_panels(panels: Sequence[Panel], heading: str, note: str, marked_step: int, columns: int = 3) -> Figure:
@@ -153,15 +161,16 @@ def _panel(axes: Axes, panel: Panel, marked_step: int) -> None:
     axes.set_title(panel.title, loc="left")
     axes.set_yscale(panel.scale)
     if panel.scale == "log":
-        for which in ("major", "minor"):
-            getattr(axes.yaxis, f"set_{which}_formatter")(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+        formatter = LogFormatter(minor_thresholds=(1, 0.4))
+        axes.yaxis.set_minor_formatter(formatter)
     else:
-        axes.ticklabel_format(axis="y", scilimits=(-2, 5))
+        formatter = StrMethodFormatter("{x:g}")
+    axes.yaxis.set_major_formatter(formatter)
     axes.margins(x=0.01)
     axes.tick_params(length=0)
     axes.set_xlabel("step", size=8, color=GREY, labelpad=1)
     if len(panel.curves) > 1:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper right")
 
 
 def _heading(figure: Figure, heading: str, note: str) -> None:
