@@ -13,7 +13,7 @@ SAMPLE = "package:data/sample"
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.encoder.update(width=192, depth=6, heads=3)
-    config.model.decoder.update(width=192, depth=4, heads=3, vocab_size=1024, text_length=32)
+    config.model.decoder.update(width=192, depth=4, heads=3, vocab_size=1024, text_length=40)
     config.model.layers = "scan"  # Compiles in seconds.
     config.model.compute_dtype = "float32"  # CPUs have no fast bfloat16.
     config.optimizer.update(warmup_steps=40, schedule_steps=400, weight_decay=1e-4, peak_lr=1e-3)

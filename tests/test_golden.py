@@ -205,7 +205,7 @@ def test_activations_when_run_as_in_training_then_equal(pretrain, way):
         assert_close(every[i], theirs[f"decoder.block_{i}"][:, :-1], f"decoder.block_{i}")
     assert_close(rows, theirs["decoder.final_norm"][:, :-1], "decoder.final_norm")
 
-    predictions = task.predict(pretrain.params, batch, prefix)
+    predictions = jax.jit(task.predict)(pretrain.params, batch, prefix)
     assert_close(predictions.pixels, theirs["predicted_pixels"][:, :-1], "predicted_pixels")
     assert_close(predictions.logits, theirs["text_logits"][:, :-1], "text_logits")
 

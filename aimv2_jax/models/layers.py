@@ -139,6 +139,21 @@ class Attention(nn.Module):
         return Linear(width, ("heads", "embed"), self.precision, name="out")(out), cache
 
 
+@jax.custom_vjp
+def gated_silu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
+    """silu(gate) · up. Its own gradient rule keeps only the two inputs, and computes the sigmoid again from them."""
+    return nn.silu(gate) * up
+
+
+def _gated_silu_backward(saved, dy):
+    gate, up = saved
+    sigmoid = nn.sigmoid(gate)
+    return dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
+
+
+gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_backward)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x), without biases."""
 
@@ -149,7 +164,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         gate = Linear(self.hidden, ("embed", "mlp"), self.precision, name="gate")(x)
         up = Linear(self.hidden, ("embed", "mlp"), self.precision, name="up")(x)
-        return Linear(x.shape[-1], ("mlp", "embed"), self.precision, name="down")(nn.silu(gate) * up)
+        return Linear(x.shape[-1], ("mlp", "embed"), self.precision, name="down")(gated_silu(gate, up))
 
 
 class Block(nn.Module):

@@ -16,6 +16,8 @@ from jaxtyping import Array, Int
 
 from aimv2_jax.errors import GuardStop
 
+# A record without the asked caption kind is no damage: many sets have synthetic captions for some pictures only.
+_HARMLESS = ("missing_caption",)
 _LEAST_EXAMPLES = 1000  # The share of bad records is taken of at least so many: one early one is no verdict.
 
 
@@ -52,7 +54,9 @@ class Tally:
 
     def check(self, max_bad_fraction: float) -> None:
         """Raises GuardStop where too many of the records that were read so far could not be used."""
-        images, bad = int(self._seen[:, 0].sum()), int(self._seen[:, 1:].sum())
+        images = int(self._seen[:, 0].sum())
+        harmful = [1 + i for i, reason in enumerate(self._reasons) if reason not in _HARMLESS]
+        bad = int(self._seen[:, harmful].sum())
         if bad > max_bad_fraction * max(images, _LEAST_EXAMPLES):
             raise GuardStop(
                 f"{bad} of {images + bad} records read by this run could not be used, more than "

@@ -14,7 +14,6 @@ from aimv2_jax.config import load_config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.train.program import build_program
-from aimv2_jax.train.task import build_task, run_key
 
 GOLDEN = Path(__file__).parents[1] / "golden_configs/shardings.txt"
 PRESETS = sorted(path.stem for path in (ROOT / "experiments").glob("pretrain_*.py"))
@@ -73,43 +72,3 @@ def test_state_when_initialised_on_any_mesh_then_same_numbers_laid_out_as_the_ru
     moments = [leaf.sharding for leaf in jax.tree.leaves(states[1].opt_state) if leaf.ndim]
     follow = [leaf.sharding for leaf in jax.tree.leaves(states[1].params)] * 2
     assert moments == follow
-
-
-def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
-    """RECIPE.md §5, on a model wide enough to tell distributions apart."""
-    config = load_config(ROOT / "experiments/pretrain_base_224.py", [("model.encoder.depth", "2")])
-    params = paths(jax.jit(build_task(config).init)(run_key(0)))
-    depth = config.model.decoder.depth
-
-    def check(path: str, std: float, bound: float):
-        leaf = params[path]
-        assert abs(float(leaf.std()) / std - 1) < 0.05 and abs(float(leaf.mean())) < 0.05 * std, path
-        assert bound * 0.9 < float(abs(leaf).max()) <= bound * 1.0001, path
-
-    def uniform(path: str, bound: float):
-        check(path, bound / 3**0.5, bound)
-
-    def xavier(path: str):
-        fan_in, fan_out = params[path].shape[-2:]
-        uniform(path, (6 / (fan_in + fan_out)) ** 0.5)
-
-    for trunk in ("encoder/trunk", "decoder/trunk"):
-        for name in ("attention/query", "attention/key", "attention/value", "attention/out", "mlp/gate", "mlp/up", "mlp/down"):
-            xavier(f"{trunk}/blocks/{name}/kernel")
-        stacked = params[f"{trunk}/blocks/mlp/up/kernel"]
-        assert (stacked[0] != stacked[1]).any()  # every layer has its own draw
-    xavier("encoder/patch_embed/kernel")
-    uniform("encoder/patch_embed/bias", 1 / 588**0.5)
-    uniform("decoder/image_embed/kernel", 1 / 768**0.5)
-    uniform("decoder/image_embed/bias", 1 / 768**0.5)
-    for path, std in {
-        "encoder/position": 0.02,
-        "decoder/token_table": 0.02,
-        "decoder/begin": 0.02,
-        "decoder/position": 0.01,
-    }.items():
-        assert abs(float(params[path].std()) / std - 1) < 0.1, path
-    for head in ("pixel_head", "token_head"):
-        std = (1 / ((1 + depth) * 1024)) ** 0.5
-        check(f"decoder/{head}/kernel", std, 2 * std / 0.87962566103423978)  # cut at two of the untruncated sigmas
-    assert all((leaf == 1).all() for path, leaf in params.items() if path.endswith("scale"))

@@ -1,0 +1,47 @@
+"""Masks against their definition, and attention against its formula."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aimv2_jax.models.attention import attend, causal_mask, full_mask, prefix_mask
+
+VALID = np.array([[True] * 6, [True, True, False, True, False, False]])
+
+
+def by_definition(allowed) -> np.ndarray:
+    return np.array([[[bool(allowed(b, i, j)) for j in range(6)] for i in range(6)] for b in range(2)])
+
+
+def test_prefix_mask_when_any_prefix_and_padding_then_the_definition():
+    for prefix in range(1, 7):
+        ours = prefix_mask(jnp.asarray([prefix, 7 - prefix]), jnp.asarray(VALID))
+        lengths = (prefix, 7 - prefix)
+        np.testing.assert_array_equal(ours[:, 0], by_definition(lambda b, i, j: VALID[b, j] and (j <= i or j < lengths[b])))  # noqa: B023
+
+
+def test_causal_and_full_masks_when_there_is_padding_then_the_definition():
+    np.testing.assert_array_equal(
+        causal_mask(jnp.asarray(VALID))[:, 0], by_definition(lambda b, i, j: VALID[b, j] and j <= i)
+    )
+    full = np.broadcast_to(full_mask(jnp.asarray(VALID))[:, 0], (2, 6, 6))
+    np.testing.assert_array_equal(full, by_definition(lambda b, i, j: VALID[b, j]))
+
+
+def test_attention_when_masked_then_the_formula_and_finite_where_nothing_may_be_read():
+    q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), (2, 6, 3, 4)), np.float64) for i in range(3))
+    mask = np.array(prefix_mask(jnp.asarray([2, 4]), jnp.asarray(VALID)))
+    mask[1, :, 5] = False  # a query that may read nothing
+    ours = np.asarray(attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask)))
+    assert np.isfinite(ours).all()
+    for b in range(2):
+        for i in range(6):
+            keys = mask[b, 0, i]
+            if not keys.any():
+                continue
+            for h in range(3):
+                scores = k[b, keys, h] @ q[b, i, h] / 2  # 1 / sqrt(4)
+                weights = np.exp(scores - scores.max())
+                np.testing.assert_allclose(ours[b, i, h], weights @ v[b, keys, h] / weights.sum(), rtol=0, atol=1e-5)

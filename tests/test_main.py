@@ -1,0 +1,150 @@
+"""The command line: help, exit codes, and one clear line for everything a user can mend, before anything compiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, tiny_arguments
+
+from aimv2_jax import errors
+from aimv2_jax.flags import split_overrides
+from aimv2_jax.main import main
+from aimv2_jax.train import checkpoint
+from aimv2_jax.train.program import Program
+
+MODULES = ["aimv2_jax.main", "aimv2_jax.eval.show", "aimv2_jax.eval.heldout"]
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    """Makes the run fail loudly where it would have begun to compile or to compute."""
+
+    def compiled(*_):
+        raise AssertionError("the mistake should have been told before")
+
+    monkeypatch.setattr(Program, "compile_step", compiled)
+    monkeypatch.setattr(Program, "init", compiled)
+
+
+def not_sentencepiece(folder: Path) -> Path:
+    path = folder / "wrong.model"
+    path.write_bytes(b"not a model")
+    return path
+
+
+def empty_folder(folder: Path) -> Path:
+    path = folder / "empty"
+    path.mkdir()
+    return path
+
+
+# What is wrong -> (config changes, given a folder; words that the one line must have).
+REFUSED = {
+    "misspelt key": (lambda _: {"train__stepz": 1}, ["train.stepz", "Did you mean train.steps"]),
+    "ill-typed value": (lambda _: {"train__steps": "many"}, ["train.steps", "many", "whole number"]),
+    "heads": (lambda _: {"model__encoder__heads": 3}, ["model.encoder.heads", "3 heads, width 32"]),
+    "batch over devices": (lambda _: {"data__batch_size": 12}, ["data.batch_size", "12 rows, 8 devices", "multiple of 8"]),
+    "evaluation batch": (lambda _: {"eval__batch_size": 12}, ["eval.batch_size", "12 rows"]),
+    "mesh": (lambda _: {"mesh__data": 3}, ["mesh.data", "3 x 1 x 1 for 8 devices"]),
+    "vocabulary": (lambda _: {"model__decoder__vocab_size": 100}, ["768", "model.decoder.vocab_size", "100"]),
+    "tokenizer missing": (lambda d: {"tokenizer__path": d / "no.model"}, ["tokenizer.path", "no.model"]),
+    "tokenizer of another kind": (lambda d: {"tokenizer__path": not_sentencepiece(d)}, ["SentencePiece", "wrong.model"]),
+    "data missing": (lambda d: {"data__sources__photo": d / "nowhere"}, ["photo", "nowhere"]),
+    "data empty": (lambda d: {"data__sources__photo": empty_folder(d)}, ["photo", "empty"]),
+    "held-out data missing": (lambda d: {"eval__sources__photo": d / "nowhere"}, ["photo", "nowhere"]),
+    "unknown source": (lambda _: {"data__mixture__cats__alt": 1}, ["data.mixture", "cats", "data.sources.cats"]),
+    "caption kind": (lambda _: {"data__mixture__photo__poem": 1}, ["data.mixture.photo", "poem", "alt, synthetic"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_main_when_the_config_cannot_work_then_one_line_and_code_2(case, tmp_path, capsys, nothing_compiles):
+    changes, words = REFUSED[case]
+    assert main(tiny_arguments(tmp_path / "run", **changes(tmp_path))) == errors.EXIT_USER
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ") and message.count("\n") == 0
+    assert all(word in message for word in words), message
+
+
+def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(tmp_path, capsys, nothing_compiles, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_free_bytes", lambda _: 1000)
+    assert main(tiny_arguments(tmp_path)) == errors.EXIT_USER
+    assert "two checkpoints" in capsys.readouterr().err
+
+
+def test_main_when_the_workdir_has_another_model_then_refused_naming_the_key(tmp_path, capsys, monkeypatch):
+    assert main(tiny_arguments(tmp_path, train__steps=2, eval__max_examples=4)) == 0
+    changes = {"model__encoder__width": 48, "optimizer__peak_lr": 0.5, "seed": 7}
+    for key, value in changes.items():
+        assert main(tiny_arguments(tmp_path, eval__max_examples=4, **{key: value})) == errors.EXIT_USER
+        message = capsys.readouterr().err
+        assert key.replace("__", ".") in message and str(value) in message
+
+
+def test_main_when_the_workdir_is_a_file_then_refused(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert main(tiny_arguments(path)) == errors.EXIT_USER
+    assert "--workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--config"),
+        (["--config=experiments/quickstart.py"], "--workdir"),
+        (["--config=nowhere.py", "--workdir=x"], "nowhere.py"),
+        (["--config=experiments/quickstart.py", "--workdir=x", "--steps=3"], "--steps"),
+        (["--config=experiments/quickstart.py", "--workdir=x", "--config.train.steps"], "train.steps"),
+    ],
+)
+def test_main_when_flags_are_wrong_then_one_line_and_code_2(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    message = capsys.readouterr().err.strip()
+    assert code == errors.EXIT_USER and words in message and message.count("\n") == 0
+
+
+def test_overrides_when_given_in_either_form_then_split_from_the_rest():
+    words = ["--config=a.py", "--config.seed=3", "--config.train.steps", "5", "--workdir", "w"]
+    assert split_overrides(words) == (["--config=a.py", "--workdir", "w"], [("seed", "3"), ("train.steps", "5")])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_when_asked_for_help_then_code_0(module):
+    result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage" in result.stdout and not result.stderr
+
+
+def test_process_when_the_user_is_wrong_then_code_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(tmp_path, tokenizer__path="nowhere.model")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "nowhere.model" in result.stderr and "Traceback" not in result.stderr
+
+
+def imported_by(statement: str, *names: str) -> str:
+    code = f"import sys; {statement}; print([name for name in {names!r} if name in sys.modules])"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout.strip()
+
+
+def test_import_when_the_package_or_main_is_imported_then_nothing_heavy_comes_along():
+    assert imported_by("import aimv2_jax", "jax", "numpy", "tensorflow") == "[]"
+    heavy = ("jax", "tensorflow", "aimv2_jax.train", "aimv2_jax.models", "grain")
+    assert imported_by("import aimv2_jax.main", *heavy) == "[]"
+
+
+def test_step_time_when_imported_and_built_then_needs_no_grain_orbax_or_tensorflow():
+    statement = (
+        "sys.path.insert(0, 'experiments/benchmarks'); import step_time; "
+        "from aimv2_jax.train.program import build_program; "
+        "build_program(step_time.preset_config('reference', {})).abstract_state"
+    )
+    assert imported_by(statement.replace("experiments", f"{ROOT}/experiments"), "grain", "orbax", "tensorflow") == "[]"

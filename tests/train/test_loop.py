@@ -1,0 +1,220 @@
+"""The loop from outside: resumed, killed, guarded, and what it writes. Runs go through `aimv2_jax.main` as a user's do."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import ROOT, tiny_arguments, tiny_config
+
+from aimv2_jax.config import config_to_dict
+from aimv2_jax.data import pipeline
+from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.main import main
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
+from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.program import build_program
+
+KEYS = {
+    "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
+    "images_per_s", "step_time_s", "data_wait_fraction", "mfu",
+}  # fmt: skip
+
+
+def saved_state(workdir: Path, step: int, **changes):
+    """The leaves of a checkpoint's state, on one mesh."""
+    reader = CheckpointReader(workdir)
+    return jax.device_get(jax.tree.leaves(reader.restore(step, build_program(tiny_config(**changes)).abstract_state)))
+
+
+def assert_bitwise(one, other):
+    assert len(one) == len(other)
+    assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """20 steps in one go, evaluated at 10 and 20."""
+    workdir = tmp_path_factory.mktemp("straight")
+    assert main(tiny_arguments(workdir, train__eval_every=10)) == 0
+    return workdir
+
+
+def test_run_when_finished_then_metrics_have_their_keys_and_the_best_is_known(straight):
+    training, evaluation = read_metrics(straight)
+    assert [line["step"] for line in training] == [5, 10, 15, 20]
+    assert all(KEYS <= set(line) for line in training)
+    assert all(line["mfu"] is None and line["images_per_s"] > 0 for line in training)  # a CPU's peak is unknown
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert training[0]["images/photo"] + training[0]["images/other"] == 5 * 16
+    assert [line["step"] for line in evaluation] == [10, 20]
+    for line in evaluation:
+        assert {"eval_loss", "eval_loss_image", "eval_loss_text", "eval_loss_text_full_prefix"} < set(line)
+        assert line["eval_loss"] == pytest.approx(line["eval_loss_text"] + 0.4 * line["eval_loss_image"])
+    reader = CheckpointReader(straight)
+    best = min(evaluation, key=lambda line: line["eval_loss"])
+    assert reader.best_step() == best["step"] and reader.meta(best["step"])["eval_loss"] == best["eval_loss"]
+    assert (straight / "config.txt").is_file() and list((straight / "tensorboard").iterdir())
+
+
+def test_run_when_started_again_then_says_it_is_finished_and_changes_nothing(straight, capsys):
+    before = (straight / "metrics.jsonl").read_text()
+    assert main(tiny_arguments(straight, train__eval_every=10)) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+def test_run_when_stopped_and_resumed_twice_then_bitwise_the_straight_run(straight, tmp_path):
+    for steps in (7, 13, 20):
+        assert main(tiny_arguments(tmp_path, train__steps=steps, train__eval_every=10, train__save_every=100)) == 0
+    assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
+    ours, theirs = ({line["step"]: line["loss"] for line in read_metrics(path)[0]} for path in (tmp_path, straight))
+    assert {step: ours[step] for step in theirs} == theirs
+
+
+def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_same_numbers(straight, tmp_path):
+    assert main(tiny_arguments(tmp_path, train__steps=10)) == 0
+    assert main(tiny_arguments(tmp_path, mesh__data=2, mesh__fsdp=4, model__layers="loop")) == 0
+    ours, theirs = ({line["step"]: line for line in read_metrics(path)[0]} for path in (tmp_path, straight))
+    for step in (15, 20):
+        assert ours[step]["count_image"] == theirs[step]["count_image"]  # the same prefixes
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)  # ten steps of other rounding
+
+
+def children(pid: int) -> set[int]:
+    found = {int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()}
+    return found.union(*(children(child) for child in found if Path(f"/proc/{child}/task").is_dir()))
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def start(workdir: Path, **changes) -> subprocess.Popen:
+    command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(workdir, data__workers=2, **changes)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_and_no_orphan(straight, tmp_path):
+    segments = set(os.listdir("/dev/shm"))
+    trainer = start(tmp_path, train__steps=100_000, train__save_every=10, train__log_every=1)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "checkpoints/10").is_dir():
+            assert trainer.poll() is None and time.monotonic() < deadline, trainer.stdout.read()
+            time.sleep(0.005)
+        family = children(trainer.pid)
+        assert len(family) >= 2  # the workers
+    finally:
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.wait()
+    deadline = time.monotonic() + 10
+    while any(map(running, family)) or set(os.listdir("/dev/shm")) - segments:
+        assert time.monotonic() < deadline, "orphans or shared memory are left 10 s after the trainer was killed"
+        time.sleep(0.1)
+    last = CheckpointReader(tmp_path).latest_step()
+    assert last in (10, 20)  # wherever the kill met it: a whole checkpoint
+    if last == 20:  # then what was to be resumed is the step before
+        last = 10
+        shutil.rmtree(tmp_path / "checkpoints/20")
+    assert_bitwise(saved_state(tmp_path, last), saved_state(straight, last))
+    resumed = start(tmp_path)
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert f"continuing from step {last}" in output
+    assert_bitwise(saved_state(tmp_path, 20), saved_state(straight, 20))
+    steps = [line["step"] for line in read_metrics(tmp_path)[0]]
+    assert steps == sorted(set(steps))
+
+
+def test_batch_when_taken_after_a_resume_then_equals_that_of_the_straight_run():
+    config = tiny_config()
+    with pipeline.training_batches(config, range(16), 0) as straight, pipeline.training_batches(config, range(16), 10) as later:
+        for _ in range(10):
+            next(straight)
+        one, other = next(straight), next(later)
+    assert one.step == other.step == 10
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name])
+
+
+def test_train_step_when_50_steps_run_then_compiled_once(tmp_path, caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with caplog.at_level(logging.WARNING, logger="jax"):
+            assert main(tiny_arguments(tmp_path, train__steps=50, train__log_every=1, eval__max_examples=8)) == 0
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert sum("train_step" in message for message in compiled) == 1
+    assert len(read_metrics(tmp_path)[0]) == 50
+
+
+def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_the_checkpoint(tmp_path, capsys):
+    assert main(tiny_arguments(tmp_path, train__steps=10)) == 0
+    kept = saved_state(tmp_path, 10)
+    # The rate may not change on a resume, so the state itself is spoilt: one parameter that is not a number.
+    config = tiny_config(train__steps=10)
+    program = build_program(config)
+    with Checkpointer(tmp_path, 3) as checkpointer:
+        state = checkpointer.restore(10, program.abstract_state)
+        begin = state.params["decoder"]["begin"]
+        state.params["decoder"]["begin"] = jax.device_put(np.full(begin.shape, np.nan, np.float32), begin.sharding)
+        checkpointer.save(11, state.replace(step=state.step + 1), config)
+    capsys.readouterr()
+    assert main(tiny_arguments(tmp_path, train__save_every=1)) == 3
+    message = capsys.readouterr().err
+    assert "loss is nan at step 12" in message and "newest checkpoint is that of step 11" in message
+    assert CheckpointReader(tmp_path).steps() == [10, 11]
+    assert_bitwise(saved_state(tmp_path, 10), kept)
+    assert all(line["step"] <= 11 for line in read_metrics(tmp_path)[0])
+
+
+def broken_source(folder: Path, good: int, bad: int) -> Path:
+    """A data set with `good` pictures and `bad` records that are none."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(buffer, "JPEG")
+    captions = {"alt": "a red square", "synthetic": "a picture of a red square"}
+    pictures = [Record(f"good-{i}", buffer.getvalue(), captions, {}) for i in range(good)]
+    rubbish = [Record(f"bad-{i}", b"not a picture", captions, {}) for i in range(bad)]
+    write_dataset(folder, pictures + rubbish)
+    return folder
+
+
+def test_run_when_some_records_are_bad_then_counted_named_and_replaced(tmp_path):
+    folder = broken_source(tmp_path / "data", good=50, bad=1)
+    workdir = tmp_path / "run"
+    assert main(tiny_arguments(workdir, data__sources__photo=folder, data__max_bad_fraction=0.5)) == 0
+    counts = [line.get("bad/photo/undecodable_image", 0) for line in read_metrics(workdir)[0]]
+    lines = [json.loads(line) for line in (workdir / "bad_records.jsonl").read_text().splitlines()]
+    assert sum(counts) == len(lines) > 0
+    assert {(line["source"], line["key"], line["reason"]) for line in lines} == {("photo", "bad-0", "undecodable_image")}
+
+
+def test_run_when_too_many_records_are_bad_then_stops_by_the_guard(tmp_path, capsys):
+    folder = broken_source(tmp_path / "data", good=4, bad=4)
+    assert main(tiny_arguments(tmp_path / "run", data__sources__photo=folder)) == 3
+    message = capsys.readouterr().err
+    assert "could not be used" in message and "data.max_bad_fraction=0.01" in message
+    assert (tmp_path / "run/bad_records.jsonl").is_file()
+
+
+def test_config_when_saved_with_a_checkpoint_then_the_run_is_known_from_it(straight):
+    meta = CheckpointReader(straight).meta(20)
+    assert meta["config"] == config_to_dict(tiny_config(train__eval_every=10))

@@ -1,0 +1,48 @@
+"""The optimiser beyond the golden steps: the schedule's ends, clipping, what decay means."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aimv2_jax.train.optimizer import adamlh, clip_by_global_norm, learning_rate
+
+
+def rate(**changes):
+    return learning_rate(
+        **dict(start_lr=1e-6, peak_lr=1e-3, end_lr=1e-5, warmup_steps=10, schedule_steps=110) | changes
+    )
+
+
+def test_learning_rate_when_at_its_ends_then_start_peak_end_and_end_from_there_on():
+    schedule = rate()
+    values = [float(schedule(jnp.asarray(step))) for step in (0, 10, 60, 110, 10**6)]
+    assert values == pytest.approx([1e-6, 1e-3, (1e-3 + 1e-5) / 2, 1e-5, 1e-5], rel=1e-6)
+
+
+def test_learning_rate_when_there_is_no_warm_up_then_starts_at_the_peak():
+    assert float(rate(warmup_steps=0)(jnp.asarray(0))) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("size", "factor"), [(0.5, 1.0), (1.0, 1 / (1 + 1e-6)), (4.0, 1 / (4 + 1e-6))])
+def test_clip_when_any_norm_then_scaled_by_the_reference_factor(size, factor):
+    tree = {"a": jnp.asarray([0.6 * size]), "b": jnp.asarray([[0.8 * size]])}
+    clipped, _ = clip_by_global_norm(1.0).update(tree, optax.EmptyState())
+    np.testing.assert_allclose(clipped["a"], 0.6 * size * factor, rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], 0.8 * size * factor, rtol=1e-6)
+
+
+def test_decay_when_gradients_are_zero_then_a_share_that_follows_the_schedule_and_spares_gains():
+    schedule = rate()
+    optimizer = adamlh(schedule, peak_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip_norm=1.0)
+    params = {"mlp": {"kernel": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)}}
+    zeros = {"mlp": {"kernel": jnp.zeros(3)}, "norm": {"scale": jnp.zeros(3)}}
+    state, expected = optimizer.init(params), 1.0
+    for step in range(12):
+        updates, state = optimizer.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        expected *= 1 - 0.1 * float(schedule(jnp.asarray(step))) / 1e-3
+    np.testing.assert_allclose(params["mlp"]["kernel"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(params["norm"]["scale"], 1.0)

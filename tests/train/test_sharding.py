@@ -1,0 +1,99 @@
+"""One device, eight devices in any mesh, and batches put together from several hosts: the same numbers.
+
+Sums over rows are taken in another order on another mesh, in float32; hence 2e-6 relative for losses and 2e-5 of each
+tensor's largest entry for gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from golden_names import paths
+from tiny import tiny_config
+
+from aimv2_jax.data import pipeline
+from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.parallel import rules
+from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.step import accumulate
+
+STEP = 3
+BATCH = 16
+SIZES = dict(data__batch_size=BATCH, data__image_size=56, model__encoder__width=32, model__decoder__width=32)
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "data x fsdp": (2, 4, 1), "all three": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    config = tiny_config(**SIZES)
+    return Tokenizer(config.tokenizer.path, config.model.decoder.text_length, config.model.decoder.vocab_size)
+
+
+def host_batch(rows, tokenizer) -> dict[str, np.ndarray]:
+    """The given rows of step 3, as the process that holds them would build them."""
+    with pipeline.training_batches(tiny_config(**SIZES), rows, STEP, tokenizer) as batches:
+        return next(batches).arrays
+
+
+def run(program: Program, arrays: dict[str, np.ndarray]):
+    """Prefixes, loss sums, gradients, and the state after one step, of one global batch."""
+    batch = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
+    batch = {name: batch[name] for name in program.abstract_batch}
+    state = program.init()
+    with rules.scope(program.mesh):
+        prefix = jax.jit(program.task.draw_prefix)(program.rng, batch)
+        counts = jax.jit(program.task.counts)(batch, prefix)
+        sums, grads = jax.jit(partial(accumulate, task=program.task, microbatches=1))(state.params, batch, prefix, counts)
+    after, metrics = program.compile_step()(state, batch, program.rng)
+    return jax.device_get((prefix, counts, sums, grads)), after, jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def one_device(tokenizer):
+    program = build_program(tiny_config(**SIZES, mesh__data=1), jax.devices()[:1])
+    return run(program, host_batch(range(BATCH), tokenizer))
+
+
+def assert_same(one, other):
+    (prefix, counts, sums, grads), state, metrics = one
+    (prefix_2, counts_2, sums_2, grads_2), state_2, metrics_2 = other
+    np.testing.assert_array_equal(prefix, prefix_2)
+    assert counts == counts_2
+    for name in sums:
+        assert sums_2[name] == pytest.approx(sums[name], rel=2e-6)
+    for path, leaf in paths(grads).items():
+        np.testing.assert_allclose(paths(grads_2)[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path)
+    for name in ("loss", "loss_image", "loss_text", "param_norm", "lr"):
+        assert metrics_2[name] == pytest.approx(metrics[name], rel=2e-6), name
+    assert metrics_2["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=2e-5)
+    assert int(state_2.step) == int(state.step) == 1
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_step_when_on_eight_devices_then_the_numbers_of_one_device(mesh, one_device, tokenizer):
+    data, fsdp, tensor = MESHES[mesh]
+    program = build_program(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
+    result = run(program, host_batch(range(BATCH), tokenizer))
+    assert_same(one_device, result)
+    for leaf, sharding in zip(jax.tree.leaves(result[1]), jax.tree.leaves(program.state_shardings)):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_step_when_microbatched_on_eight_devices_then_the_numbers_of_one_device(one_device, tokenizer):
+    program = build_program(tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, train__microbatches=2))
+    assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_batch_when_put_together_from_hosts_then_the_same_examples_and_losses(hosts, one_device, tokenizer):
+    share = BATCH // hosts
+    slices = [host_batch(range(i * share, (i + 1) * share), tokenizer) for i in range(hosts)]
+    whole = host_batch(range(BATCH), tokenizer)
+    together = {name: np.concatenate([part[name] for part in slices]) for name in whole}
+    for name, array in whole.items():
+        np.testing.assert_array_equal(together[name], array, name)
+    program = build_program(tiny_config(**SIZES, mesh__data=2, mesh__fsdp=4))
+    assert_same(one_device, run(program, together))

@@ -1,0 +1,84 @@
+"""Counts by source, the file of bad records, and when there are too many."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from tiny import tiny_config
+
+from aimv2_jax.data.batches import Fault
+from aimv2_jax.errors import GuardStop
+from aimv2_jax.parallel.mesh import build_mesh
+from aimv2_jax.parallel.rules import replicated
+from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
+from aimv2_jax.train.tally import BadRecordFile, Tally
+
+REASONS = ("corrupt_record", "missing_caption")
+
+
+@pytest.fixture
+def tally():
+    return Tally(["a", "b"], REASONS, replicated(build_mesh(-1, 1, 1)))
+
+
+def test_tally_when_batches_are_added_then_laps_count_each_once(tally):
+    tally.add(jnp.asarray([0, 1, 1]), jnp.asarray([[0, 0], [2, 0], [0, 1]]))
+    tally.add(jnp.asarray([1, 1, 1]), jnp.asarray([[0, 0], [0, 0], [1, 0]]))
+    assert tally.lap() == {"images/a": 1, "images/b": 5, "bad/b/corrupt_record": 3, "bad/b/missing_caption": 1}
+    assert tally.lap() == {"images/a": 0, "images/b": 0}
+
+
+def test_check_when_over_the_share_then_stops_and_says_where_the_keys_are(tally):
+    tally.add(jnp.asarray([0]), jnp.asarray([[10, 0]]))
+    tally.lap()
+    tally.check(0.01)  # 10 of at least 1,000
+    tally.add(jnp.asarray([0]), jnp.asarray([[1, 0]]))
+    tally.lap()
+    with pytest.raises(GuardStop, match=r"11 of 13 records.*max_bad_fraction=0\.01.*bad_records\.jsonl"):
+        tally.check(0.01)
+
+
+def test_check_when_only_caption_kinds_are_missing_then_goes_on(tally):
+    tally.add(jnp.asarray([0]), jnp.asarray([[0, 5000]]))
+    tally.lap()
+    tally.check(0.0)
+
+
+def test_bad_record_file_when_continued_then_later_and_half_lines_are_cut(tmp_path):
+    faults = [Fault(example=7, source="a", record=3, key="k", reason="corrupt_record")]
+    first = BadRecordFile(tmp_path, 0, 0)
+    for step in (1, 2, 3):
+        first.write(step, faults)
+    path = tmp_path / "bad_records.jsonl"
+    path.write_text(path.read_text() + '{"step": 1, "half')
+    BadRecordFile(tmp_path, 0, 2).write(3, faults)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0] == {"step": 1, "example": 7, "source": "a", "record": 3, "key": "k", "reason": "corrupt_record"}
+
+
+class Device:
+    def __init__(self, kind: str):
+        self.device_kind = kind
+
+
+def test_flops_when_counted_by_hand_then_equal():
+    config = tiny_config()
+    encoder = 4 * 588 * 32 + 2 * (4 * (4 * 32 * 32 + 3 * 32 * 64) + 2 * 4 * 4 * 32)
+    rows = 4 + 12
+    decoder = 4 * 32 * 16 + 2 * (rows * (4 * 16 * 16 + 3 * 16 * 32) + 2 * rows * rows * 16)
+    heads = 3 * 16 * 588 + 12 * 16 * 1024
+    assert flops_per_example(config) == 6 * (encoder + decoder + heads)
+
+
+def test_mfu_when_the_peak_is_known_then_a_share_and_else_none():
+    config = tiny_config()
+    two = [Device("TPU v5 lite")] * 2
+    assert model_flops_utilisation(config, 10.0, two) == pytest.approx(flops_per_example(config) * 10 / (2 * 197e12))
+    assert model_flops_utilisation(config, 10.0, [Device("TPU v5p")]) == pytest.approx(
+        flops_per_example(config) * 10 / 459e12
+    )
+    assert model_flops_utilisation(config, 10.0, [Device("cpu")]) is None
+    assert model_flops_utilisation(config, None, two) is None

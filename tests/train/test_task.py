@@ -1,0 +1,254 @@
+"""The task: initial numbers, prefixes, which losses are computed, and what padding changes (nothing)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_names import paths
+from tiny import ROOT, tiny_config
+
+from aimv2_jax.config import load_config
+from aimv2_jax.train import losses
+from aimv2_jax.train.step import accumulate
+from aimv2_jax.train.task import build_task, purpose_key, run_key
+
+LENGTH, TEXT = 4, 12
+
+
+def batch_of(size: int, seed: int = 0, length: int = LENGTH) -> dict[str, jax.Array]:
+    random = np.random.default_rng(seed)
+    side = math.isqrt(length)
+    coords = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1).reshape(1, -1, 2)
+    batch = {
+        "patches": random.integers(0, 256, (size, length, 588), np.uint8),
+        "coords": np.broadcast_to(coords, (size, length, 2)).astype(np.int32),
+        "valid": np.ones((size, length), bool),
+        "tokens": random.integers(0, 1024, (size, TEXT), np.int32),
+        "token_valid": np.arange(TEXT) < random.integers(1, TEXT, (size, 1)),
+        "example_index": np.stack([np.zeros(size), np.arange(size)], axis=1).astype(np.uint32),
+    }
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
+    """RECIPE.md §5, on a model wide enough to tell distributions apart."""
+    config = load_config(ROOT / "experiments/pretrain_base_224.py", [("model.encoder.depth", "2")])
+    params = paths(jax.jit(build_task(config).init)(run_key(0)))
+    depth = config.model.decoder.depth
+
+    def check(path: str, std: float, bound: float):
+        leaf = params[path]
+        assert abs(float(leaf.std()) / std - 1) < 0.05 and abs(float(leaf.mean())) < 0.05 * std, path
+        assert bound * 0.9 < float(abs(leaf).max()) <= bound * 1.0001, path
+
+    def uniform(path: str, bound: float):
+        check(path, bound / 3**0.5, bound)
+
+    def xavier(path: str):
+        fan_in, fan_out = params[path].shape[-2:]
+        uniform(path, (6 / (fan_in + fan_out)) ** 0.5)
+
+    for trunk in ("encoder/trunk", "decoder/trunk"):
+        for name in ("attention/query", "attention/key", "attention/value", "attention/out", "mlp/gate", "mlp/up", "mlp/down"):
+            xavier(f"{trunk}/blocks/{name}/kernel")
+        stacked = params[f"{trunk}/blocks/mlp/up/kernel"]
+        assert (stacked[0] != stacked[1]).any()  # every layer has its own draw
+    xavier("encoder/patch_embed/kernel")
+    uniform("encoder/patch_embed/bias", 1 / 588**0.5)
+    uniform("decoder/image_embed/kernel", 1 / 768**0.5)
+    uniform("decoder/image_embed/bias", 1 / 768**0.5)
+    for path, std in {
+        "encoder/position": 0.02,
+        "decoder/token_table": 0.02,
+        "decoder/begin": 0.02,
+        "decoder/position": 0.01,
+    }.items():
+        assert abs(float(params[path].std()) / std - 1) < 0.1, path
+    for head in ("pixel_head", "token_head"):
+        std = (1 / ((1 + depth) * 1024)) ** 0.5
+        check(f"decoder/{head}/kernel", std, 2 * std / 0.87962566103423978)  # cut at two of the untruncated sigmas
+    assert all((leaf == 1).all() for path, leaf in params.items() if path.endswith("scale"))
+
+
+def test_prefix_when_rows_are_permuted_or_split_then_follows_the_example():
+    task, batch = build_task(tiny_config()), batch_of(64, length=256)
+    drawn = np.asarray(task.draw_prefix(run_key(3), batch))
+    order = np.random.default_rng(0).permutation(64)
+    shuffled = {name: array[order] for name, array in batch.items()}
+    np.testing.assert_array_equal(task.draw_prefix(run_key(3), shuffled), drawn[order])
+    half = {name: array[32:] for name, array in batch.items()}
+    np.testing.assert_array_equal(task.draw_prefix(run_key(3), half), drawn[32:])
+    assert (np.asarray(task.draw_prefix(run_key(4), batch)) != drawn).any()
+
+
+def test_prefix_when_many_are_drawn_then_uniform_from_1_to_one_less_than_the_patches():
+    size, length = 20_000, 9
+    index = jnp.stack([jnp.arange(size) % 3, jnp.arange(size)], axis=1).astype(jnp.uint32)
+    valid = jnp.ones((size, length), bool).at[: size // 2, 5:].set(False)  # half have 5 patches, half 9
+    drawn = np.asarray(losses.draw_prefix(purpose_key(run_key(0), "prefix"), index, valid))
+    for part, patches in ((drawn[: size // 2], 5), (drawn[size // 2 :], 9)):
+        counts = np.bincount(part, minlength=patches)
+        assert counts[0] == 0 and len(counts) == patches
+        expected = len(part) / (patches - 1)
+        chi_square = ((counts[1:] - expected) ** 2 / expected).sum()
+        assert chi_square < 30  # 7 degrees of freedom: beyond 30 comes once in 10,000 seeds
+
+
+def test_prefix_when_the_high_word_differs_then_another_example():
+    index = jnp.asarray([[0, 7], [1, 7]] * 200, jnp.uint32)
+    drawn = np.asarray(losses.draw_prefix(run_key(0), index, jnp.ones((400, 256), bool)))
+    assert (drawn[::2] == drawn[0]).all() and (drawn[1::2] == drawn[1]).all() and drawn[0] != drawn[1]
+
+
+def test_prefix_when_an_example_has_one_patch_or_none_then_1_and_nothing_counts():
+    valid = jnp.asarray([[True] + [False] * 3, [False] * 4])
+    index = jnp.zeros((2, 2), jnp.uint32)
+    prefix = losses.draw_prefix(run_key(0), index, valid)
+    np.testing.assert_array_equal(prefix, [1, 1])
+    assert not losses.counted_patches(prefix, valid).any()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    task = build_task(tiny_config(model__encoder__position="sincos"))
+    return task, jax.jit(task.init)(run_key(0))
+
+
+def gradient(task, params, batch, prefix, parts=1):
+    """Counts, loss sums and gradients of a batch, as one compiled function."""
+
+    def run(params, batch, prefix):
+        counts = task.counts(batch, prefix)
+        return counts, *accumulate(params, batch, prefix, counts, task, parts)
+
+    return jax.jit(run)(params, batch, prefix)
+
+
+def assert_same_gradient(one, other):
+    for path, leaf in paths(one).items():
+        scale = max(float(jnp.abs(leaf).max()), 1e-12)
+        np.testing.assert_allclose(paths(other)[path], leaf, rtol=0, atol=2e-5 * scale, err_msg=path)
+
+
+def test_batch_when_rows_of_filling_are_added_then_losses_and_gradients_stay(tiny):
+    task, params = tiny
+    batch, filling = batch_of(4), batch_of(3, seed=1)
+    filling |= {name: jnp.zeros_like(filling[name]) for name in ("valid", "token_valid")}
+    padded = {name: jnp.concatenate([batch[name], filling[name]]) for name in batch}
+    prefix = jnp.asarray([1, 2, 3, 2])
+    counts, sums, grads = gradient(task, params, batch, prefix)
+    padded_counts, padded_sums, padded_grads = gradient(task, params, padded, jnp.pad(prefix, (0, 3), constant_values=1))
+    assert jax.tree.map(int, counts) == jax.tree.map(int, padded_counts)
+    for name in sums:
+        assert float(padded_sums[name]) == pytest.approx(float(sums[name]), rel=2e-6)
+    assert_same_gradient(grads, padded_grads)
+
+
+def test_batch_when_patches_of_padding_are_added_then_losses_and_gradients_stay(tiny):
+    """Padding holds noise here: whatever it is, nothing reads it."""
+    task, params = tiny
+    batch, noise = batch_of(4), batch_of(4, seed=1)
+    padded = batch | {name: jnp.concatenate([batch[name], noise[name]], axis=1) for name in ("patches", "coords")}
+    padded["valid"] = jnp.concatenate([batch["valid"], jnp.zeros_like(noise["valid"])], axis=1)
+    prefix = jnp.asarray([1, 2, 3, 2])
+    counts, sums, grads = gradient(task, params, batch, prefix)
+    padded_counts, padded_sums, padded_grads = gradient(task, params, padded, prefix)
+    assert jax.tree.map(int, counts) == jax.tree.map(int, padded_counts)
+    for name in sums:
+        assert float(padded_sums[name]) == pytest.approx(float(sums[name]), rel=2e-6)
+    assert_same_gradient(grads, padded_grads)
+
+
+def test_batch_when_nothing_counts_then_loss_0_and_finite_gradients(tiny):
+    task, params = tiny
+    empty = batch_of(2) | {"valid": jnp.zeros((2, LENGTH), bool), "token_valid": jnp.zeros((2, TEXT), bool)}
+    counts, sums, grads = gradient(task, params, empty, jnp.ones(2, jnp.int32))
+    assert all(int(count) == 0 for count in counts.values()) and float(task.total(sums, counts)) == 0
+    assert all(bool((leaf == 0).all()) for leaf in jax.tree.leaves(grads))
+
+
+def test_batch_when_accumulated_in_parts_then_one_batch(tiny):
+    task, params = tiny
+    batch, prefix = batch_of(8), jnp.asarray([1, 2, 3, 2, 1, 3, 3, 1])
+    counts, sums, grads = gradient(task, params, batch, prefix)
+    for parts in (2, 8):
+        _, part_sums, part_grads = gradient(task, params, batch, prefix, parts)
+        for name in sums:
+            assert float(part_sums[name]) == pytest.approx(float(sums[name]), rel=2e-6)
+        assert_same_gradient(grads, part_grads)
+
+
+@pytest.mark.parametrize(("off", "head"), [("image", "pixel_head"), ("text", "token_head")])
+def test_loss_when_switched_off_then_not_computed_and_its_head_has_no_gradient(off, head):
+    config = tiny_config(**{f"loss__{off}": False})
+    task = build_task(config)
+    params, batch, prefix = jax.jit(task.init)(run_key(0)), batch_of(2), jnp.asarray([1, 2])
+    counts, sums, grads = gradient(task, params, batch, prefix)
+    assert off not in counts and off not in sums
+    assert not paths(grads)[f"decoder/{head}/kernel"].any()
+    assert any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_alpha_when_set_then_weighs_the_image_loss():
+    task = build_task(tiny_config(loss__alpha=0.25))
+    sums, counts = {"image": jnp.asarray(8.0), "text": jnp.asarray(6.0)}, {"image": jnp.asarray(4), "text": jnp.asarray(3)}
+    assert float(task.total(sums, counts)) == 6 / 3 + 0.25 * 8 / 4
+
+
+def test_tokens_when_the_end_is_predicted_then_one_more_counts_where_there_is_room():
+    token_valid = jnp.asarray([[True, True, False, False], [True] * 4, [False] * 4])
+    counted = losses.counted_tokens(token_valid, predict_eos=True)
+    np.testing.assert_array_equal(counted, [[True, True, True, False], [True] * 4, [False] * 4])
+    np.testing.assert_array_equal(losses.counted_tokens(token_valid, predict_eos=False), token_valid)
+
+
+def test_encoder_when_a_later_patch_changes_then_earlier_rows_are_untouched(tiny):
+    """Causality and the prefix rule, for every prefix length: row i moves iff it may read patch j."""
+    task, params = tiny
+    encoder = task.model.encoder
+    batch = batch_of(1)
+    pixels, coords, valid = task.normalise(batch), batch["coords"], batch["valid"]
+    encode = jax.jit(lambda x, prefix: encoder.apply({"params": params["encoder"]}, x, coords, valid, prefix)[0])
+    for prefix in range(1, LENGTH + 1):
+        run = lambda x: encode(x, jnp.asarray([prefix]))  # noqa: B023, E731
+        before = np.asarray(run(pixels))
+        for j in range(LENGTH):
+            moved = (np.asarray(run(pixels.at[0, j].add(1.0))) != before).any(axis=-1)[0]
+            np.testing.assert_array_equal(moved, [j <= i or j < prefix for i in range(LENGTH)], f"K {prefix}, patch {j}")
+
+
+def test_decoder_when_a_later_row_changes_then_earlier_predictions_are_untouched(tiny):
+    task, params = tiny
+    batch, prefix = batch_of(1), jnp.asarray([2])
+    predict = jax.jit(lambda batch: task.predict(params, batch, prefix))
+    before = predict(batch)
+    for j in range(TEXT - 1):
+        changed = batch | {"tokens": batch["tokens"].at[0, j].add(1)}
+        after = predict(changed)
+        np.testing.assert_array_equal(after.pixels, before.pixels)
+        moved = np.asarray((after.logits != before.logits).any(axis=-1))[0]
+        np.testing.assert_array_equal(moved, [j < row for row in range(TEXT)])
+    last = batch | {"tokens": batch["tokens"].at[0, -1].add(1)}
+    np.testing.assert_array_equal(predict(last).logits, before.logits)
+
+
+def test_model_when_computed_in_bfloat16_then_parameters_and_gradients_stay_float32(tiny):
+    config = tiny_config(model__compute_dtype="bfloat16", model__encoder__position="sincos")
+    task, exact = build_task(config), tiny[0]
+    params, batch, prefix = jax.jit(task.init)(run_key(0)), batch_of(4), jnp.asarray([1, 2, 3, 2])
+    counts, sums, grads = gradient(task, params, batch, prefix)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {jnp.dtype("float32")}
+    _, exact_sums, _ = gradient(exact, params, batch, prefix)
+    for name in sums:  # bfloat16 has 8 bits: 2^-8 = 0.4 % a rounding, averaged over hundreds of numbers
+        assert float(sums[name]) == pytest.approx(float(exact_sums[name]), rel=0.02)
+        assert float(sums[name]) != float(exact_sums[name])
+
+
+def test_task_when_built_twice_from_one_config_then_equal():
+    assert dataclasses.asdict(build_task(tiny_config()))["weights"] == {"image": 0.4, "text": 1.0}
+    assert build_task(tiny_config()) == build_task(tiny_config())
