@@ -49,6 +49,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "test": [
             "pytest>=8.4",
+            "pytest-xdist>=3.8",
             "beartype>=0.21",
             "hypothesis>=6.130",
             "safetensors>=0.6",

@@ -26,7 +26,9 @@ exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (non-
 def parse_arguments(arguments: Sequence[str]) -> tuple[Config, Path]:
     """The checked config and the workdir of a command line."""
     parser = Parser(prog="python -m aimv2_jax.main", description="Trains a config.", epilog=_EPILOG)
-    parser.add_argument("--config", required=True, metavar="FILE", help="an experiment, such as experiments/quickstart.py")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="an experiment, such as experiments/quickstart.py"
+    )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)

@@ -1,6 +1,6 @@
 """AIMv2-huge at 224 px on the paper's mixture: 12 billion pairs in batches of 8192.
 
-    python -m aimv2_jax.main --config=experiments/pretrain_huge_224.py --workdir=DIR
+python -m aimv2_jax.main --config=experiments/pretrain_huge_224.py --workdir=DIR
 """
 
 from ml_collections import ConfigDict

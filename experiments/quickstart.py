@@ -1,6 +1,6 @@
 """A small but whole AIMv2 on the bundled pictures: both losses, two sources, two caption kinds, on two CPU cores.
 
-    python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/quickstart
+python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict
@@ -25,8 +25,6 @@ def get_config() -> ConfigDict:
         mixture={"photo": {"alt": 0.25, "synthetic": 0.25}, "other": {"alt": 0.25, "synthetic": 0.25}},
     )
     config.tokenizer.path = f"{SAMPLE}/tokenizer.model"
-    config.eval.update(
-        sources={"photo": f"{SAMPLE}/test/photo", "other": f"{SAMPLE}/test/other"}, batch_size=64
-    )
+    config.eval.update(sources={"photo": f"{SAMPLE}/test/photo", "other": f"{SAMPLE}/test/other"}, batch_size=64)
     config.train.update(steps=400, log_every=10, eval_every=50, save_every=50, keep=2)
     return config

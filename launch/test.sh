@@ -6,4 +6,4 @@ EXTRAS=test
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadgroup "$@"

@@ -6,8 +6,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+import pytest
+from jaxtyping import install_import_hook
 
 # Every annotated array of these modules is checked while the tests run.
 install_import_hook(["aimv2_jax.models", "aimv2_jax.train.losses"], "beartype.beartype")

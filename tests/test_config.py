@@ -157,7 +157,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_config_when_a_value_cannot_work_then_refused_naming_it(case):
     (key, value), words = REFUSED[case]
-    overrides = [(f"{key}.{name}", str(item)) for name, item in value.items()] if isinstance(value, dict) else [(key, value)]
+    overrides = (
+        [(f"{key}.{name}", str(item)) for name, item in value.items()] if isinstance(value, dict) else [(key, value)]
+    )
     with pytest.raises(UserError) as error:
         load_config(QUICKSTART, overrides)
     message = str(error.value)

@@ -81,7 +81,14 @@ class Pretrain:
 
     @cached_property
     def raw_batch(self) -> dict[str, np.ndarray]:
-        keys = {"image_loss_mask", "image_normalised_bchw", "image_uint8_bhwc", "prefix_length", "text_ids", "text_valid"}
+        keys = {
+            "image_loss_mask",
+            "image_normalised_bchw",
+            "image_uint8_bhwc",
+            "prefix_length",
+            "text_ids",
+            "text_valid",
+        }
         return read_tensors(self.directory / "batch.safetensors", keys)
 
     @cached_property
@@ -296,7 +303,9 @@ def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equa
         assert float(metrics["grad_norm"]) == pytest.approx(expected["grad_norm"], rel=LARGEST_ENTRY)
         ours = paths(state.params)
         for path, theirs in pretrain.ours(f"adamlh_step_{number}.safetensors").items():
-            np.testing.assert_allclose(ours[path], theirs, rtol=0, atol=PARAMETER_ABSOLUTE, err_msg=f"{path}, step {number}")
+            np.testing.assert_allclose(
+                ours[path], theirs, rtol=0, atol=PARAMETER_ABSOLUTE, err_msg=f"{path}, step {number}"
+            )
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
     for prefix, moments in (("exp_avg.", adam.mu), ("exp_avg_sq.", adam.nu)):
         moments = paths(moments)
@@ -342,7 +351,8 @@ def test_hugging_face_encoder_when_weights_are_mapped_then_hidden_states_equal(g
         {f"{key}{suffix}" for key in ("image_uint8_bhwc", "pixel_values") for suffix in suffixes},
     )
     outputs = read_tensors(
-        directory / "outputs.safetensors", {f"{s}{suffix}" for s in [*states, "last_hidden_state"] for suffix in suffixes}
+        directory / "outputs.safetensors",
+        {f"{s}{suffix}" for s in [*states, "last_hidden_state"] for suffix in suffixes},
     )
     weights = read_tensors(directory / "model.safetensors", set())
     params = jax.tree.map(jnp.asarray, nested(to_ours(weights, HF_ENCODER)))

@@ -47,12 +47,18 @@ REFUSED = {
     "misspelt key": (lambda _: {"train__stepz": 1}, ["train.stepz", "Did you mean train.steps"]),
     "ill-typed value": (lambda _: {"train__steps": "many"}, ["train.steps", "many", "whole number"]),
     "heads": (lambda _: {"model__encoder__heads": 3}, ["model.encoder.heads", "3 heads, width 32"]),
-    "batch over devices": (lambda _: {"data__batch_size": 12}, ["data.batch_size", "12 rows, 8 devices", "multiple of 8"]),
+    "batch over devices": (
+        lambda _: {"data__batch_size": 12},
+        ["data.batch_size", "12 rows, 8 devices", "multiple of 8"],
+    ),
     "evaluation batch": (lambda _: {"eval__batch_size": 12}, ["eval.batch_size", "12 rows"]),
     "mesh": (lambda _: {"mesh__data": 3}, ["mesh.data", "3 x 1 x 1 for 8 devices"]),
     "vocabulary": (lambda _: {"model__decoder__vocab_size": 100}, ["768", "model.decoder.vocab_size", "100"]),
     "tokenizer missing": (lambda d: {"tokenizer__path": d / "no.model"}, ["tokenizer.path", "no.model"]),
-    "tokenizer of another kind": (lambda d: {"tokenizer__path": not_sentencepiece(d)}, ["SentencePiece", "wrong.model"]),
+    "tokenizer of another kind": (
+        lambda d: {"tokenizer__path": not_sentencepiece(d)},
+        ["SentencePiece", "wrong.model"],
+    ),
     "data missing": (lambda d: {"data__sources__photo": d / "nowhere"}, ["photo", "nowhere"]),
     "data empty": (lambda d: {"data__sources__photo": empty_folder(d)}, ["photo", "empty"]),
     "held-out data missing": (lambda d: {"eval__sources__photo": d / "nowhere"}, ["photo", "nowhere"]),
@@ -70,7 +76,9 @@ def test_main_when_the_config_cannot_work_then_one_line_and_code_2(case, tmp_pat
     assert all(word in message for word in words), message
 
 
-def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(tmp_path, capsys, nothing_compiles, monkeypatch):
+def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(
+    tmp_path, capsys, nothing_compiles, monkeypatch
+):
     monkeypatch.setattr(checkpoint, "_free_bytes", lambda _: 1000)
     assert main(tiny_arguments(tmp_path)) == errors.EXIT_USER
     assert "two checkpoints" in capsys.readouterr().err
@@ -132,7 +140,9 @@ def test_process_when_the_user_is_wrong_then_code_2_and_no_traceback(tmp_path):
 def imported_by(statement: str, *names: str) -> str:
     code = f"import sys; {statement}; print([name for name in {names!r} if name in sys.modules])"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+    ).stdout.strip()
 
 
 def test_import_when_the_package_or_main_is_imported_then_nothing_heavy_comes_along():
@@ -145,6 +155,6 @@ def test_step_time_when_imported_and_built_then_needs_no_grain_orbax_or_tensorfl
     statement = (
         "sys.path.insert(0, 'experiments/benchmarks'); import step_time; "
         "from aimv2_jax.train.program import build_program; "
-        "build_program(step_time.preset_config('reference', {})).abstract_state"
+        "import jax; build_program(step_time.preset_config('reference', {}), jax.devices()[:1]).abstract_state"
     )
     assert imported_by(statement.replace("experiments", f"{ROOT}/experiments"), "grain", "orbax", "tensorflow") == "[]"

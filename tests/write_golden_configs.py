@@ -1,6 +1,6 @@
 """Writes the resolved text of every experiment, and the list of decayed tensors, for review.
 
-    python -m tests.write_golden_configs
+python -m tests.write_golden_configs
 """
 
 import os

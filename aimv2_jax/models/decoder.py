@@ -48,18 +48,14 @@ class Decoder(nn.Module):
         self.token_table = self.param(
             "token_table", named(nn.initializers.normal(0.02), "vocab", "embed"), (self.vocab_size, self.width), param
         )
-        self.begin = self.param(
-            "begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param
-        )
+        self.begin = self.param("begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param)
         self.position = self.param(
             "position",
             named(nn.initializers.normal(0.01), "positions", "position_embed"),
             (self.text_length + 1, self.width),
             param,
         )
-        self.trunk = Trunk(
-            self.depth, self.heads, self.hidden, self.eps, self.precision, self.layers, self.remat
-        )
+        self.trunk = Trunk(self.depth, self.heads, self.hidden, self.eps, self.precision, self.layers, self.remat)
         # Variance 1 / ((1 + blocks) · in): the reference's heads start small in proportion to their depth.
         head_init = nn.initializers.variance_scaling(1 / (1 + self.depth), "fan_in", "truncated_normal")
         self.pixel_head = Linear(

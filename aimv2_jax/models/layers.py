@@ -48,7 +48,8 @@ def project(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], out_dtype: 
     """x · kernel, computed in x's type; the kernel's gradient leaves the matrix unit in the kernel's own type.
 
     So the sum over rows, and the one over devices that follows, are float32 where parameters are, with bfloat16
-    operands. The rule is ours also because it says which operand of the weight gradient is transposed: the narrower.
+    operands. And the weight gradient is written as xᵀ · dy, where differentiation would write (dyᵀ · x)ᵀ: dy comes out
+    of a chain of elementwise operations, which a CPU would compute again in transposed order.
     """
     return jax.lax.dot_general(
         x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype
@@ -64,9 +65,8 @@ def _project_backward(out_dtype, saved, dy):
     dy = dy.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    narrow_first = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
-    dkernel = jax.lax.dot_general(*narrow_first, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    return dx, dkernel if narrow_first[0] is x else dkernel.T
+    dkernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, dkernel
 
 
 project.defvjp(_project_forward, _project_backward)

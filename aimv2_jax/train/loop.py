@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -57,7 +57,9 @@ def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
         if latest is not None:
             check_resumable(checkpointer.meta(latest)["config"], config)
             if latest >= config.train.steps:
-                _say(f"already finished: {workdir} has step {latest} of {config.train.steps}; raise train.steps to go on")
+                _say(
+                    f"already finished: {workdir} has step {latest} of {config.train.steps}; raise train.steps to go on"
+                )
                 return
         check_free_space(workdir, size)
         writer = stack.enter_context(
@@ -91,6 +93,14 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+class _Pending(NamedTuple):
+    """A dispatched step: its number, metrics, and the examples and bad records up to it."""
+
+    number: int
+    metrics: Mapping[str, jax.Array]
+    counts: jax.Array
+
+
 class _Run:
     """What the loop holds while it runs, besides the state."""
 
@@ -114,42 +124,42 @@ class _Run:
         self.progress = ProgressLine(config.train.steps)
 
     def train(self, state: TrainState) -> None:
-        config, program, stopwatch = self.config, self.program, self.stopwatch
-        batches = pipeline.training_batches(config, self.rows, self.start, self.tokenizer)
-        with batches, jax.transfer_guard("disallow"):
+        config = self.config
+        with pipeline.training_batches(config, self.rows, self.start, self.tokenizer) as batches:
             _say("compiling the train step ...")
-            step = program.compile_step()
-            put = partial(
-                pipeline.to_devices,
-                sharding=program.batch_sharding,
-                rows=self.rows,
-                global_rows=config.data.batch_size,
-            )
-            pending = None  # The step before, whose metrics are still to be read.
-            self.stopwatch.lap()
-            for number in range(self.start + 1, config.train.steps + 1):
-                with stopwatch.waiting():
-                    host = next(batches)
-                assert host.step == number - 1
-                batch = put(host.arrays)
-                self.tally.add(batch.pop("source"), batch.pop("faults"))
-                self.bad_records.write(number, host.faults)
-                state, metrics = step(state, batch, program.rng)
-                stopwatch.count(config.data.batch_size)
-                self._read(pending)
-                pending = number, metrics
-                self.checkpointer.check_errors()
-                evaluating, saving = self._due(number)
-                if evaluating or saving:
-                    self._read(pending)
-                    pending = None
-                    with stopwatch.pause():
-                        values = self._evaluate(number, state) if evaluating else {}
-                        if saving:
-                            self.checkpointer.save(number, state, config, eval_loss=values.get("eval_loss"))
-            self._read(pending)
+            step = self.program.compile_step()
+            with jax.transfer_guard("disallow"):
+                self._steps(step, state, batches)
         self.checkpointer.wait()
         _say(f"finished: step {config.train.steps}, best checkpoint at step {self.checkpointer.best_step()}")
+
+    def _steps(self, step: Callable[..., Any], state: TrainState, batches: pipeline.Batches) -> None:
+        """The contract at the head of this file."""
+        config, program = self.config, self.program
+        put = partial(
+            pipeline.to_devices, sharding=program.batch_sharding, rows=self.rows, global_rows=config.data.batch_size
+        )
+        pending = None  # The step that is dispatched and not yet read.
+        self.stopwatch.lap()
+        for number in range(self.start + 1, config.train.steps + 1):
+            with self.stopwatch.waiting():
+                host = next(batches)
+            assert host.step == number - 1
+            batch = put(host.arrays)
+            counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
+            self.bad_records.write(number, host.faults)
+            state, metrics = step(state, batch, program.rng)
+            self._read(pending)
+            pending = _Pending(number, metrics, counts)
+            self.checkpointer.check_errors()
+            evaluating, saving = self._due(number)
+            if evaluating or saving:
+                self._read(pending)
+                pending = None
+                with self.stopwatch.pause():
+                    values = self._evaluate(number, state) if evaluating else {}
+                    if saving:
+                        self.checkpointer.save(number, state, config, eval_loss=values.get("eval_loss"))
 
     def _due(self, number: int) -> tuple[bool, bool]:
         """Whether the state after step `number` is evaluated, and whether it is saved. The last one is both."""
@@ -158,12 +168,13 @@ class _Run:
         evaluating = bool(self.config.eval.sources) and (last or _every(settings.eval_every, number))
         return evaluating, last or _every(settings.save_every, number)
 
-    def _read(self, pending: tuple[int, Mapping[str, jax.Array]] | None) -> None:
+    def _read(self, pending: _Pending | None) -> None:
         """Waits for a dispatched step; ends the run where its numbers aren't finite; logs it where that is due."""
         if pending is None:
             return
-        number, metrics = pending
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        number = pending.number
+        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        self.stopwatch.count(self.config.data.batch_size)
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if broken:
             kept = self.checkpointer.latest_step()
@@ -176,7 +187,7 @@ class _Run:
         values |= self.stopwatch.lap()
         devices = list(self.program.mesh.devices.flat)
         values["mfu"] = model_flops_utilisation(self.config, values["images_per_s"], devices)
-        self.writer.write(number, values | self.tally.lap())
+        self.writer.write(number, values | self.tally.lap(pending.counts))
         _say(self.progress.text(number, values))
         self.tally.check(self.config.data.max_bad_fraction)
 

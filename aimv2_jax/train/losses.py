@@ -58,9 +58,7 @@ def text_loss_sum(
     return jnp.sum(jnp.where(counted, losses_BT, 0))
 
 
-def draw_prefix(
-    rng: jax.Array, example_index: UInt[Array, "B 2"], valid: Bool[Array, "B L"]
-) -> Int[Array, " B"]:
+def draw_prefix(rng: jax.Array, example_index: UInt[Array, "B 2"], valid: Bool[Array, "B L"]) -> Int[Array, " B"]:
     """Prefix lengths, uniform on {1 … n-1} for n valid patches, each a function of (rng, example number) alone.
 
     An example with fewer than two valid patches gets 1, and counts nothing.

@@ -32,20 +32,20 @@ class Tally:
 
     def __init__(self, sources: Sequence[str], reasons: Sequence[str], sharding: NamedSharding):
         self._sources, self._reasons = list(sources), list(reasons)
-        zeros = np.zeros((len(sources), 1 + len(reasons)), np.int32)
-        self._zeros = jax.device_put(zeros, sharding)
-        self._counts = self._zeros
-        self._seen = np.zeros(zeros.shape, np.int64)
+        self._lap = np.zeros((len(sources), 1 + len(reasons)), np.int32)
+        self._seen = self._lap.astype(np.int64)
+        self._counts = jax.device_put(self._lap, sharding)
         self._add = jax.jit(partial(_add, num_sources=len(sources)), out_shardings=sharding)
 
-    def add(self, source: Int[Array, " B"], faults: Int[Array, "B R"]) -> None:
-        """Counts a batch; waits for nothing."""
+    def add(self, source: Int[Array, " B"], faults: Int[Array, "B R"]) -> Int[Array, "S R+1"]:
+        """Counts a batch and waits for nothing; the counts up to this batch, for `lap`."""
         self._counts = self._add(self._counts, source, faults)
+        return self._counts
 
-    def lap(self) -> dict[str, int]:
-        """`images/SOURCE` and, where there were any, `bad/SOURCE/REASON`, since the last lap."""
-        counts = np.asarray(jax.device_get(self._counts))
-        self._counts = self._zeros
+    def lap(self, counts: Int[Array, "S R+1"]) -> dict[str, int]:
+        """`images/SOURCE` and, where there were any, `bad/SOURCE/REASON`, between the last lap's `counts` and these."""
+        now = np.asarray(jax.device_get(counts))
+        counts, self._lap = now - self._lap, now  # int32 may wrap over a long run; the difference is right all the same
         self._seen += counts
         values = {f"images/{name}": int(row[0]) for name, row in zip(self._sources, counts)}
         for name, row in zip(self._sources, counts):

@@ -159,7 +159,9 @@ def build_task(config: Config) -> PretrainTask:
     )
     return PretrainTask(
         model=AIMv2(encoder, decoder),
-        weights={name: weight for name, on, weight in (("image", loss.image, loss.alpha), ("text", loss.text, 1.0)) if on},
+        weights={
+            name: weight for name, on, weight in (("image", loss.image, loss.alpha), ("text", loss.text, 1.0)) if on
+        },
         predict_eos=loss.predict_eos,
         target_eps=loss.target_eps,
         pixel_mean=model.pixel_mean,

@@ -24,6 +24,9 @@ from aimv2_jax.data.pipeline import (
 )
 from aimv2_jax.errors import UserError
 
+# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
 ROWS = range(8)
 
 

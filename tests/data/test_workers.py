@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
 # A trainer whose shared memory has names of its own: other programs of the machine have segments, too. Workers import
 # this file again, so that theirs are named alike.
 TRAINER = '''

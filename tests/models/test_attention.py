@@ -19,7 +19,9 @@ def test_prefix_mask_when_any_prefix_and_padding_then_the_definition():
     for prefix in range(1, 7):
         ours = prefix_mask(jnp.asarray([prefix, 7 - prefix]), jnp.asarray(VALID))
         lengths = (prefix, 7 - prefix)
-        np.testing.assert_array_equal(ours[:, 0], by_definition(lambda b, i, j: VALID[b, j] and (j <= i or j < lengths[b])))  # noqa: B023
+        np.testing.assert_array_equal(
+            ours[:, 0], by_definition(lambda b, i, j: VALID[b, j] and (j <= i or j < lengths[b]))
+        )  # noqa: B023
 
 
 def test_causal_and_full_masks_when_there_is_padding_then_the_definition():

@@ -28,7 +28,8 @@ def table(preset: str) -> str:
     shapes, names = paths(program.abstract_state.params), paths(program.task.logical_axes())
     shardings = paths(program.state_shardings.params)
     return "".join(
-        f"{path} {tuple(shape.shape)} {tuple(names[path])} {tuple(shardings[path].spec)}\n" for path, shape in shapes.items()
+        f"{path} {tuple(shape.shape)} {tuple(names[path])} {tuple(shardings[path].spec)}\n"
+        for path, shape in shapes.items()
     )
 
 
@@ -47,7 +48,9 @@ def test_rule_table_when_resolved_for_a_preset_then_every_line_matches_and_is_us
 def test_rule_table_when_printed_for_large_then_equals_the_golden_text():
     text = table("pretrain_large_224")
     print(text)
-    assert text == GOLDEN.read_text(), "shardings have changed; if that is meant, run python -m tests.write_golden_configs"
+    assert text == GOLDEN.read_text(), (
+        "shardings have changed; if that is meant, run python -m tests.write_golden_configs"
+    )
 
 
 def test_parameters_when_a_name_has_no_rule_then_refused():
@@ -62,7 +65,9 @@ def test_parameters_when_the_mesh_cannot_split_them_then_refused_naming_one():
 
 
 def test_state_when_initialised_on_any_mesh_then_same_numbers_laid_out_as_the_rules_say():
-    programs = [build_program(tiny_config(mesh__data=d, mesh__fsdp=f, mesh__tensor=t)) for d, f, t in [(8, 1, 1), (2, 2, 2)]]
+    programs = [
+        build_program(tiny_config(mesh__data=d, mesh__fsdp=f, mesh__tensor=t)) for d, f, t in [(8, 1, 1), (2, 2, 2)]
+    ]
     states = [program.init() for program in programs]
     for program, state in zip(programs, states):
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.state_shardings)):

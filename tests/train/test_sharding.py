@@ -46,7 +46,9 @@ def run(program: Program, arrays: dict[str, np.ndarray]):
     with rules.scope(program.mesh):
         prefix = jax.jit(program.task.draw_prefix)(program.rng, batch)
         counts = jax.jit(program.task.counts)(batch, prefix)
-        sums, grads = jax.jit(partial(accumulate, task=program.task, microbatches=1))(state.params, batch, prefix, counts)
+        sums, grads = jax.jit(partial(accumulate, task=program.task, microbatches=1))(
+            state.params, batch, prefix, counts
+        )
     after, metrics = program.compile_step()(state, batch, program.rng)
     return jax.device_get((prefix, counts, sums, grads)), after, jax.device_get(metrics)
 

@@ -54,7 +54,15 @@ def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
         uniform(path, (6 / (fan_in + fan_out)) ** 0.5)
 
     for trunk in ("encoder/trunk", "decoder/trunk"):
-        for name in ("attention/query", "attention/key", "attention/value", "attention/out", "mlp/gate", "mlp/up", "mlp/down"):
+        for name in (
+            "attention/query",
+            "attention/key",
+            "attention/value",
+            "attention/out",
+            "mlp/gate",
+            "mlp/up",
+            "mlp/down",
+        ):
             xavier(f"{trunk}/blocks/{name}/kernel")
         stacked = params[f"{trunk}/blocks/mlp/up/kernel"]
         assert (stacked[0] != stacked[1]).any()  # every layer has its own draw
@@ -142,7 +150,9 @@ def test_batch_when_rows_of_filling_are_added_then_losses_and_gradients_stay(tin
     padded = {name: jnp.concatenate([batch[name], filling[name]]) for name in batch}
     prefix = jnp.asarray([1, 2, 3, 2])
     counts, sums, grads = gradient(task, params, batch, prefix)
-    padded_counts, padded_sums, padded_grads = gradient(task, params, padded, jnp.pad(prefix, (0, 3), constant_values=1))
+    padded_counts, padded_sums, padded_grads = gradient(
+        task, params, padded, jnp.pad(prefix, (0, 3), constant_values=1)
+    )
     assert jax.tree.map(int, counts) == jax.tree.map(int, padded_counts)
     for name in sums:
         assert float(padded_sums[name]) == pytest.approx(float(sums[name]), rel=2e-6)
@@ -196,7 +206,10 @@ def test_loss_when_switched_off_then_not_computed_and_its_head_has_no_gradient(o
 
 def test_alpha_when_set_then_weighs_the_image_loss():
     task = build_task(tiny_config(loss__alpha=0.25))
-    sums, counts = {"image": jnp.asarray(8.0), "text": jnp.asarray(6.0)}, {"image": jnp.asarray(4), "text": jnp.asarray(3)}
+    sums, counts = (
+        {"image": jnp.asarray(8.0), "text": jnp.asarray(6.0)},
+        {"image": jnp.asarray(4), "text": jnp.asarray(3)},
+    )
     assert float(task.total(sums, counts)) == 6 / 3 + 0.25 * 8 / 4
 
 
@@ -219,7 +232,9 @@ def test_encoder_when_a_later_patch_changes_then_earlier_rows_are_untouched(tiny
         before = np.asarray(run(pixels))
         for j in range(LENGTH):
             moved = (np.asarray(run(pixels.at[0, j].add(1.0))) != before).any(axis=-1)[0]
-            np.testing.assert_array_equal(moved, [j <= i or j < prefix for i in range(LENGTH)], f"K {prefix}, patch {j}")
+            np.testing.assert_array_equal(
+                moved, [j <= i or j < prefix for i in range(LENGTH)], f"K {prefix}, patch {j}"
+            )
 
 
 def test_decoder_when_a_later_row_changes_then_earlier_predictions_are_untouched(tiny):
