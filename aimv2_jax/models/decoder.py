@@ -1,4 +1,7 @@
-"""The causal decoder over [image features | begin | text]. B batch, L patches, T text, S sequence, D width, V vocabulary."""
+"""The causal decoder over [image features | begin | text].
+
+B batch, L patches, T text, S sequence, D width, C encoder width, R rows, P pixels a patch, V vocabulary, N layers.
+"""
 
 from __future__ import annotations
 

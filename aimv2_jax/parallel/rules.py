@@ -1,7 +1,7 @@
 """The one place where a logical axis name becomes a mesh axis.
 
-A mesh has three axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits heads, hidden
-units and vocabulary. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
+A mesh has three axes: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden units and
+vocabulary. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ def test_prefix_mask_when_any_prefix_and_padding_then_the_definition():
     for prefix in range(1, 7):
         ours = prefix_mask(jnp.asarray([prefix, 7 - prefix]), jnp.asarray(VALID))
         lengths = (prefix, 7 - prefix)
-        np.testing.assert_array_equal(
-            ours[:, 0], by_definition(lambda b, i, j: VALID[b, j] and (j <= i or j < lengths[b]))
-        )  # noqa: B023
+        expected = by_definition(lambda b, i, j, lengths=lengths: VALID[b, j] and (j <= i or j < lengths[b]))
+        np.testing.assert_array_equal(ours[:, 0], expected)
 
 
 def test_causal_and_full_masks_when_there_is_padding_then_the_definition():

@@ -1,4 +1,4 @@
-"""The loop from outside: resumed, killed, guarded, and what it writes. Runs go through `aimv2_jax.main` as a user's do."""
+"""The loop from outside: resumed, killed, guarded, and what it writes. Runs go through `aimv2_jax.main`, as a user's."""
 
 from __future__ import annotations
 

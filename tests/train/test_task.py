@@ -185,7 +185,7 @@ def test_batch_when_nothing_counts_then_loss_0_and_finite_gradients(tiny):
 def test_batch_when_accumulated_in_parts_then_one_batch(tiny):
     task, params = tiny
     batch, prefix = batch_of(8), jnp.asarray([1, 2, 3, 2, 1, 3, 3, 1])
-    counts, sums, grads = gradient(task, params, batch, prefix)
+    _counts, sums, grads = gradient(task, params, batch, prefix)
     for parts in (2, 8):
         _, part_sums, part_grads = gradient(task, params, batch, prefix, parts)
         for name in sums:
@@ -256,7 +256,7 @@ def test_model_when_computed_in_bfloat16_then_parameters_and_gradients_stay_floa
     config = tiny_config(model__compute_dtype="bfloat16", model__encoder__position="sincos")
     task, exact = build_task(config), tiny[0]
     params, batch, prefix = jax.jit(task.init)(run_key(0)), batch_of(4), jnp.asarray([1, 2, 3, 2])
-    counts, sums, grads = gradient(task, params, batch, prefix)
+    _counts, sums, grads = gradient(task, params, batch, prefix)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {jnp.dtype("float32")}
     _, exact_sums, _ = gradient(exact, params, batch, prefix)
     for name in sums:  # bfloat16 has 8 bits: 2^-8 = 0.4 % a rounding, averaged over hundreds of numbers
