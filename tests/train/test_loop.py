@@ -1,4 +1,4 @@
-"""The loop from outside: resumed, killed, guarded, and what it writes. Runs go through `aimv2_jax.main`, as a user's."""
+"""The loop from outside, through `aimv2_jax.main` as a user starts it: resumed, killed, guarded, and what it writes."""
 
 from __future__ import annotations
 
