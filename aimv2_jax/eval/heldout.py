@@ -40,7 +40,7 @@ from aimv2_jax.eval.entropy import entropy, token_frequencies
 from aimv2_jax.eval.load import Loaded, check_held_out, load
 from aimv2_jax.flags import Parser
 from aimv2_jax.train import losses
-from aimv2_jax.train.evaluate import fixed_prefixes
+from aimv2_jax.train.evaluate import Totals, fixed_prefixes
 from aimv2_jax.train.task import Batch, Params, PretrainTask, SumCount
 
 # A patch is flat where its numbers (0 … 1) vary within the channels by less than two of 255 levels: JPEG makes about
@@ -150,7 +150,7 @@ def held_out_figures(loaded: Loaded) -> dict[str, float | int | None]:
     captions = read_captions(config, tokenizer)
     given = {kind: captions[kind].given() for kind in captions}
     sum_images, sum_texts = jax.jit(partial(image_sums, task)), jax.jit(partial(text_sums, task))
-    totals = _Totals()
+    totals = Totals()
     for kind, host in evaluation_batches(config, np.arange(config.eval.batch_size), tokenizer):
         batch = loaded.put(host.arrays)
         if "image" in task.weights:
@@ -177,21 +177,6 @@ def held_out_figures(loaded: Loaded) -> dict[str, float | int | None]:
         **{f"unigram_entropy_{kind}": entropy(frequencies[kind]) if kind in frequencies else None for kind in kinds},
         "examples": count_pictures(captions),
     }
-
-
-class _Totals:
-    """Sums and counts by name, on the host."""
-
-    def __init__(self):
-        self._sums: collections.Counter[str] = collections.Counter()
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def add(self, name: str, total: Any, count: Any) -> None:
-        self._sums[name] += float(total)
-        self._counts[name] += int(count)
-
-    def mean(self, name: str) -> float | None:
-        return self._sums[name] / self._counts[name] if self._counts[name] else None
 
 
 def table(figures: Mapping[str, float | int | None], kinds: tuple[str, ...]) -> str:

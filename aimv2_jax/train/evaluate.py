@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from aimv2_jax.train.program import Program
+from aimv2_jax.train.task import SumCount
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -42,32 +43,39 @@ def evaluate(
       `eval_loss_text_full_prefix`, where the encoder reads the whole picture freely.
     """
     task = program.task
-    fixed, full = _Sums(), _Sums()
+    fixed, full = Totals(), Totals()
     for arrays in batches:
         batch = put(arrays)
         for prefix in fixed_prefixes(program.config.eval.prefixes, arrays["valid"]):
-            fixed.add(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
+            fixed.add_terms(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
         if "text" in task.weights:
             prefix = full_prefix(arrays["valid"])
-            full.add(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
-    losses = {name: fixed.mean(name) for name in task.weights}
+            full.add_terms(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
+    losses = {name: fixed.mean(name) or 0.0 for name in task.weights}
     values = {"eval_loss": sum(weight * losses[name] for name, weight in task.weights.items())}
     values |= {f"eval_loss_{name}": loss for name, loss in losses.items()}
     if "text" in task.weights:
-        values["eval_loss_text_full_prefix"] = full.mean("text")
+        values["eval_loss_text_full_prefix"] = full.mean("text") or 0.0
     return values
 
 
-class _Sums:
-    """Sums and counts by loss, kept apart until the end."""
+class Totals:
+    """Sums and counts by name, on the host in float64, kept apart until the end."""
 
     def __init__(self):
-        self._sums, self._counts = collections.Counter(), collections.Counter()
+        self._sums: collections.Counter[str] = collections.Counter()
+        self._counts: collections.Counter[str] = collections.Counter()
 
-    def add(self, terms: Mapping[str, Any]) -> None:
+    def add(self, name: str, total: Any, count: Any) -> None:
+        """Adds one sum and its count."""
+        self._sums[name] += float(total)
+        self._counts[name] += int(count)
+
+    def add_terms(self, terms: Mapping[str, SumCount]) -> None:
+        """Adds what a task's `loss` gives."""
         for name, term in terms.items():
-            self._sums[name] += float(term.sum)
-            self._counts[name] += int(term.count)
+            self.add(name, term.sum, term.count)
 
-    def mean(self, name: str) -> float:
-        return self._sums[name] / max(self._counts[name], 1)
+    def mean(self, name: str) -> float | None:
+        """Sum over count; None where nothing was counted."""
+        return self._sums[name] / self._counts[name] if self._counts[name] else None
