@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,6 +12,23 @@ EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
+
+_MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.
+# What an operating system refuses for reasons that lie outside the program, and what to do about it.
+_REFUSALS = {
+    errno.EACCES: "Give yourself the right to it, or name another place",
+    errno.EPERM: "Give yourself the right to it, or name another place",
+    errno.EROFS: "Name a place that can be written",
+    errno.ENOSPC: "Make room there, or name a place on another disk",
+    errno.EDQUOT: "Make room there, or name a place on another disk",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.ENAMETOOLONG: "Name another place",
+    errno.ELOOP: "Mend the symbolic link",
+    errno.ENOTDIR: "Move the file away that lies where a folder is expected, or name another place",
+    errno.EISDIR: "Move the folder away that lies where a file is expected, or name another place",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
+    errno.EIO: "Look after the disk, or name a place on another",
+}
 
 
 class UserError(Exception):
@@ -26,7 +45,13 @@ class UserError(Exception):
         super().__init__(what, value, remedy)
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.value!r}. {self.remedy}."
+        return " ".join(f"{self.what}: {_shown(self.value)}. {self.remedy}.".splitlines())
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    half = _MAX_SHOWN // 2
+    return text if len(text) <= _MAX_SHOWN else f"{text[:half]} ... {text[-half:]}"
 
 
 class GuardStop(Exception):
@@ -34,7 +59,10 @@ class GuardStop(Exception):
 
 
 def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps a command's main: a `UserError` becomes one line and code 2, a `GuardStop` one line and code 3."""
+    """Wraps a command's main: a `UserError` becomes one line and code 2, a `GuardStop` one line and code 3.
+
+    A file or folder that the operating system refuses (no room, no right, ...) is the user's to mend, too.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
@@ -46,5 +74,11 @@ def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
         except GuardStop as error:
             print(f"stopped: {error}", file=sys.stderr)
             return EXIT_GUARD
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            refusal = UserError(os.strerror(error.errno), error.filename, _REFUSALS[error.errno])
+            print(f"error: {refusal}", file=sys.stderr)
+            return EXIT_USER
 
     return wrapped
