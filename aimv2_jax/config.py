@@ -7,15 +7,18 @@ dataclasses below have none, so that a key has one truth.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
 import math
+import os
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -154,6 +157,13 @@ class Config:
 # --- from text and ConfigDict to dataclasses ---------------------------------------------------------------------
 
 
+# Beyond these the devices would compute with zero or infinity in place of what was written.
+_FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+
+_MOST_READERS = 1024  # Worker processes, and batches that each keeps ready: more is a slip, and would sink the machine.
+
+
 class _FlagText(str):
     """A value as typed on the command line; its key's type decides how it is read."""
 
@@ -211,16 +221,17 @@ def _read_experiment(path: Path) -> dict[str, Any]:
         if spec is None or spec.loader is None:
             raise UserError("--config: not a Python file", str(path), "Give a .py file that defines get_config()")
         module = importlib.util.module_from_spec(spec)
-        try:
+        with _naming_the_place(path):
             spec.loader.exec_module(module)
-        except SyntaxError as error:
-            raise UserError("--config: not valid Python", f"{path}:{error.lineno}", f"Mend it: {error.msg}") from error
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(
+                "--config: the file has no get_config()", str(path), "Define get_config() -> ConfigDict in it"
+            )
+        with _naming_the_place(path):
+            config = module.get_config()
     finally:
         if added:
             sys.path.remove(root)
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError("--config: the file has no get_config()", str(path), "Define get_config() -> ConfigDict in it")
-    config = module.get_config()
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             "--config: get_config() must return an ml_collections.ConfigDict",
@@ -228,6 +239,22 @@ def _read_experiment(path: Path) -> dict[str, Any]:
             "Start from experiments/base.py",
         )
     return config.to_dict()
+
+
+@contextlib.contextmanager
+def _naming_the_place(path: Path) -> Iterator[None]:
+    """Whatever a user's experiment does wrong becomes a UserError with the line of that file."""
+    try:
+        yield
+    except SyntaxError as error:
+        place = f"{error.filename or path}:{error.lineno or 1}"
+        raise UserError("--config: not valid Python", place, f"Mend it: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        said = str(error).strip().partition("\n")[0]
+        raise UserError("--config: the file fails", place, f"Mend it: {type(error).__name__}: {said}") from error
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -281,11 +308,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
+        if abs(value) < 2**31:  # What int32 holds: the devices count in it.
+            return value
+        raise UserError(f"config {key} is out of range", value, "Give a whole number below 2147483648")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isfinite(value):
+        if value == 0 or _FLOAT32_TINY <= abs(value) <= _FLOAT32_MAX:
             return float(value)
-        raise UserError(f"config {key} must be finite", value, "Give a number")
+        raise UserError(f"config {key} must be finite in float32", value, "Give 0 or a size from 1e-37 to 1e38")
     if hint is str and isinstance(value, str):
         return str(value)
     raise UserError(f"config {key} has the wrong type", _shown(value), f"Give {_type_name(hint)}")
@@ -296,7 +325,7 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # As its documentation lists them.
         return str(text)
 
 
@@ -408,6 +437,11 @@ def _check_data(config: Config) -> None:
     _at_least(1, data.batch_size, "data.batch_size")
     _at_least(1, data.prefetch, "data.prefetch")
     _at_least(0, data.workers, "data.workers")
+    for key in ("workers", "prefetch"):
+        if getattr(data, key) > _MOST_READERS:
+            raise UserError(
+                f"config data.{key} is too large", getattr(data, key), f"Give at most {_MOST_READERS}; a few are plenty"
+            )
     _in_order(data.crop_area, 1.0, "data.crop_area")
     _in_order(data.crop_ratio, math.inf, "data.crop_ratio")
     for key in ("flip", "max_bad_fraction"):
