@@ -80,13 +80,7 @@ class MetricsWriter:
             self._file = None
         if self._tensorboard is not None:
             self._tensorboard.cut_after(step)
-        if not self._path.exists():
-            return
-        kept = "".join(json.dumps(line) + "\n" for line in _read_lines(self._path) if line["step"] <= step)
-        rewritten = self._path.with_name(f"{_FILE}.tmp")
-        with _writing(self._path):
-            rewritten.write_text(kept)
-            rewritten.replace(self._path)
+        cut_lines(self._path, step)
 
     def close(self) -> None:
         """Flushes and closes everything."""
@@ -110,24 +104,44 @@ class MetricsWriter:
 def read_metrics(workdir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training lines and the evaluation lines of a run, in the order of steps; a null stays None."""
     path = epath.Path(workdir) / _FILE
-    if not path.exists():
+    lines = read_lines(path) if path.exists() else []
+    if not lines:
         raise UserError("no metrics in this folder", str(path), "Give the --workdir of a training run")
-    lines = _read_lines(path)
     return [line for line in lines if "eval_loss" not in line], [line for line in lines if "eval_loss" in line]
 
 
-def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """All lines; a last one that is only half there (a crash, or a trainer at work) is left out."""
-    *whole, last = path.read_text().split("\n")
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """All lines of a file of JSON objects with a `step`.
+
+    A last one that is only half there (a crash, or a trainer at work) is left out.
+
+    Raises:
+      UserError: naming a line that is something else.
+    """
+    *whole, last = path.read_bytes().split(b"\n")
     del last  # Empty, or without its end.
     lines = []
     for number, text in enumerate(whole, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
+            line = json.loads(text.decode())
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             remedy = "Take the line out of the file, or move the file away"
-            raise UserError(f"{path}:{number} is not JSON", text[:80], remedy) from error
+            raise UserError(f"{path}:{number} is not JSON with a step", text[:80].decode(errors="replace"), remedy)
+        lines.append(line)
     return lines
+
+
+def cut_lines(path: epath.Path, step: int) -> None:
+    """Takes the lines beyond `step`, and an unfinished last one, out of a file of `read_lines`, if it is there."""
+    if not path.exists():
+        return
+    kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
+    rewritten = path.with_name(f"{path.name}.tmp")
+    with _writing(path):
+        rewritten.write_text(kept)
+        rewritten.replace(path)
 
 
 def _plain(value: Any) -> Any:

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from aimv2_jax.errors import GuardStop
+from aimv2_jax.train.metrics import cut_lines
 
 # A record without the asked caption kind is no damage: many sets have synthetic captions for some pictures only.
 _HARMLESS = ("missing_caption",)
@@ -75,12 +77,10 @@ class BadRecordFile:
     Each process writes what it read itself; from the second on the file's name carries the process' number.
     """
 
-    def __init__(self, workdir: Path, process: int, last_step: int):
+    def __init__(self, workdir: str | Path, process: int, last_step: int):
         """Opens the file; lines of steps beyond `last_step`, which will come again, are cut."""
-        self._path = workdir / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
-        if self._path.exists():
-            whole = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self._path.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+        self._path = epath.Path(workdir) / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
+        cut_lines(self._path, last_step)
 
     def write(self, step: int, faults: Sequence[Any]) -> None:
         """Appends the faults (dataclasses of data.pipeline) of the batch that made `step`."""

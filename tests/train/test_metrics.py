@@ -111,6 +111,22 @@ def test_reading_when_a_line_in_the_middle_is_damaged_then_it_is_named(tmp_path)
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe\x00", b"", b"[1, 2]", b'{"loss": 1.0}', b'{"step": "x"}'])
+def test_cut_when_a_line_has_no_step_then_it_is_named_and_the_file_stays(tmp_path, open_writer, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not JSON with a step"):
+        open_writer().cut_after(1)
+    assert path.read_bytes() == before
+
+
+def test_reading_when_the_file_is_empty_then_user_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no metrics"):
+        read_metrics(tmp_path)
+
+
 def test_reading_when_there_is_no_file_then_user_error(tmp_path):
     with pytest.raises(UserError, match="no metrics"):
         read_metrics(tmp_path)
