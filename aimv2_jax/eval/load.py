@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ def load(spec: str) -> Loaded:
     """
     workdir, step = parse_spec(spec)
     reader = CheckpointReader(workdir)
-    config = build_config(reader.meta(step)["config"])
+    config = _config(reader.meta(step)["config"], f"{workdir}:{step}")
     task = build_task(config)
     mesh = build_mesh(-1, 1, 1, jax.local_devices())
     shapes = jax.eval_shape(task.init, run_key(0))
@@ -68,6 +69,14 @@ def load(spec: str) -> Loaded:
     )
     params = reader.restore_part(step, {"params": abstract})["params"]
     return Loaded(config, task, params, workdir, step, mesh)
+
+
+def _config(saved: Mapping[str, Any], name: str) -> Config:
+    try:
+        return build_config(saved)
+    except UserError as error:
+        what = f"the config of checkpoint {name} is not one of this aimv2_jax: {error.what}"
+        raise UserError(what, error.value, "Read it with the aimv2_jax that wrote it") from error
 
 
 def check_held_out(loaded: Loaded) -> None:

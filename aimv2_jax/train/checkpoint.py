@@ -46,7 +46,7 @@ class CheckpointReader:
     """Reads the checkpoints of a run; writes, sweeps and deletes nothing, so a running trainer is not disturbed."""
 
     def __init__(self, workdir: str | Path):
-        self._folder = epath.Path(workdir) / _FOLDER
+        self._folder = _absolute(workdir) / _FOLDER
 
     def steps(self) -> list[int]:
         """The steps that were saved to their end, in rising order."""
@@ -94,8 +94,17 @@ class CheckpointReader:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=partial,
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
-            return reader.restore(self._folder / str(step) / "state", args=args)
+        path = self._folder / str(step) / "state"
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
+                return reader.restore(path, args=args)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # Shapes and types were compared before: it's the files.
+            raise _damaged(path, error) from error
 
     def _record(self) -> dict[int, _Evaluation | None]:
         return _read_record(self._folder)
@@ -253,9 +262,9 @@ def parse_spec(spec: str | Path) -> tuple[str, int]:
       UserError: when there is no such folder, no checkpoint in it, or not that step.
     """
     workdir, which = _split_spec(str(spec))
-    if which != "best" and (epath.Path(spec) / _FOLDER).is_dir():
+    if which != "best" and (_absolute(spec) / _FOLDER).is_dir():
         workdir, which = str(spec), "best"
-    if not epath.Path(workdir).is_dir():
+    if not workdir or not _absolute(workdir).is_dir():
         raise UserError("--checkpoint: no such folder", workdir, "Give WORKDIR, WORKDIR:STEP or WORKDIR:last")
     reader = CheckpointReader(workdir)
     steps = reader.steps()
@@ -273,7 +282,7 @@ def parse_spec(spec: str | Path) -> tuple[str, int]:
 
 def _split_spec(spec: str) -> tuple[str, str]:
     workdir, _, which = spec.rpartition(":")
-    if workdir and (which == "last" or (which.isascii() and which.isdecimal())):
+    if workdir and re.fullmatch("last|[0-9]{1,18}", which):
         return workdir, which
     return spec, "best"
 
@@ -285,7 +294,7 @@ def state_bytes(abstract_state: Any) -> int:
 
 def check_free_space(workdir: str | Path, state_bytes: int) -> None:
     """Raises `UserError` when two checkpoints don't fit: the last good one, and one in the making."""
-    free = _free_bytes(epath.Path(workdir))
+    free = _free_bytes(_absolute(workdir))
     if free is not None and free < 2 * state_bytes:
         raise UserError(
             f"--workdir {workdir}: too little room for two checkpoints of {_human(state_bytes)}",
@@ -301,7 +310,9 @@ def _read_meta(folder: epath.Path, step: int) -> dict[str, Any]:
     path = folder / str(step) / "meta" / "metadata"
     try:
         meta = json.loads(path.read_text())
-        version = meta["format_version"]
+        version = int(meta["format_version"])
+        if version <= FORMAT_VERSION:
+            dict(meta["config"]), dict(meta["leaves"]), _evaluation(meta)
     except (FileNotFoundError, NotADirectoryError) as error:
         steps = _committed_steps(folder)
         if step in steps:
@@ -330,7 +341,7 @@ def _read_record(folder: epath.Path) -> dict[int, _Evaluation | None]:
 
 
 def _damaged(path: epath.Path, error: Exception) -> UserError:
-    return UserError(f"damaged checkpoint: {path}", _first_line(error), "Move the step's folder away to use another")
+    return UserError(f"damaged checkpoint: {path}", _reason(error), "Move the step's folder away to use another")
 
 
 def _evaluation(meta: Mapping[str, Any]) -> _Evaluation | None:
@@ -387,10 +398,20 @@ def _array(leaf: list) -> str:
 def _committed_steps(folder: epath.Path) -> list[int]:
     if not folder.is_dir():
         return []
-    names = (path for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
+    steps = sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
     if _renames(folder):
-        return sorted(int(path.name) for path in names)
-    return sorted(int(path.name) for path in names if (path / _COMMIT_FILE).exists())
+        return steps
+    return [step for step in steps if (folder / str(step) / _COMMIT_FILE).exists()]
+
+
+def _absolute(workdir: str | Path) -> epath.Path:
+    """The path from the root, which Orbax wants; a bucket's is that anyway."""
+    if "://" not in str(workdir):
+        return epath.Path(os.path.abspath(workdir))
+    try:
+        return epath.Path(workdir)
+    except KeyError as error:
+        raise UserError("no such kind of storage", str(workdir), "Give a folder, or gs://BUCKET/FOLDER") from error
 
 
 def _renames(folder: epath.Path) -> bool:

@@ -4,6 +4,7 @@ import pytest
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.load import load
+from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.program import build_program
 
 
@@ -30,3 +31,10 @@ def test_load_when_on_eight_devices_then_parameters_whole_on_each_and_rows_split
 def test_load_when_there_is_no_such_checkpoint_then_user_error(workdir, spec):
     with pytest.raises(UserError, match="--checkpoint"):
         load(spec.format(workdir))
+
+
+def test_load_when_the_saved_config_has_a_key_of_another_version_then_told_of_the_checkpoint(workdir, monkeypatch):
+    meta = CheckpointReader(workdir).meta(20)
+    monkeypatch.setattr(CheckpointReader, "meta", lambda *_: {**meta, "config": {**meta["config"], "new": 1}})
+    with pytest.raises(UserError, match=r"checkpoint .*:20 is not one of this aimv2_jax.*'new'"):
+        load(str(workdir))

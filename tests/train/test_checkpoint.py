@@ -182,7 +182,16 @@ def test_format_when_newer_than_ours_then_refused(tmp_path):
         CheckpointReader(tmp_path).meta(1)
 
 
-@pytest.mark.parametrize("edit", [lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "{}"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: '{"format_version": 1}',
+        lambda text: '{"format_version": "one"}',
+    ],
+)
 def test_meta_when_damaged_then_user_error_names_the_file(tmp_path, edit):
     save_all(tmp_path, {1: None})
     _edit_meta(tmp_path, 1, edit)
@@ -195,6 +204,31 @@ def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "meta")
     with pytest.raises(UserError, match="damaged checkpoint"):
         CheckpointReader(tmp_path).best_step()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda state: shutil.rmtree(state),
+        lambda state: (state / "manifest.ocdbt").unlink(),
+        lambda state: (state / "_METADATA").write_text("{"),
+        lambda state: shutil.rmtree(state / "d"),
+        lambda state: [file.write_bytes(b"") for file in (state / "d").iterdir()],
+    ],
+)
+def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, harm):
+    save_all(tmp_path, {1: None})
+    harm(tmp_path / "checkpoints" / "1" / "state")
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1/state.*Move the step's folder away") as error:
+        CheckpointReader(tmp_path).restore(1, abstract(make_state()))
+    assert len(str(error.value)) < 700
+
+
+def test_workdir_when_relative_then_steps_are_saved_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_all("runs/here", {1: 2.0})
+    assert parse_spec("runs/here:1") == ("runs/here", 1)
+    assert_same(CheckpointReader("runs/here").restore(1, abstract(make_state())), make_state(1))
 
 
 # --- which are kept --------------------------------------------------------------------------------------------------
@@ -448,6 +482,9 @@ def test_spec_when_it_leads_nowhere_then_user_error_says_what_is_there(tmp_path)
         (tmp_path / "empty", "no checkpoints"),
         (f"{tmp_path}/empty:5", "no checkpoints"),
         (f"{tmp_path}/run:15", "no such step: 15. Steps that are there: 10, 20"),
+        (f"{tmp_path}/run:{'9' * 5000}", "no such folder"),
+        ("", "no such folder: ''"),
+        ("http://nowhere/run", "no such kind of storage"),
     ]:
         with pytest.raises(UserError, match=message):
             parse_spec(spec)
