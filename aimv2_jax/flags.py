@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}. See --help.", file=sys.stderr)
+        print(f"error: {' '.join(message.splitlines())}. See --help.", file=sys.stderr)
         raise SystemExit(EXIT_USER)
 
 

@@ -12,12 +12,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """A whole number above zero, for `type=`."""
+def positive(text: str, most: int = 2**31 - 1) -> int:
+    """A whole number above zero and up to `most`, for `type=`."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
     return value

@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
 from aimv2_jax.config import Config
-from aimv2_jax.data.pipeline import evaluation_batches
+from aimv2_jax.data.pipeline import evaluation_batches, open_sources
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.eval.arguments import add_checkpoint, positive
@@ -218,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     loaded = load(args.checkpoint)
     if args.batch_size:
-        loaded = loaded.with_eval(batch_size=args.batch_size)
+        # Not more than there are: rows of filling take memory, too.
+        pictures = sum(len(source) for source in open_sources(loaded.config.eval.sources).values())
+        loaded = loaded.with_eval(batch_size=max(1, min(args.batch_size, pictures)))
     figures = held_out_figures(loaded)
     print(f"{loaded.name}, {figures['examples']} held-out pictures\n")
     print(table(figures, loaded.config.eval.kinds))

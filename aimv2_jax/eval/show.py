@@ -48,6 +48,7 @@ from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.task import PretrainTask
 
 DOTS_PER_INCH = 150
+MOST_EXAMPLES = 100  # A row each: taller pictures can be neither looked at nor, by and by, written.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m aimv2_jax.eval.show", description=__doc__)
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the PNGs are written")
-    parser.add_argument("--examples", type=positive, default=8, metavar="N", help="held-out pictures (default: 8)")
+    parser.add_argument(
+        "--examples",
+        type=partial(positive, most=MOST_EXAMPLES),
+        default=8,
+        metavar="N",
+        help=f"held-out pictures, up to {MOST_EXAMPLES} (default: 8)",
+    )
     args = parser.parse_args(arguments)
     loaded = load(args.checkpoint)
     tokenizer = loaded.tokenizer()

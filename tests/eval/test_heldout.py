@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aimv2_jax.data.pipeline import evaluation_batches, to_devices
+from aimv2_jax.eval import heldout
 from aimv2_jax.eval.heldout import CaptionSet, derangements, has_texture, held_out_figures, main, text_sums
 from aimv2_jax.eval.load import load
 from aimv2_jax.train.evaluate import evaluate
@@ -125,6 +126,14 @@ def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, c
     assert f"{figures['loss_text_shuffled_alt']:.4f}" in printed and "5 held-out pictures" in printed
 
 
+def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(workdir, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(heldout, "held_out_figures", lambda loaded: sizes.append(loaded.config.eval.batch_size))
+    with pytest.raises(TypeError):  # Of the figures, which are None here.
+        main(["--checkpoint", str(workdir), "--batch-size", "1000000000"])
+    assert sizes[0] < 100
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -132,7 +141,9 @@ def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, c
         (["--checkpoint", "nowhere"], "'nowhere'"),
         (["--checkpoint", "{workdir}", "--steps", "3"], "--steps"),
         (["--checkpoint", "{workdir}", "--batch-size", "0"], "'0' is not a whole number above zero"),
+        (["--checkpoint", "{workdir}", "--batch-size", "9" * 20], "is more than"),
         (["--checkpoint", "{workdir}:7"], "20, 40"),
+        (["--checkpoint", "{workdir}", "--two\nlines"], "--two lines"),
     ],
 )
 def test_main_when_the_command_line_is_wrong_then_one_line_and_code_2(workdir, capsys, arguments, message):

@@ -73,6 +73,12 @@ def test_main_when_the_folder_cannot_be_written_then_one_line_and_code_2(workdir
     assert error.startswith("error: --output cannot be written") and error.count("\n") == 1
 
 
+def test_main_when_asked_for_more_pictures_than_can_be_drawn_then_code_2(workdir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--checkpoint", str(workdir), "--output", str(tmp_path), "--examples", "1000"])
+    assert stop.value.code == 2 and "more than 100" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], []])
 def test_main_when_asked_for_help_then_code_0_and_without_flags_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
