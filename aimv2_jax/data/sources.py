@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import threading
 from typing import Any
@@ -94,12 +95,21 @@ def _read_info(name: str, path: str) -> DatasetInfo:
             f"{what}: the folder has no {DATASET_FILE}", path, "Prepare it first; if that was interrupted, do it again"
         )
     try:
-        info = DatasetInfo.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = file.read_text(encoding="utf-8")
+        version = int(json.loads(text)["format_version"])
+        if version > FORMAT_VERSION:  # Told first: the rest of it may look quite different.
+            raise UserError(
+                f"{what}: its format is newer than this program's {FORMAT_VERSION}", version, "Update aimv2_jax"
+            )
+        info = DatasetInfo.from_json(text)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{what}: {DATASET_FILE} cannot be read", path, "Prepare the data set again") from error
-    if info.format_version > FORMAT_VERSION:
+    counts = [shard.records for shard in info.shards]
+    if min(counts, default=0) < 0 or sum(counts) != info.records:
         raise UserError(
-            f"{what}: its format is newer than this program's {FORMAT_VERSION}", info.format_version, "Update aimv2_jax"
+            f"{what}: {DATASET_FILE} counts {info.records} records, and {sum(counts)} in its shards",
+            path,
+            "Prepare the data set again",
         )
     if not info.records:
         raise UserError(f"{what}: the data set has no records", path, "Prepare it from inputs with usable pairs")

@@ -93,7 +93,12 @@ def damage(**changes):
         (lambda folder: (folder / "dataset.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "dataset.json").write_text("[]"), "cannot be read"),
         (damage(format_version=9), "newer than this program's 1: 9"),
+        (damage(format_version=9, shards="of another kind"), "newer than this program's 1: 9"),
+        (damage(records=float("inf")), "cannot be read"),
+        (lambda folder: (folder / "dataset.json").write_text("[" * 100_000), "cannot be read"),
         (damage(records=0, shards=[]), "no records"),
+        (damage(records=7), "counts 7 records, and 1 in its shards"),
+        (damage(records=-1, shards=[{"file": "00000.arrayrecord", "records": -1, "bytes": 0}]), "counts -1 records"),
         (lambda folder: (folder / "00000.arrayrecord").unlink(), "1 of its shards are missing: '00000.arrayrecord'"),
     ],
 )
