@@ -21,6 +21,7 @@ REQUIRES = [
     "sentencepiece>=0.2.1",
     "ml-collections>=1.1",
     "einops>=0.8",
+    "absl-py>=2.1",
     "jaxtyping>=0.3.4",
     "etils[epath]>=1.13",
     "numpy>=2.1",
@@ -28,7 +29,6 @@ REQUIRES = [
     "ftfy>=6.3",
     "msgpack>=1.1",
     "matplotlib>=3.10",
-    "rich>=14.0",
     "tensorboardX>=2.6.4",
 ]
 
@@ -53,7 +53,7 @@ setup(
             "beartype>=0.21",
             "hypothesis>=6.130",
             "safetensors>=0.6",
-            "ruff>=0.12",
+            "ruff>=0.17,<0.18",  # Its format is part of the suite.
         ],
     },
 )

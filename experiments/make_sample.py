@@ -9,7 +9,6 @@ Two runs give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import io
 import json
@@ -24,6 +23,7 @@ import sentencepiece
 from aimv2_jax.data import captions
 from aimv2_jax.data.records import Record, write_dataset
 from aimv2_jax.errors import UserError, reports_user_errors
+from aimv2_jax.flags import Parser
 
 KINDS = ("alt", "synthetic")
 LABELS = ("label", "coarse", "kind")
@@ -109,7 +109,7 @@ def make(source: Path, target: Path) -> None:
 
 @reports_user_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder with train/*.tar and test/*.tar")
     parser.add_argument("--output", type=Path, required=True, help="folder that is replaced")
     args = parser.parse_args()

@@ -13,6 +13,6 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     size = ENCODER_SIZES["base"]
     config.model.encoder.update(width=size.width, depth=size.depth, heads=size.heads)  # [P]
-    config.optimizer.peak_lr = size.peak_lr  # [O: the paper gives none for this size]
+    config.optimizer.peak_lr = 1e-3  # [O: the paper gives none for this size; that of large]
     mixtures.use_paper_mixture(config)
     return config

@@ -13,7 +13,9 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     size = ENCODER_SIZES["large"]
     config.model.encoder.update(width=size.width, depth=size.depth, heads=size.heads)  # [P]
-    config.optimizer.peak_lr = size.peak_lr  # [P]
-    config.mesh.update(data=-1, fsdp=16)  # [O: parameters and moments over one ring of 16 chips, see PERF]
+    config.optimizer.peak_lr = 1e-3  # [P]
+    config.mesh.update(
+        data=-1, fsdp=16
+    )  # [O: parameters and moments over one ring of 16 chips, whose gathers are cheap]
     mixtures.use_paper_mixture(config)
     return config

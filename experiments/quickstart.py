@@ -5,6 +5,7 @@ python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/quick
 
 from ml_collections import ConfigDict
 
+from aimv2_jax.models.sizes import ENCODER_SIZES
 from experiments import base
 
 SAMPLE = "package:data/sample"
@@ -12,7 +13,8 @@ SAMPLE = "package:data/sample"
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.model.encoder.update(width=192, depth=6, heads=3)
+    size = ENCODER_SIZES["tiny"]
+    config.model.encoder.update(width=size.width, depth=size.depth, heads=size.heads)
     config.model.decoder.update(width=192, depth=4, heads=3, vocab_size=1024, text_length=40)
     config.model.layers = "scan"  # Compiles in seconds.
     config.model.compute_dtype = "float32"  # CPUs have no fast bfloat16.

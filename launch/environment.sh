@@ -4,7 +4,9 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  candidates=(python3.11 python3.12 python3.13 python3)
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if command -v "$candidate" >/dev/null &&
       "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       echo "$candidate"
@@ -19,11 +21,16 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
-# The stamp says what is installed; it changes with the requirements, the extras and the interpreter.
-stamp=".venv/installed-$( (cat setup.py; echo "${EXTRAS:-}"; "$python" --version) | sha256sum | cut -c1-16)"
-if [ ! -f "$stamp" ]; then
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+# One stamp says that the environment is whole and of which Python, another what is installed in it.
+digest() { "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])'; }
+made=".venv/made-$("$python" -c 'import sys; print(sys.executable, sys.version)' | digest)"
+installed=".venv/installed-$( (cat setup.py; echo "${EXTRAS:-}") | digest)"
+if [ ! -f "$made" ]; then
+  "$python" -m venv --clear .venv
+  touch "$made"
+fi
+if [ ! -f "$installed" ]; then
   echo "installing into .venv/ ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${EXTRAS:+[$EXTRAS]}"
-  touch "$stamp"
+  touch "$installed"
 fi

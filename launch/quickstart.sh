@@ -2,9 +2,11 @@
 # From nothing to a trained AIMv2 and its pictures: environment, training, pictures. Run again, it resumes.
 # QUICKSTART_WORKDIR=... chooses where it writes (default runs/quickstart), PYTHON=... the interpreter.
 set -euo pipefail
+workdir=${QUICKSTART_WORKDIR:-$(dirname "$0")/../runs/quickstart}
+mkdir -p "$workdir"
+workdir=$(cd "$workdir" && pwd)
 . "$(dirname "$0")/environment.sh"
 
-workdir=${QUICKSTART_WORKDIR:-runs/quickstart}
 .venv/bin/python -m aimv2_jax.main --config=experiments/quickstart.py --workdir="$workdir"
 .venv/bin/python -m aimv2_jax.eval.show --checkpoint="$workdir" --output="$workdir/pictures"
 .venv/bin/python -m aimv2_jax.eval.heldout --checkpoint="$workdir" --json="$workdir/heldout.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from aimv2_jax.main import main
 from aimv2_jax.train import checkpoint
 from aimv2_jax.train.program import Program
 
-MODULES = ["aimv2_jax.main", "aimv2_jax.eval.show", "aimv2_jax.eval.heldout"]
+MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.eval.show", "-m aimv2_jax.eval.heldout"]
+MODULES += ["experiments/make_sample.py", "experiments/benchmarks/step_time.py"]
 
 
 @pytest.fixture
@@ -106,6 +108,8 @@ def test_main_when_the_workdir_is_a_file_then_refused(tmp_path, capsys):
         ([], "--config"),
         (["--config=experiments/quickstart.py"], "--workdir"),
         (["--config=nowhere.py", "--workdir=x"], "nowhere.py"),
+        (["--config=experiments/quickstart.py", "--workdir="], "--workdir"),
+        (["--config=experiments/quickstart.py", "--workdir=gs://bucket/x"], "gs://bucket/x"),
         (["--config=experiments/quickstart.py", "--workdir=x", "--steps=3"], "--steps"),
         (["--config=experiments/quickstart.py", "--workdir=x", "--config.train.steps"], "train.steps"),
     ],
@@ -127,7 +131,7 @@ def test_overrides_when_given_in_either_form_then_split_from_the_rest():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_when_asked_for_help_then_code_0(module):
-    result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *module.split(), "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout and not result.stderr
 
 
@@ -158,3 +162,28 @@ def test_step_time_when_imported_and_built_then_needs_no_grain_orbax_or_tensorfl
         "import jax; build_program(step_time.preset_config('reference', {}), jax.devices()[:1]).abstract_state"
     )
     assert imported_by(statement.replace("experiments", f"{ROOT}/experiments"), "grain", "orbax", "tensorflow") == "[]"
+
+
+def test_step_time_when_run_then_prints_one_json_line_with_its_keys(tmp_path):
+    file = tmp_path / "line.json"
+    command = [sys.executable, "experiments/benchmarks/step_time.py", "--preset=tiny", "--rounds=1", "--steps=1"]
+    result = subprocess.run([*command, f"--json={file}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    [line] = result.stdout.splitlines()
+    values = json.loads(line)
+    assert values == json.loads(file.read_text())
+    assert {"images_per_s", "matmul_gflop_per_s", "images_per_gflop", "preset", "platform", "batch"} < set(values)
+    assert values["images_per_gflop"] == pytest.approx(values["images_per_s"] / values["matmul_gflop_per_s"])
+    assert (values["preset"], values["platform"], values["batch"]) == ("tiny", "cpu", 2)
+
+
+def test_step_time_when_the_preset_is_the_reference_then_it_has_the_size_of_the_torch_model():
+    """Encoder 384 x 12, decoder 256 x 4, 112 px: 29,356,672 parameters, as the PyTorch model of the same sizes has."""
+    code = (
+        f"import sys; sys.path.insert(0, '{ROOT}/experiments/benchmarks'); import step_time, jax; "
+        "from aimv2_jax.models.aimv2 import count_parameters; from aimv2_jax.train.program import build_program; "
+        "program = build_program(step_time.preset_config('reference', {}), jax.devices()[:1]); "
+        "print(count_parameters(program.abstract_state.params), program.config.data.batch_size)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["29356672", "16"]

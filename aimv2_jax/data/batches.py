@@ -16,7 +16,7 @@ from aimv2_jax.data import captions, records, transforms
 from aimv2_jax.data.plan import Plan, example_rng
 from aimv2_jax.data.records import REASONS, BadRecord
 from aimv2_jax.data.sources import Source
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import GuardStop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +136,10 @@ class TrainingBatches:
                 rows.fill(row, self.view(image, example), caption)
                 break
             else:
-                raise UserError(
-                    f"data source {source.name!r} gave no usable record for its {draw.kind} captions",
-                    ", ".join(f"{count} x {reason}" for reason, count in tried.items()),
-                    "Prepare the data set again, or take its weight out of data.mixture",
+                reasons = ", ".join(f"{count} x {reason}" for reason, count in tried.items())
+                raise GuardStop(
+                    f"data source {source.name!r} gave no usable record for its {draw.kind} captions: {reasons}; "
+                    "prepare the data set again, or take its weight out of data.mixture"
                 )
         return rows.done()
 

@@ -16,7 +16,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int32
 
-MAX_ATTEMPTS = 64
+MAX_ATTEMPTS = 1024
 """Records of a source that are tried for one example before the source is given up."""
 
 _SHUFFLE_ROUNDS = 4  # Grain's own choice for its global shuffle.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 
+import einops
 import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
@@ -136,16 +137,12 @@ def flip(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
 
 def patchify(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> UInt8[np.ndarray, "L P"]:
     """Row-major patches, each flattened in (row, column, channel) order."""
-    height, width, channels = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
-    blocks = pixels.reshape(rows, patch_size, columns, patch_size, channels).swapaxes(1, 2)
-    return blocks.reshape(rows * columns, -1)
+    return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches: UInt8[np.ndarray, "L P"], grid: tuple[int, int], patch_size: int) -> UInt8[np.ndarray, "H W 3"]:
     """The picture whose `patchify` is `patches`, of `grid` (rows, columns) patches."""
-    blocks = patches.reshape(*grid, patch_size, patch_size, -1).swapaxes(1, 2)
-    return blocks.reshape(grid[0] * patch_size, grid[1] * patch_size, -1)
+    return einops.rearrange(patches, "(h w) (p q c) -> (h p) (w q) c", h=grid[0], p=patch_size, q=patch_size)
 
 
 def patch_coords(grid: tuple[int, int]) -> Int32[np.ndarray, "L 2"]:

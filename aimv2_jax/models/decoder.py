@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.models.attention import causal_mask
 from aimv2_jax.models.layers import (
-    Cache,
     LayerRun,
     Linear,
     Precision,
@@ -75,7 +74,7 @@ class Decoder(nn.Module):
     def embed_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B R D"]:
         """[begin | tokens] plus their positions."""
         compute = self.precision.compute
-        rows = jnp.take(self.token_table, tokens, axis=0)
+        rows = self._look_up(tokens)
         begin = jnp.broadcast_to(self.begin, (rows.shape[0], 1, self.width))
         rows = jnp.concatenate([begin, rows], axis=1)
         return rows.astype(compute) + self.position[: rows.shape[1]].astype(compute)
@@ -83,18 +82,17 @@ class Decoder(nn.Module):
     def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """The row of text token number `index`, for generation."""
         compute = self.precision.compute
-        rows = jnp.take(self.token_table, token_B, axis=0).astype(compute)
+        rows = self._look_up(token_B[:, None])[:, 0].astype(compute)
         return (rows + jnp.take(self.position, index + 1, axis=0).astype(compute))[:, None]
 
-    def run(
-        self,
-        rows: Float[Array, "B S D"],
-        mask: Bool[Array, "#B 1 #S K"],
-        cache: Cache | None = None,
-        collect: bool = False,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "N B S D"] | None, Cache | None]:
-        """The trunk over given rows; with a cache, rows are appended to what was decoded before."""
-        return self.trunk(rows, mask, cache, collect)
+    def _look_up(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The table's rows of `tokens`.
+
+        The table is made whole over fsdp first, so that the gradient's scatter stays with the batch's rows; else the
+        compiler replicates the rows of the whole batch on every device.
+        """
+        table = nn.with_logical_constraint(self.token_table, ("vocab", "activation"))
+        return nn.with_logical_constraint(jnp.take(table, tokens, axis=0), ("batch", "length", "activation"))
 
     def predict_pixels(self, rows: Float[Array, "B R D"]) -> Float[Array, "B R P"]:
         """Normalised next patches, float32."""
@@ -121,5 +119,5 @@ class Decoder(nn.Module):
             text = self.embed_text(tokens)
             rows = jnp.concatenate([rows, text], axis=1)
             valid = jnp.concatenate([valid, jnp.ones(text.shape[:2], bool)], axis=1)
-        rows, every, _ = self.run(rows, causal_mask(valid), collect=collect)
+        rows, every, _ = self.trunk(rows, causal_mask(valid), collect=collect)
         return rows, every

@@ -46,8 +46,9 @@ def check_batch(size: int, mesh: Mesh, key: str, microbatches: int = 1) -> None:
         )
 
 
-def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
-    """The rows of a global batch that this process' devices hold, ascending."""
+def local_rows(sharding: NamedSharding, size: int, devices: Sequence[jax.Device] | None = None) -> np.ndarray:
+    """The rows of a global batch that `devices` (this process', unless given) hold, ascending."""
     rows = np.arange(size)
-    indices = sharding.addressable_devices_indices_map((size,)).values()
-    return np.unique(np.concatenate([rows[index] for index in indices]))
+    index_of = sharding.devices_indices_map((size,))
+    devices = sharding.addressable_devices if devices is None else devices
+    return np.unique(np.concatenate([rows[index_of[device]] for device in devices]))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from aimv2_jax.errors import UserError
 from aimv2_jax.train.program import Program
 from aimv2_jax.train.task import SumCount
 
@@ -41,6 +42,9 @@ def evaluate(
     Returns:
       `eval_loss`, `eval_loss_<name>` (sums over all prefixes, kinds and examples, divided once) and
       `eval_loss_text_full_prefix`, where the encoder reads the whole picture freely.
+
+    Raises:
+      UserError: where nothing was counted, which is no loss of 0.
     """
     task = program.task
     fixed, full = Totals(), Totals()
@@ -51,11 +55,18 @@ def evaluate(
         if "text" in task.weights:
             prefix = full_prefix(arrays["valid"])
             full.add_terms(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
-    losses = {name: fixed.mean(name) or 0.0 for name in task.weights}
+    losses = {name: fixed.mean(name) for name in task.weights}
+    for name, loss in losses.items():
+        if loss is None:
+            raise UserError(
+                f"the held-out sets of config eval.sources have nothing to measure the {name} loss on",
+                ", ".join(program.config.eval.sources.values()),
+                "Prepare them again, or set eval.sources to others",
+            )
     values = {"eval_loss": sum(weight * losses[name] for name, weight in task.weights.items())}
     values |= {f"eval_loss_{name}": loss for name, loss in losses.items()}
     if "text" in task.weights:
-        values["eval_loss_text_full_prefix"] = full.mean("text") or 0.0
+        values["eval_loss_text_full_prefix"] = full.mean("text")
     return values
 
 

@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 def flops_per_example(config: Config) -> float:
     """Model FLOPs of one example, forward and backward."""
     encoder, decoder, loss = config.model.encoder, config.model.decoder, config.loss
-    length, pixels = config.num_patches, 3 * config.model.patch_size**2
+    length, pixels = config.num_patches, len(config.model.pixel_mean) * config.model.patch_size**2
     text = decoder.text_length if loss.text else 0
     multiply_adds = length * pixels * encoder.width + _trunk(encoder, length)
     multiply_adds += length * encoder.width * decoder.width + _trunk(decoder, length + text)
@@ -42,9 +42,9 @@ def _trunk(trunk, rows: int) -> int:
 
 
 def model_flops_utilisation(config: Config, images_per_s: float | None, devices: list[jax.Device]) -> float | None:
-    """Model FLOP/s over the devices' peak; None where the peak or the rate is unknown."""
+    """Model FLOP/s over the devices' bfloat16 peak; None where peak or rate are unknown, or it computes otherwise."""
     kind = devices[0].device_kind
     known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    if images_per_s is None or not known:
+    if images_per_s is None or not known or config.model.compute_dtype != "bfloat16":
         return None
     return flops_per_example(config) * images_per_s / (len(devices) * PEAK_FLOPS[max(known, key=len)])

@@ -13,18 +13,20 @@ The order of a step is a contract:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from aimv2_jax.config import Config, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import GuardStop
+from aimv2_jax.errors import GuardStop, UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
@@ -52,6 +54,7 @@ def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
     size = state_bytes(program.abstract_state)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_claimed(workdir))
         checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep))
         latest = checkpointer.latest_step()
         if latest is not None:
@@ -67,11 +70,27 @@ def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
         )
         state = program.init() if latest is None else checkpointer.restore(latest, program.abstract_state)
         _introduce(program, workdir, latest, size)
-        if latest is None and jax.process_index() == 0:
+        if jax.process_index() == 0:
             (workdir / "config.txt").write_text(config_text(config))
         writer.cut_after(latest or 0)
         run = _Run(program, workdir, tokenizer, checkpointer, writer, latest or 0)
         run.train(state)
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path) -> Iterator[None]:
+    """Keeps a second trainer out of the workdir; the system lets go of the lock when this process ends, however."""
+    if jax.process_index() != 0:
+        yield
+        return
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "--workdir is in use by another run", str(workdir), "Wait until it has ended, or give another folder"
+            ) from error
+        yield
 
 
 def _introduce(program: Program, workdir: Path, latest: int | None, size: int) -> None:
@@ -175,13 +194,7 @@ class _Run:
         number = pending.number
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
         self.stopwatch.count(self.config.data.batch_size)
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-        if broken:
-            kept = self.checkpointer.latest_step()
-            raise GuardStop(
-                f"{broken[0]} is {values[broken[0]]} at step {number}; nothing of it is saved, "
-                + ("there is no checkpoint yet" if kept is None else f"the newest checkpoint is that of step {kept}")
-            )
+        self._check_finite(number, values, ("loss", "grad_norm"))
         if number % self.config.train.log_every and number != self.config.train.steps:
             return
         values |= self.stopwatch.lap()
@@ -199,14 +212,29 @@ class _Run:
             rows=self.eval_rows,
             global_rows=config.eval.batch_size,
         )
-        values = evaluate(self.program, state.params, self._eval_arrays(), put)
-        self.writer.write(number, values)
-        _say(f"step {number:,}  held out: " + "  ".join(f"{name[5:]} {value:.4f}" for name, value in values.items()))
+        faults: list[pipeline.Fault] = []
+        values = evaluate(self.program, state.params, self._eval_arrays(faults), put)
+        self._check_finite(number, values, ("eval_loss",))
+        self.bad_records.write(number, faults)
+        self.writer.write(number, values | {"eval_bad_records": len(faults)})
+        told = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in values.items())
+        _say(f"step {number:,}  held out: {told}" + (f"  ({len(faults)} bad records left out)" if faults else ""))
         return values
 
-    def _eval_arrays(self) -> Any:
+    def _eval_arrays(self, faults: list[pipeline.Fault]) -> Iterator[dict[str, np.ndarray]]:
+        """This process' rows of the held-out batches; records that cannot be used are added to `faults`."""
         for _, host in pipeline.evaluation_batches(self.config, self.eval_rows, self.tokenizer):
+            faults += host.faults
             yield {name: array for name, array in host.arrays.items() if name not in ("source", "faults")}
+
+    def _check_finite(self, number: int, values: Mapping[str, float], names: Sequence[str]) -> None:
+        broken = [name for name in names if not math.isfinite(values[name])]
+        if broken:
+            kept = self.checkpointer.latest_step()
+            raise GuardStop(
+                f"{broken[0]} is {values[broken[0]]} at step {number}; nothing of it is saved, "
+                + ("there is no checkpoint yet" if kept is None else f"the newest checkpoint is that of step {kept}")
+            )
 
 
 def _every(interval: int, number: int) -> bool:

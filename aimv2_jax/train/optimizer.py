@@ -45,7 +45,7 @@ def is_decayed(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def clip_by_global_norm(max_norm: float, eps: float = 1e-6) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransformation:
     """Scales by min(1, max_norm / (norm + eps)): the reference's factor, which optax's clip lacks the eps of."""
 
     def update(updates, state, params=None):
@@ -64,13 +64,14 @@ def adamlh(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    clip_eps: float = 1e-6,
 ) -> optax.GradientTransformation:
     """p <- p (1 - wd · lr/peak) - lr · m̂ / (√v̂ + eps), after clipping the gradient by its global norm.
 
     That is AdamW with decay wd / peak, so optax's own pieces serve.
     """
     return optax.chain(
-        clip_by_global_norm(clip_norm),
+        clip_by_global_norm(clip_norm, clip_eps),
         optax.scale_by_adam(*betas, eps=eps),
         optax.add_decayed_weights(weight_decay / peak_lr, mask=is_decayed),
         optax.scale_by_learning_rate(schedule),

@@ -133,7 +133,8 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     """
     mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_batch(config.data.batch_size, mesh, "data.batch_size", config.train.microbatches)
-    check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    if config.eval.sources:
+        check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     settings = config.optimizer
     schedule = learning_rate(
         start_lr=settings.start_lr,

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from aimv2_jax.train import losses
 from aimv2_jax.train.optimizer import Schedule
 from aimv2_jax.train.task import Batch, PretrainTask, SumCount
 
@@ -53,7 +54,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": task.total(sums, counts),
-        **{f"loss_{name}": total / jnp.maximum(counts[name], 1) for name, total in sums.items()},
+        **{f"loss_{name}": losses.divide(total, counts[name]) for name, total in sums.items()},
         **{f"count_{name}": count.astype(jnp.float32) for name, count in counts.items()},
         "lr": schedule(state.step),
         "grad_norm": optax.tree.norm(grads),

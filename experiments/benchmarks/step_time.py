@@ -38,14 +38,22 @@ def reference() -> Any:
     return config
 
 
-PRESETS = {"reference": reference}
+def tiny() -> Any:
+    """A model that compiles in seconds: whether this program works, not how fast anything is."""
+    config = reference()
+    config.model.encoder.update(width=32, depth=1, heads=2)
+    config.model.decoder.update(width=32, depth=1, heads=2, vocab_size=64)
+    config.data.batch_size = 2
+    return config
+
+
+PRESETS = {"reference": reference, "tiny": tiny}
 
 
 def preset_config(name: str, overrides: dict[str, Any]) -> Config:
     """The config of a preset, for one device and without any data."""
     config = PRESETS[name]()
     config.data.sources, config.data.mixture = {"synthetic": ""}, {"synthetic": {"alt": 1.0}}
-    config.eval.batch_size = 1
     config.mesh.data = 1
     config.update_from_flattened_dict({key: value for key, value in overrides.items() if value is not None})
     return build_config(config.to_dict())

@@ -12,7 +12,7 @@ from aimv2_jax.data.captions import clean
 from aimv2_jax.data.plan import Plan, example_rng
 from aimv2_jax.data.records import REASONS, decode
 from aimv2_jax.data.sources import Source
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import GuardStop
 
 MIXTURE = {"red": {"alt": 0.5}, "blue": {"synthetic": 0.5}}
 
@@ -97,17 +97,17 @@ def test_unusable_records_when_drawn_then_replaced_from_the_same_source_named_an
     assert usable == {f"red number {i}".encode() for i in set(range(12)) - set(BAD)}
 
 
-def test_unusable_records_when_the_whole_source_is_then_a_user_error_with_the_reasons(make_dataset):
+def test_unusable_records_when_the_whole_source_is_then_the_guard_says_the_reasons(make_dataset):
     bad = {i: {"image": b"junk"} if i else {"image": b""} for i in range(5)}
     build = training({"red": make_dataset("red", 5, bad)}, {"red": {"alt": 1.0}})
-    with pytest.raises(UserError, match="data source 'red' gave no usable record") as error:
+    with pytest.raises(GuardStop, match="data source 'red' gave no usable record") as error:
         build(0)
     assert "4 x undecodable_image" in str(error.value) and "1 x empty_image" in str(error.value)
 
 
-def test_unusable_record_when_it_is_the_only_one_then_a_user_error(make_dataset):
+def test_unusable_record_when_it_is_the_only_one_then_the_guard_stops(make_dataset):
     build = training({"red": make_dataset("red", 1, {0: {"image": b"junk"}})}, {"red": {"alt": 1.0}})
-    with pytest.raises(UserError, match="1 x undecodable_image"):
+    with pytest.raises(GuardStop, match="1 x undecodable_image"):
         build(0)
 
 

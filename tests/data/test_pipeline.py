@@ -22,7 +22,7 @@ from aimv2_jax.data.pipeline import (
     to_devices,
     training_batches,
 )
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import GuardStop, UserError
 
 # A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
 pytestmark = pytest.mark.xdist_group("shared-memory")
@@ -139,7 +139,7 @@ def test_error_when_a_batch_cannot_be_built_then_raised_in_its_turn_and_ever_aft
 def test_error_when_a_worker_meets_it_then_raised_in_its_turn(make_config, make_dataset):
     bad = {i: {"image": b"junk"} for i in range(3)}
     config = make_config(sources={"red": make_dataset("red", 3, bad)}, mixture={"red": {"alt": 1.0}}, data__workers=1)
-    with training_batches(config, ROWS, 0) as batches, pytest.raises(UserError, match="3 x undecodable_image"):
+    with training_batches(config, ROWS, 0) as batches, pytest.raises(GuardStop, match="3 x undecodable_image"):
         next(batches)
 
 

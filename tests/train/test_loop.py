@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,9 +25,10 @@ from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.records import Record, write_dataset
 from aimv2_jax.main import main
+from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
-from aimv2_jax.train.program import build_program
+from aimv2_jax.train.program import Program, build_program
 
 KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
@@ -114,16 +117,20 @@ def start(workdir: Path, **changes) -> subprocess.Popen:
     )
 
 
+def wait_for(condition: Callable[[], bool], trainer: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert trainer.poll() is None and time.monotonic() < deadline, trainer.stdout.read()
+        time.sleep(0.005)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("shared-memory")  # it looks at all of /dev/shm
 def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_and_no_orphan(straight, tmp_path):
     segments = set(os.listdir("/dev/shm"))
     trainer = start(tmp_path, train__steps=100_000, train__save_every=10, train__log_every=1)
     try:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / "checkpoints/10").is_dir():
-            assert trainer.poll() is None and time.monotonic() < deadline, trainer.stdout.read()
-            time.sleep(0.005)
+        wait_for((tmp_path / "checkpoints/10").is_dir, trainer)
         family = children(trainer.pid)
         assert len(family) >= 2  # the workers
     finally:
@@ -133,19 +140,21 @@ def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_an
     while any(map(running, family)) or set(os.listdir("/dev/shm")) - segments:
         assert time.monotonic() < deadline, "orphans or shared memory are left 10 s after the trainer was killed"
         time.sleep(0.1)
-    last = CheckpointReader(tmp_path).latest_step()
-    assert last in (10, 20)  # wherever the kill met it: a whole checkpoint
-    if last == 20:  # then what was to be resumed is the step before
-        last = 10
-        shutil.rmtree(tmp_path / "checkpoints/20")
-    assert_bitwise(saved_state(tmp_path, last), saved_state(straight, last))
+    for step in CheckpointReader(tmp_path).steps():
+        if step > 10:  # A fast trainer was further when the kill met it: here 10 is what is to be continued.
+            shutil.rmtree(tmp_path / f"checkpoints/{step}")
+    assert_bitwise(saved_state(tmp_path, 10), saved_state(straight, 10))
+    killed_again = start(tmp_path, train__save_every=100, train__log_every=1)
+    wait_for(lambda: any(line["step"] >= 13 for line in read_metrics(tmp_path)[0]), killed_again)
+    os.kill(killed_again.pid, signal.SIGKILL)
+    killed_again.communicate()
     resumed = start(tmp_path)
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
-    assert f"continuing from step {last}" in output
+    assert "continuing from step 10" in output
     assert_bitwise(saved_state(tmp_path, 20), saved_state(straight, 20))
     steps = [line["step"] for line in read_metrics(tmp_path)[0]]
-    assert steps == sorted(set(steps))
+    assert steps == sorted(set(steps)) and steps[-1] == 20
 
 
 def test_batch_when_taken_after_a_resume_then_equals_that_of_the_straight_run():
@@ -228,3 +237,72 @@ def test_run_when_too_many_records_are_bad_then_stops_by_the_guard(tmp_path, cap
 def test_config_when_saved_with_a_checkpoint_then_the_run_is_known_from_it(straight):
     meta = CheckpointReader(straight).meta(20)
     assert meta["config"] == config_to_dict(tiny_config(train__eval_every=10))
+
+
+def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch):
+    """Dispatch i, then read i-1; where i is due: read i, evaluate, save."""
+    events = []
+
+    def recorded(owner, name, say):
+        plain = getattr(owner, name)
+
+        def call(self, *args, **kwargs):
+            event = say(args)
+            events.append(event) if event else None
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    compile_step = Program.compile_step
+
+    def counted_steps(program):
+        step = compile_step(program)
+        numbers = itertools.count(1)
+        return lambda *args: (events.append(f"dispatch {next(numbers)}"), step(*args))[1]
+
+    monkeypatch.setattr(Program, "compile_step", counted_steps)
+    recorded(loop._Run, "_read", lambda args: args[0] and f"read {args[0].number}")
+    recorded(loop._Run, "_evaluate", lambda args: f"evaluate {args[0]}")
+    recorded(Checkpointer, "save", lambda args: f"save {args[0]}")
+    assert main(tiny_arguments(tmp_path, train__steps=4, train__eval_every=2, train__save_every=2)) == 0
+    assert events == [
+        "dispatch 1",
+        *("dispatch 2", "read 1", "read 2", "evaluate 2", "save 2"),
+        "dispatch 3",
+        *("dispatch 4", "read 3", "read 4", "evaluate 4", "save 4"),
+    ]
+
+
+def test_loop_when_steps_are_slow_then_they_do_not_wait_for_data(tmp_path, monkeypatch):
+    compile_step = Program.compile_step
+
+    def slow_step(program):
+        step = compile_step(program)
+        return lambda *args: (time.sleep(0.3), step(*args))[1]
+
+    monkeypatch.setattr(Program, "compile_step", slow_step)
+    assert main(tiny_arguments(tmp_path, train__steps=8, train__log_every=4, eval__max_examples=4)) == 0
+    assert read_metrics(tmp_path)[0][-1]["data_wait_fraction"] < 0.02
+
+
+def test_run_when_another_is_at_work_in_the_workdir_then_refused(tmp_path, capsys):
+    with loop._claimed(tmp_path):
+        assert main(tiny_arguments(tmp_path)) == 2
+    assert "in use by another run" in capsys.readouterr().err
+
+
+def test_run_when_the_held_out_set_cannot_be_used_then_refused_and_no_best(tmp_path, capsys):
+    folder = broken_source(tmp_path / "data", good=0, bad=3)
+    changes = {"eval__sources__photo": folder, "eval__sources__other": folder, "train__steps": 2}
+    assert main(tiny_arguments(tmp_path / "run", **changes)) == 2
+    assert "nothing to measure the image loss on" in capsys.readouterr().err
+    assert CheckpointReader(tmp_path / "run").best_step() is None
+
+
+def test_run_when_some_held_out_records_are_bad_then_left_out_counted_and_named(tmp_path):
+    folder = broken_source(tmp_path / "data", good=3, bad=1)
+    assert main(tiny_arguments(tmp_path / "run", eval__sources__photo=folder, train__steps=2)) == 0
+    [line] = read_metrics(tmp_path / "run")[1]
+    assert line["eval_bad_records"] == 2  # once a caption kind
+    names = [json.loads(line)["key"] for line in (tmp_path / "run/bad_records.jsonl").read_text().splitlines()]
+    assert names == ["bad-0", "bad-0"]

@@ -29,7 +29,7 @@ def test_learning_rate_when_there_is_no_warm_up_then_starts_at_the_peak():
 @pytest.mark.parametrize(("size", "factor"), [(0.5, 1.0), (1.0, 1 / (1 + 1e-6)), (4.0, 1 / (4 + 1e-6))])
 def test_clip_when_any_norm_then_scaled_by_the_reference_factor(size, factor):
     tree = {"a": jnp.asarray([0.6 * size]), "b": jnp.asarray([[0.8 * size]])}
-    clipped, _ = clip_by_global_norm(1.0).update(tree, optax.EmptyState())
+    clipped, _ = clip_by_global_norm(1.0, 1e-6).update(tree, optax.EmptyState())
     np.testing.assert_allclose(clipped["a"], 0.6 * size * factor, rtol=1e-6)
     np.testing.assert_allclose(clipped["b"], 0.8 * size * factor, rtol=1e-6)
 

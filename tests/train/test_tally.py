@@ -80,7 +80,7 @@ def test_flops_when_counted_by_hand_then_equal():
 
 
 def test_mfu_when_the_peak_is_known_then_a_share_and_else_none():
-    config = tiny_config()
+    config = tiny_config(model__compute_dtype="bfloat16")
     two = [Device("TPU v5 lite")] * 2
     assert model_flops_utilisation(config, 10.0, two) == pytest.approx(flops_per_example(config) * 10 / (2 * 197e12))
     assert model_flops_utilisation(config, 10.0, [Device("TPU v5p")]) == pytest.approx(
@@ -88,3 +88,4 @@ def test_mfu_when_the_peak_is_known_then_a_share_and_else_none():
     )
     assert model_flops_utilisation(config, 10.0, [Device("cpu")]) is None
     assert model_flops_utilisation(config, None, two) is None
+    assert model_flops_utilisation(tiny_config(), 10.0, two) is None  # float32: another peak

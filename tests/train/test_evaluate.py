@@ -1,0 +1,71 @@
+"""Evaluation by hand: sums over unequal batches, divided once."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.train.evaluate import Totals, evaluate, fixed_prefixes, full_prefix
+from aimv2_jax.train.task import SumCount
+
+VALID = np.array([[True] * 8, [True] * 3 + [False] * 5, [True] + [False] * 7, [False] * 8])
+
+
+def test_fixed_prefixes_when_any_number_of_patches_then_nearest_share_within_1_and_one_less():
+    quarter, half, most = fixed_prefixes((0.25, 0.5, 0.99), VALID)
+    assert quarter.tolist() == [2, 1, 1, 1] and half.tolist() == [4, 2, 1, 1] and most.tolist() == [7, 2, 1, 1]
+    assert full_prefix(VALID).tolist() == [8, 3, 1, 0]
+
+
+def stand_in(weights):
+    """A program whose loss of an example is known: image 10 x prefix over 2 patches, text 100 over `size` tokens."""
+
+    def eval_sums(params, batch, prefix):
+        usable = batch["valid"].any(axis=1)
+        sums = {"image": 10.0 * (prefix * usable).sum(), "text": 100.0 * usable.sum()}
+        counts = {"image": 2 * usable.sum(), "text": batch["size"].sum()}
+        return {name: SumCount(sums[name], counts[name]) for name in weights}
+
+    settings = types.SimpleNamespace(prefixes=(0.25, 0.5), sources={"a": "folder"})
+    task = types.SimpleNamespace(weights=weights)
+    return types.SimpleNamespace(eval_sums=eval_sums, task=task, config=types.SimpleNamespace(eval=settings))
+
+
+BATCHES = [
+    {"valid": np.ones((2, 8), bool), "size": np.array([5, 7])},
+    {"valid": np.array([[True] * 8, [False] * 8]), "size": np.array([4, 0])},  # with a row of filling
+]
+
+
+def test_evaluation_when_batches_are_unequal_then_sums_are_divided_once():
+    values = evaluate(stand_in({"image": 0.4, "text": 1.0}), None, BATCHES, lambda arrays: arrays)
+    image = (10 * (2 + 2 + 4 + 4) + 10 * (2 + 4)) / (2 * (2 + 2 + 1 + 1))
+    text = 2 * 300 / (2 * 16)
+    assert values == {
+        "eval_loss": pytest.approx(text + 0.4 * image),
+        "eval_loss_image": pytest.approx(image),
+        "eval_loss_text": pytest.approx(text),
+        "eval_loss_text_full_prefix": pytest.approx(300 / 16),
+    }
+
+
+def test_evaluation_when_there_is_no_text_loss_then_no_text_figures():
+    values = evaluate(stand_in({"image": 0.4}), None, BATCHES, lambda arrays: arrays)
+    assert set(values) == {"eval_loss", "eval_loss_image"}
+
+
+def test_evaluation_when_nothing_counts_then_refused_and_not_0():
+    empty = [{"valid": np.zeros((2, 8), bool), "size": np.zeros(2, int)}]
+    with pytest.raises(UserError, match="nothing to measure the image loss on: 'folder'"):
+        evaluate(stand_in({"image": 0.4}), None, empty, lambda arrays: arrays)
+
+
+def test_totals_when_terms_are_device_arrays_then_means_of_the_host():
+    totals = Totals()
+    totals.add_terms({"text": SumCount(jax.numpy.float32(3), jax.numpy.int32(2))})
+    totals.add("text", 1, 2)
+    assert totals.mean("text") == 1.0 and totals.mean("image") is None
