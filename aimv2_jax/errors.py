@@ -12,6 +12,7 @@ EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
+EXIT_INTERRUPTED = 130  # As shells have it: 128 and the number of SIGINT.
 
 _MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.
 # What an operating system refuses for reasons that lie outside the program, and what to do about it.
@@ -61,7 +62,8 @@ class GuardStop(Exception):
 def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Wraps a command's main: a `UserError` becomes one line and code 2, a `GuardStop` one line and code 3.
 
-    A file or folder that the operating system refuses (no room, no right, ...) is the user's to mend, too.
+    A file or folder that the operating system refuses (no room, no right, ...) is the user's to mend, too; Ctrl-C is no
+    error, and its code is that of shells.
     """
 
     @functools.wraps(main)
@@ -74,6 +76,9 @@ def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
         except GuardStop as error:
             print(f"stopped: {error}", file=sys.stderr)
             return EXIT_GUARD
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
         except OSError as error:
             if error.errno not in _REFUSALS:
                 raise

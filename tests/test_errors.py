@@ -7,11 +7,11 @@ import os
 
 import pytest
 
-from aimv2_jax.errors import EXIT_GUARD, EXIT_USER, GuardStop, UserError, reports_user_errors
+from aimv2_jax.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, GuardStop, UserError, reports_user_errors
 
 
 @reports_user_errors
-def fail(error: Exception) -> int:
+def fail(error: BaseException) -> int:
     raise error
 
 
@@ -30,6 +30,11 @@ def test_command_when_a_file_of_ours_is_missing_then_it_is_our_bug():
 def test_command_when_a_guard_stops_it_then_code_3(capsys):
     assert fail(GuardStop("loss is nan")) == EXIT_GUARD
     assert capsys.readouterr().err == "stopped: loss is nan\n"
+
+
+def test_command_when_interrupted_then_one_line_and_the_code_of_shells(capsys):
+    assert fail(KeyboardInterrupt()) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_message_when_the_value_is_endless_then_shortened_and_on_one_line():
