@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import aimv2_jax
@@ -13,4 +14,4 @@ def locate(path: str) -> Path:
     """The file or folder that a config's `path` names: `package:data/sample/...` lies inside the installed package."""
     if path.startswith(PACKAGE):
         return Path(aimv2_jax.__file__).parent / path.removeprefix(PACKAGE)
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))

@@ -77,9 +77,13 @@ def decode(data: bytes) -> Record:
     if version != FORMAT_VERSION or zlib.crc32(payload) != checksum:
         raise BadRecord("corrupt_record")
     try:
-        return Record(**msgpack.unpackb(payload))
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        record = Record(**msgpack.unpackb(payload))
+        texts = [record.key, *record.captions.keys(), *record.captions.values(), *record.labels.keys()]
+    except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise BadRecord("corrupt_record") from error
+    if not isinstance(record.image, bytes) or not all(isinstance(text, str) for text in texts):
+        raise BadRecord("corrupt_record")
+    return record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import struct
+import zlib
 
+import msgpack
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
@@ -37,6 +40,16 @@ def test_record_when_cut_anywhere_then_corrupt():
     for length in range(len(data)):
         with pytest.raises(BadRecord, match="corrupt_record"):
             decode(data[:length])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"captions": {"alt": None}}, {"captions": ["alt"]}, {"captions": {"alt": b"x"}}, {"image": "x"}, {"key": 3}],
+)
+def test_record_when_another_writer_put_other_types_in_then_corrupt(field):
+    payload = msgpack.packb({"key": "a", "image": b"x", "captions": {"alt": "x"}, "labels": {}} | field)
+    with pytest.raises(BadRecord, match="corrupt_record"):
+        decode(struct.pack("<BI", 1, zlib.crc32(payload)) + payload)
 
 
 def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tmp_path, make_record):
