@@ -478,6 +478,8 @@ def _check_data(config: Config) -> None:
     for i, prefix in enumerate(evaluation.prefixes):
         if not 0 < prefix < 1:
             raise UserError(f"config eval.prefixes[{i}] is out of range", prefix, "Give fractions between 0 and 1")
+    if len(set(evaluation.kinds)) < len(evaluation.kinds):
+        raise UserError("config eval.kinds names a caption kind twice", evaluation.kinds, "Name each once")
     if evaluation.sources and not (evaluation.kinds and evaluation.prefixes):
         raise UserError("config eval.kinds or eval.prefixes is empty", (), "Name caption kinds and prefix fractions")
 

@@ -157,6 +157,7 @@ REFUSED = {
     "microbatches": (("train.microbatches", "5"), ["train.microbatches", "5 microbatches, batch 32"]),
     "mesh": (("mesh.fsdp", "0"), ["mesh.fsdp"]),
     "prefix": (("eval.prefixes", "(1.5,)"), ["eval.prefixes[0]", "1.5"]),
+    "a kind twice": (("eval.kinds", "('alt', 'alt')"), ["eval.kinds", "twice"]),
     "crop": (("data.crop_area", "(0.9, 0.4)"), ["data.crop_area"]),
     "flip": (("data.flip", "2"), ["data.flip"]),
 }
