@@ -158,6 +158,7 @@ def main() -> int:
     text = json.dumps(line)
     print(text)
     if flags.json:
+        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
         Path(flags.json).write_text(text + "\n")
     return 0
 
