@@ -32,20 +32,22 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, Path]:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
-    if not flags.workdir:
-        raise UserError("--workdir is empty", flags.workdir, "Give a folder, such as runs/mine")
-    return load_config(flags.config, overrides), Path(flags.workdir)
+    return load_config(flags.config, overrides), _local_folder(flags.workdir)
+
+
+def _local_folder(workdir: str) -> Path:
+    if not workdir:
+        raise UserError("--workdir is empty", workdir, "Give a folder, such as runs/mine")
+    if "://" in workdir:
+        raise UserError("--workdir is no folder of this machine", workdir, "Mount the bucket, and give its folder")
+    if Path(workdir).exists() and not Path(workdir).is_dir():
+        raise UserError("--workdir is a file", workdir, "Give a folder")
+    return Path(workdir)
 
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     config, workdir = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    if ":/" in str(workdir):
-        raise UserError(
-            "--workdir is no folder of this machine", str(workdir), "Buckets are not supported yet: mount it"
-        )
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError("--workdir is a file", str(workdir), "Give a folder")
     from aimv2_jax.data import pipeline
     from aimv2_jax.data.tokenizer import Tokenizer
 

@@ -30,6 +30,9 @@ from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
 
+# One of these looks at all of /dev/shm: tests that put segments there run one after another.
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
 KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
     "images_per_s", "step_time_s", "data_wait_fraction", "mfu",
@@ -125,7 +128,6 @@ def wait_for(condition: Callable[[], bool], trainer: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("shared-memory")  # it looks at all of /dev/shm
 def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_and_no_orphan(straight, tmp_path):
     segments = set(os.listdir("/dev/shm"))
     trainer = start(tmp_path, train__steps=100_000, train__save_every=10, train__log_every=1)
