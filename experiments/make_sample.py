@@ -83,15 +83,28 @@ def train_tokenizer(texts: list[str]) -> bytes:
     return model.getvalue()
 
 
+def _pairs(source: Path, split: str) -> list[Record]:
+    pairs = []
+    for path in sorted(source.glob(f"{split}/*.tar")):
+        try:
+            pairs += read_tar(path)
+        except (tarfile.TarError, ValueError, LookupError, EOFError) as error:
+            remedy = "Give the folder of the sample, or copy the file again"
+            raise UserError("--input has a tar that cannot be read", str(path), remedy) from error
+    return pairs
+
+
 def make(source: Path, target: Path) -> None:
     """Writes the data set of `source` to `target`, which it replaces."""
     if not list(source.glob("train/*.tar")):
         raise UserError("--input has no train/*.tar", str(source), "Give the folder of the sample")
+    if target.exists() and any(target.iterdir()) and not (target / "train/photo/dataset.json").is_file():
+        raise UserError("--output is there and is no such data set", str(target), "Give another folder, or remove it")
+    splits = {split: _pairs(source, split) for split in ("train", "test")}
     shutil.rmtree(target, ignore_errors=True)
     texts, total = [], 0
     table = "| data set | pairs |\n|---|---|\n"
-    for split in ("train", "test"):
-        pairs = [record for tar in sorted(source.glob(f"{split}/*.tar")) for record in read_tar(tar)]
+    for split, pairs in splits.items():
         photos = [record for record in pairs if record.labels["kind"] == "photo"]
         others = [record for record in pairs if record.labels["kind"] != "photo"]
         for name, records in (("photo", photos), ("other", others)):

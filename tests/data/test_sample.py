@@ -97,3 +97,21 @@ def test_make_sample_when_the_input_has_no_tars_then_a_user_error_and_the_output
     with pytest.raises(UserError, match=r"no train/\*\.tar"):
         make_sample.make(Path("/nowhere"), tmp_path)
     assert (tmp_path / "kept").exists()
+
+
+def test_make_when_the_output_holds_something_else_then_refused_and_nothing_is_lost(tmp_path):
+    (tmp_path / "input/train").mkdir(parents=True)
+    (tmp_path / "input/train/a.tar").write_bytes(b"")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="--output"):
+        make_sample.make(tmp_path / "input", tmp_path / "home")
+    assert (tmp_path / "home/thesis.txt").read_text() == "years"
+
+
+def test_make_when_a_tar_is_damaged_then_it_is_named_before_anything_is_replaced(tmp_path):
+    (tmp_path / "input/train").mkdir(parents=True)
+    (tmp_path / "input/train/a.tar").write_bytes(b"x" * 3000)
+    with pytest.raises(UserError, match=r"tar that cannot be read.*a\.tar"):
+        make_sample.make(tmp_path / "input", tmp_path / "output")
+    assert not (tmp_path / "output").exists()
