@@ -230,6 +230,7 @@ class _Run:
     def _check_finite(self, number: int, values: Mapping[str, float], names: Sequence[str]) -> None:
         broken = [name for name in names if not math.isfinite(values[name])]
         if broken:
+            self.checkpointer.wait()  # A save may be on its way.
             kept = self.checkpointer.latest_step()
             raise GuardStop(
                 f"{broken[0]} is {values[broken[0]]} at step {number}; nothing of it is saved, "
