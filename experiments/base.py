@@ -39,14 +39,16 @@ def _model() -> ConfigDict:
                 width=1024,  # Channels of the residual stream. [P]
                 depth=24,  # Blocks. [P]
                 heads=8,  # Attention heads, 128 channels each. [P]
-                hidden=ml_collections.config_dict.placeholder(int),  # SwiGLU units; None: 2/3 of 4 x width, up to 256s.
+                hidden=ml_collections.config_dict.placeholder(
+                    int
+                ),  # SwiGLU units; None: the rule, 2/3 of 4 x width up to 256s. [R]
                 position="learned",  # "learned" table for one resolution, or "sincos" of the true grid. [P]
             ),
             decoder=dict(
                 width=1024,  # [P]
                 depth=12,  # [P]
                 heads=8,  # [R]
-                hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's.
+                hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's. [R]
                 vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
                 text_length=77,  # Tokens of a caption, its end included. [R]
             ),
@@ -80,7 +82,7 @@ def _optimizer() -> ConfigDict:
             start_lr=1e-6,  # The first step's. [R]
             end_lr=1e-5,  # From step `schedule_steps` on. [R]
             warmup_steps=12_500,  # Linear, start_lr to peak_lr. [R]
-            schedule_steps=1_464_844,  # Warm-up and cosine together: 12e9 samples / 8192. [P: samples]
+            schedule_steps=1_464_844,  # Warm-up and cosine together: 12e9 samples / 8192. [P: samples; O: the division]
             betas=(0.9, 0.95),  # [P]
             eps=1e-8,  # [R]
             weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [R]
@@ -99,8 +101,8 @@ def _data() -> ConfigDict:
             crop_area=(0.4, 1.0),  # RandomResizedCrop: share of the picture's area. [R]
             crop_ratio=(3 / 4, 4 / 3),  # RandomResizedCrop: aspect ratio, width / height. [R]
             flip=0.5,  # Probability of a horizontal flip. [R]
-            sources={},  # Name -> folder of prepared records ("package:..." is inside the installed package).
-            mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights.
+            sources={},  # Name -> folder of prepared records; "package:..." is inside the package. [P]
+            mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights. [P]
             max_bad_fraction=0.01,  # Records that may be unusable before the run stops. [O]
         )
     )
@@ -109,11 +111,11 @@ def _data() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         dict(
-            sources={},  # Held-out sets, name -> folder; empty: no evaluation.
-            kinds=("alt", "synthetic"),  # Caption kinds that are evaluated.
+            sources={},  # Held-out sets, name -> folder; empty: no evaluation. [O]
+            kinds=("alt", "synthetic"),  # Caption kinds that are evaluated. [O]
             batch_size=1024,  # Examples at a time. [O]
             prefixes=(0.25, 0.5, 0.75),  # Fixed prefix lengths, as shares of a picture's patches. [O]
-            max_examples=ml_collections.config_dict.placeholder(int),  # Pictures of each source; None: all.
+            max_examples=ml_collections.config_dict.placeholder(int),  # Pictures of each source; None: all. [O]
         )
     )
 
@@ -121,14 +123,16 @@ def _eval() -> ConfigDict:
 def _train() -> ConfigDict:
     return ConfigDict(
         dict(
-            steps=1_464_844,  # Where the run ends; the learning rate follows optimizer.schedule_steps. [P: samples]
+            steps=1_464_844,  # Where the run ends; the learning rate knows optimizer.schedule_steps. [P, as there]
             log_every=100,  # Steps between lines of metrics.jsonl. [O]
             eval_every=10_000,  # Steps between evaluations; 0: at the end only. [O]
             save_every=5_000,  # Steps between checkpoints; 0: at the end only. [O]
             keep=3,  # Newest checkpoints kept, beside the best. [O]
             microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]
-            compilation_cache=ml_collections.config_dict.placeholder(str),  # Folder of JAX's persistent cache.
+            compilation_cache=ml_collections.config_dict.placeholder(str),  # Folder of JAX's persistent cache. [O]
             tensorboard=True,  # Also write TensorBoard events to WORKDIR/tensorboard. [O]
-            wandb_project=ml_collections.config_dict.placeholder(str),  # Also log to Weights & Biases (extra "wandb").
+            wandb_project=ml_collections.config_dict.placeholder(
+                str
+            ),  # Also log to Weights & Biases (extra "wandb"). [O]
         )
     )

@@ -15,9 +15,9 @@ PAPER = {
 
 
 def use_paper_mixture(config: ConfigDict) -> None:
-    """Sets the paper's sources and weights; the paths are where prepared records are expected."""
+    """Sets the paper's sources and weights; the paths are where prepared records are expected. [O]"""
     config.data.sources = {name: f"data/{name}/train" for name in PAPER}
     config.data.mixture = PAPER
     config.tokenizer.path = "data/tokenizer.model"
     config.eval.sources = {"dfn": "data/dfn/heldout"}
-    config.eval.max_examples = 8192
+    config.eval.max_examples = 8192  # [O: eight batches of 1024 a caption kind]

@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     size = ENCODER_SIZES["tiny"]
     config.model.encoder.update(width=size.width, depth=size.depth, heads=size.heads)
     config.model.decoder.update(width=192, depth=4, heads=3, vocab_size=1024, text_length=40)
-    config.model.layers = "scan"  # Compiles in seconds.
+    config.model.layers = "loop"  # Two seconds more to compile than "scan", a sixth less a step.
     config.model.compute_dtype = "float32"  # CPUs have no fast bfloat16.
-    config.optimizer.update(warmup_steps=40, schedule_steps=400, weight_decay=1e-4, peak_lr=1e-3)
+    config.optimizer.update(warmup_steps=40, schedule_steps=320, weight_decay=1e-4, peak_lr=1e-3)
     config.data.update(
         batch_size=32,
         image_size=112,
@@ -28,5 +28,5 @@ def get_config() -> ConfigDict:
     )
     config.tokenizer.path = f"{SAMPLE}/tokenizer.model"
     config.eval.update(sources={"photo": f"{SAMPLE}/test/photo", "other": f"{SAMPLE}/test/other"}, batch_size=64)
-    config.train.update(steps=400, log_every=10, eval_every=50, save_every=50, keep=2)
+    config.train.update(steps=320, log_every=10, eval_every=40, save_every=40, keep=2)
     return config

@@ -10,7 +10,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Every annotated array of these modules is checked while the tests run.
-install_import_hook(["aimv2_jax.models", "aimv2_jax.train.losses"], "beartype.beartype")
+CHECKED = ["models", "data.transforms", "data.plan", "data.tokenizer"]
+CHECKED += ["train.losses", "train.task", "train.step", "train.optimizer", "train.tally", "eval.generate"]
+install_import_hook([f"aimv2_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 
 def pytest_addoption(parser):

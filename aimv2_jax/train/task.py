@@ -119,7 +119,7 @@ class PretrainTask:
 
 
 def run_key(seed: int) -> jax.Array:
-    """The key of a run. The generator is named, so that no global default changes a run's numbers."""
+    """The key of a run. The generator is named, whatever jax's default is."""
     return jax.random.key(seed, impl="threefry2x32")
 
 

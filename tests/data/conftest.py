@@ -4,15 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
 from PIL import Image
 
-install_import_hook(
-    ["aimv2_jax.data.transforms", "aimv2_jax.data.plan", "aimv2_jax.data.tokenizer"], "beartype.beartype"
-)
-
-from aimv2_jax.config import build_config  # noqa: E402
-from aimv2_jax.data.records import Record, write_dataset  # noqa: E402
+from aimv2_jax.config import build_config
+from aimv2_jax.data.records import Record, write_dataset
 
 TOKENIZER = "package:data/sample/tokenizer.model"
 
