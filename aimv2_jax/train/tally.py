@@ -1,4 +1,7 @@
-"""Examples and bad records by source, summed over all hosts. S sources, R reasons, B batch."""
+"""Examples and bad records by source, summed over all hosts.
+
+S sources, R reasons, C = R + 1 counts (examples, then reasons), B batch.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ class Tally:
         self._counts = jax.device_put(self._lap, sharding)
         self._add = jax.jit(partial(_add, num_sources=len(sources)), out_shardings=sharding)
 
-    def add(self, source: Int[Array, " B"], faults: Int[Array, "B R"]) -> Int[Array, "S R+1"]:
+    def add(self, source: Int[Array, " B"], faults: Int[Array, "B R"]) -> Int[Array, "S C"]:
         """Counts a batch and waits for nothing; the counts up to this batch, for `lap`."""
         self._counts = self._add(self._counts, source, faults)
         return self._counts
 
-    def lap(self, counts: Int[Array, "S R+1"]) -> dict[str, int]:
+    def lap(self, counts: Int[Array, "S C"]) -> dict[str, int]:
         """`images/SOURCE` and, where there were any, `bad/SOURCE/REASON`, between the last lap's `counts` and these."""
         now = np.asarray(jax.device_get(counts))
         counts, self._lap = now - self._lap, now  # int32 may wrap over a long run; the difference is right all the same
