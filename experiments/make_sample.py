@@ -1,6 +1,6 @@
 """Makes the quickstart's data set, which the package carries, out of a folder of webdataset tars.
 
-    python experiments/make_sample.py --input ../shared/data/sample --output aimv2_jax/data/sample
+    python experiments/make_sample.py --input DIR --output aimv2_jax/data/sample
 
 `INPUT/{train,test}/*.tar` become `OUTPUT/{train,test}/{photo,other}` (photographs, and all the rest), with the caption
 kinds alt and synthetic and the labels label, coarse and kind. A SentencePiece model is trained on the train captions.

@@ -1,21 +1,12 @@
-"""AIMv2-large at 224 px on the paper's mixture: 12 billion pairs in batches of 8192.
+"""AIMv2-large at 224 px.
 
 python -m aimv2_jax.main --config=experiments/pretrain_large_224.py --workdir=DIR
 """
 
 from ml_collections import ConfigDict
 
-from aimv2_jax.models.sizes import ENCODER_SIZES
-from experiments import base, mixtures
+from experiments.pretrain import pretrain_config
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config()
-    size = ENCODER_SIZES["large"]
-    config.model.encoder.update(width=size.width, depth=size.depth, heads=size.heads)  # [P]
-    config.optimizer.peak_lr = 1e-3  # [P]
-    config.mesh.update(
-        data=-1, fsdp=16
-    )  # [O: parameters and moments over one ring of 16 chips, whose gathers are cheap]
-    mixtures.use_paper_mixture(config)
-    return config
+    return pretrain_config("large", peak_lr=1e-3, fsdp=16)  # peak_lr: [P]

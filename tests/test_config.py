@@ -19,7 +19,7 @@ from aimv2_jax.train.task import build_task, run_key
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden_configs"
-EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py") if "get_config" in path.read_text())
+EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py") if "def get_config" in path.read_text())
 RUNS = [path for path in EXPERIMENTS if path.stem != "base"]  # base has no data
 QUICKSTART = ROOT / "experiments/quickstart.py"
 

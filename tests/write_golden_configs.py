@@ -24,7 +24,7 @@ GOLDEN = ROOT / "tests/golden_configs"
 def main() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for path in sorted((ROOT / "experiments").glob("*.py")):
-        if "get_config" in path.read_text() and path.stem != "base":
+        if "def get_config" in path.read_text() and path.stem != "base":
             (GOLDEN / f"{path.stem}.txt").write_text(config_text(load_config(path)))
     task = build_task(load_config(ROOT / "experiments/quickstart.py"))
     (GOLDEN / "shardings.txt").write_text(table("pretrain_large_224"))

@@ -35,7 +35,7 @@ REASONS = (
 """Why a record can be unusable; the last axis of a batch's `faults`."""
 
 _HEADER = struct.Struct("<BI")
-# group_size 1: a random read takes 25 us, at 64 it takes 500 (issue 9). Pictures are compressed already.
+# group_size 1: a random read takes 25 us, at 64 it takes 500. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 

@@ -1,0 +1,20 @@
+"""What the paper's pre-training runs have in common; `pretrain_SIZE_224.py` are the runs."""
+
+from ml_collections import ConfigDict
+
+from aimv2_jax.models.sizes import ENCODER_SIZES
+from experiments import base, mixtures
+
+
+def pretrain_config(size: str, *, peak_lr: float, fsdp: int) -> ConfigDict:
+    """The run of an encoder of `size` at 224 px: 12 billion pairs of the paper's mixture in batches of 8192 [P].
+
+    `fsdp` is ours: parameters and moments are split over so many chips, one ring of a pod whose gathers are cheap.
+    """
+    config = base.get_config()
+    encoder = ENCODER_SIZES[size]
+    config.model.encoder.update(width=encoder.width, depth=encoder.depth, heads=encoder.heads)
+    config.optimizer.peak_lr = peak_lr
+    config.mesh.fsdp = fsdp
+    mixtures.use_paper_mixture(config)
+    return config
