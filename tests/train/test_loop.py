@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -100,10 +101,12 @@ def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_
 
 
 def children(pid: int) -> set[int]:
-    found = {
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    }
-    return found.union(*(children(child) for child in found if Path(f"/proc/{child}/task").is_dir()))
+    """Processes below `pid`; threads and processes may end while we look."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.update(map(int, (task / "children").read_text().split()))
+    return found.union(*map(children, found))
 
 
 def running(pid: int) -> bool:
