@@ -26,11 +26,17 @@ REQUIRES = [
     "etils[epath]>=1.13",
     "numpy>=2.1",
     "pillow>=11.3",
+    "opencv-python-headless>=4.11",
+    "simplejpeg>=1.8.2",
     "ftfy>=6.3",
     "msgpack>=1.1",
     "matplotlib>=3.10",
     "tensorboardX>=2.6.4",
+    "tqdm>=4.67",
 ]
+PARQUET = ["pyarrow>=18"]
+# Beam holds pillow below 13 and protobuf below 7: the bounds above admit both.
+BEAM = ["apache-beam>=2.70,<3"]
 
 setup(
     name="aimv2_jax",
@@ -47,7 +53,11 @@ setup(
         "tpu": ["jax[tpu]>=0.10.0,<0.11"],
         "gpu": ["jax[cuda12]>=0.10.0,<0.11"],
         "wandb": ["wandb>=0.20"],
+        "parquet": PARQUET,
+        "beam": BEAM,
         "test": [
+            *PARQUET,
+            *BEAM,
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "beartype>=0.21",

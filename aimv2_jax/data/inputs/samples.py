@@ -1,0 +1,34 @@
+"""What every input gives: samples, and an account of what could not be read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One pair as its input holds it.
+
+    `image` is the encoded file's bytes, None where there is none. `fields` are named as `--caption`, `--label` and
+    `--keep` name them (`txt`, `json:name`, a column or key); texts may still be bytes, exactly as they were stored.
+    """
+
+    key: str
+    image: bytes | None
+    fields: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """Samples that the input announced or began and that cannot be given.
+
+    `samples` is how many (0 where nobody can know), `num_bytes` how much of the input was passed over, `key` the first
+    of them where it has a name.
+    """
+
+    reason: str
+    samples: int
+    num_bytes: int = 0
+    key: str | None = None
