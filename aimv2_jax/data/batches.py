@@ -32,12 +32,16 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class LocalBatch:
-    """A batch before its captions are tokens; `captions` are cleaned, in UTF-8, b"" in rows of filling."""
+    """A batch before its captions are tokens; `captions` are cleaned, in UTF-8, b"" in rows of filling.
+
+    `seconds` is the time that each stage of building took, by name.
+    """
 
     step: int
     arrays: dict[str, np.ndarray]
     captions: list[bytes]
     faults: list[Fault]
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

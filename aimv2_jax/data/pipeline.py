@@ -56,12 +56,13 @@ class HostBatch:
     `arrays`: `patches [b L P] uint8`, `coords [b L 2] int32`, `valid [b L] bool`, `tokens [b T] int32`,
     `token_valid [b T] bool`, `example_index [b 2] uint32` (high and low word of the example's number),
     `source [b] int32` (place in the config's list of sources), `faults [b R] int32` (records that the example met and
-    could not use, by `REASONS`).
+    could not use, by `REASONS`). `seconds` is the time that each stage of building took, by name.
     """
 
     step: int
     arrays: dict[str, np.ndarray]
     faults: list[Fault]
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def open_sources(sources: Mapping[str, str]) -> dict[str, Source]:
@@ -166,7 +167,8 @@ class _Tokenise:
         tokens, token_valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
         if self.tokenizer is not None:
             tokens, token_valid = self.tokenizer.encode(batch.captions)
-        return HostBatch(batch.step, batch.arrays | {"tokens": tokens, "token_valid": token_valid}, batch.faults)
+        arrays = batch.arrays | {"tokens": tokens, "token_valid": token_valid}
+        return HostBatch(batch.step, arrays, batch.faults, batch.seconds)
 
 
 class Batches(contextlib.AbstractContextManager):
