@@ -8,7 +8,9 @@ is a whole checkpoint. The only module that knows Orbax.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,11 @@ class CheckpointReader:
         )
         path = self._folder / str(step) / "state"
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, jax.transfer_guard("allow"):
+            with (
+                _reads_seen_through(),
+                ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+                jax.transfer_guard("allow"),
+            ):
                 return reader.restore(path, args=args)
         except (
             OSError,
@@ -451,6 +457,35 @@ def _free_bytes(path: epath.Path) -> int | None:
         return None
     local = Path(path).absolute()
     return shutil.disk_usage(next(place for place in (local, *local.parents) if place.exists())).free
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that closes when all its tasks have ended."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+class _PatientLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+@contextlib.contextmanager
+def _reads_seen_through() -> Iterator[None]:
+    """Orbax closes its event loop at the first read that fails; each read still on its way would then end in a
+    traceback of its own, beside the one line that tells the user."""
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientLoops())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(policy)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import resource
@@ -222,6 +223,21 @@ def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, har
     with pytest.raises(UserError, match=r"damaged checkpoint: .*/1/state.*Move the step's folder away") as error:
         CheckpointReader(tmp_path).restore(1, abstract(make_state()))
     assert len(str(error.value)) < 700
+
+
+def test_state_when_many_arrays_are_damaged_then_nothing_is_told_beside_the_sentence(tmp_path, monkeypatch, caplog):
+    state = {f"array{i}": jnp.ones((8, 8)) for i in range(60)}
+    with Checkpointer(tmp_path, 1) as checkpointer:
+        checkpointer.save(1, state, CONFIG)
+    for file in (tmp_path / "checkpoints" / "1" / "state" / "d").iterdir():
+        file.write_bytes(b"")
+    stray = []
+    monkeypatch.setattr(sys, "unraisablehook", stray.append)
+    for _ in range(5):
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            CheckpointReader(tmp_path).restore(1, abstract(state))
+        gc.collect()  # What nobody asked for is told when it is collected.
+    assert (stray, caplog.messages) == ([], [])
 
 
 def test_workdir_when_relative_then_steps_are_saved_and_read(tmp_path, monkeypatch):
