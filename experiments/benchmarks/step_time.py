@@ -29,7 +29,7 @@ MATMUL_SIDE = 1024
 
 
 def reference() -> Any:
-    """The small model that the PyTorch reference trainer was timed with (REFERENCE.md §14)."""
+    """The small model that the PyTorch reference trainer was timed with."""
     config = base.get_config()
     config.model.encoder.update(width=384, depth=12, heads=6)
     config.model.decoder.update(width=256, depth=4, heads=4, vocab_size=8192, text_length=32)
