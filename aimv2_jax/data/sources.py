@@ -27,15 +27,16 @@ class Source:
     Args:
       name: the config's name, which also seeds the order of its records.
       path: the folder; `package:` paths lie inside the installed package.
+      what: what errors call it; without one, the config's data source of that name.
 
     Raises:
       UserError: if the folder is missing, not prepared, empty, incomplete or of a newer format.
     """
 
-    def __init__(self, name: str, path: str):
+    def __init__(self, name: str, path: str, what: str | None = None):
         self.name = name
         self._folder = locate(path)
-        self.info = _read_info(name, path)
+        self.info = _read_info(what or f"config data source {name!r}", path)
         self._ends = np.cumsum([shard.records for shard in self.info.shards], dtype=np.int64)
         self._reset()
 
@@ -83,8 +84,8 @@ class Source:
             return self._readers[shard]
 
 
-def _read_info(name: str, path: str) -> DatasetInfo:
-    folder, what = locate(path), f"config data source {name!r}"
+def _read_info(what: str, path: str) -> DatasetInfo:
+    folder = locate(path)
     if not folder.is_dir():
         raise UserError(f"{what}: no such folder", path, "Give the folder of a prepared data set")
     if not os.listdir(folder):

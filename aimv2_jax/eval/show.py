@@ -26,7 +26,7 @@ from aimv2_jax.data.pipeline import evaluation_batches
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms import unpatchify
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_checkpoint, positive
+from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.figures import (
     BLUE,
     GREEN,
@@ -42,7 +42,7 @@ from aimv2_jax.eval.figures import (
 from aimv2_jax.eval.generate import greedy
 from aimv2_jax.eval.load import Loaded, check_held_out, load
 from aimv2_jax.eval.patches import completed, denormalise, seen
-from aimv2_jax.flags import Parser
+from aimv2_jax.flags import Parser, positive
 from aimv2_jax.train.evaluate import fixed_prefixes
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.task import PretrainTask
