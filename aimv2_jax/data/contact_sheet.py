@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
-from aimv2_jax.data.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, drawable, heading, wrap
+from aimv2_jax.data.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, draw_heading, drawable, wrap
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
@@ -32,7 +32,7 @@ LARGEST = 448  # Training pictures between this and SIDE are shown as they are.
 _MARGIN, _GAP, _HEAD, _PANEL, _TEXT = 15, 16, 76, 330, 200
 _LINE, _LABEL = 14, 13  # Pixels that a line of text and a label are high.
 _SMALL, _NORMAL = 7, 8  # Points.
-_MOST_LETTERS = 2000  # Of a text: more is never shown, and measuring it takes time.
+_MOST_LETTERS = 1000  # Of a text: more is never shown, and measuring it takes time.
 _CHART = 170
 
 
@@ -131,7 +131,7 @@ class _Sheet:
         self._figure.set_size_inches(width / DOTS_PER_INCH, self._height / DOTS_PER_INCH)
         self._total_width = width
         [title] = self._wrap(title, width - 2 * _MARGIN, 13, "bold", 1) or [""]
-        heading(self._figure, title, "\n".join(notes))
+        draw_heading(self._figure, title, "\n".join(notes))
         self._draw_tiles(head)
         self._draw_panel(panel_left, head)
         return self._figure
@@ -140,13 +140,14 @@ class _Sheet:
         for index, (tile, lines) in enumerate(zip(self._tiles, self._lines)):
             row, column = divmod(index, self._columns)
             x, y = _MARGIN + column * (self._width + _GAP), top + sum(self._row_heights[:row]) + row * _GAP
-            self._rectangle(x, y, self._width, self._box_height)
+            self._rectangle(x, y, self._width, self._box_height, "#f1f1f1")
             if tile.picture is None:
                 for offset, line in enumerate(self._wrap(tile.problem, self._width - 20, 9, "bold", 5)):
                     self._text(x + 10, y + 12 + 16 * offset, (line, 9, ORANGE, "bold", 16))
             else:
                 height, width = tile.picture.shape[:2]
                 left, above = x + (self._width - width) // 2, y + (self._box_height - height) // 2
+                self._rectangle(left - 1, above - 1, width + 2, height + 2, "#cccccc")
                 self._figure.figimage(tile.picture, left, self._height - above - height, origin="upper")
             self._text_lines(x, y + self._box_height + 5, lines)
 
@@ -207,10 +208,10 @@ class _Sheet:
         place = x / self._total_width, 1 - y / self._height
         self._figure.text(*place, text, va="top", size=points, color=color, weight=weight)
 
-    def _rectangle(self, x: int, y: int, width: int, height: int) -> None:
+    def _rectangle(self, x: int, y: int, width: int, height: int, color: str) -> None:
         corner = x / self._total_width, 1 - (y + height) / self._height
         size = width / self._total_width, height / self._height
-        self._figure.add_artist(Rectangle(corner, *size, color="#f1f1f1", linewidth=0, zorder=-1))
+        self._figure.add_artist(Rectangle(corner, *size, color=color, linewidth=0, zorder=-1))
 
 
 def _columns(count: int, width: int, height: int) -> int:
@@ -232,7 +233,8 @@ def _draw_histogram(axes: Axes, chart: Histogram) -> None:
     counts = np.asarray(chart.counts)
     axes.bar(np.arange(len(counts)), counts, width=0.88, color=BLUE)
     axes.set_xticks(list(chart.ticks), list(chart.ticks.values()), size=_SMALL)
-    axes.set_xlim(-0.7, len(counts) - 0.3)
+    spare = max(0.0, (5 - len(counts)) / 2)  # Few bars stay bars.
+    axes.set_xlim(-0.7 - spare, len(counts) - 0.3 + spare)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(length=0, labelsize=_SMALL)

@@ -52,7 +52,7 @@ STYLE = {
 }
 
 
-def heading(figure: Figure, title: str, note: str) -> None:
+def draw_heading(figure: Figure, title: str, note: str) -> None:
     """A title and a note of a line or two in the left upper corner."""
     width, height = figure.get_size_inches()
     figure.text(MARGIN / width, 1 - 0.12 / height, title, va="top", size=13, weight="bold")
@@ -85,15 +85,17 @@ def wrap(text: str, width: float, measure: Callable[[str], float], most_lines: i
     """
     lines = [""]
     for part in re.findall(r"\s*[^\s/_-]*[/_-]*", text):
-        while part and len(lines) <= most_lines:
+        while part and len(lines) < most_lines + 2:
             joined = f"{lines[-1]}{part}".lstrip()
-            fits = _fitting(joined, width, measure)
-            if fits < len(joined) and (measure(part.strip()) <= width or fits <= len(lines[-1]) + 1):
-                part = part.strip()
-                fits = len(lines[-1]) if lines[-1] else fits
-                joined = lines[-1] + part
-            lines[-1], part = joined[:fits], joined[fits:]
-            if part:
+            if measure(joined) <= width:
+                lines[-1], part = joined, ""
+            elif lines[-1] and (
+                measure(part.strip()) <= width or _fitting(joined, width, measure) <= len(lines[-1]) + 1
+            ):
+                lines.append("")
+            else:
+                fits = _fitting(joined, width, measure)
+                lines[-1], part = joined[:fits], joined[fits:]
                 lines.append("")
     lines = [line.rstrip() for line in lines if line.strip()]
     if len(lines) <= most_lines:

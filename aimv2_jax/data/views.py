@@ -55,7 +55,9 @@ def dataset_sheet(source: Source, name: str, most_pictures: int) -> Figure:
     places = [int(place) for place in np.linspace(0, len(source) - 1, count).round()]
     shown = [_record_tile(source, place) for place in places]
     bad = sum(tile.picture is None for tile, _ in shown)
-    note = f"{count:,} of {len(source):,} records, spread evenly; captions as they are stored, pictures reduced to fit"
+    note = (
+        f"{count:,} of {len(source):,} records, spread evenly; captions as they are stored, pictures fitted to one size"
+    )
     note += f"; {bad:,} of these cannot be used" if bad else ""
     charts = _size_charts(source, [size for _, size in shown if size])
     return contact_sheet([tile for tile, _ in shown], _dataset_facts(source), charts, f"Data set {name}", note)
