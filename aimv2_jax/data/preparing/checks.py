@@ -81,7 +81,7 @@ def check(sample: Sample, rules: Rules) -> Checked:
         except BadRecord as error:
             raise Dropped(error.reason) from error
     key = sample.key.encode("utf-8", "backslashreplace").decode()  # File names may be any bytes.
-    return Checked(Record(key, sample.image, texts, labels), size, (*changes, *label_changes))
+    return Checked(Record(key, sample.image, texts, labels), size, tuple(dict.fromkeys(changes + label_changes)))
 
 
 def _verify(image: bytes, digest: Any) -> None:

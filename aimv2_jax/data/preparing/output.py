@@ -21,6 +21,7 @@ from typing import Any
 from etils import epath
 
 from aimv2_jax.data.books import Books
+from aimv2_jax.data.inputs.files import is_remote
 from aimv2_jax.data.preparing.groups import Task
 from aimv2_jax.data.records import DATASET_FILE, DatasetInfo
 from aimv2_jax.data.shards import Shard, place_in, write_text
@@ -53,7 +54,7 @@ class Output:
 
     def __init__(self, path: str):
         self.name = path
-        self.is_local = "://" not in path
+        self.is_local = not is_remote(path)
         self._folder = epath.Path(os.path.expanduser(path))
         self._work = self._folder / _WORK
 

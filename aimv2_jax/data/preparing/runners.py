@@ -82,12 +82,12 @@ def run_beam(tasks: Sequence[Task], job: Job, options: str) -> None:
         raise UserError("--runner beam needs Apache Beam", str(error), remedy) from error
     todo = frozenset(task.number for task in tasks)
     try:
-        # No flag but these: it would read this program's own command line.
-        pipeline_options = PipelineOptions(shlex.split(options))
+        # No flag but these: without a list, it would read this program's own command line.
+        begun = beam.Pipeline(options=PipelineOptions(shlex.split(options)))
     except (ValueError, SystemExit) as error:
         raise UserError("--beam-options cannot be read", options, "Write them as for any Beam pipeline") from error
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    with beam.Pipeline(options=pipeline_options) as pipeline:
+    with begun as pipeline:
         _ = (
             pipeline
             # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.

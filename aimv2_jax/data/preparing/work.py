@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.inputs import read as inputs
@@ -48,10 +49,11 @@ def run_task(task: Task, job: Job) -> Done:
 
 
 def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter) -> None:
-    inputs.check_fields(shard, rules.fields)
-    if not rules.captions:
-        rules = dataclasses.replace(rules, captions=inputs.default_captions(shard))
-    for item in _readable(inputs.read(shard), shard):
+    with _reading(shard):
+        inputs.check_fields(shard, rules.fields)
+        if not rules.captions:
+            rules = dataclasses.replace(rules, captions=inputs.default_captions(shard))
+    for item in _items(shard):
         if isinstance(item, Damage):
             books.lose(item.reason, item.samples, item.num_bytes, item.key)
             continue
@@ -67,12 +69,15 @@ def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter) ->
             books.change(what, record.key)
 
 
-def _readable(items: Iterable[Sample | Damage], shard: InputShard) -> Iterator[Sample | Damage]:
+def _items(shard: InputShard) -> Iterator[Sample | Damage]:
+    with _reading(shard):
+        yield from inputs.read(shard)
+
+
+@contextlib.contextmanager
+def _reading(shard: InputShard) -> Iterator[None]:
     try:
-        yield from items
+        yield
     except OSError as error:
         what = f"--input cannot be read: {os.strerror(error.errno) if error.errno else error}"
         raise UserError(what, error.filename or shard.path, f"Mend it or leave it out, {GO_ON}") from error
-    except Exception as error:
-        error.add_note(f"while reading {shard.path}")
-        raise
