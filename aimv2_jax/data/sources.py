@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from aimv2_jax.data.locations import locate
-from aimv2_jax.data.records import DATASET_FILE, FORMAT_VERSION, BadRecord, DatasetInfo
+from aimv2_jax.data.records import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, BadRecord, DatasetInfo
 from aimv2_jax.errors import UserError
 
 MAX_OPEN_SHARDS = 64  # Of each source: ten sources stay far below a soft limit of 1,024 open files.
@@ -101,6 +101,10 @@ def _read_info(what: str, path: str) -> DatasetInfo:
         if version > FORMAT_VERSION:  # Told first: the rest of it may look quite different.
             raise UserError(
                 f"{what}: its format is newer than this program's {FORMAT_VERSION}", version, "Update aimv2_jax"
+            )
+        if version < OLDEST_FORMAT:
+            raise UserError(
+                f"{what}: its format is older than this program reads", version, "Prepare the data set again"
             )
         info = DatasetInfo.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
