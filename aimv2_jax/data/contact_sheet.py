@@ -26,8 +26,8 @@ from aimv2_jax.data.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, draw_
 Picture = UInt8[np.ndarray, "H W 3"]
 
 DOTS_PER_INCH = 100
-SIDE = 224  # Pixels: what a picture is enlarged or reduced to, whichever it needs.
-LARGEST = 448  # Training pictures between this and SIDE are shown as they are.
+PICTURE_SIDE = 224  # Pixels: what a picture is enlarged or reduced to, whichever it needs.
+LARGEST_PICTURE = 448  # Training pictures between this and PICTURE_SIDE are shown as they are.
 
 _MARGIN, _GAP, _HEAD, _PANEL, _TEXT = 15, 16, 76, 330, 200
 _LINE, _LABEL = 14, 13  # Pixels that a line of text and a label are high.
@@ -70,7 +70,7 @@ def magnified(picture: Picture, factor: int) -> Picture:
     return picture.repeat(factor, 0).repeat(factor, 1)
 
 
-def fitted(picture: Picture, side: int = SIDE) -> Picture:
+def fitted(picture: Picture, side: int = PICTURE_SIDE) -> Picture:
     """A large picture reduced until it fits in a square of `side` pixels; a small one magnified as far as it does."""
     height, width = picture.shape[:2]
     longest = max(height, width)
@@ -107,7 +107,7 @@ class _Sheet:
         self._tiles, self._charts = tiles, charts
         self._figure = Figure(dpi=DOTS_PER_INCH, facecolor="white")
         self._renderer = FigureCanvasAgg(self._figure).get_renderer()
-        shapes = [tile.picture.shape for tile in tiles if tile.picture is not None] or [(SIDE, SIDE)]
+        shapes = [tile.picture.shape for tile in tiles if tile.picture is not None] or [(PICTURE_SIDE, PICTURE_SIDE)]
         self._box_height, self._box_width = (max(sizes) for sizes in list(zip(*shapes))[:2])
         self._width = max(self._box_width, _TEXT)
         self._columns = _columns(len(tiles), self._width, self._box_height)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -17,9 +16,10 @@ from matplotlib.figure import Figure
 
 from aimv2_jax.config import Config, mixture_counts
 from aimv2_jax.data import pipeline, records, transforms
+from aimv2_jax.data.books import ASPECT, SIDE, Books
 from aimv2_jax.data.contact_sheet import (
-    LARGEST,
-    SIDE,
+    LARGEST_PICTURE,
+    PICTURE_SIDE,
     Bars,
     Histogram,
     Tile,
@@ -36,14 +36,6 @@ from aimv2_jax.data.tokenizer import Tokenizer
 MOST_ROWS = 256  # Of a batch that are read: 8192 would take half a minute, and their histograms look the same.
 _MOST_BARS = 20
 _MOST_SOURCES = 12
-_SIDE_EDGES = [float(n) for k in range(4, 13) for n in (2**k, 3 * 2 ** (k - 1))]
-_ASPECT_EDGES = [2 ** ((k + 0.5) / 4) for k in range(-19, 19)]
-
-
-class _Counted:
-    def __init__(self, edges: Sequence[float], values: Sequence[float]):
-        self.edges = edges
-        self.counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
 
 
 # --- a prepared data set -----------------------------------------------------------------------------------------
@@ -55,9 +47,7 @@ def dataset_sheet(source: Source, name: str, most_pictures: int) -> Figure:
     places = [int(place) for place in np.linspace(0, len(source) - 1, count).round()]
     shown = [_record_tile(source, place) for place in places]
     bad = sum(tile.picture is None for tile, _ in shown)
-    note = (
-        f"{count:,} of {len(source):,} records, spread evenly; captions as they are stored, pictures fitted to one size"
-    )
+    note = f"{count:,} of {len(source):,} records, spread evenly; large pictures reduced, small ones enlarged by whole factors"
     note += f"; {bad:,} of these cannot be used" if bad else ""
     charts = _size_charts(source, [size for _, size in shown if size])
     return contact_sheet([tile for tile, _ in shown], _dataset_facts(source), charts, f"Data set {name}", note)
@@ -89,15 +79,15 @@ def _dataset_facts(source: Source) -> dict[str, str]:
         "\n".join(f"{kind}: {_part(count, info.records)}" for kind, count in info.kinds.items()) or "none"
     )
     facts["labels"] = ", ".join(info.labels) or "none"
-    drops: Mapping[str, Any] | None = getattr(info, "drops", None) if info.format_version > 1 else None
-    if drops is None:
-        facts["dropped on the way"] = f"not recorded: the set is of format {info.format_version}"
+    if info.format_version == 1:
+        facts["left out on the way"] = "not recorded: the set is of format 1"
         return facts
-    facts["dropped on the way"] = f"{info.samples - info.records:,} of {info.samples:,} samples"
-    for title, entries in (("dropped", drops), ("changed", info.changes)):
-        lines = [f"{reason}: {tally.count:,}" for reason, tally in entries.items()]
-        if lines:
-            facts[title] = "\n".join(lines)
+    facts["came in"] = f"{_counted(info.samples, 'sample')}, {info.samples - info.records:,} left out"
+    for title, entries in (("dropped", info.drops), ("changed", info.changes)):
+        if entries:
+            facts[title] = "\n".join(
+                f"{reason}: {tally.count:,}{_first(tally.keys)}" for reason, tally in entries.items()
+            )
     if info.lost:
         facts["lost"] = "\n".join(
             f"{reason}: {loss.samples:,}, {_bytes(loss.bytes)}" for reason, loss in info.lost.items()
@@ -107,14 +97,13 @@ def _dataset_facts(source: Source) -> dict[str, str]:
 
 def _size_charts(source: Source, shown: Sequence[tuple[int, int]]) -> list[Histogram | Bars]:
     """Histograms of all pictures as dataset.json has them, or else of the (width, height) of those `shown`."""
-    recorded = getattr(source.info, "histograms", {})
-    whose = "all records" if recorded else f"the {len(shown):,} shown"
+    recorded, whose = source.info.histograms, "all records"
     if not recorded:
-        recorded = {
-            "shorter_side_px": _Counted(_SIDE_EDGES, [min(size) for size in shown]),
-            "aspect": _Counted(_ASPECT_EDGES, [width / height for width, height in shown]),
-        }
-    side, aspect = recorded["shorter_side_px"], recorded["aspect"]
+        books = Books()
+        for size in shown:
+            books.keep({}, {}, size)
+        recorded, whose = books.histograms, f"the {len(shown):,} shown"
+    side, aspect = recorded[SIDE], recorded[ASPECT]
     first, counts = _without_empty_ends(side.counts)
     edges = side.edges[first : first + len(counts) + 1]
     every = -(-len(edges) // 9)
@@ -179,7 +168,7 @@ def _factor(batch: HostBatch, count: int, patch_size: int) -> int:
     """How often the pixels of all pictures are enlarged, so that their sizes compare; 0 where they must be reduced."""
     coords, valid = batch.arrays["coords"][:count], batch.arrays["valid"][:count]
     longest = (int(coords[valid].max(initial=0)) + 1) * patch_size
-    return max(1, SIDE // longest) if longest <= LARGEST else 0
+    return max(1, PICTURE_SIDE // longest) if longest <= LARGEST_PICTURE else 0
 
 
 def _row_tile(config: Config, plan: Plan, tokenizer: Tokenizer, batch: HostBatch, row: int, factor: int) -> Tile:
@@ -204,7 +193,7 @@ def _row_tile(config: Config, plan: Plan, tokenizer: Tokenizer, batch: HostBatch
         texts["in place of"] = ", ".join(
             f"{fault.key or f'record {fault.record:,}'}: {fault.reason}" for fault in faults
         )
-    picture = magnified(pixels, factor) if factor else fitted(pixels, LARGEST)
+    picture = magnified(pixels, factor) if factor else fitted(pixels, LARGEST_PICTURE)
     return Tile(f"example {example:,}", subtitle, texts, picture)
 
 
@@ -252,6 +241,10 @@ def _whole_numbers(title: str, values: np.ndarray, note: str) -> Histogram:
 
 
 # --- numbers in words --------------------------------------------------------------------------------------------
+
+
+def _first(keys: Sequence[str]) -> str:
+    return f" (first: {keys[0]})" if keys else ""
 
 
 def _counted(count: int, thing: str) -> str:

@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from aimv2_jax.data import contact_sheet, pipeline
+from aimv2_jax.data.books import Books
 from aimv2_jax.data.inspect import main
-from aimv2_jax.data.records import decode
+from aimv2_jax.data.records import DatasetInfo, decode, write_dataset
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms import decode_image, patchify, unpatchify
 from aimv2_jax.data.views import batch_sheet, dataset_sheet, row_picture
@@ -195,6 +196,29 @@ def test_dataset_sheet_when_sizes_are_counted_then_bars_add_up_to_the_pictures(d
     figure = dataset_sheet(Source("red", datasets["red"]), "red", 13)
     for title in ("Shorter side", "Aspect"):
         assert sum(bar.get_height() for bar in chart(figure, title).patches) == 13
+
+
+def test_dataset_sheet_when_the_set_has_books_then_its_drops_and_all_its_sizes_are_shown(tmp_path, make_record):
+    books, folder = Books(), tmp_path / "red"
+    write_dataset(folder, (make_record("red", i) for i in range(9)))
+    for _ in range(9):
+        books.keep({"alt": ""}, {}, (900, 600))
+    books.drop("too_small", "tiny one")
+    books.lose("damaged_header", 4, 5000, None)
+    shards = Source("red", str(folder)).info.shards
+    (folder / "dataset.json").write_text(DatasetInfo.of(books, shards, {}).to_json())
+    figure = dataset_sheet(Source("red", str(folder)), "red", 2)
+    assert {"14 samples, 5 left out", "too_small: 1 (first: tiny one)", "damaged_header: 4, 5 kB"} <= set(texts(figure))
+    for title, place in (("Shorter side, all records", 512), ("Aspect, all records", 1.4)):
+        axes = chart(figure, title)
+        assert [bar.get_height() for bar in axes.patches] == [9]
+        assert f"{place:g}" in [label.get_text() for label in axes.get_xticklabels()]
+
+
+def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown():
+    figure = dataset_sheet(Source("photo", f"{SAMPLE}/train/photo"), "photo", 5)
+    assert sum(bar.get_height() for bar in chart(figure, "Aspect, the 5 shown").patches) == 5
+    assert "not recorded: the set is of format 1" in texts(figure)
 
 
 def test_main_when_given_a_set_then_a_png_of_the_size_that_its_tiles_need(tmp_path, capsys):
