@@ -47,7 +47,7 @@ def dataset_sheet(source: Source, name: str, most_pictures: int) -> Figure:
     places = [int(place) for place in np.linspace(0, len(source) - 1, count).round()]
     shown = [_record_tile(source, place) for place in places]
     bad = sum(tile.picture is None for tile, _ in shown)
-    note = f"{count:,} of {len(source):,} records, spread evenly; large pictures reduced, small ones enlarged by whole factors"
+    note = f"{count:,} of {len(source):,} records, spread evenly; large ones reduced, small ones enlarged"
     note += f"; {bad:,} of these cannot be used" if bad else ""
     charts = _size_charts(source, [size for _, size in shown if size])
     return contact_sheet([tile for tile, _ in shown], _dataset_facts(source), charts, f"Data set {name}", note)
@@ -59,7 +59,7 @@ def _record_tile(source: Source, place: int) -> tuple[Tile, tuple[int, int] | No
     try:
         record = records.decode(source.read(place))
     except BadRecord as error:
-        return Tile(error.key or where, where, {}, problem=error.reason), None
+        return Tile(error.key or where, where if error.key else "", {}, problem=error.reason), None
     texts = dict(record.captions)
     if record.labels:
         texts["labels"] = ", ".join(f"{name} = {value}" for name, value in record.labels.items())
@@ -180,9 +180,9 @@ def _row_tile(config: Config, plan: Plan, tokenizer: Tokenizer, batch: HostBatch
     pixels = row_picture(arrays["patches"], arrays["coords"], arrays["valid"], config.model.patch_size)
     rows, columns = (size // config.model.patch_size for size in pixels.shape[:2])
     draw = plan.draw(example)
-    subtitle = f"{draw.source} · {draw.kind} · {rows} × {columns} patches"
+    subtitle = f"{draw.source} · {draw.kind}"
     tokens = arrays["tokens"][arrays["token_valid"]]
-    label = _counted(len(tokens), "token")
+    label = f"{rows} × {columns} patches · {_counted(len(tokens), 'token')}"
     if tokenizer.unk_id is not None and (unknown := int((tokens == tokenizer.unk_id).sum())):
         label += f", {unknown} unknown"
     if len(tokens) == tokenizer.length - 1:

@@ -83,7 +83,8 @@ def test_batch_sheet_when_of_a_step_then_its_rows_pixel_for_pixel_with_number_so
     assert "some.py, step 3" in texts(figure) and "examples 18 to 23" in texts(figure)
     for row in range(4):
         source = list(config.data.sources)[arrays["source"][row]]
-        assert any(text.startswith(f"{source} · ") and text.endswith(" · 2 × 2 patches") for text in texts(figure))
+        assert any(text in (f"{source} · alt", f"{source} · synthetic") for text in texts(figure))
+        assert f"2 × 2 patches · {arrays['token_valid'][row].sum()} tokens" in texts(figure)
         assert tokenizer.decode(arrays["tokens"][row]) in words(figure)
 
 
