@@ -178,8 +178,8 @@ class _Sheet:
             for line in self._wrap(tile.subtitle, self._width, _SMALL, "normal", 2)
         ]
         for label, text in tile.texts.items():
-            [label] = self._wrap(label, self._width, _SMALL, "bold", 1) or [""]
-            lines.append((label, _SMALL, BLUE, "bold", _LABEL))
+            labels = self._wrap(label, self._width, _SMALL, "bold", 2)
+            lines += [(line, _SMALL, BLUE, "bold", _LABEL) for line in labels]
             wrapped = self._wrap(text, self._width, _NORMAL, "normal", 4) or ["(nothing)"]
             lines += [(line, _NORMAL, DARK, "normal", _LINE) for line in wrapped]
         return lines

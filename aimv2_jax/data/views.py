@@ -186,7 +186,7 @@ def _row_tile(config: Config, plan: Plan, tokenizer: Tokenizer, batch: HostBatch
     if tokenizer.unk_id is not None and (unknown := int((tokens == tokenizer.unk_id).sum())):
         label += f", {unknown} unknown"
     if len(tokens) == tokenizer.length - 1:
-        label += ", as many as fit"
+        label += ", no more fit"
     texts = {label: tokenizer.decode(tokens)}
     faults = [fault for fault in batch.faults if fault.example == example]
     if faults:

@@ -80,11 +80,12 @@ def test_batch_sheet_when_of_a_step_then_its_rows_pixel_for_pixel_with_number_so
         np.testing.assert_array_equal(sheet[top : top + 224, image.ox : image.ox + 224], picture)
     assert [text for text in texts(figure) if text.startswith("example ")] == [f"example {n}" for n in range(18, 22)]
     assert "Rows 0 to 3 of 6, as the model gets them, every pixel drawn as 8 × 8" in words(figure)
+    assert "tokens, no more fit" in words(figure)
     assert "some.py, step 3" in texts(figure) and "examples 18 to 23" in texts(figure)
     for row in range(4):
         source = list(config.data.sources)[arrays["source"][row]]
         assert any(text in (f"{source} · alt", f"{source} · synthetic") for text in texts(figure))
-        assert f"2 × 2 patches · {arrays['token_valid'][row].sum()} tokens" in texts(figure)
+        assert f"2 × 2 patches · {arrays['token_valid'][row].sum()} tokens" in words(figure)
         assert tokenizer.decode(arrays["tokens"][row]) in words(figure)
 
 
