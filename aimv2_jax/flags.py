@@ -32,3 +32,16 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
         else:
             rest.append(word)
     return rest, overrides
+
+
+def positive(text: str, most: int = 2**31 - 1) -> int:
+    """A whole number above zero and up to `most`, for `type=`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
+    return value

@@ -10,7 +10,6 @@ Two runs give the same bytes.
 from __future__ import annotations
 
 import collections
-import io
 import json
 import shutil
 import sys
@@ -18,10 +17,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import sentencepiece
-
 from aimv2_jax.data import captions
 from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.tokenizer_training import train_model
 from aimv2_jax.errors import UserError, reports_user_errors
 from aimv2_jax.flags import Parser
 
@@ -63,26 +61,6 @@ def read_tar(path: Path) -> Iterator[Record]:
         )
 
 
-def train_tokenizer(texts: list[str]) -> bytes:
-    """A SentencePiece model of `texts`; one thread, since more would add floats in another order."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=VOCAB_SIZE,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 def _pairs(source: Path, split: str) -> list[Record]:
     pairs = []
     for path in sorted(source.glob(f"{split}/*.tar")):
@@ -113,7 +91,7 @@ def make(source: Path, target: Path) -> None:
         total += len(pairs)
         if split == "train":
             texts = [captions.clean(record.captions[kind]) for record in pairs for kind in KINDS]
-    (target / "tokenizer.model").write_bytes(train_tokenizer(texts))
+    (target / "tokenizer.model").write_bytes(train_model(texts, VOCAB_SIZE))
     shutil.copy(source / "ATTRIBUTION.md", target)
     shutil.copytree(source / "licenses", target / "licenses")
     readme = README.format(pictures=total, table=table, vocab_size=VOCAB_SIZE)

@@ -6,26 +6,29 @@ A data set is a folder of ArrayRecord shards and `dataset.json`, written last: a
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import json
-import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgpack
-from array_record.python.array_record_module import ArrayRecordWriter
 
+from aimv2_jax.data.books import Books, Histogram, Loss, Tally
+from aimv2_jax.data.headers import BadHeader, image_size
+from aimv2_jax.data.shards import Shard, ShardWriter, place_in, write_text
 from aimv2_jax.errors import UserError
 
-FORMAT_VERSION = 1
+RECORD_VERSION = 1
+FORMAT_VERSION = 2  # Of dataset.json; the records of both versions are alike.
+OLDEST_FORMAT = 1
 DATASET_FILE = "dataset.json"
 REASONS = (
     "unreadable_record",
     "corrupt_record",
+    "other_version",
     "missing_caption",
     "empty_caption",
     "empty_image",
@@ -35,8 +38,6 @@ REASONS = (
 """Why a record can be unusable; the last axis of a batch's `faults`."""
 
 _HEADER = struct.Struct("<BI")
-# group_size 1: a random read takes 25 us, at 64 it takes 500. Pictures are compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class BadRecord(Exception):
@@ -65,17 +66,23 @@ def encode(record: Record) -> bytes:
     """The record as bytes, the same for equal records."""
     captions, labels = dict(sorted(record.captions.items())), dict(sorted(record.labels.items()))
     payload = msgpack.packb({"key": record.key, "image": record.image, "captions": captions, "labels": labels})
-    return _HEADER.pack(FORMAT_VERSION, zlib.crc32(payload)) + payload
+    return _HEADER.pack(RECORD_VERSION, zlib.crc32(payload)) + payload
 
 
 def decode(data: bytes) -> Record:
-    """The record in `data`; raises `BadRecord("corrupt_record")` unless every bit is as it was written."""
+    """The record in `data`, every bit as it was written.
+
+    Raises:
+      BadRecord: `corrupt_record`, or `other_version` where all but the version is whole.
+    """
     if len(data) <= _HEADER.size:
         raise BadRecord("corrupt_record")
     version, checksum = _HEADER.unpack_from(data)
     payload = memoryview(data)[_HEADER.size :]
-    if version != FORMAT_VERSION or zlib.crc32(payload) != checksum:
+    if zlib.crc32(payload) != checksum:
         raise BadRecord("corrupt_record")
+    if version != RECORD_VERSION:
+        raise BadRecord("other_version")
     try:
         record = Record(**msgpack.unpackb(payload))
         texts = [record.key, *record.captions.keys(), *record.captions.values(), *record.labels.keys()]
@@ -87,17 +94,13 @@ def decode(data: bytes) -> Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """One ArrayRecord file of a data set, as `dataset.json` lists it."""
-
-    file: str
-    records: int
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` says: `kinds` counts the captions of each kind, `labels` names the labels that occur."""
+    """What `dataset.json` says.
+
+    `kinds` counts the captions of each kind, `labels` names the labels that occur; `samples` came in, of which `drops`
+    by reason and `lost` are no records, and `changes` tells which records are not quite their samples. `made` says how
+    it was prepared. Of format version 1, which has no such accounts, they are empty.
+    """
 
     format_version: int
     shards: tuple[Shard, ...]
@@ -105,21 +108,71 @@ class DatasetInfo:
     bytes: int
     kinds: dict[str, int]
     labels: tuple[str, ...]
+    samples: int
+    histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
+    drops: dict[str, Tally] = dataclasses.field(default_factory=dict)
+    changes: dict[str, Tally] = dataclasses.field(default_factory=dict)
+    lost: dict[str, Loss] = dataclasses.field(default_factory=dict)
+    made: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, books: Books, shards: Iterable[Shard], made: Mapping[str, Any]) -> DatasetInfo:
+        """The data set of `shards`, whose books are `books`."""
+        shards = tuple(shards)
+        assert sum(shard.records for shard in shards) == books.records
+        return cls(
+            format_version=FORMAT_VERSION,
+            shards=shards,
+            records=books.records,
+            bytes=sum(shard.bytes for shard in shards),
+            kinds=dict(sorted(books.kinds.items())),
+            labels=tuple(sorted(books.labels)),
+            samples=books.samples,
+            histograms=books.histograms,
+            drops=dict(sorted(books.drops.items())),
+            changes=dict(sorted(books.changes.items())),
+            lost=dict(sorted(books.lost.items())),
+            made=dict(made),
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> DatasetInfo:
-        """Raises `ValueError`, `KeyError` or `TypeError` for text that is not a `dataset.json`."""
+        """Raises `ValueError`, `KeyError` or `TypeError` for text that is not a `dataset.json` that can be read."""
         tree = json.loads(text)
+        version = int(tree["format_version"])
+        if not OLDEST_FORMAT <= version <= FORMAT_VERSION:
+            raise ValueError(f"format version {version}")
+        if version == 1:
+            tree = {
+                "samples": tree["records"],
+                "histograms": {},
+                "drops": {},
+                "changes": {},
+                "lost": {},
+                "made": {},
+            } | tree
         return cls(
-            format_version=int(tree["format_version"]),
+            format_version=version,
             shards=tuple(Shard(str(s["file"]), int(s["records"]), int(s["bytes"])) for s in tree["shards"]),
             records=int(tree["records"]),
             bytes=int(tree["bytes"]),
             kinds={str(kind): int(count) for kind, count in tree["kinds"].items()},
             labels=tuple(tree["labels"]),
+            samples=int(tree["samples"]),
+            histograms={
+                str(name): Histogram(tuple(map(float, h["edges"])), tuple(map(int, h["counts"])))
+                for name, h in tree["histograms"].items()
+            },
+            drops={str(reason): Tally(int(t["count"]), tuple(t["keys"])) for reason, t in tree["drops"].items()},
+            changes={str(what): Tally(int(t["count"]), tuple(t["keys"])) for what, t in tree["changes"].items()},
+            lost={
+                str(reason): Loss(int(t["samples"]), int(t["bytes"]), tuple(t["keys"]))
+                for reason, t in tree["lost"].items()
+            },
+            made=dict(tree["made"]),
         )
 
 
@@ -135,67 +188,18 @@ def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: in
     if (folder / DATASET_FILE).exists():
         raise UserError("there is a data set already", str(folder), "Remove it first, or write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[Shard] = []
-    kinds: collections.Counter[str] = collections.Counter()
-    labels: set[str] = set()
-
-    def encoded() -> Iterator[bytes]:
+    books = Books()
+    with ShardWriter(folder, place_in(folder), shard_bytes) as writer:
         for record in records:
-            kinds.update(record.captions.keys())
-            labels.update(record.labels)
-            yield encode(record)
-
-    for number, part in enumerate(_shares(encoded(), shard_bytes)):
-        shards.append(_write_shard(folder / f"{number:05d}.arrayrecord", part))
-    info = DatasetInfo(
-        format_version=FORMAT_VERSION,
-        shards=tuple(shards),
-        records=sum(shard.records for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        kinds=dict(sorted(kinds.items())),
-        labels=tuple(sorted(labels)),
-    )
-    with _appearing(folder / DATASET_FILE) as part:
-        part.write_text(info.to_json(), encoding="utf-8")
+            writer.write(encode(record))
+            books.keep(record.captions, record.labels, _size(record.image))
+    info = DatasetInfo.of(books, writer.shards, made={})
+    write_text(folder / DATASET_FILE, info.to_json())
     return info
 
 
-def _shares(items: Iterable[bytes], limit: int) -> Iterator[Iterator[bytes]]:
-    """Splits `items` into runs, each closed by the item that brings it to `limit` bytes. Consume each run in turn."""
-    iterator = iter(items)
-    for first in iterator:
-
-        def run(first: bytes = first) -> Iterator[bytes]:
-            yield first
-            size = len(first)
-            while size < limit and (item := next(iterator, None)) is not None:
-                size += len(item)
-                yield item
-
-        yield run()
-
-
-def _write_shard(path: Path, items: Iterator[bytes]) -> Shard:
-    count = 0
-    with _appearing(path) as part:
-        writer = ArrayRecordWriter(str(part), _WRITER_OPTIONS)
-        try:
-            for item in items:
-                writer.write(item)
-                count += 1
-        finally:
-            writer.close()
-    return Shard(path.name, count, path.stat().st_size)
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block has succeeded and removed when it has not."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _size(image: bytes) -> tuple[int, int] | None:
     try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        return image_size(image)
+    except BadHeader:
+        return None

@@ -12,7 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from aimv2_jax.data.locations import locate
-from aimv2_jax.data.records import DATASET_FILE, FORMAT_VERSION, BadRecord, DatasetInfo
+from aimv2_jax.data.records import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, BadRecord, DatasetInfo
 from aimv2_jax.errors import UserError
 
 MAX_OPEN_SHARDS = 64  # Of each source: ten sources stay far below a soft limit of 1,024 open files.
@@ -27,15 +27,16 @@ class Source:
     Args:
       name: the config's name, which also seeds the order of its records.
       path: the folder; `package:` paths lie inside the installed package.
+      what: what errors call it; without one, the config's data source of that name.
 
     Raises:
       UserError: if the folder is missing, not prepared, empty, incomplete or of a newer format.
     """
 
-    def __init__(self, name: str, path: str):
+    def __init__(self, name: str, path: str, what: str | None = None):
         self.name = name
         self._folder = locate(path)
-        self.info = _read_info(name, path)
+        self.info = _read_info(what or f"config data source {name!r}", path)
         self._ends = np.cumsum([shard.records for shard in self.info.shards], dtype=np.int64)
         self._reset()
 
@@ -83,8 +84,8 @@ class Source:
             return self._readers[shard]
 
 
-def _read_info(name: str, path: str) -> DatasetInfo:
-    folder, what = locate(path), f"config data source {name!r}"
+def _read_info(what: str, path: str) -> DatasetInfo:
+    folder = locate(path)
     if not folder.is_dir():
         raise UserError(f"{what}: no such folder", path, "Give the folder of a prepared data set")
     if not os.listdir(folder):
@@ -100,6 +101,10 @@ def _read_info(name: str, path: str) -> DatasetInfo:
         if version > FORMAT_VERSION:  # Told first: the rest of it may look quite different.
             raise UserError(
                 f"{what}: its format is newer than this program's {FORMAT_VERSION}", version, "Update aimv2_jax"
+            )
+        if version < OLDEST_FORMAT:
+            raise UserError(
+                f"{what}: its format is older than this program reads", version, "Prepare the data set again"
             )
         info = DatasetInfo.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -1,5 +1,7 @@
 """Captions to tokens: tensorflow-text's SentencePiece, in batches, in the main process only.
 
+As a command, trains a model (`tokenizer_training`): `python -m aimv2_jax.data.tokenizer train --help`.
+
 B batch, T text tokens.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -121,3 +124,9 @@ def _silence() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+if __name__ == "__main__":
+    from aimv2_jax.data.tokenizer_training import main
+
+    sys.exit(main())

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
+from aimv2_jax.data.headers import FORMATS, MAX_PIXELS
 from aimv2_jax.data.records import BadRecord
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB of RGB.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 Box = tuple[int | float, int | float, int | float, int | float]
 """(left, top, right, bottom), in pixels."""
 

@@ -14,30 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
+from aimv2_jax.data.drawing import BLUE, DARK, GREY, MARGIN, STYLE, draw_heading, drawable
+
 Picture = UInt8[np.ndarray, "H W 3"]
 
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "axes.grid.axis": "y",
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "text.color": "#222222",
-    "text.parse_math": False,  # A caption may have dollar signs.
-}
-DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#3d8f4f"
-
 _CELL = 1.3  # Inches that a picture is wide.
-_MARGIN = 0.15
 _LABEL, _LINE = 0.21, 0.155  # Inches that a label and a line of text are high.
 
 
@@ -73,17 +54,17 @@ class Panel:
 def picture_grid(columns: Sequence[Column], heading: str, note: str) -> Figure:
     """Columns of pictures side by side, a row an example."""
     gap, head, title = 0.22, 0.82, 0.5
-    places, x = [], _MARGIN
+    places, x = [], MARGIN
     for index, column in enumerate(columns):
         if index:
             x += 0.04 if column.group == columns[index - 1].group else gap
         places.append(x)
         x += _CELL
     rows = max(len(column.pictures) for column in columns)
-    width, height = x + _MARGIN, head + title + rows * (_CELL + 0.05) + _MARGIN
+    width, height = x + MARGIN, head + title + rows * (_CELL + 0.05) + MARGIN
     with rc_context(STYLE):
         figure = Figure((width, height), facecolor="white")
-        _heading(figure, heading, note)
+        draw_heading(figure, heading, note)
         top = height - head - title
         for index, (column, x) in enumerate(zip(columns, places)):
             middle = (x + _CELL / 2) / width
@@ -110,14 +91,14 @@ def picture_cards(
     ]
     tall = max(sum(_LABEL + _LINE * len(lines) for _, lines in block) for block in blocks)
     pitch = max(side, tall) + 0.22
-    width = max(columns * card + 2 * _MARGIN, 7)
-    height = head + -(-len(pictures) // columns) * pitch + _MARGIN
+    width = max(columns * card + 2 * MARGIN, 7)
+    height = head + -(-len(pictures) // columns) * pitch + MARGIN
     with rc_context(STYLE):
         figure = Figure((width, height), facecolor="white")
-        _heading(figure, heading, note)
+        draw_heading(figure, heading, note)
         for index, (picture, block) in enumerate(zip(pictures, blocks)):
             row, column = divmod(index, columns)
-            x, y = _MARGIN + column * card, height - head - row * pitch
+            x, y = MARGIN + column * card, height - head - row * pitch
             _picture(figure, picture, x, y, side)
             left = (x + side + 0.12) / width
             for place, (label, lines) in enumerate(block):
@@ -130,7 +111,7 @@ def picture_cards(
 
 def _wrapped(text: str, bold: bool) -> list[str]:
     """At most three lines, of as many letters as a card holds."""
-    return textwrap.wrap(text, 37 if bold else 42, max_lines=3, placeholder=" …") or ["(nothing)"]
+    return textwrap.wrap(drawable(text), 37 if bold else 42, max_lines=3, placeholder=" …") or ["(nothing)"]
 
 
 def curve_panels(panels: Sequence[Panel], heading: str, note: str, marked_step: int, columns: int = 3) -> Figure:
@@ -140,7 +121,7 @@ def curve_panels(panels: Sequence[Panel], heading: str, note: str, marked_step: 
     height = head + 2.75 * rows
     with rc_context(STYLE):
         figure = Figure((width, height), facecolor="white")
-        _heading(figure, heading, note)
+        draw_heading(figure, heading, note)
         grid = figure.subplots(rows, columns, squeeze=False)
         figure.subplots_adjust(
             left=0.055, right=0.985, top=1 - (head + 0.15) / height, bottom=0.45 / height, hspace=0.42, wspace=0.2
@@ -171,12 +152,6 @@ def _panel(axes: Axes, panel: Panel, marked_step: int) -> None:
     axes.set_xlabel("step", size=8, color=GREY, labelpad=1)
     if len(panel.curves) > 1:
         axes.legend(fontsize=8, loc="upper right")
-
-
-def _heading(figure: Figure, heading: str, note: str) -> None:
-    width, height = figure.get_size_inches()
-    figure.text(_MARGIN / width, 1 - 0.12 / height, heading, va="top", size=13, weight="bold")
-    figure.text(_MARGIN / width, 1 - 0.4 / height, note, va="top", color=GREY, linespacing=1.3)
 
 
 def _picture(figure: Figure, picture: Picture, x: float, top: float, side: float) -> Any:

@@ -35,10 +35,10 @@ from aimv2_jax.config import Config
 from aimv2_jax.data.pipeline import evaluation_batches, open_sources
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_checkpoint, positive
+from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.entropy import entropy, token_frequencies
 from aimv2_jax.eval.load import Loaded, check_held_out, load
-from aimv2_jax.flags import Parser
+from aimv2_jax.flags import Parser, positive
 from aimv2_jax.train import losses
 from aimv2_jax.train.evaluate import Totals, fixed_prefixes
 from aimv2_jax.train.task import Batch, Params, PretrainTask, SumCount

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,16 +21,13 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from matplotlib.figure import Figure
 
+from aimv2_jax.data.drawing import BLUE, GREEN, GREY, ORANGE
 from aimv2_jax.data.pipeline import evaluation_batches
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms import unpatchify
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_checkpoint, positive
+from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
     Column,
     Curve,
     Panel,
@@ -42,7 +38,7 @@ from aimv2_jax.eval.figures import (
 from aimv2_jax.eval.generate import greedy
 from aimv2_jax.eval.load import Loaded, check_held_out, load
 from aimv2_jax.eval.patches import completed, denormalise, seen
-from aimv2_jax.flags import Parser
+from aimv2_jax.flags import Parser, positive
 from aimv2_jax.train.evaluate import fixed_prefixes
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.task import PretrainTask
@@ -196,10 +192,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes `figure` as PNG and says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # A caption in a script that the font lacks: its boxes in the picture say so.
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            figure.savefig(path, dpi=DOTS_PER_INCH)
+        figure.savefig(path, dpi=DOTS_PER_INCH)
     except OSError as error:
         raise UserError("--output cannot be written", str(path), f"Give another folder: {error.strerror}") from error
     print(path)

@@ -81,6 +81,36 @@ def test_padding_when_the_file_has_none_then_the_end_id_and_else_zero(train):
     assert token_valid.sum() <= 3 and (tokens[~token_valid] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("ids", "special"),
+    [
+        ({"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}, (1, 1, 0)),  # SigLIP's way: padding is the end.
+        ({"unk_id": 2, "eos_id": 1, "bos_id": -1, "pad_id": 0}, (0, 1, 2)),  # T5's and ours.
+        ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}, (3, 2, 0)),  # A begin, which no caption gets.
+    ],
+)
+def test_special_ids_when_as_others_place_them_then_text_end_and_padding_are_right(train, ids, special):
+    path = train(**ids)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=path).encode("ai ij")
+    tokenizer = Tokenizer(path, length=8, vocab_size=60)
+    pad, end, unknown = special
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == special
+    tokens, token_valid = tokenizer.encode([b"ai ij", b"", "☃".encode()])
+    assert tokens[0].tolist() == [*pieces, end] + [pad] * (7 - len(pieces))
+    assert tokens[1].tolist() == [end] + [pad] * 7
+    assert unknown in tokens[2][token_valid[2]]
+    assert token_valid[:2].sum(axis=1).tolist() == [len(pieces), 0]
+    assert tokenizer.decode(tokens[0]) == "ai ij"
+
+
+def test_vocabulary_when_equal_to_the_pieces_or_larger_then_taken_with_the_same_tokens(train):
+    path = train()
+    exact, larger = (Tokenizer(path, length=8, vocab_size=size) for size in (60, 1000))
+    assert exact.num_pieces == larger.num_pieces == 60
+    for one, other in zip(exact.encode(TEXTS), larger.encode(TEXTS)):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_user_errors_when_the_file_cannot_serve_then_one_sentence_each(train, tmp_path):
     no_end, junk = train(eos_id=-1), tmp_path / "junk.model"
     junk.write_bytes(b"not a model")

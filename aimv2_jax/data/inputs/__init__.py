@@ -1,1 +1,32 @@
-"""What people have: image-text pairs in tars, tables and folders, read into one kind of sample."""
+"""What people have: image-text pairs in tars, tables and folders, read into one kind of sample.
+
+An input is a PATH or GLOB, local or gs://. It is recognised by looking into it; a folder means every input in it and in
+its subfolders (hidden ones, links to folders and files that are none of these kinds are passed over):
+
+  webdataset  a .tar or .tar.gz with members NAME.jpg (.jpeg, .png, .webp, .gif, .bmp, .tif), NAME.txt, NAME.json in any
+              order. NAME is the key. A .parquet, .json or _stats.json of the tar's name beside it belongs to the tar.
+  parquet     a table with the picture's bytes in a column (jpg, jpeg, png, webp, image, img or image_bytes), or in one
+              that holds {bytes, path}, as Hugging Face writes it. Rows whose `status` is not "success" have no picture.
+  jsonl, csv  a table beside its pictures: `file_name` (or image, path, filename, filepath) names the picture, relative
+              to the table's folder and inside of it. A .csv has a header, and commas, semicolons or tabs.
+
+FIELD, what --caption, --label and --keep take a text from:
+
+  webdataset  txt (the .txt member) or json:NAME (a key of the .json member)
+  parquet     a column of texts, numbers or truth values
+  jsonl       a key
+  csv         a column
+
+Without --caption, the kind `alt` is: webdataset: txt, or json:caption where there are no .txt members; parquet, jsonl,
+csv: the first of caption, text, alt, TEXT, alt_text, description that is there.
+
+Books: whatever was announced or begun is given as a `Sample` or counted in a `Damage`. Reasons of `Damage`:
+
+  damaged_tar      headers or members that cannot be read. Reading goes on at the next header in order. `samples` is the
+                   difference to the `successes` of NAME_stats.json; without that file, pairs that are known by name
+  fragment         a stem that damage made, beyond what NAME_stats.json announces; part of a sample counted already
+  wrong_stats      NAME_stats.json that cannot be true, and was not believed
+  broken_json      a .json member that is no JSON object; its sample is given without these fields
+  damaged_parquet  the rows of a row group (or of a file) that cannot be read
+  damaged_row      a line or row of a table that cannot be read
+"""

@@ -1,0 +1,146 @@
+"""The books of a data set: what came in, what became a record, and what became of the rest. They always balance."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+FIRST_KEYS = 10
+_MOST_LETTERS = 200  # Of a key in the books.
+
+SIDE, ASPECT = "shorter_side_px", "aspect"
+_EDGES = {
+    SIDE: tuple(float(n) for k in range(4, 13) for n in (2**k, 3 * 2 ** (k - 1))[: 2 if k < 12 else 1]),
+    # Width / height, a quarter of an octave each; squares are in the middle of theirs. Rounded: the same everywhere.
+    ASPECT: tuple(round(2 ** ((k + 0.5) / 4), 4) for k in range(-19, 19)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How many values lie in [edges[i], edges[i + 1]); the first and last bin also hold what is beyond them."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.counts) != len(self.edges) - 1:
+            raise ValueError(f"{len(self.counts)} counts between {len(self.edges)} edges")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How many samples, and the first of their keys."""
+
+    count: int = 0
+    keys: tuple[str, ...] = ()
+
+    def plus(self, count: int, keys: tuple[str, ...]) -> Tally:
+        return Tally(self.count + count, (self.keys + keys)[:FIRST_KEYS])
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What of the input could not be read: samples (as far as anyone knows), bytes and the first keys."""
+
+    samples: int = 0
+    bytes: int = 0
+    keys: tuple[str, ...] = ()
+
+    def plus(self, samples: int, num_bytes: int, keys: tuple[str, ...]) -> Loss:
+        return Loss(self.samples + samples, self.bytes + num_bytes, (self.keys + keys)[:FIRST_KEYS])
+
+
+class Books:
+    """Counts of samples as they are worked on; those of parts can be added up.
+
+    `drops` are samples left out, by reason, `changes` records that are not quite their samples, `lost` what never
+    became a sample.
+    """
+
+    def __init__(self):
+        self.records = 0
+        self.kinds: collections.Counter[str] = collections.Counter()
+        self.labels: set[str] = set()
+        self.drops: dict[str, Tally] = {}
+        self.changes: dict[str, Tally] = {}
+        self.lost: dict[str, Loss] = {}
+        self._bins = {name: [0] * (len(edges) - 1) for name, edges in _EDGES.items()}
+
+    @property
+    def samples(self) -> int:
+        """How many came in."""
+        dropped = sum(tally.count for tally in self.drops.values())
+        return self.records + dropped + sum(loss.samples for loss in self.lost.values())
+
+    @property
+    def histograms(self) -> dict[str, Histogram]:
+        return {name: Histogram(edges, tuple(self._bins[name])) for name, edges in _EDGES.items()}
+
+    def keep(self, captions: Mapping[str, str], labels: Mapping[str, str], size: tuple[int, int] | None) -> None:
+        """Books a record; `size` is its picture's (width, height) where that is known."""
+        self.records += 1
+        self.kinds.update(captions.keys())
+        self.labels.update(labels)
+        if size is not None:
+            for name, value in ((SIDE, min(size)), (ASPECT, size[0] / size[1])):
+                place = bisect.bisect_right(_EDGES[name], value) - 1
+                self._bins[name][min(max(place, 0), len(self._bins[name]) - 1)] += 1
+
+    def drop(self, reason: str, key: str) -> None:
+        self.drops[reason] = self.drops.get(reason, Tally()).plus(1, (_short(key),))
+
+    def change(self, what: str, key: str) -> None:
+        self.changes[what] = self.changes.get(what, Tally()).plus(1, (_short(key),))
+
+    def lose(self, reason: str, samples: int, num_bytes: int, key: str | None) -> None:
+        keys = () if key is None else (_short(key),)
+        self.lost[reason] = self.lost.get(reason, Loss()).plus(samples, num_bytes, keys)
+
+    def add(self, other: Books) -> None:
+        """Adds the books of the part that comes next."""
+        self.records += other.records
+        self.kinds.update(other.kinds)
+        self.labels |= other.labels
+        for reason, tally in other.drops.items():
+            self.drops[reason] = self.drops.get(reason, Tally()).plus(tally.count, tally.keys)
+        for what, tally in other.changes.items():
+            self.changes[what] = self.changes.get(what, Tally()).plus(tally.count, tally.keys)
+        for reason, loss in other.lost.items():
+            self.lost[reason] = self.lost.get(reason, Loss()).plus(loss.samples, loss.bytes, loss.keys)
+        for name, counts in other._bins.items():
+            self._bins[name] = [a + b for a, b in zip(self._bins[name], counts)]
+
+    def to_tree(self) -> dict[str, Any]:
+        return {
+            "records": self.records,
+            "kinds": dict(sorted(self.kinds.items())),
+            "labels": sorted(self.labels),
+            "drops": _trees(self.drops),
+            "changes": _trees(self.changes),
+            "lost": _trees(self.lost),
+            "bins": self._bins,
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Books:
+        books = cls()
+        books.records = tree["records"]
+        books.kinds.update(tree["kinds"])
+        books.labels = set(tree["labels"])
+        books.drops = {reason: Tally(t["count"], tuple(t["keys"])) for reason, t in tree["drops"].items()}
+        books.changes = {what: Tally(t["count"], tuple(t["keys"])) for what, t in tree["changes"].items()}
+        books.lost = {reason: Loss(t["samples"], t["bytes"], tuple(t["keys"])) for reason, t in tree["lost"].items()}
+        books._bins = {name: list(tree["bins"][name]) for name in _EDGES}
+        return books
+
+
+def _trees(entries: Mapping[str, Tally | Loss]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(entry) for name, entry in sorted(entries.items())}
+
+
+def _short(key: str) -> str:
+    return key if len(key) <= _MOST_LETTERS else key[: _MOST_LETTERS - 3] + "..."

@@ -1,0 +1,254 @@
+"""Contact sheets: pictures with their texts in a grid, and beside them facts and histograms, by matplotlib.
+
+Laid out in pixels, so that a picture stands in the PNG pixel for pixel (or each as a square of several).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from PIL import Image
+
+from aimv2_jax.data.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, draw_heading, drawable, wrap
+
+Picture = UInt8[np.ndarray, "H W 3"]
+
+DOTS_PER_INCH = 100
+PICTURE_SIDE = 224  # Pixels: what a picture is enlarged or reduced to, whichever it needs.
+LARGEST_PICTURE = 448  # Training pictures between this and PICTURE_SIDE are shown as they are.
+
+_MARGIN, _GAP, _HEAD, _PANEL, _TEXT = 15, 16, 76, 330, 200
+_LINE, _LABEL = 14, 13  # Pixels that a line of text and a label are high.
+_SMALL, _NORMAL = 7, 8  # Points.
+_MOST_LETTERS = 1000  # Of a text: more is never shown, and measuring it takes time.
+_CHART = 170
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A picture (or, without one, `problem` in its place) with a title, a line below it, and texts by label."""
+
+    title: str
+    subtitle: str
+    texts: Mapping[str, str]
+    picture: Picture | None = None
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Counts, drawn as bars at 0, 1, …; `ticks` are labels by place (0.5: between two bars), `note` names the axis."""
+
+    title: str
+    counts: Sequence[int]
+    ticks: Mapping[float, str]
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """Counts by name, a line each."""
+
+    title: str
+    counts: Mapping[str, int]
+
+
+def magnified(picture: Picture, factor: int) -> Picture:
+    """Every pixel as a square of `factor` pixels."""
+    return picture.repeat(factor, 0).repeat(factor, 1)
+
+
+def fitted(picture: Picture, side: int = PICTURE_SIDE) -> Picture:
+    """A large picture reduced until it fits in a square of `side` pixels; a small one magnified as far as it does."""
+    height, width = picture.shape[:2]
+    longest = max(height, width)
+    if longest <= side:
+        return magnified(picture, side // longest)
+    size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX, reducing_gap=None))
+
+
+def contact_sheet(
+    tiles: Sequence[Tile],
+    facts: Mapping[str, str],
+    charts: Sequence[Histogram | Bars],
+    title: str,
+    note: str,
+) -> Figure:
+    """The sheet; pictures in the order of `tiles`, row by row, and facts and charts to their right."""
+    with rc_context(STYLE):
+        return _Sheet(tiles, facts, charts).draw(title, note)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the sheet as PNG, pixel for pixel as it was laid out."""
+    with rc_context(STYLE):
+        figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
+
+
+Line = tuple[str, float, str, str, int]
+"""(text, points, colour, weight, pixels that it is high)."""
+
+
+class _Sheet:
+    def __init__(self, tiles: Sequence[Tile], facts: Mapping[str, str], charts: Sequence[Histogram | Bars]):
+        self._tiles, self._charts = tiles, charts
+        self._figure = Figure(dpi=DOTS_PER_INCH, facecolor="white")
+        self._renderer = FigureCanvasAgg(self._figure).get_renderer()
+        shapes = [tile.picture.shape for tile in tiles if tile.picture is not None] or [(PICTURE_SIDE, PICTURE_SIDE)]
+        self._box_height, self._box_width = (max(sizes) for sizes in list(zip(*shapes))[:2])
+        self._width = max(self._box_width, _TEXT)
+        self._columns = _columns(len(tiles), self._width, self._box_height)
+        self._lines = [self._tile_lines(tile) for tile in tiles]
+        self._facts = [self._fact_lines(name, value) for name, value in facts.items()]
+        self._row_heights = [
+            self._box_height + 5 + max(_height(lines) for lines in self._lines[start : start + self._columns])
+            for start in range(0, len(tiles), self._columns)
+        ]
+
+    def draw(self, title: str, note: str) -> Figure:
+        panel_left = _MARGIN + self._columns * (self._width + _GAP) + _GAP
+        width = panel_left + _PANEL + _MARGIN
+        notes = self._wrap(note, width - 2 * _MARGIN, 9, "normal", 3)
+        head = _HEAD + 16 * (len(notes) - 1)
+        tiles_height = sum(self._row_heights) + _GAP * (len(self._row_heights) - 1)
+        panel_height = (
+            sum(map(_height, self._facts)) + 4 * len(self._facts) + sum(_chart_height(c) for c in self._charts)
+        )
+        self._height = head + max(tiles_height, panel_height) + _MARGIN
+        self._figure.set_size_inches(width / DOTS_PER_INCH, self._height / DOTS_PER_INCH)
+        self._total_width = width
+        [title] = self._wrap(title, width - 2 * _MARGIN, 13, "bold", 1) or [""]
+        draw_heading(self._figure, title, "\n".join(notes))
+        self._draw_tiles(head)
+        self._draw_panel(panel_left, head)
+        return self._figure
+
+    def _draw_tiles(self, top: int) -> None:
+        for index, (tile, lines) in enumerate(zip(self._tiles, self._lines)):
+            row, column = divmod(index, self._columns)
+            x, y = _MARGIN + column * (self._width + _GAP), top + sum(self._row_heights[:row]) + row * _GAP
+            self._rectangle(x, y, self._width, self._box_height, "#f1f1f1")
+            if tile.picture is None:
+                for offset, line in enumerate(self._wrap(tile.problem, self._width - 20, 9, "bold", 5)):
+                    self._text(x + 10, y + 12 + 16 * offset, (line, 9, ORANGE, "bold", 16))
+            else:
+                height, width = tile.picture.shape[:2]
+                left, above = x + (self._width - width) // 2, y + (self._box_height - height) // 2
+                self._rectangle(left - 1, above - 1, width + 2, height + 2, "#cccccc")
+                self._figure.figimage(tile.picture, left, self._height - above - height, origin="upper")
+            self._text_lines(x, y + self._box_height + 5, lines)
+
+    def _draw_panel(self, x: int, y: int) -> None:
+        for lines in self._facts:
+            self._text_lines(x, y, lines)
+            y += _height(lines) + 4
+        for chart in self._charts:
+            y += 34
+            inside = _chart_height(chart) - 34 - 38
+            if isinstance(chart, Bars):
+                inside += 24
+            left, width = (0, _PANEL) if isinstance(chart, Bars) else (36, _PANEL - 36)
+            box = (x + left, self._height - y - inside, width, inside)
+            axes = self._figure.add_axes(
+                (box[0] / self._total_width, box[1] / self._height, box[2] / self._total_width, box[3] / self._height)
+            )
+            axes.set_title(chart.title, loc="left", x=0 if isinstance(chart, Bars) else -36 / width, size=9)
+            (_draw_bars if isinstance(chart, Bars) else _draw_histogram)(axes, chart)
+            y += _chart_height(chart) - 34
+
+    def _tile_lines(self, tile: Tile) -> list[Line]:
+        lines = [
+            (line, _NORMAL, DARK, "bold", _LINE) for line in self._wrap(tile.title, self._width, _NORMAL, "bold", 2)
+        ]
+        lines += [
+            (line, _SMALL, GREY, "normal", _LABEL)
+            for line in self._wrap(tile.subtitle, self._width, _SMALL, "normal", 2)
+        ]
+        for label, text in tile.texts.items():
+            labels = self._wrap(label, self._width, _SMALL, "bold", 2)
+            lines += [(line, _SMALL, BLUE, "bold", _LABEL) for line in labels]
+            wrapped = self._wrap(text, self._width, _NORMAL, "normal", 4) or ["(nothing)"]
+            lines += [(line, _NORMAL, DARK, "normal", _LINE) for line in wrapped]
+        return lines
+
+    def _fact_lines(self, name: str, value: str) -> list[Line]:
+        lines: list[Line] = [(name, _SMALL, BLUE, "bold", _LABEL)]
+        for part in value.split("\n"):
+            lines += [(line, _NORMAL, DARK, "normal", _LINE) for line in self._wrap(part, _PANEL, _NORMAL, "normal", 3)]
+        return lines
+
+    def _wrap(self, text: str, width: float, points: float, weight: str, most_lines: int) -> list[str]:
+        font = FontProperties(family=FONTS, size=points, weight=weight)
+
+        def measure(part: str) -> float:
+            return self._renderer.get_text_width_height_descent(part, font, False)[0]
+
+        return wrap(drawable(text[:_MOST_LETTERS]), width, measure, most_lines)
+
+    def _text_lines(self, x: int, y: int, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self._text(x, y, line)
+            y += line[4]
+
+    def _text(self, x: int, y: int, line: Line) -> None:
+        text, points, color, weight, _ = line
+        place = x / self._total_width, 1 - y / self._height
+        self._figure.text(*place, text, va="top", size=points, color=color, weight=weight)
+
+    def _rectangle(self, x: int, y: int, width: int, height: int, color: str) -> None:
+        corner = x / self._total_width, 1 - (y + height) / self._height
+        size = width / self._total_width, height / self._height
+        self._figure.add_artist(Rectangle(corner, *size, color=color, linewidth=0, zorder=-1))
+
+
+def _columns(count: int, width: int, height: int) -> int:
+    """As many columns as make the pictures' part about 4:3, with their texts, and leave few places empty."""
+    wanted = max(1, min(count, round(math.sqrt(count * 4 / 3 * (height + 90) / width))))
+    near = [columns for columns in (wanted, wanted - 1, wanted + 1) if 1 <= columns <= count]
+    return min(near, key=lambda columns: -count % columns)
+
+
+def _height(lines: Sequence[Line]) -> int:
+    return sum(line[4] for line in lines)
+
+
+def _chart_height(chart: Histogram | Bars) -> int:
+    return 56 + 22 * len(chart.counts) if isinstance(chart, Bars) else _CHART + 34
+
+
+def _draw_histogram(axes: Axes, chart: Histogram) -> None:
+    counts = np.asarray(chart.counts)
+    axes.bar(np.arange(len(counts)), counts, width=0.88, color=BLUE)
+    axes.set_xticks(list(chart.ticks), list(chart.ticks.values()), size=_SMALL)
+    spare = max(0.0, (5 - len(counts)) / 2)  # Few bars stay bars.
+    axes.set_xlim(-0.7 - spare, len(counts) - 0.3 + spare)
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(length=0, labelsize=_SMALL)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(chart.note, size=_SMALL, color=GREY, labelpad=2)
+
+
+def _draw_bars(axes: Axes, chart: Bars) -> None:
+    counts, most = list(chart.counts.values()), max(1, *chart.counts.values())
+    places = np.arange(len(counts))
+    axes.barh(places, counts, height=0.82, color="#bcd2ea")
+    for place, (name, count) in enumerate(chart.counts.items()):
+        axes.text(most * 0.012, place, drawable(name), va="center", size=_NORMAL)
+        axes.text(most * 0.995, place, f"{count:,}", va="center", ha="right", size=_NORMAL, color=GREY)
+    axes.set_ylim(len(counts) - 0.5, -0.5)
+    axes.set_xlim(0, most)
+    axes.set_axis_off()

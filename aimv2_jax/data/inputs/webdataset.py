@@ -1,0 +1,233 @@
+"""Pairs out of a tar: NAME.jpg, NAME.txt and NAME.json, in whatever order and however far apart.
+
+The tar is read twice: its headers, which tell what belongs together, then sample by sample. So memory holds the index
+(about a kilobyte a sample) and one sample, whatever the order and size of the tar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import posixpath
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from aimv2_jax.data.inputs import files, tars
+from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.inputs.texts import parse_object, readable
+from aimv2_jax.errors import UserError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_GZIP = b"\x1f\x8b"
+_UNPACK_BYTES = 64 << 10
+_HEAD_BYTES = 8 << 20  # Some hundred pairs: what the fields are told by.
+_JSONS_ASKED = 100
+
+
+@dataclasses.dataclass
+class _Stem:
+    """The members of one sample."""
+
+    key: str
+    image: tars.Member | None = None
+    txt: tars.Member | None = None
+    json: tars.Member | None = None
+
+    def members(self) -> list[tars.Member]:
+        return [member for member in (self.image, self.txt, self.json) if member is not None]
+
+    def is_whole(self) -> bool:
+        return self.image is not None and len(self.members()) > 1
+
+
+@dataclasses.dataclass
+class _Index:
+    stems: list[_Stem]
+    lost: list[str]  # Keys of samples of which nothing but a name is left.
+    num_bytes_lost: int
+
+
+def recognises(head: bytes, path: str) -> bool:
+    """Whether `head` begins a tar, or `path` calls itself one, whatever became of it."""
+    return tars.begins_with_header(_unpacked(head, tars.BLOCK)) or path.lower().endswith(SUFFIXES)
+
+
+def read(path: str) -> Iterator[Sample | Damage]:
+    """The samples of a tar in the order of their first members, then what was lost.
+
+    With a NAME_stats.json beside the tar, samples given and lost are together as many as it announces. If damage made
+    more stems than that, the least whole are taken for fragments and left out. A file that announces fewer than the
+    whole pairs that are there is not believed.
+    """
+    damaged = Damage("damaged_tar", samples=0)
+    with _open_tar(path) as (file, num_bytes, num_packed_bytes_lost):
+        index = _index(file, num_bytes)
+        stems, lost = index.stems, index.lost
+        num_bytes_lost = index.num_bytes_lost + num_packed_bytes_lost
+        announced, complaint = _announced(path, sum(stem.is_whole() for stem in stems))
+        if complaint is not None:
+            yield complaint
+        if announced is not None:
+            stems, fragments = _most_whole(stems, announced)
+            yield from fragments
+        for stem in stems:
+            yield from _sample(file, stem)
+    num_lost = len(lost) if announced is None else announced - len(stems)
+    if num_lost or num_bytes_lost or not num_bytes:
+        key = lost[0] if lost and num_lost else None
+        yield dataclasses.replace(damaged, samples=num_lost, num_bytes=num_bytes_lost, key=key)
+
+
+def fields(path: str) -> list[str] | None:
+    """The fields that the first samples have; None if there are no samples."""
+    head = files.part(path, 0, _HEAD_BYTES)
+    head = _unpacked(head, _HEAD_BYTES)
+    found = _fields(io.BytesIO(head), len(head))
+    if not found:  # All pictures may come first.
+        with _open_tar(path) as (file, num_bytes, _):
+            found = _fields(file, num_bytes)
+            if not found and not _index(file, num_bytes).stems:
+                return None
+    return found
+
+
+def check_field(path: str, field: str) -> None:
+    """Raises `UserError` unless `field` is one that a tar can have."""
+    if field != "txt" and not (field.startswith("json:") and len(field) > len("json:")):
+        raise UserError(f"a tar has no such field ({path})", field, "Give txt, or json:NAME with a key of the .json")
+
+
+def _fields(file: BinaryIO, num_bytes: int) -> list[str]:
+    found: dict[str, None] = {}  # In their order.
+    num_jsons = 0
+    for stem in _index(file, num_bytes).stems:
+        if stem.txt is not None:
+            found["txt"] = None
+        if stem.json is not None and num_jsons < _JSONS_ASKED:
+            num_jsons += 1
+            found |= {f"json:{name}": None for name in parse_object(_data(file, stem.json)) or {}}
+    return list(found)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(key, kind) of the member `name`: the kind is "image", "txt", "json", or "" for what is none of ours."""
+    stem, suffix = posixpath.splitext(name)
+    suffix = suffix[1:].lower()
+    if posixpath.basename(stem).startswith("."):  # What a Mac leaves beside files.
+        return stem, ""
+    kind = "image" if suffix in IMAGES else suffix if suffix in ("txt", "json") else ""
+    return stem.removeprefix("./"), kind
+
+
+def _index(file: BinaryIO, num_bytes: int) -> _Index:
+    """Which members make a sample: those of one stem; where a member's name comes again, another sample begins."""
+    stems: dict[tuple[str, int], _Stem] = {}
+    seen: dict[str, int] = {}
+    begun: dict[str, None] = {}
+    num_bytes_lost = 0
+    for item in tars.scan(file, num_bytes):
+        key, kind = _split(item.name or "")
+        if isinstance(item, tars.Gap) or (kind and item.num_bytes > files.MAX_FILE_BYTES):
+            num_bytes_lost += item.num_bytes
+            if kind:
+                begun[key] = None
+            continue
+        if not kind:
+            continue
+        number = seen.get(item.name, 0)
+        seen[item.name] = number + 1
+        stem = stems.setdefault((key, number), _Stem(readable(key)))
+        if getattr(stem, kind) is None:  # A second picture of another format is left aside.
+            setattr(stem, kind, item)
+    known = {key for key, _ in stems}
+    return _Index(list(stems.values()), [readable(key) for key in begun if key not in known], num_bytes_lost)
+
+
+def _announced(path: str, num_whole: int) -> tuple[int | None, Damage | None]:
+    """How many samples the file of statistics beside the tar announces, if it is there and can be true."""
+    data = files.read_beside(posixpath.dirname(path), posixpath.basename(stem_of(path)) + "_stats.json")
+    if data is None:
+        return None, None
+    announced = (parse_object(data) or {}).get("successes")
+    if type(announced) is not int or announced < num_whole:
+        return None, Damage("wrong_stats", samples=0)
+    return announced, None
+
+
+def stem_of(path: str) -> str:
+    """`path` without the suffix of a tar."""
+    for suffix in SUFFIXES:
+        if path.lower().endswith(suffix):
+            return path[: -len(suffix)]
+    return path
+
+
+def _most_whole(stems: list[_Stem], number: int) -> tuple[list[_Stem], list[Damage]]:
+    """The `number` of `stems` with most of what makes a pair, the earlier ones first among equals; and the others."""
+    if len(stems) <= number:
+        return stems, []
+
+    def rank(place: int) -> tuple[Any, ...]:
+        stem = stems[place]
+        return not stem.is_whole(), stem.image is None, -len(stem.members()), place
+
+    kept = set(sorted(range(len(stems)), key=rank)[:number])
+    fragments = [stem for place, stem in enumerate(stems) if place not in kept]
+    return (
+        [stem for place, stem in enumerate(stems) if place in kept],
+        [Damage("fragment", 0, sum(m.num_bytes for m in stem.members()), stem.key) for stem in fragments],
+    )
+
+
+def _sample(file: BinaryIO, stem: _Stem) -> Iterator[Sample | Damage]:
+    found: dict[str, Any] = {}
+    if stem.txt is not None:
+        found["txt"] = _data(file, stem.txt)
+    if stem.json is not None:
+        tree = parse_object(_data(file, stem.json))
+        if tree is None:
+            yield Damage("broken_json", samples=0, num_bytes=stem.json.num_bytes, key=stem.key)
+        found |= {f"json:{name}": value for name, value in (tree or {}).items()}
+    yield Sample(stem.key, _data(file, stem.image) if stem.image is not None else None, found)
+
+
+def _data(file: BinaryIO, member: tars.Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.num_bytes)
+
+
+@contextlib.contextmanager
+def _open_tar(path: str) -> Iterator[tuple[BinaryIO, int, int]]:
+    """(file, its bytes, packed bytes that could not be unpacked); a packed tar is unpacked to a temporary file."""
+    with files.open_file(path) as packed:
+        num_packed_bytes = packed.seek(0, io.SEEK_END)
+        packed.seek(0)
+        if packed.read(len(_GZIP)) != _GZIP:
+            yield packed, num_packed_bytes, 0
+            return
+        packed.seek(0)
+        with tempfile.TemporaryFile() as file:
+            intact = True
+            try:
+                with gzip.GzipFile(fileobj=packed) as source:
+                    while data := source.read1(_UNPACK_BYTES):
+                        file.write(data)
+            except (gzip.BadGzipFile, EOFError, zlib.error):
+                intact = False
+            num_bytes = file.tell()
+            yield file, num_bytes, 0 if intact else max(1, num_packed_bytes - packed.tell())
+
+
+def _unpacked(head: bytes, num_bytes: int) -> bytes:
+    """The beginning of what `head` holds: itself, or up to `num_bytes` of what it packs."""
+    if not head.startswith(_GZIP):
+        return head
+    try:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(head, num_bytes)
+    except zlib.error:
+        return b""

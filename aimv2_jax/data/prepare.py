@@ -1,0 +1,258 @@
+"""Makes a data set that can be trained on out of image-text pairs, however they lie.
+
+    python -m aimv2_jax.data.prepare --input 'web/*.tar' --output data/web \\
+        --caption alt=txt --caption synthetic=json:synthetic_caption --label class=json:class
+
+Inputs, recognised by looking: webdataset tars as img2dataset writes them, img2dataset's parquet, Hugging Face's
+image-text parquet, folders with captions.jsonl or captions.csv. Local, or in a bucket (gs://).
+
+FIELD is, for a tar: the extension of a member (txt), or json:NAME for a name in its json member;
+for parquet, jsonl and csv: the column or name.
+
+A sample is left out where its picture can't be opened, is too small, large or elongated, or no caption is left after
+cleaning; what is left out is counted by reason in OUTPUT/dataset.json. Interrupted, the same command with --resume
+goes on. The data set depends on the inputs and these flags only, not on --workers or --runner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from aimv2_jax.data.books import Books
+from aimv2_jax.data.inputs.discover import InputShard, find
+from aimv2_jax.data.inputs.read import check_fields
+from aimv2_jax.data.preparing.checks import Rules
+from aimv2_jax.data.preparing.groups import Task, tasks_of
+from aimv2_jax.data.preparing.output import Output
+from aimv2_jax.data.preparing.runners import run_beam, run_local
+from aimv2_jax.data.preparing.work import Job
+from aimv2_jax.data.records import DatasetInfo
+from aimv2_jax.data.shards import Shard
+from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
+from aimv2_jax.flags import Parser
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+_LEAST_SHARD = 1000  # A bare "1" is a slip: it would make a file of every record.
+
+
+def prepare(
+    inputs: Sequence[str],
+    output: str,
+    rules: Rules,
+    shard_size: int = 10**9,
+    workers: int = 1,
+    resume: bool = False,
+    beam_options: str | None = None,
+) -> DatasetInfo:
+    """Prepares `inputs` in `output`, with `workers` processes, or with Beam where its options are given ("" for none).
+
+    Raises:
+      UserError: if a flag, the inputs or the output make it impossible, or not one sample can be used.
+    """
+    place = Output(output)
+    place.check_free(resume)
+    shards = find(inputs)
+    for shard in {
+        shard.kind: shard for shard in reversed(shards)
+    }.values():  # The first of each kind; a task checks all.
+        check_fields(shard, rules.fields)
+    tasks, command = tasks_of(shards, shard_size), _command(shards, rules, shard_size)
+    with place.claimed():
+        finished = place.begin(command, tasks, resume)
+        if finished is not None:
+            return finished
+        todo = [task for task, done in zip(tasks, place.done(tasks)) if done is None]
+        job = Job(output, rules)
+        if beam_options is None:
+            run_local(todo, job, workers)
+        else:
+            run_beam(todo, job, beam_options)
+        return _finish(place, tasks, command)
+
+
+def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int) -> dict[str, Any]:
+    """What the data set depends on, by flag; of the inputs' names, no folder: that is this machine's own."""
+    files = [PurePath(shard.path).name for shard in shards]
+    return {
+        "input": {
+            "shards": len(shards),
+            "bytes": sum(shard.num_bytes for shard in shards),
+            "first": files[0],
+            "last": files[-1],
+        },
+        "caption": dict(rules.captions),
+        "label": dict(rules.labels),
+        "keep": {field: list(values) for field, values in rules.keep.items()},
+        "min-side": rules.min_side,
+        "max-side": rules.max_side,
+        "max-aspect": rules.max_aspect,
+        "shard-size": shard_size,
+        "verify": rules.verify,
+        "decode": rules.decode,
+    }
+
+
+def _finish(place: Output, tasks: Sequence[Task], command: Mapping[str, Any]) -> DatasetInfo:
+    books, shards = Books(), list[Shard]()
+    for task, done in zip(tasks, place.done(tasks)):
+        if done is None:
+            remedy = "Give the same command with --resume"
+            raise UserError(f"what task {task.number} wrote is not there", place.name, remedy)
+        books.add(done.books)
+        shards += done.shards
+    if not books.records:
+        place.clear()
+        what = "--input has no samples" if not books.samples else "--input has no sample that can be used"
+        counts = "; ".join(_accounts(books.drops, books.lost)) or "0 samples"
+        raise UserError(what, counts, "Look at the first of these, and at --caption and the limits")
+    info = DatasetInfo.of(books, shards, made=command)
+    place.finish(info)
+    return info
+
+
+def _accounts(*accounts: Mapping[str, Any]) -> list[str]:
+    """One line for each entry: how many, why, and the first."""
+    lines = []
+    for reason, entry in (item for account in accounts for item in account.items()):
+        count = entry.count if hasattr(entry, "count") else entry.samples
+        size = f", {entry.bytes:,} bytes" if hasattr(entry, "bytes") else ""
+        lines.append(f"{count:,} {reason}{size}" + (f" (first: {entry.keys[0]})" if entry.keys else ""))
+    return lines
+
+
+def report(info: DatasetInfo) -> str:
+    """What came of the samples, in lines."""
+    lines = [
+        f"{info.records:,} records of {info.samples:,} samples in {len(info.shards):,} shards, {info.bytes:,} bytes",
+        "captions: " + ", ".join(f"{kind} {count:,}" for kind, count in info.kinds.items()),
+    ]
+    if info.labels:
+        lines.append("labels: " + ", ".join(info.labels))
+    for title, account in (("dropped", info.drops), ("changed", info.changes), ("lost", info.lost)):
+        lines += [f"{title}: {line}" for line in _accounts(account)]
+    return "\n".join(lines)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GB, 500MB or 256MiB")
+    size = int(float(match[1]) * unit)
+    if size < _LEAST_SHARD:
+        raise argparse.ArgumentTypeError(f"{text!r} is below {_LEAST_SHARD} bytes; write a unit, as in 1GB")
+    return size
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def _aspect(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on (longer side / shorter side)")
+    return value
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (equals and name and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _fields(flag: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for name, field in pairs:
+        if name in fields:
+            raise UserError(f"{flag} names {name!r} twice", f"{name}={field}", "Give each a name of its own")
+        fields[name] = field
+    return fields
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m aimv2_jax.data.prepare", description=__doc__)
+    add = parser.add_argument
+    several: dict[str, Any] = dict(nargs="+", action="extend", default=[])
+    add("--input", nargs="+", action="extend", required=True, metavar="PATH_OR_GLOB", help="files, folders or globs")
+    add("--output", required=True, metavar="DIR", help="the data set's folder, local or gs://")
+    add(
+        "--caption",
+        type=_pair,
+        metavar="KIND=FIELD",
+        help="caption kinds; without, what is usual for the input",
+        **several,
+    )
+    add("--label", type=_pair, metavar="NAME=FIELD", help="labels to carry along", **several)
+    add(
+        "--keep",
+        type=_pair,
+        metavar="FIELD=VALUE",
+        help="takes only samples with that value; a field may have several",
+        **several,
+    )
+    add("--min-side", type=_whole(1), default=32, metavar="N", help="pixels of the shorter side (32)")
+    add("--max-side", type=_whole(1), metavar="N", help="pixels of the longer side (any)")
+    add("--max-aspect", type=_aspect, default=20.0, metavar="X", help="longer side / shorter side (20)")
+    add("--shard-size", type=_size, default=10**9, metavar="SIZE", help="of the output's files, about (1GB)")
+    verify = "field with the sha256 or md5 of the picture's bytes (img2dataset's is of those before its resizing)"
+    add("--verify", metavar="FIELD", help=verify)
+    add("--decode", action="store_true", help="decodes every picture in full: finds those that are cut")
+    add("--workers", type=_whole(1), metavar="N", help="processes (one for each CPU)")
+    add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
+    add("--beam-options", metavar="OPTIONS", help='of the Beam pipeline, in one string: "--runner=DataflowRunner ..."')
+    add("--resume", action="store_true", help="goes on with the work that an interrupted run has left in --output")
+    return parser
+
+
+@reports_user_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    keep: dict[str, tuple[str, ...]] = {}
+    for field, value in args.keep:
+        keep[field] = (*keep.get(field, ()), value)
+    if args.max_side is not None and args.max_side < args.min_side:
+        raise UserError("--max-side is below --min-side", args.max_side, f"Give {args.min_side} or more")
+    if args.runner == "local" and args.beam_options is not None:
+        raise UserError("--beam-options without Beam", args.beam_options, "Add --runner beam, or leave it out")
+    if args.runner == "beam" and args.workers is not None:
+        raise UserError("--workers is of the local runner", args.workers, "Tell Beam in --beam-options")
+    rules = Rules(
+        captions=_fields("--caption", args.caption),
+        labels=_fields("--label", args.label),
+        keep=keep,
+        min_side=args.min_side,
+        max_side=args.max_side,
+        max_aspect=args.max_aspect,
+        verify=args.verify,
+        decode=args.decode,
+    )
+    workers = args.workers or len(os.sched_getaffinity(0))
+    beam_options = (args.beam_options or "") if args.runner == "beam" else None
+    info = prepare(args.input, args.output, rules, args.shard_size, workers, args.resume, beam_options)
+    print(report(info))
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The folder where a data set grows: local, or in a bucket (`gs://`), where files appear whole in both.
+
+Beside the shards it holds `.parts` while the work goes on: the command, the tasks, the counts of those that are
+finished, and shards that are still being written. It goes when `dataset.json` has come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from aimv2_jax.data.books import Books
+from aimv2_jax.data.inputs.files import is_remote
+from aimv2_jax.data.preparing.groups import Task
+from aimv2_jax.data.records import DATASET_FILE, DatasetInfo
+from aimv2_jax.data.shards import Shard, place_in, write_text
+from aimv2_jax.errors import UserError
+
+_WORK = ".parts"
+_COMMAND, _TASKS, _LOCK = "command.json", "tasks.jsonl", "lock"
+_READERS = 32  # Threads that look after finished tasks: a bucket takes 50 ms to answer.
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a finished task left: its shards, and its books."""
+
+    shards: tuple[Shard, ...]
+    books: Books
+
+    def to_json(self) -> str:
+        shards = [dataclasses.asdict(shard) for shard in self.shards]
+        return json.dumps({"shards": shards, "books": self.books.to_tree()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Done:
+        tree = json.loads(text)
+        return cls(tuple(Shard(**shard) for shard in tree["shards"]), Books.from_tree(tree["books"]))
+
+
+class Output:
+    """The output folder `path`, and what is known of the work in it."""
+
+    def __init__(self, path: str):
+        self.name = path
+        self.is_local = not is_remote(path)
+        self._folder = epath.Path(os.path.expanduser(path))
+        self._work = self._folder / _WORK
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps a second run out; the system lets go of the lock when this process ends, however.
+
+        In a bucket nobody can hold a lock: there the second run finds the first one's command, and is refused.
+        """
+        if not self.is_local:
+            yield
+            return
+        Path(self._work).mkdir(parents=True, exist_ok=True)
+        try:
+            file = (Path(self._work) / _LOCK).open("w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, FileNotFoundError) as error:  # Or the other run has just removed its work folder.
+            remedy = "Wait until it has ended, or give another folder"
+            raise UserError("--output is in use by another run", self.name, remedy) from error
+        with file:
+            yield
+
+    def check_free(self, resume: bool) -> None:
+        """Raises `UserError` unless the folder is empty, or work in it has begun that `resume` asks to go on with."""
+        if not self._folder.exists():
+            return
+        if not self._folder.is_dir():
+            raise UserError("--output is a file", self.name, "Name a folder")
+        names = {path.name for path in self._folder.iterdir()}
+        if DATASET_FILE in names:
+            return  # For `begin` to judge, which knows the command.
+        if names - {_WORK} and not self._begun():
+            remedy = "Name a folder that is empty or not there yet"
+            raise UserError("--output holds something else", self.name, remedy)
+        if self._begun() and not resume:
+            remedy = "Give --resume to go on with it, or remove the folder"
+            raise UserError("--output holds a data set that is not finished", self.name, remedy)
+
+    def begin(self, command: Mapping[str, Any], tasks: Sequence[Task], resume: bool) -> DatasetInfo | None:
+        """Makes the folder ready for `tasks`, or answers the data set that this very `command` has made already.
+
+        Raises:
+          UserError: if the folder holds another data set, or the work of another command.
+        """
+        if (self._folder / DATASET_FILE).exists():
+            return self._finished(command, resume)
+        plan = "".join(task.to_json() + "\n" for task in tasks)
+        command = {**command, "plan": hashlib.sha256(plan.encode()).hexdigest()}
+        if not self._begun():
+            self._work.mkdir(parents=True, exist_ok=True)
+            self.write_text(f"{_WORK}/{_TASKS}", plan)
+            self.write_text(f"{_WORK}/{_COMMAND}", json.dumps(command, indent=1))
+            return None
+        self.check_free(resume)
+        try:
+            begun = json.loads((self._work / _COMMAND).read_text())
+        except ValueError:
+            begun = {}
+        for name, value in command.items():
+            if begun.get(name) == value:
+                continue
+            remedy = "Give the command that began it, or remove the folder and begin anew"
+            if name in ("input", "plan"):
+                raise UserError("--input finds other files than when this work began", command["input"], remedy)
+            raise UserError(f"--{name} is not {begun.get(name)!r}, with which this work began", value, remedy)
+        for path in self._work.iterdir():
+            if path.name.endswith((".part", ".error")):  # Of runs that have ended.
+                path.unlink(missing_ok=True)
+        return None
+
+    def _begun(self) -> bool:
+        return (self._work / _COMMAND).exists()
+
+    def _finished(self, command: Mapping[str, Any], resume: bool) -> DatasetInfo:
+        if resume:
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                info = DatasetInfo.from_json((self._folder / DATASET_FILE).read_text())
+                if info.made == json.loads(json.dumps(command)):
+                    return info
+        remedy = "Remove it first, or write to another folder"
+        raise UserError("--output holds a data set already", self.name, remedy)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A local folder where shards grow; for a bucket, one of its own that goes with what is left in it."""
+        if self.is_local:
+            yield Path(self._work)
+            return
+        with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
+            yield Path(folder)
+
+    def place(self, part: Path, name: str) -> None:
+        """Moves a finished local file here."""
+        if self.is_local:
+            place_in(Path(self._folder))(part, name)
+        else:
+            epath.Path(part).copy(self._folder / name, overwrite=True)
+            part.unlink()
+
+    def write_text(self, name: str, text: str) -> None:
+        if self.is_local:
+            write_text(Path(self._folder) / name, text)
+        else:
+            (self._folder / name).write_text(text)
+
+    def tasks(self) -> Iterator[Task]:
+        """The tasks that `begin` was given."""
+        for line in (self._work / _TASKS).read_text().splitlines():
+            yield Task.from_json(line)
+
+    def finish_task(self, task: Task, done: Done) -> None:
+        self.write_text(f"{_WORK}/{task.number:05d}.json", done.to_json())
+
+    def fail_task(self, task: Task, error: UserError) -> None:
+        """Notes down what the user can mend, for a runner that can't carry it."""
+        self.write_text(f"{_WORK}/{task.number:05d}.error", json.dumps([error.what, str(error.value), error.remedy]))
+
+    def failure(self) -> UserError | None:
+        """The first that was noted down."""
+        for path in sorted(self._work.glob("*.error")):
+            return UserError(*json.loads(path.read_text()))
+        return None
+
+    def done(self, tasks: Sequence[Task]) -> Iterator[Done | None]:
+        """What each of `tasks` left, None where it is not finished or its shards are not what they were."""
+        with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
+            yield from threads.map(self._done, tasks)
+
+    def _done(self, task: Task) -> Done | None:
+        file = self._work / f"{task.number:05d}.json"
+        try:
+            done = Done.from_json(file.read_text())
+            sizes = [(self._folder / shard.file).stat().length for shard in done.shards]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            return None
+        return done if sizes == [shard.bytes for shard in done.shards] else None
+
+    def finish(self, info: DatasetInfo) -> None:
+        """Writes `dataset.json`, by which the folder becomes a data set, and tidies up."""
+        self.write_text(DATASET_FILE, info.to_json())
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes the work folder."""
+        self._work.rmtree()

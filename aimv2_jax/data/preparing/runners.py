@@ -1,0 +1,113 @@
+"""Who does the tasks: this process, a pool of processes, or Apache Beam."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import shlex
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+
+from tqdm import tqdm
+
+from aimv2_jax.data.preparing.groups import Task
+from aimv2_jax.data.preparing.output import Output
+from aimv2_jax.data.preparing.work import GO_ON, Job, run_task
+from aimv2_jax.data.workers import start_worker
+from aimv2_jax.errors import UserError
+
+_AHEAD = 2  # Tasks handed over for each worker: none waits for the next one.
+
+
+def run_local(tasks: Sequence[Task], job: Job, workers: int) -> None:
+    """Does `tasks` in `workers` processes, in this one if that is 1, under a progress bar in bytes of input."""
+    workers = min(workers, len(tasks))
+    total = sum(task.num_bytes for task in tasks)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
+        records = samples = 0
+        for task, (kept, seen) in _in_turn(tasks, job) if workers <= 1 else _in_pool(tasks, job, workers):
+            records, samples = records + kept, samples + seen
+            bar.set_postfix_str(f"{records:,} of {samples:,} samples kept", refresh=False)
+            bar.update(task.num_bytes)
+
+
+def _counted(task: Task, job: Job) -> tuple[int, int]:
+    books = run_task(task, job).books
+    return books.records, books.samples
+
+
+def _in_turn(tasks: Sequence[Task], job: Job) -> Iterator[tuple[Task, tuple[int, int]]]:
+    for task in tasks:
+        yield task, _counted(task, job)
+
+
+def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Task, tuple[int, int]]]:
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(tasks)
+    running: dict[Future[tuple[int, int]], Task] = {}
+    pool = ProcessPoolExecutor(workers, context, start_worker, (0, workers))
+    try:
+        while True:
+            for task in itertools.islice(waiting, _AHEAD * workers - len(running)):
+                running[pool.submit(_counted, task, job)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        remedy = f"If the memory was full, give fewer --workers; {GO_ON}"
+        raise UserError("a worker process died while preparing", job.output, remedy) from error
+    finally:
+        if running:  # Something went wrong, or Ctrl-C: what the workers are at would be minutes more.
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def run_beam(tasks: Sequence[Task], job: Job, options: str) -> None:
+    """Does `tasks` as a Beam pipeline with the options of `--beam-options`; its workers read the tasks from the output.
+
+    Raises:
+      UserError: if Beam is not installed, or a task met what the user can mend.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        remedy = "Install it: pip install aimv2_jax[beam]"
+        raise UserError("--runner beam needs Apache Beam", str(error), remedy) from error
+    todo = frozenset(task.number for task in tasks)
+    try:
+        # No flag but these: without a list, it would read this program's own command line.
+        begun = beam.Pipeline(options=PipelineOptions(shlex.split(options)))
+    except (ValueError, SystemExit) as error:
+        raise UserError("--beam-options cannot be read", options, "Write them as for any Beam pipeline") from error
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    with begun as pipeline:
+        _ = (
+            pipeline
+            # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
+            | beam.Create([job.output])
+            | beam.FlatMap(_tasks)
+            | beam.Filter(lambda task: task.number in todo)
+            | beam.Reshuffle()
+            | beam.Map(partial(_noting, job=job))
+        )
+    if failure := Output(job.output).failure():
+        raise failure
+
+
+def _tasks(output: str) -> Iterator[Task]:
+    return Output(output).tasks()
+
+
+def _noting(task: Task, job: Job) -> None:
+    """Runners turn exceptions into text of many lines; what the user can mend is left in the output instead."""
+    try:
+        run_task(task, job)
+    except UserError as error:
+        Output(job.output).fail_task(task, error)

@@ -1,0 +1,286 @@
+"""Contact sheets: the pixels, numbers and texts that they show are those of the records and batches."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from aimv2_jax.data import contact_sheet, pipeline
+from aimv2_jax.data.books import Books
+from aimv2_jax.data.inspect import main
+from aimv2_jax.data.records import DatasetInfo, decode, write_dataset
+from aimv2_jax.data.sources import Source
+from aimv2_jax.data.transforms import decode_image, patchify, unpatchify
+from aimv2_jax.data.views import batch_sheet, dataset_sheet, row_picture
+
+QUICKSTART = str(Path(__file__).parents[2] / "experiments/quickstart.py")
+SAMPLE = "package:data/sample"
+
+
+def texts(figure):
+    return [item.get_text() for item in figure.texts]
+
+
+def words(figure):
+    return " ".join(texts(figure))
+
+
+def pictures(figure):
+    return [np.asarray(image.get_array()) for image in figure.images]
+
+
+def chart(figure, title):
+    [axes] = [axes for axes in figure.axes if axes.get_title(loc="left").startswith(title)]
+    return axes
+
+
+def saved(figure, path):
+    contact_sheet.save(figure, path)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def assert_nothing_overlaps(figure):
+    """No text lies on another, on a picture or beyond the sheet."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    width, height = figure.get_size_inches() * figure.dpi
+    boxes = [item.get_window_extent(renderer) for item in figure.texts if item.get_text().strip()]
+    boxes += [axes.get_tightbbox(renderer) for axes in figure.axes]
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+    for image in figure.images:
+        rows, columns = image.get_array().shape[:2]
+        boxes.append(box.from_bounds(image.ox, image.oy, columns, rows))
+    for one, other in itertools.combinations(boxes, 2):
+        across = min(one.x1, other.x1) - max(one.x0, other.x0)
+        down = min(one.y1, other.y1) - max(one.y0, other.y0)
+        assert min(across, down) < 1.5, (one, other)  # Letters with descenders may touch the next line's box.
+
+
+@pytest.fixture(scope="module")
+def config(make_config):
+    return make_config(data__batch_size=6)
+
+
+def test_batch_sheet_when_of_a_step_then_its_rows_pixel_for_pixel_with_number_source_and_text(
+    config, tokenizer, tmp_path
+):
+    figure = batch_sheet(config, "some.py", 3, 4)
+    with pipeline.training_batches(config, np.arange(6), 3, tokenizer) as batches:
+        arrays = next(batches).arrays
+    shown, sheet = pictures(figure), saved(figure, tmp_path / "sheet.png")
+    assert len(shown) == 4
+    for row, (image, picture) in enumerate(zip(figure.images, shown)):
+        pixels = unpatchify(arrays["patches"][row], (2, 2), 14)
+        np.testing.assert_array_equal(picture, pixels.repeat(8, 0).repeat(8, 1))
+        top = len(sheet) - image.oy - 224
+        np.testing.assert_array_equal(sheet[top : top + 224, image.ox : image.ox + 224], picture)
+    assert [text for text in texts(figure) if text.startswith("example ")] == [f"example {n}" for n in range(18, 22)]
+    assert "Rows 0 to 3 of 6, as the model gets them, every pixel drawn as 8 × 8" in words(figure)
+    assert "tokens, no more fit" in words(figure)
+    assert "some.py, step 3" in texts(figure) and "examples 18 to 23" in texts(figure)
+    for row in range(4):
+        source = list(config.data.sources)[arrays["source"][row]]
+        assert any(text in (f"{source} · alt", f"{source} · synthetic") for text in texts(figure))
+        assert f"2 × 2 patches · {arrays['token_valid'][row].sum()} tokens" in words(figure)
+        assert tokenizer.decode(arrays["tokens"][row]) in words(figure)
+
+
+def test_batch_sheet_when_counts_are_drawn_then_those_of_the_batch(config, tokenizer):
+    figure = batch_sheet(config, "some.py", 0, 1)
+    with pipeline.training_batches(config, np.arange(6), 0, tokenizer) as batches:
+        arrays = next(batches).arrays
+    sources = chart(figure, "Rows by source")
+    labels = [text.get_text() for text in sources.texts]
+    shown = dict(zip(labels[::2], labels[1::2]))
+    counts = np.bincount(arrays["source"], minlength=2)
+    assert shown == {name: str(count) for name, count in zip(config.data.sources, counts)}
+    for title, name in (("Tokens a row", "token_valid"), ("Patches a row", "valid")):
+        bars = chart(figure, title).patches
+        lengths = arrays[name].sum(axis=1)
+        wanted = np.bincount(lengths - lengths.min())
+        assert [bar.get_height() for bar in bars] == wanted.tolist()
+
+
+def test_batch_sheet_when_a_record_is_unusable_then_named_beside_its_replacement(make_config, make_dataset, datasets):
+    bad = make_dataset("bad", 4, {1: {"image": b"no picture"}})
+    mixture = {"bad": {"alt": 0.5}, "blue": {"alt": 0.5}}
+    config = make_config({"bad": bad, "blue": datasets["blue"]}, mixture, data__batch_size=8)
+    figure = batch_sheet(config, "some.py", 0, 8)
+    assert "in place of" in texts(figure) and "bad/1: undecodable_image" in words(figure)
+    assert "undecodable_image: 1" in texts(figure)
+
+
+def test_batch_sheet_when_the_config_has_workers_then_none_is_started(make_config, monkeypatch):
+    asked = []
+    real = pipeline.training_batches
+    monkeypatch.setattr(pipeline, "training_batches", lambda config, *args: asked.append(config) or real(config, *args))
+    batch_sheet(make_config(data__workers=4), "some.py", 0, 1)
+    assert [config.data.workers for config in asked] == [0]
+
+
+def test_batch_sheet_when_the_batch_is_large_then_few_rows_are_read_and_that_is_said(make_config, monkeypatch):
+    monkeypatch.setattr("aimv2_jax.data.views.MOST_ROWS", 5)
+    figure = batch_sheet(make_config(data__batch_size=10_000), "some.py", 2, 7)
+    assert len(figure.images) == 5
+    assert "Rows 0 to 4 of 10,000" in words(figure) and "Counts are of the first 5 rows" in words(figure)
+    assert "example 20,000" in texts(figure)
+
+
+def test_row_picture_when_grids_differ_by_row_then_each_is_its_own_picture():
+    rng = np.random.default_rng(0)
+    for grid in ((2, 3), (3, 1), (1, 1)):
+        pixels = rng.integers(0, 256, (grid[0] * 4, grid[1] * 4, 3), np.uint8)
+        count = grid[0] * grid[1]
+        patches = rng.integers(0, 256, (8, 48), np.uint8)  # Behind the valid ones: whatever lies there.
+        coords = rng.integers(0, 9, (8, 2)).astype(np.int32)
+        order = rng.permutation(count)
+        patches[:count] = patchify(pixels, 4)[order]
+        coords[:count] = np.indices(grid).reshape(2, -1).T[order]
+        np.testing.assert_array_equal(row_picture(patches, coords, np.arange(8) < count, 4), pixels)
+
+
+def test_dataset_sheet_when_drawn_then_records_from_first_to_last_with_captions_and_labels(datasets):
+    source = Source("red", datasets["red"])
+    figure = dataset_sheet(source, "data/red", 4)
+    for place, picture in zip((0, 4, 8, 12), pictures(figure)):
+        record = decode(source.read(place))
+        pixels = np.asarray(decode_image(record.image))
+        np.testing.assert_array_equal(picture, contact_sheet.magnified(pixels, 224 // max(pixels.shape)))
+        assert record.key in texts(figure)
+        assert record.captions["alt"] in texts(figure) and record.captions["synthetic"] in words(figure)
+        assert f"number = {place}" in texts(figure)
+        assert f"{pixels.shape[1]} × {pixels.shape[0]} · " in words(figure)
+    assert len(figure.images) == 4
+    assert "13 in 3 shards" in words(figure) and "alt: 13 (100 %)" in texts(figure)
+
+
+def test_dataset_sheet_when_records_are_unusable_then_their_reason_stands_in_place_of_the_picture(make_dataset):
+    changes = {0: {"image": b""}, 2: {"image": b"junk", "key": "the/bad one"}}
+    folder = Path(make_dataset("bad", 4, changes, shard_bytes=1))
+    (folder / "00003.arrayrecord").write_bytes(b"")
+    figure = dataset_sheet(Source("bad", str(folder)), "bad", 9)
+    assert len(figure.images) == 1
+    assert {"empty_image", "undecodable_image", "unreadable_record", "the/bad one", "record 3"} <= set(texts(figure))
+    assert "3 of these cannot be used" in words(figure)
+    assert_nothing_overlaps(figure)
+
+
+def test_sheets_when_texts_are_long_and_pictures_odd_then_nothing_overlaps(make_dataset, encoded_picture):
+    long = {
+        "alt": "日本語の説明 " * 40,
+        "other kind of a rather long name for a kind": "word " * 300,
+        "third": "x" * 9000,
+    }
+    changes = {
+        0: {"captions": long, "key": "folder/" * 40},
+        1: {"image": encoded_picture(2000, 3)},
+        2: {"image": encoded_picture(1, 1), "labels": {f"label{i}": "a value " * 9 for i in range(30)}, "captions": {}},
+        3: {"image": encoded_picture(500, 700)},
+    }
+    for count in (1, 2, 7):
+        figure = dataset_sheet(Source("odd", make_dataset("odd", 7, changes)), "a/long/path" * 30, count)
+        assert_nothing_overlaps(figure)
+        assert all(max(picture.shape) <= 224 for picture in pictures(figure))
+
+
+@pytest.fixture
+def encoded_picture():
+    from tests.data.conftest import encoded
+
+    return lambda width, height: encoded(np.full((height, width, 3), 99, np.uint8))
+
+
+def test_dataset_sheet_when_sizes_are_counted_then_bars_add_up_to_the_pictures(datasets):
+    figure = dataset_sheet(Source("red", datasets["red"]), "red", 13)
+    for title in ("Shorter side", "Aspect"):
+        assert sum(bar.get_height() for bar in chart(figure, title).patches) == 13
+
+
+def test_dataset_sheet_when_the_set_has_books_then_its_drops_and_all_its_sizes_are_shown(tmp_path, make_record):
+    books, folder = Books(), tmp_path / "red"
+    write_dataset(folder, (make_record("red", i) for i in range(9)))
+    for _ in range(9):
+        books.keep({"alt": ""}, {}, (900, 600))
+    books.drop("too_small", "tiny one")
+    books.lose("damaged_header", 4, 5000, None)
+    shards = Source("red", str(folder)).info.shards
+    (folder / "dataset.json").write_text(DatasetInfo.of(books, shards, {}).to_json())
+    figure = dataset_sheet(Source("red", str(folder)), "red", 2)
+    assert {"14 samples, 5 left out", "too_small: 1 (first: tiny one)", "damaged_header: 4, 5 kB"} <= set(texts(figure))
+    for title, place in (("Shorter side, all records", 512), ("Aspect, all records", 1.4)):
+        axes = chart(figure, title)
+        assert [bar.get_height() for bar in axes.patches] == [9]
+        assert f"{place:g}" in [label.get_text() for label in axes.get_xticklabels()]
+
+
+def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown():
+    figure = dataset_sheet(Source("photo", f"{SAMPLE}/train/photo"), "photo", 5)
+    assert sum(bar.get_height() for bar in chart(figure, "Aspect, the 5 shown").patches) == 5
+    assert "not recorded: the set is of format 1" in texts(figure)
+
+
+def test_main_when_given_a_set_then_a_png_of_the_size_that_its_tiles_need(tmp_path, capsys):
+    for number, (count, columns, rows) in enumerate([(1, 1, 1), (24, 6, 4)]):
+        output = tmp_path / f"{number}.png"
+        assert main([f"{SAMPLE}/train/photo", "--output", str(output), "--max-pictures", str(count)]) == 0
+        assert capsys.readouterr().out == f"{output}\n"
+        with Image.open(output) as image:
+            assert image.format == "PNG" and image.width == 15 + columns * (208 + 16) + 16 + 330 + 15
+            assert image.height >= 76 + rows * 104
+
+
+def test_main_when_given_a_config_with_overrides_then_their_batch_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(contact_sheet, "save", lambda figure, path: drawn.append(figure))
+    flags = ["--config.data.batch_size=3", "--config.seed", "5", "--step", "7", "--output", str(tmp_path / "a.PNG")]
+    assert main([QUICKSTART, *flags]) == 0
+    [figure] = drawn
+    assert "Rows 0 to 2 of 3" in words(figure) and "example 21" in texts(figure)
+    assert_nothing_overlaps(figure)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/nowhere"], "no such folder or file: '/nowhere'"),
+        (["{tmp}"], "neither a prepared data set nor a config: the folder has no dataset.json"),
+        ([f"{SAMPLE}/train"], "Give one of the data sets in it: other, photo"),
+        (["{tmp}/notes.txt"], "neither a prepared data set nor a config"),
+        (["{tmp}/empty.py"], "the file has no get_config()"),
+        ([QUICKSTART, "--config.data.bath_size=3"], "unknown config key"),
+        ([QUICKSTART, "--step", "-1"], "--step is below zero: -1"),
+        ([QUICKSTART, "--config.tokenizer.path=none"], "config tokenizer.path: no such file"),
+        ([f"{SAMPLE}/train/photo", "--step", "1"], "are for a config"),
+        ([f"{SAMPLE}/train/photo", "--output", "{tmp}/none/a.png"], "--output: no such folder"),
+        ([f"{SAMPLE}/train/photo", "--output", "{tmp}/a.jpg"], "does not end in .png"),
+        ([f"{SAMPLE}/train/photo", "--output", "{tmp}/folder.png"], "--output is a folder"),
+        (["{tmp}/void"], "the data set: the data set has no records"),
+    ],
+)
+def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsys, arguments, says):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty.py").touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "void").mkdir()
+    void = '{"format_version": 1, "shards": [], "records": 0, "bytes": 0, "kinds": {}, "labels": []}'
+    (tmp_path / "void/dataset.json").write_text(void)
+    default = [] if "--output" in arguments else ["--output", str(tmp_path / "sheet.png")]
+    assert main([word.replace("{tmp}", str(tmp_path)) for word in arguments] + default) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert not (tmp_path / "sheet.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), ([], 2), (["x", "--output", "a.png", "--max-pictures", "201"], 2), (["x", "--step", "a"], 2)],
+)
+def test_main_when_flags_are_wrong_then_code_2_and_help_is_0(arguments, code, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == code
+    assert "help" in "".join(capsys.readouterr())
