@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from PIL import Image
 
 from aimv2_jax.data import captions, records, transforms
+from aimv2_jax.data.clock import StageClock
+from aimv2_jax.data.pictures import Picture, open_picture
 from aimv2_jax.data.plan import Plan, example_rng
-from aimv2_jax.data.records import REASONS, BadRecord
+from aimv2_jax.data.records import REASONS, BadRecord, Record
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import GuardStop
 
@@ -54,11 +55,11 @@ class TrainingView:
     ratio: tuple[float, float]
     flip: float
 
-    def __call__(self, image: Image.Image, example: int) -> np.ndarray:
+    def __call__(self, picture: Picture, example: int, clock: StageClock) -> np.ndarray:
         crop_rng = example_rng(self.seed, "crop", example)
-        pixels = transforms.random_resized_crop(image, crop_rng, self.size, self.area, self.ratio)
+        box = transforms.crop_box(crop_rng, *picture.size, self.area, self.ratio)
         flipped = example_rng(self.seed, "flip", example).random() < self.flip
-        return transforms.flip(pixels) if flipped else pixels
+        return _look(picture, box, self.size, flipped, clock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +68,39 @@ class CenterView:
 
     size: int
 
-    def __call__(self, image: Image.Image, example: int) -> np.ndarray:
-        return transforms.center_crop(image, self.size)
+    def __call__(self, picture: Picture, example: int, clock: StageClock) -> np.ndarray:
+        return _look(picture, transforms.center_box(*picture.size), self.size, False, clock)
 
 
-def load(source: Source, index: int, kind: str) -> tuple[Image.Image, bytes]:
-    """The picture of a record and its cleaned caption of `kind` in UTF-8; raises `BadRecord`."""
+def _look(picture: Picture, box: transforms.Box, size: int, flipped: bool, clock: StageClock) -> np.ndarray:
+    image, box = picture.decode(box, size)
+    clock.lap("decode")
+    pixels = transforms.resize(image, box, size, flipped)
+    clock.lap("resize")
+    return pixels
+
+
+View = Callable[[Picture, int, StageClock], np.ndarray]
+"""(a picture, the example's number, the clock of its batch) -> pixels; raises `BadRecord`."""
+
+
+def load(
+    source: Source, index: int, kind: str, view: View, example: int, clock: StageClock
+) -> tuple[np.ndarray, bytes]:
+    """What `view` makes of a record's picture for `example`, and the caption of `kind`; raises `BadRecord`."""
     record = records.decode(source.read(index))
+    clock.lap("read")
+    return render(record, kind, view, example, clock)
+
+
+def render(record: Record, kind: str, view: View, example: int, clock: StageClock) -> tuple[np.ndarray, bytes]:
+    """What `view` makes of the picture for `example`, and the cleaned caption in UTF-8; raises `BadRecord`."""
     try:
         if kind not in record.captions:
             raise BadRecord("missing_caption")
-        caption = captions.clean(record.captions[kind])
-        return transforms.decode_image(record.image), caption.encode()
+        caption = captions.clean(record.captions[kind]).encode()
+        clock.lap("caption")
+        return view(open_picture(record.image), example, clock), caption
     except BadRecord as error:
         raise BadRecord(error.reason, record.key) from error
 
@@ -90,6 +112,7 @@ class _Rows:
         count, num_patches = len(examples), grid[0] * grid[1]
         self._step, self._patch_size = step, patch_size
         self._captions, self._faults = [b""] * count, []
+        self.clock = StageClock()
         self.arrays = {
             "patches": np.zeros((count, num_patches, 3 * patch_size**2), np.uint8),
             "coords": np.broadcast_to(transforms.patch_coords(grid), (count, num_patches, 2)).copy(),
@@ -103,13 +126,14 @@ class _Rows:
         self.arrays["patches"][row] = transforms.patchify(pixels, self._patch_size)
         self.arrays["valid"][row] = True
         self._captions[row] = caption
+        self.clock.lap("patchify")
 
     def blame(self, row: int, fault: Fault) -> None:
         self.arrays["faults"][row, REASONS.index(fault.reason)] += 1
         self._faults.append(fault)
 
     def done(self) -> LocalBatch:
-        return LocalBatch(self._step, self.arrays, self._captions, self._faults)
+        return LocalBatch(self._step, self.arrays, self._captions, self._faults, dict(self.clock.seconds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +143,7 @@ class TrainingBatches:
     plan: Plan
     sources: Mapping[str, Source]
     rows: tuple[int, ...]
-    view: Callable[[Image.Image, int], np.ndarray]
+    view: View
     grid: tuple[int, int]
     patch_size: int
 
@@ -132,12 +156,12 @@ class TrainingBatches:
             rows.arrays["source"][row] = order.index(draw.source)
             for index in self.plan.records(draw):
                 try:
-                    image, caption = load(source, index, draw.kind)
+                    pixels, caption = load(source, index, draw.kind, self.view, example, rows.clock)
                 except BadRecord as error:
                     tried[error.reason] += 1
                     rows.blame(row, Fault(example, source.name, index, error.key, error.reason))
                     continue
-                rows.fill(row, self.view(image, example), caption)
+                rows.fill(row, pixels, caption)
                 break
             else:
                 reasons = ", ".join(f"{count} x {reason}" for reason, count in tried.items())
@@ -161,7 +185,7 @@ class EvaluationBatches:
     kind: str
     batch_size: int
     rows: tuple[int, ...]
-    view: Callable[[Image.Image, int], np.ndarray]
+    view: View
     grid: tuple[int, int]
     patch_size: int
 
@@ -180,9 +204,9 @@ class EvaluationBatches:
             index = example - (int(ends[which]) - count)
             rows.arrays["source"][row] = order.index(name)
             try:
-                image, caption = load(self.sources[name], index, self.kind)
+                pixels, caption = load(self.sources[name], index, self.kind, self.view, example, rows.clock)
             except BadRecord as error:
                 rows.blame(row, Fault(example, name, index, error.key, error.reason))
                 continue
-            rows.fill(row, self.view(image, example), caption)
+            rows.fill(row, pixels, caption)
         return rows.done()

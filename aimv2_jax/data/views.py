@@ -27,6 +27,7 @@ from aimv2_jax.data.contact_sheet import (
     fitted,
     magnified,
 )
+from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.pipeline import HostBatch
 from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.records import BadRecord
@@ -64,7 +65,7 @@ def _record_tile(source: Source, place: int) -> tuple[Tile, tuple[int, int] | No
     if record.labels:
         texts["labels"] = ", ".join(f"{name} = {value}" for name, value in record.labels.items())
     try:
-        image = transforms.decode_image(record.image)
+        image = decode_image(record.image)
     except BadRecord as error:
         return Tile(record.key, f"{where} · {_bytes(len(record.image))}", texts, problem=error.reason), None
     width, height = image.size

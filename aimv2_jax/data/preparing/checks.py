@@ -11,8 +11,8 @@ from typing import Any
 from aimv2_jax.data import captions
 from aimv2_jax.data.headers import BadHeader, image_size
 from aimv2_jax.data.inputs.samples import Sample
+from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.records import BadRecord, Record
-from aimv2_jax.data.transforms import decode_image
 
 MOST_LETTERS = 4096  # Of a caption or label: many times the 76 pieces that a model reads.
 _DIGESTS = {32: hashlib.md5, 64: hashlib.sha256}  # By the letters of their hexadecimal.
