@@ -87,14 +87,14 @@ class Output:
         if not self.is_local:
             yield
             return
-        Path(self._work).mkdir(parents=True, exist_ok=True)
-        try:
-            file = (Path(self._work) / _LOCK).open("w")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError) as error:  # Or the other run has just removed its work folder.
-            remedy = "Wait until it has ended, or give another folder"
-            raise UserError("--output is in use by another run", self.name, remedy) from error
-        with file:
+        lock = Path(self._work) / _LOCK
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                remedy = "Wait until it has ended, or give another folder"
+                raise UserError("--output is in use by another run", self.name, remedy) from error
             yield
 
     @_told
