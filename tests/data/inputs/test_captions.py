@@ -97,6 +97,11 @@ def test_csv_when_a_cell_is_larger_than_memory_should_hold_then_rows_are_still_c
     assert len(samples) + 1 == shard.stop
 
 
+def test_csv_when_its_header_is_damaged_then_rows_without_images(folder):
+    samples, damages = books(table(folder, "file_name\r,caption\na.jpg,A\n"))
+    assert ([sample.image for sample in samples], damages) == ([None], [])
+
+
 @pytest.mark.parametrize(
     "name",
     ["missing.jpg", "../secret.jpg", "sub/../../secret.jpg", "ABSOLUTE", "gs://bucket/a.jpg", "", ".", "sub", "a\0.jpg"]

@@ -102,13 +102,12 @@ def tar_round(folder, seed):
     with no_hang():
         shards = [InputShard("webdataset", str(folder / name), len(data)) for name in ("0.tar", "1.tar")]
         (samples, damages), (bare_samples, _) = (books(shard) for shard in shards)
-        for shard in shards:
-            read.default_captions(shard)
-            read.check_fields(shard, [])
+        read.default_captions(shards[0])
     assert len(samples) + lost(damages) == COUNT, seed
-    # What statistics change is which fragments are left out: no whole pair is.
+    # Statistics only leave fragments out: no whole pair, unless repeated pieces under cut names make too many.
+    keys, bare_keys = ({sample.key for sample in found} for found in (samples, bare_samples))
     whole = {sample.key for sample in bare_samples if sample.image and sample.fields}
-    assert whole <= {sample.key for sample in samples} <= {sample.key for sample in bare_samples}, seed
+    assert keys <= bare_keys and (whole <= keys or len(whole) > COUNT), seed
     return len(samples), lost(damages), sum(damage.num_bytes for damage in damages)
 
 
@@ -131,7 +130,9 @@ def parquet_round(folder, seed):
     data = damaged(random.Random(seed), _parquet())
     path.write_bytes(data)
     try:
-        announced = pyarrow.parquet.read_metadata(path).num_rows
+        footer = pyarrow.parquet.read_metadata(path)
+        groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+        announced = footer.num_rows if min(groups) >= 0 and sum(groups) == footer.num_rows else None
     except Exception:  # The footer is gone, and with it the count.
         announced = None
     with no_hang():

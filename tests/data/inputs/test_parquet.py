@@ -1,5 +1,8 @@
 """Pairs out of parquet tables, sound and damaged."""
 
+import errno
+import io
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -117,6 +120,32 @@ def test_table_when_cut_then_damage_that_nobody_can_count(table, cut):
     found = shard(path)
     assert books(found) == ([], [Damage("damaged_parquet", 0, path.stat().st_size)])
     assert parquet.fields(found.path) is None
+
+
+def test_table_when_the_disk_fails_then_the_error_passes(table, monkeypatch):
+    found = shard(table(img2dataset(9)))
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        books(found)
+
+
+def test_counts_when_the_footer_contradicts_itself_then_damage_that_nobody_can_count(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"jpg": [b"1"]}), tmp_path / "a.parquet")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    for at in range(len(data) - 8, 0, -1):  # One of these bits belongs to a count of rows.
+        changed = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        try:
+            footer = pyarrow.parquet.ParquetFile(io.BytesIO(changed)).metadata
+        except (ValueError, OSError):
+            continue
+        if footer.num_row_groups == 1 and footer.row_group(0).num_rows != footer.num_rows:
+            break
+    (tmp_path / "a.parquet").write_bytes(changed)
+    assert books(shard(tmp_path / "a.parquet")) == ([], [Damage("damaged_parquet", 0, len(changed))])
 
 
 @pytest.mark.parametrize("columns", [{"caption": ["a"]}, {"image": ["a.jpg"]}, {"image": [{"path": "a.jpg"}]}])
