@@ -230,7 +230,7 @@ def _parser() -> Parser:
     add("--decode", action="store_true", help="decodes every picture in full: finds those that are cut")
     add("--workers", type=_whole(1), metavar="N", help="processes (one for each CPU)")
     add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
-    add("--beam-options", metavar="OPTIONS", help='of the Beam pipeline, in one string: "--runner=DataflowRunner ..."')
+    add("--beam-options", metavar="OPTIONS", help="of the pipeline: --beam-options='--runner=DataflowRunner ...'")
     add("--resume", action="store_true", help="goes on with the work that an interrupted run has left in --output")
     return parser
 
