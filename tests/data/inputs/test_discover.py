@@ -1,5 +1,6 @@
 """What is found where."""
 
+import dataclasses
 import gzip
 import os
 import pickle
@@ -7,9 +8,9 @@ import pickle
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_inputs import packed, pairs, picture
+from small_inputs import books, packed, pairs, picture
 
-from aimv2_jax.data.inputs import discover
+from aimv2_jax.data.inputs import discover, files, read
 from aimv2_jax.errors import UserError
 
 TABLE = pyarrow.table({"image": [b"1"], "caption": ["a"]})
@@ -147,8 +148,6 @@ def bucket(tree, monkeypatch):
 
 @pytest.mark.parametrize("given", ["", "/*/*"])
 def test_bucket_when_given_then_the_same_samples(tree, bucket, given):
-    from small_inputs import books
-
     (tree / "pictures/a.jpg").write_bytes(picture(0))
     there, here = discover.find([bucket + given]), discover.find([str(tree)])
     assert [shard.path for shard in there] == [shard.path.replace(str(tree), bucket) for shard in here]
@@ -156,5 +155,17 @@ def test_bucket_when_given_then_the_same_samples(tree, bucket, given):
 
 
 def test_bucket_when_without_the_input_then_the_user_is_told(bucket):
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match=r"^--input is not there"):
         discover.find([f"{bucket}/missing.tar"])
+
+
+def test_bucket_when_its_shard_is_gone_then_the_user_is_told(bucket):
+    [shard] = discover.find([f"{bucket}/tars/00000.tar"])
+    with pytest.raises(UserError, match=r"input cannot be read.*gs://bucket/tars/gone\.tar"):
+        list(read.read(dataclasses.replace(shard, path=shard.path.replace("00000", "gone"))))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "gone.jpg", "../tars/00000.tar", "gs://bucket/tars/00000.tar"])
+def test_bucket_when_a_picture_cannot_be_had_then_no_image(tree, bucket, name):
+    (tree / "pictures/a.jpg").write_bytes(picture(0))
+    assert files.read_beside(f"{bucket}/pictures", name) == (picture(0) if name == "a.jpg" else None)

@@ -44,6 +44,7 @@ def test_member_when_a_link_or_a_folder_then_left_out():
         for name, kind in (("folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "x" * 200
+            info.size = 700  # Of what it links to, as some programs write it.
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("file"))
     assert scanned(buffer.getvalue()) == ({"file": b""}, [])
@@ -98,6 +99,13 @@ def test_bytes_when_missing_inside_a_member_then_the_next_ones_are_found_at_odd_
     members, gaps = scanned(data[:at] + data[at + 333 :])
     assert members == without("3.bin")
     assert [gap.name for gap in gaps] == ["3.bin"]
+
+
+def test_bytes_when_missing_behind_a_member_then_it_is_whole_and_nothing_is_passed_over():
+    data = packed(FILES)
+    at = header_offsets(data)["1.bin"] + BLOCK + len(FILES["1.bin"])
+    members, gaps = scanned(data[:at] + data[at + 200 :])
+    assert (members, gaps) == (FILES, [])
 
 
 @pytest.mark.parametrize("junk", [b"junk", b"J" * 5000])

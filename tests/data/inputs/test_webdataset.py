@@ -145,6 +145,13 @@ def test_tar_when_cut_in_the_middle_then_the_pairs_before_it(shard, successes):
     assert damage == Damage("damaged_tar", 1 if successes is None else 2, 612, "000000003")
 
 
+def test_tar_when_cut_behind_the_text_of_a_pair_then_the_pair_is_given_without_its_picture(shard):
+    data = packed(sorted(pairs(2).items(), reverse=True))  # NAME.txt, NAME.json, NAME.jpg
+    samples, damages = books(shard(data[: header_offsets(data)["000000000.jpg"] + 600]))
+    assert [(sample.key, sample.image is None) for sample in samples] == [("000000001", False), ("000000000", True)]
+    assert damages == [Damage("damaged_tar", 0, 600)]
+
+
 def test_tar_when_cut_between_two_pairs_then_statistics_tell(shard):
     data = packed(pairs(5))
     samples, [damage] = books(shard(data[: header_offsets(data)["000000003.jpg"]], successes=5))
