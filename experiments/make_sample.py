@@ -9,15 +9,15 @@ Two runs give the same bytes.
 
 from __future__ import annotations
 
-import collections
-import json
 import shutil
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from aimv2_jax.data import captions
+from aimv2_jax.data.inputs.discover import find
+from aimv2_jax.data.inputs.read import read
+from aimv2_jax.data.inputs.samples import Damage
 from aimv2_jax.data.records import Record, write_dataset
 from aimv2_jax.data.tokenizer_training import train_model
 from aimv2_jax.errors import UserError, reports_user_errors
@@ -44,32 +44,30 @@ captions after `aimv2_jax.data.captions.clean`; pad 0, end 1, unknown 2.
 
 
 def read_tar(path: Path) -> Iterator[Record]:
-    """The pairs of a webdataset tar, by key."""
-    members: dict[str, dict[str, bytes]] = collections.defaultdict(dict)
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.isfile():
-                stem, _, extension = member.name.partition(".")
-                members[stem][extension] = tar.extractfile(member).read()
-    for _, files in sorted(members.items()):
-        fields = json.loads(files["json"])
+    """The pairs of a webdataset tar, by key; raises `UserError` if a part of it cannot be read."""
+    [shard] = find([str(path)])
+    samples = []
+    for item in read(shard):
+        if isinstance(item, Damage):
+            remedy = "Give the folder of the sample, or copy the file again"
+            raise UserError("--input has a tar that cannot be read", str(path), remedy)
+        samples.append(item)
+    for sample in sorted(samples, key=lambda sample: sample.key):
+        fields = {field: sample.fields.get(f"json:{field}") for field in (*KINDS, *LABELS, "source", "picture_key")}
+        absent = [field for field, value in fields.items() if value is None]
+        if absent or sample.image is None:
+            what = f"--input has a pair without {', '.join(absent) or 'its picture'}"
+            raise UserError(what, f"{path}: {sample.key}", "Give the folder of the sample")
         yield Record(
             key=f"{fields['source']}/{fields['picture_key']}",
-            image=files["jpg"],
+            image=sample.image,
             captions={kind: fields[kind] for kind in KINDS},
             labels={name: fields[name] for name in LABELS},
         )
 
 
 def _pairs(source: Path, split: str) -> list[Record]:
-    pairs = []
-    for path in sorted(source.glob(f"{split}/*.tar")):
-        try:
-            pairs += read_tar(path)
-        except (tarfile.TarError, ValueError, LookupError, EOFError) as error:
-            remedy = "Give the folder of the sample, or copy the file again"
-            raise UserError("--input has a tar that cannot be read", str(path), remedy) from error
-    return pairs
+    return [record for path in sorted(source.glob(f"{split}/*.tar")) for record in read_tar(path)]
 
 
 def make(source: Path, target: Path) -> None:

@@ -4,10 +4,11 @@
         --caption alt=txt --caption synthetic=json:synthetic_caption --label class=json:class
 
 Inputs, recognised by looking: webdataset tars as img2dataset writes them, img2dataset's parquet, Hugging Face's
-image-text parquet, folders with captions.jsonl or captions.csv. Local, or in a bucket (gs://).
+image-text parquet, .jsonl and .csv tables beside their pictures. Local, or in a bucket (gs://).
 
-FIELD is, for a tar: the extension of a member (txt), or json:NAME for a name in its json member;
-for parquet, jsonl and csv: the column or name.
+FIELD is, for a tar: txt, or json:NAME for a name in the json member; for parquet and csv: a column; for jsonl: a key.
+Without --caption, the kind alt is a tar's txt (or json:caption), or the first of caption, text, alt, TEXT, alt_text,
+description that a table has.
 
 A sample is left out where its picture can't be opened, is too small, large or elongated, or no caption is left after
 cleaning; what is left out is counted by reason in OUTPUT/dataset.json. Interrupted, the same command with --resume
@@ -27,7 +28,7 @@ from typing import Any
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.inputs.discover import InputShard, find
-from aimv2_jax.data.inputs.read import check_fields
+from aimv2_jax.data.inputs.read import check_fields, default_captions
 from aimv2_jax.data.preparing.checks import Rules
 from aimv2_jax.data.preparing.groups import Task, tasks_of
 from aimv2_jax.data.preparing.output import Output
@@ -43,6 +44,7 @@ _UNITS = {"": 1, "B": 1} | {
     for unit, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT", start=1)
 }
+_LOOKED_AT = 5
 _LEAST_SHARD = 1000  # A bare "1" is a slip: it would make a file of every record.
 
 
@@ -63,10 +65,7 @@ def prepare(
     place = Output(output)
     place.check_free(resume)
     shards = find(inputs)
-    for shard in {
-        shard.kind: shard for shard in reversed(shards)
-    }.values():  # The first of each kind; a task checks all.
-        check_fields(shard, rules.fields)
+    _check(shards, rules)
     tasks, command = tasks_of(shards, shard_size), _command(shards, rules, shard_size)
     with place.claimed():
         finished = place.begin(command, tasks, resume)
@@ -79,6 +78,17 @@ def prepare(
         else:
             run_beam(todo, job, beam_options)
         return _finish(place, tasks, command)
+
+
+def _check(shards: Sequence[InputShard], rules: Rules) -> None:
+    """Tells mistakes in fields at once, by the first shards of each kind; a task checks all of its own."""
+    for kind in dict.fromkeys(shard.kind for shard in shards):
+        first = [shard for shard in shards if shard.kind == kind][:_LOOKED_AT]
+        check_fields(first[0], rules.fields)
+        # Several: the first one may be too damaged to tell.
+        if not rules.captions and not any(default_captions(shard) for shard in first):
+            remedy = "Name one: --caption KIND=FIELD; --help says what FIELD can be"
+            raise UserError(f"no --caption, and this {kind} input has none of the usual ones", first[0].path, remedy)
 
 
 def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int) -> dict[str, Any]:
@@ -220,7 +230,7 @@ def _parser() -> Parser:
     add("--decode", action="store_true", help="decodes every picture in full: finds those that are cut")
     add("--workers", type=_whole(1), metavar="N", help="processes (one for each CPU)")
     add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
-    add("--beam-options", metavar="OPTIONS", help='of the Beam pipeline, in one string: "--runner=DataflowRunner ..."')
+    add("--beam-options", metavar="OPTIONS", help="of the pipeline: --beam-options='--runner=DataflowRunner ...'")
     add("--resume", action="store_true", help="goes on with the work that an interrupted run has left in --output")
     return parser
 

@@ -9,7 +9,9 @@ import msgpack
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
+from aimv2_jax.data.books import Books
 from aimv2_jax.data.records import BadRecord, DatasetInfo, Record, decode, encode, write_dataset
+from aimv2_jax.data.shards import Shard
 from aimv2_jax.errors import UserError
 
 RECORD = Record(
@@ -26,12 +28,12 @@ def test_record_when_its_dicts_are_in_another_order_then_same_bytes():
     assert encode(turned) == encode(RECORD)
 
 
-def test_record_when_any_bit_is_flipped_then_corrupt():
+def test_record_when_any_bit_is_flipped_then_corrupt_or_in_its_first_byte_of_another_version():
     data = encode(RECORD)
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(BadRecord, match="corrupt_record"):
+        with pytest.raises(BadRecord, match="other_version" if bit < 8 else "corrupt_record"):
             decode(bytes(flipped))
 
 
@@ -68,6 +70,40 @@ def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tm
         assert "group_size:1," in reader.writer_options_string()
         read += [decode(data) for data in reader.read_all()]
     assert read == records
+
+
+def test_dataset_when_written_then_histograms_of_the_pictures_that_have_a_size(tmp_path, make_record):
+    records = [make_record("red", i) for i in range(9)] + [make_record("red", 9, image=b"none")]
+    info = write_dataset(tmp_path, records)
+    assert {name: sum(histogram.counts) for name, histogram in info.histograms.items()} == {
+        "shorter_side_px": 9,
+        "aspect": 9,
+    }
+    side = info.histograms["shorter_side_px"]
+    assert side.edges[:4] == (16, 24, 32, 48) and side.counts[:1] == (0,) and sum(side.counts[:4]) == 9
+
+
+def test_dataset_when_its_file_is_of_version_1_then_read_and_of_others_refused(tmp_path, make_record):
+    info = write_dataset(tmp_path, [make_record("red", i) for i in range(3)])
+    tree = json.loads(info.to_json())
+    old = {name: tree[name] for name in ("shards", "records", "bytes", "kinds", "labels")}
+    read = DatasetInfo.from_json(json.dumps(old | {"format_version": 1}))
+    assert read == dataclasses.replace(info, format_version=1, histograms={})
+    assert read.samples == 3
+    for version in (0, 3):
+        with pytest.raises(ValueError, match=f"version {version}"):
+            DatasetInfo.from_json(json.dumps(tree | {"format_version": version}))
+
+
+def test_dataset_when_it_has_accounts_then_written_and_read_alike():
+    books = Books()
+    books.keep({"alt": "x"}, {"l": "y"}, (100, 50))
+    books.drop("too_small", "a")
+    books.change("caption_cut", "b")
+    books.lose("damaged_tar", 2, 512, "c")
+    info = DatasetInfo.of(books, [Shard("0.arrayrecord", 1, 65536)], {"min-side": 32, "max-side": None})
+    assert info.samples == 4
+    assert DatasetInfo.from_json(info.to_json()) == info
 
 
 def test_dataset_when_written_twice_then_same_bytes(tmp_path, make_record):

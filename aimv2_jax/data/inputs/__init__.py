@@ -24,8 +24,8 @@ Books: whatever was announced or begun is given as a `Sample` or counted in a `D
 
   damaged_tar      headers or members that cannot be read. Reading goes on at the next header in order. `samples` is the
                    difference to the `successes` of NAME_stats.json; without that file, pairs that are known by name
-  fragment         a stem that damage made, beyond what NAME_stats.json announces; part of a sample counted already
-  wrong_stats      NAME_stats.json that cannot be true, and was not believed
+  fragment         a stem beyond those that NAME_stats.json announces: a torn or repeated sample, counted already
+  wrong_stats      NAME_stats.json that cannot be true (no number, or fewer than the pairs of a sound tar): not believed
   broken_json      a .json member that is no JSON object; its sample is given without these fields
   damaged_parquet  the rows of a row group (or of a file) that cannot be read
   damaged_row      a line or row of a table that cannot be read

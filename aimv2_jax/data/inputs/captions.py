@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -128,7 +129,8 @@ def _csv_rows(file: BinaryIO) -> Iterator[_Row]:
     """The rows below the header; empty ones are none, and what a row lacks or has too much is left out."""
     names = _header(file)
     reader = _reader(file)
-    next(reader, None)
+    with contextlib.suppress(csv.Error):  # The header again. If it cannot be read, rows have no columns.
+        next(reader, None)
     while True:
         try:
             cells = next(reader)

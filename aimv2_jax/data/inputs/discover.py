@@ -58,9 +58,10 @@ def find(inputs: Sequence[str]) -> list[InputShard]:
             raise UserError("--input has nothing that can be read", given, _LOOKED_FOR)
         found |= {(shard.path, shard.start): shard for shard in shards}
     unique: dict[tuple[str, int], InputShard] = {}
-    for _, shard in sorted(found.items(), key=lambda item: item[0]):
+    # A file itself before links to it: what belongs to a tar lies beside it.
+    for shard in sorted(found.values(), key=lambda shard: (shard.path != _real(shard.path), shard.path)):
         unique.setdefault((_real(shard.path), shard.start), shard)
-    return list(unique.values())
+    return sorted(unique.values(), key=lambda shard: (shard.path, shard.start))
 
 
 def _real(path: str) -> str:

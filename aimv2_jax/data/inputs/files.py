@@ -51,6 +51,8 @@ def remote_errors(path: str) -> Iterator[None]:
     """Whatever goes wrong inside is told as a `UserError` about `path`."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # TensorFlow's and fsspec's own kinds, which cannot be named without importing them.
         raise UserError("input cannot be read", path, f"Look after it: {error}") from error
 

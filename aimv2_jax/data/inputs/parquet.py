@@ -56,9 +56,13 @@ def read(path: str) -> Iterator[Sample | Damage]:
             options = {"pre_buffer": False, "buffer_size": _BUFFER_BYTES, "page_checksum_verification": True}
             table = parquet.ParquetFile(file, **options)
             groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
-            sizes = [(max(0, group.num_rows), max(0, group.total_byte_size)) for group in groups]
+            sizes = [(group.num_rows, max(0, group.total_byte_size)) for group in groups]
+            counts = [num_rows for num_rows, _ in sizes]
+            if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
+                raise ValueError("a footer that contradicts itself")
             schema = table.schema_arrow
-        except _errors():
+        except _errors() as error:
+            _pass_on_what_the_disk_refuses(error)
             yield Damage("damaged_parquet", samples=0, num_bytes=num_bytes)
             return
         image = _image_column(schema)
@@ -68,19 +72,22 @@ def read(path: str) -> Iterator[Sample | Damage]:
         first = 0
         for number, (num_rows, num_group_bytes) in enumerate(sizes):
             num_given = 0
-            try:
-                batches = table.iter_batches(_BATCH_ROWS, [number], columns.names, use_threads=False)
-                for batch in batches:
-                    for sample in columns.samples(batch, first + num_given):
-                        if num_given < num_rows:
-                            yield sample
-                            num_given += 1
-            except _errors():
-                pass  # Counted below.
+            for batch in _batches(table, number, columns.names):
+                for sample in columns.samples(batch, first + num_given)[: num_rows - num_given]:
+                    yield sample
+                    num_given += 1
             if num_given < num_rows:
                 lost_bytes = num_group_bytes * (num_rows - num_given) // num_rows
                 yield Damage("damaged_parquet", num_rows - num_given, lost_bytes, columns.row_key(first + num_given))
             first += num_rows
+
+
+def _batches(table: Any, group: int, columns: list[str]) -> Iterator[Any]:
+    """The batches of a row group, up to the first that cannot be read."""
+    try:
+        yield from table.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False)
+    except _errors() as error:
+        _pass_on_what_the_disk_refuses(error)
 
 
 class _Columns:
@@ -201,7 +208,12 @@ def _schema(path: str, num_bytes: int) -> Any | None:
 def _errors() -> tuple[type[BaseException], ...]:
     """What pyarrow raises over damaged bytes: OSError and MemoryError too, for sizes that they claim."""
     _, arrow = _pyarrow()
-    return (arrow.ArrowException, ValueError, TypeError, LookupError, OSError, MemoryError, OverflowError)
+    return (arrow.ArrowException, ValueError, OSError, MemoryError)
+
+
+def _pass_on_what_the_disk_refuses(error: BaseException) -> None:
+    if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have no number.
+        raise error
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -17,8 +17,8 @@ _ZEROS = bytes(BLOCK)
 _MAGIC, _MAGIC_OFFSET = b"ustar", 257
 _NAMES = {"encoding": "utf-8", "errors": "backslashreplace"}  # Never fails, and keeps different names different.
 # Headers that only say more about the member after them: GNU's long names and links, pax records.
-_PREFACES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_PREFACES += (tarfile.XGLTYPE,)
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+_PREFACES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX)
 _MAX_PREFACES, _MAX_PREFACE_BYTES = 8, 1 << 20
 _SEARCH_BYTES = 1 << 20
 
@@ -55,8 +55,8 @@ def scan(file: BinaryIO, num_bytes: int) -> Iterator[Member | Gap]:
     end. A member is given once what stands behind it is in order: if there is a header inside of it instead, bytes of
     it are missing, and reading goes on at that header.
     """
-    at = start = 0  # `start`: of what cannot be told yet to be in order.
-    pending: Member | None = None
+    at = start = 0  # `start`: where the header of the last member began.
+    pending: Member | None = None  # That member, until what follows it is in order.
     while at < num_bytes:
         block = _read(file, at, BLOCK)
         if block == _ZEROS[: len(block)]:
@@ -81,18 +81,15 @@ def scan(file: BinaryIO, num_bytes: int) -> Iterator[Member | Gap]:
             at = _find_header(file, header.offset, num_bytes)
             yield Gap(header.name, at - start)
             continue
-        search = at + 1 if pending is None else pending.offset
-        resumed = _find_header(file, search, num_bytes)
-        if pending is not None:
-            if resumed < pending.offset + pending.num_bytes:
-                yield Gap(pending.name, resumed - start)
-            else:
-                yield pending
-                yield Gap(None, resumed - at)
-            pending = None
+        resumed = _find_header(file, at + 1 if pending is None else pending.offset, num_bytes)
+        if pending is not None and resumed < pending.offset + pending.num_bytes:
+            yield Gap(pending.name, resumed - start)
         else:
-            yield Gap(None, resumed - at)
-        at = start = resumed
+            if pending is not None:
+                yield pending
+            if resumed > at:  # Not in the padding behind the member.
+                yield Gap(None, resumed - at)
+        pending, at = None, resumed
     if pending is not None:
         yield pending
 
@@ -118,7 +115,7 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
 
 def _header(file: BinaryIO, at: int, num_bytes: int) -> _Header | None:
     """The header at `at` with its prefaces; None if there is none in order."""
-    prefaces = b""
+    prefaces, are_sound = b"", True
     for _ in range(_MAX_PREFACES):
         block = _read(file, at, BLOCK)
         info = _parse(block)
@@ -126,32 +123,49 @@ def _header(file: BinaryIO, at: int, num_bytes: int) -> _Header | None:
             return None
         at += BLOCK
         if info.type not in _PREFACES:
-            return _described(info, prefaces + block, at) if prefaces else _plain(info, at)
+            if not prefaces:
+                return _described(info, at)
+            described = _after_prefaces(prefaces + block) if are_sound else None
+            if described is None:
+                return dataclasses.replace(_described(info, at), name=None)
+            return _described(described, at)
         padded = info.size + -info.size % BLOCK
         if info.size > _MAX_PREFACE_BYTES or at + padded > num_bytes:
             return None
-        prefaces += block + _read(file, at, padded)
+        text = _read(file, at, padded)
+        are_sound = are_sound and (info.type not in _PAX or _are_records(text[: info.size].rstrip(b"\0")))
+        prefaces += block + text
         at += padded
     return None
 
 
-def _plain(info: tarfile.TarInfo, offset: int) -> _Header:
+def _described(info: tarfile.TarInfo, offset: int) -> _Header:
     # Links and folders have no data, whatever their headers say of a size. A sparse file's data are not its bytes.
     has_data = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
     is_file = info.isreg() and info.type != tarfile.GNUTYPE_SPARSE and info.sparse is None
     return _Header(info.name, is_file, offset, info.size if has_data else 0)
 
 
-def _described(info: tarfile.TarInfo, blocks: bytes, offset: int) -> _Header:
-    """The header `info` as tarfile reads it after the prefaces in `blocks`."""
+def _are_records(text: bytes) -> bool:
+    """Whether `text` is pax records, "LENGTH KEY=VALUE" and a newline; tarfile passes over broken ones in silence."""
+    at = 0
+    while at < len(text):
+        length, space, _ = text[at : at + 10].partition(b" ")
+        end = at + int(length) if length.isdigit() and space else 0
+        if not at < end <= len(text) or text[end - 1 : end] != b"\n" or b"=" not in text[at:end]:
+            return False
+        at = end
+    return True
+
+
+def _after_prefaces(blocks: bytes) -> tarfile.TarInfo | None:
+    """The header at the end of `blocks` as tarfile reads it after the prefaces before it."""
     try:
         with tarfile.TarFile(fileobj=io.BytesIO(blocks), **_NAMES) as tar:
-            described = tar.firstmember
+            info = tar.firstmember
     except (tarfile.TarError, ValueError, LookupError, RecursionError):
-        described = None
-    if described is None or described.size < 0:
-        return dataclasses.replace(_plain(info, offset), name=None)
-    return _plain(described, offset)
+        return None
+    return info if info is not None and info.size >= 0 else None
 
 
 def _find_header(file: BinaryIO, start: int, num_bytes: int) -> int:

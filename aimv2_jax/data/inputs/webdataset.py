@@ -34,6 +34,7 @@ class _Stem:
     """The members of one sample."""
 
     key: str
+    number: int = 0  # Of samples with this key before it.
     image: tars.Member | None = None
     txt: tars.Member | None = None
     json: tars.Member | None = None
@@ -60,16 +61,19 @@ def recognises(head: bytes, path: str) -> bool:
 def read(path: str) -> Iterator[Sample | Damage]:
     """The samples of a tar in the order of their first members, then what was lost.
 
-    With a NAME_stats.json beside the tar, samples given and lost are together as many as it announces. If damage made
-    more stems than that, the least whole are taken for fragments and left out. A file that announces fewer than the
-    whole pairs that are there is not believed.
+    With a NAME_stats.json beside the tar, samples given and lost are together as many as it announces. If there are
+    more stems than that, those that come again and the least whole are taken for fragments and left out. Only if the
+    tar is sound and has more pairs, by different names, the file is not believed: it was made for another tar.
     """
     damaged = Damage("damaged_tar", samples=0)
     with _open_tar(path) as (file, num_bytes, num_packed_bytes_lost):
         index = _index(file, num_bytes)
         stems, lost = index.stems, index.lost
         num_bytes_lost = index.num_bytes_lost + num_packed_bytes_lost
-        announced, complaint = _announced(path, sum(stem.is_whole() for stem in stems))
+        # Damage can repeat pairs, or tear them into several stems, but makes no new pair out of nothing.
+        is_sound = not num_bytes_lost
+        least = len({stem.key for stem in stems if stem.is_whole()}) if is_sound else 0
+        announced, complaint = _announced(path, least)
         if complaint is not None:
             yield complaint
         if announced is not None:
@@ -141,20 +145,20 @@ def _index(file: BinaryIO, num_bytes: int) -> _Index:
             continue
         number = seen.get(item.name, 0)
         seen[item.name] = number + 1
-        stem = stems.setdefault((key, number), _Stem(readable(key)))
+        stem = stems.setdefault((key, number), _Stem(readable(key), number))
         if getattr(stem, kind) is None:  # A second picture of another format is left aside.
             setattr(stem, kind, item)
     known = {key for key, _ in stems}
     return _Index(list(stems.values()), [readable(key) for key in begun if key not in known], num_bytes_lost)
 
 
-def _announced(path: str, num_whole: int) -> tuple[int | None, Damage | None]:
-    """How many samples the file of statistics beside the tar announces, if it is there and can be true."""
+def _announced(path: str, least: int) -> tuple[int | None, Damage | None]:
+    """How many samples the file of statistics beside the tar announces, if it is there and can be true: `least` are."""
     data = files.read_beside(posixpath.dirname(path), posixpath.basename(stem_of(path)) + "_stats.json")
     if data is None:
         return None, None
     announced = (parse_object(data) or {}).get("successes")
-    if type(announced) is not int or announced < num_whole:
+    if type(announced) is not int or announced < least:
         return None, Damage("wrong_stats", samples=0)
     return announced, None
 
@@ -168,13 +172,13 @@ def stem_of(path: str) -> str:
 
 
 def _most_whole(stems: list[_Stem], number: int) -> tuple[list[_Stem], list[Damage]]:
-    """The `number` of `stems` with most of what makes a pair, the earlier ones first among equals; and the others."""
+    """The `number` of `stems` that are no repetitions and have most of what makes a pair; and what the others were."""
     if len(stems) <= number:
         return stems, []
 
-    def rank(place: int) -> tuple[Any, ...]:
+    def rank(place: int) -> tuple[int, ...]:
         stem = stems[place]
-        return not stem.is_whole(), stem.image is None, -len(stem.members()), place
+        return stem.number, not stem.is_whole(), stem.image is None, -len(stem.members()), place
 
     kept = set(sorted(range(len(stems)), key=rank)[:number])
     fragments = [stem for place, stem in enumerate(stems) if place not in kept]

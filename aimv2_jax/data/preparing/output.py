@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -30,6 +31,7 @@ from aimv2_jax.errors import UserError
 _WORK = ".parts"
 _COMMAND, _TASKS, _LOCK = "command.json", "tasks.jsonl", "lock"
 _READERS = 32  # Threads that look after finished tasks: a bucket takes 50 ms to answer.
+_Answer = TypeVar("_Answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,24 @@ class Done:
     def from_json(cls, text: str) -> Done:
         tree = json.loads(text)
         return cls(tuple(Shard(**shard) for shard in tree["shards"]), Books.from_tree(tree["books"]))
+
+
+def _told(method: Callable[..., _Answer]) -> Callable[..., _Answer]:
+    """What a bucket refuses, in kinds of TensorFlow's or fsspec's, becomes a `UserError`; a disk's stay OSErrors."""
+
+    @functools.wraps(method)
+    def wrapped(self: Output, *args: Any) -> _Answer:
+        if self.is_local:
+            return method(self, *args)
+        try:
+            return method(self, *args)
+        except UserError:
+            raise
+        except Exception as error:
+            remedy = f"Look after it ({error}), then give the same command with --resume"
+            raise UserError("--output cannot be used", self.name, remedy) from error
+
+    return wrapped
 
 
 class Output:
@@ -67,16 +87,17 @@ class Output:
         if not self.is_local:
             yield
             return
-        Path(self._work).mkdir(parents=True, exist_ok=True)
-        try:
-            file = (Path(self._work) / _LOCK).open("w")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileNotFoundError) as error:  # Or the other run has just removed its work folder.
-            remedy = "Wait until it has ended, or give another folder"
-            raise UserError("--output is in use by another run", self.name, remedy) from error
-        with file:
+        lock = Path(self._work) / _LOCK
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                remedy = "Wait until it has ended, or give another folder"
+                raise UserError("--output is in use by another run", self.name, remedy) from error
             yield
 
+    @_told
     def check_free(self, resume: bool) -> None:
         """Raises `UserError` unless the folder is empty, or work in it has begun that `resume` asks to go on with."""
         if not self._folder.exists():
@@ -85,14 +106,19 @@ class Output:
             raise UserError("--output is a file", self.name, "Name a folder")
         names = {path.name for path in self._folder.iterdir()}
         if DATASET_FILE in names:
-            return  # For `begin` to judge, which knows the command.
+            if resume:
+                return  # For `begin` to judge, which knows the command.
+            raise self._taken()
         if names - {_WORK} and not self._begun():
             remedy = "Name a folder that is empty or not there yet"
             raise UserError("--output holds something else", self.name, remedy)
         if self._begun() and not resume:
+            with self.claimed():  # Who is at work there, is told first: that folder is not to be removed.
+                pass
             remedy = "Give --resume to go on with it, or remove the folder"
             raise UserError("--output holds a data set that is not finished", self.name, remedy)
 
+    @_told
     def begin(self, command: Mapping[str, Any], tasks: Sequence[Task], resume: bool) -> DatasetInfo | None:
         """Makes the folder ready for `tasks`, or answers the data set that this very `command` has made already.
 
@@ -100,6 +126,8 @@ class Output:
           UserError: if the folder holds another data set, or the work of another command.
         """
         if (self._folder / DATASET_FILE).exists():
+            if self._work.exists():  # Made by the claim.
+                self.clear()
             return self._finished(command, resume)
         plan = "".join(task.to_json() + "\n" for task in tasks)
         command = {**command, "plan": hashlib.sha256(plan.encode()).hexdigest()}
@@ -134,8 +162,11 @@ class Output:
                 info = DatasetInfo.from_json((self._folder / DATASET_FILE).read_text())
                 if info.made == json.loads(json.dumps(command)):
                     return info
+        raise self._taken()
+
+    def _taken(self) -> UserError:
         remedy = "Remove it first, or write to another folder"
-        raise UserError("--output holds a data set already", self.name, remedy)
+        return UserError("--output holds a data set already", self.name, remedy)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -146,6 +177,7 @@ class Output:
         with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
             yield Path(folder)
 
+    @_told
     def place(self, part: Path, name: str) -> None:
         """Moves a finished local file here."""
         if self.is_local:
@@ -154,6 +186,7 @@ class Output:
             epath.Path(part).copy(self._folder / name, overwrite=True)
             part.unlink()
 
+    @_told
     def write_text(self, name: str, text: str) -> None:
         if self.is_local:
             write_text(Path(self._folder) / name, text)
@@ -172,6 +205,7 @@ class Output:
         """Notes down what the user can mend, for a runner that can't carry it."""
         self.write_text(f"{_WORK}/{task.number:05d}.error", json.dumps([error.what, str(error.value), error.remedy]))
 
+    @_told
     def failure(self) -> UserError | None:
         """The first that was noted down."""
         for path in sorted(self._work.glob("*.error")):
@@ -183,22 +217,21 @@ class Output:
         with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
             yield from threads.map(self._done, tasks)
 
+    @_told
     def _done(self, task: Task) -> Done | None:
         file = self._work / f"{task.number:05d}.json"
-        try:
-            done = Done.from_json(file.read_text())
-            sizes = [(self._folder / shard.file).stat().length for shard in done.shards]
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except (ValueError, KeyError, TypeError):
-            return None
-        return done if sizes == [shard.bytes for shard in done.shards] else None
+        done = Done.from_json(file.read_text())
+        paths = [(self._folder / shard.file, shard.bytes) for shard in done.shards]
+        return done if all(path.exists() and path.stat().length == size for path, size in paths) else None
 
     def finish(self, info: DatasetInfo) -> None:
         """Writes `dataset.json`, by which the folder becomes a data set, and tidies up."""
         self.write_text(DATASET_FILE, info.to_json())
         self.clear()
 
+    @_told
     def clear(self) -> None:
         """Removes the work folder."""
         self._work.rmtree()

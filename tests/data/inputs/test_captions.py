@@ -1,0 +1,155 @@
+"""Pairs out of tables beside their pictures."""
+
+import json
+import os
+
+import pytest
+from small_inputs import books, picture
+
+from aimv2_jax.data.inputs import captions, discover, files
+from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of four pictures, one of them in a subfolder."""
+    root = tmp_path / "set"
+    (root / "sub").mkdir(parents=True)
+    for number, name in enumerate(("a.jpg", "b.jpg", "sub/c.jpg", "dö.jpg")):
+        (root / name).write_bytes(picture(number))
+    return root
+
+
+def jsonl(folder, *rows):
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / "captions.jsonl").write_bytes(b"\n".join(lines))
+    [shard] = discover.find([str(folder)])
+    return shard
+
+
+def table(folder, text, name="captions.csv"):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    [shard] = discover.find([str(folder)])
+    return shard
+
+
+@pytest.mark.parametrize("column", ["file_name", "image", "path", "filename", "filepath"])
+def test_jsonl_when_read_then_a_sample_a_row(folder, column):
+    rows = [{column: "a.jpg", "caption": "A"}, {column: "sub/c.jpg", "caption": "C", "n": 3}, {column: "dö.jpg"}]
+    samples, damages = books(jsonl(folder, *rows))
+    names = ["a.jpg", "sub/c.jpg", "dö.jpg"]
+    assert samples == [Sample(name, picture(n), row) for name, n, row in zip(names, (0, 2, 3), rows)]
+    assert damages == []
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_csv_when_read_then_a_sample_a_row(folder, delimiter, mark):
+    text = 'file_name,caption\na.jpg,"A\nwith a line"\n\nsub/c.jpg,C\n'.replace(",", delimiter)
+    samples, damages = books(table(folder, mark + text))
+    assert samples == [
+        Sample("a.jpg", picture(0), {"file_name": "a.jpg", "caption": "A\nwith a line"}),
+        Sample("sub/c.jpg", picture(2), {"file_name": "sub/c.jpg", "caption": "C"}),
+    ]
+    assert damages == []
+
+
+def test_csv_when_rows_are_short_or_long_then_what_they_have(folder):
+    samples, _ = books(table(folder, "file_name,caption\na.jpg\nb.jpg,B,more\n"))
+    assert [sample.fields for sample in samples] == [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "B"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_caption_when_not_utf8_or_large_then_as_it_was_stored(folder, kind):
+    long = "x" * 200_000
+    if kind == "jsonl":
+        shard = jsonl(folder, {"file_name": "a.jpg", "caption": long}, b'{"file_name": "b.jpg", "caption": "caf\xe9"}')
+    else:
+        shard = table(folder, f"file_name,caption\na.jpg,{long}\nb.jpg,caf".encode() + b"\xe9\n")
+    samples, damages = books(shard)
+    assert [sample.fields["caption"] for sample in samples] == [long, b"caf\xe9"]
+    assert [sample.image for sample in samples] == [picture(0), picture(1)]
+    assert damages == []
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"junk", b'{"file_name": "a.jpg"', b"\xff\xfe"])
+def test_line_when_no_object_then_one_sample_lost(folder, line):
+    samples, damages = books(jsonl(folder, {"file_name": "a.jpg"}, line, b"  ", {"file_name": "b.jpg"}))
+    assert [sample.key for sample in samples] == ["a.jpg", "b.jpg"]
+    assert damages == [Damage("damaged_row", 1, len(line) + 1, "captions.jsonl/1")]
+
+
+def test_line_when_longer_than_memory_should_hold_then_one_sample_lost(folder, monkeypatch):
+    monkeypatch.setattr(captions, "_MAX_LINE_BYTES", 100)
+    rows = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "x" * 500}, {"file_name": "b.jpg"}]
+    samples, damages = books(jsonl(folder, *rows))
+    assert [sample.key for sample in samples] == ["a.jpg", "b.jpg"]
+    assert [damage.samples for damage in damages] == [1]
+
+
+def test_csv_when_a_cell_is_larger_than_memory_should_hold_then_rows_are_still_counted(folder, monkeypatch):
+    monkeypatch.setattr(captions, "_MAX_LINE_BYTES", 100)
+    shard = table(folder, 'file_name,caption\na.jpg,A\nb.jpg,"' + "line\n" * 50 + '"\na.jpg,A\n')
+    samples, damages = books(shard)
+    assert samples[0].image == picture(0)
+    assert [damage.samples for damage in damages] == [1]
+    assert len(samples) + 1 == shard.stop
+
+
+def test_csv_when_its_header_is_damaged_then_rows_without_images(folder):
+    samples, damages = books(table(folder, "file_name\r,caption\na.jpg,A\n"))
+    assert ([sample.image for sample in samples], damages) == ([None], [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["missing.jpg", "../secret.jpg", "sub/../../secret.jpg", "ABSOLUTE", "gs://bucket/a.jpg", "", ".", "sub", "a\0.jpg"]
+    + ["x" * 5000, "pipe", 7, None, ["a.jpg"]],
+)
+def test_picture_when_it_cannot_be_had_then_no_image(folder, name):
+    (folder.parent / "secret.jpg").write_bytes(b"secret")
+    os.mkfifo(folder / "pipe")
+    if name == "ABSOLUTE":
+        name = str(folder / "a.jpg")
+    samples, damages = books(jsonl(folder, {"file_name": "b.jpg"}, {"file_name": name, "caption": "A"}))
+    assert samples[1].image is None
+    assert samples[1].fields == {"file_name": name, "caption": "A"}
+    assert samples[1].key
+    assert damages == []
+
+
+def test_picture_when_too_large_then_no_image(folder, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
+    [sample], _ = books(jsonl(folder, {"file_name": "a.jpg"}))
+    assert sample.image is None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_table_when_large_then_in_chunks_that_are_together_all_of_it(folder, monkeypatch, kind):
+    monkeypatch.setattr(captions, "CHUNK_ROWS", 10)
+    if kind == "jsonl":
+        rows = b"\n".join(b'{"file_name": "a.jpg", "n": %d}' % n if n % 7 else b"\n{bad" for n in range(25))
+    else:
+        rows = b"file_name,n\n" + b"\n".join(b'a.jpg,"%d\n"' % n for n in range(25))
+    (folder / f"captions.{kind}").write_bytes(rows)
+    shards = discover.find([str(folder)])
+    assert [(shard.start, shard.stop) for shard in shards] == [(0, 10), (10, 20), (20, 25)]
+    found = [books(shard) for shard in shards]
+    assert [len(samples) + len(damages) for samples, damages in found] == [10, 10, 5]
+    numbers = [int(sample.fields["n"]) for samples, _ in found for sample in samples]
+    assert numbers == [n for n in range(25) if n % 7 or kind == "csv"]
+    # Pictures are about a kilobyte.
+    assert shards[0].num_bytes == pytest.approx(10 * len(picture(0)), rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv"])
+def test_table_when_it_names_no_pictures_then_the_user_is_told(folder, name):
+    (folder / name).write_text('{"url": "x"}\n' if name.endswith("jsonl") else "url,caption\nx,y\n")
+    with pytest.raises(UserError, match=r"names no pictures.*url.*file_name, image, path"):
+        discover.find([str(folder)])
+
+
+def test_columns_when_first_line_has_none_then_rows_without_images(folder):
+    samples, damages = books(table(folder, b'{"file_name": "a.jpg"}\n' + b"\xff" * 999, "captions.jsonl"))
+    assert (len(samples), [damage.samples for damage in damages]) == (1, [1])

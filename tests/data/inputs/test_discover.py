@@ -1,0 +1,171 @@
+"""What is found where."""
+
+import dataclasses
+import gzip
+import os
+import pickle
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from small_inputs import books, packed, pairs, picture
+
+from aimv2_jax.data.inputs import discover, files, read
+from aimv2_jax.errors import UserError
+
+TABLE = pyarrow.table({"image": [b"1"], "caption": ["a"]})
+LIST = pyarrow.table({"url": ["x"]})
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder with an input of each kind, and with files that are none."""
+    root = tmp_path / "data"
+    for folder in ("tars", "tables", "pictures", ".hidden"):
+        (root / folder).mkdir(parents=True)
+    (root / "tars/00000.tar").write_bytes(packed(pairs(2)))
+    (root / "tars/00000_stats.json").write_text('{"successes": 2, "file_name": "x"}')
+    (root / "tars/00000.json").write_text('{"file_name": "x"}')
+    pyarrow.parquet.write_table(TABLE, root / "tars/00000.parquet")
+    (root / "tars/packed").write_bytes(gzip.compress(packed(pairs(2))))
+    pyarrow.parquet.write_table(TABLE, root / "tables/0.bin")
+    (root / "pictures/captions.jsonl").write_text('{"file_name": "a.jpg"}\n')
+    (root / "pictures/other.csv").write_text("path,caption\na.jpg,A\n")
+    (root / "pictures/a.jpg").write_bytes(packed(pairs(1)))
+    (root / "README.md").write_text("A picture is worth\n")
+    (root / "info.json").write_text('{\n "file_name": 1\n}')
+    (root / ".hidden/00000.tar").write_bytes(packed(pairs(2)))
+    return root
+
+
+def found(*inputs):
+    return [(shard.kind, "/".join(shard.path.split("/")[-2:])) for shard in discover.find([str(i) for i in inputs])]
+
+
+ALL = [
+    ("jsonl", "pictures/captions.jsonl"),
+    ("csv", "pictures/other.csv"),
+    ("parquet", "tables/0.bin"),
+    ("webdataset", "tars/00000.tar"),
+    ("webdataset", "tars/packed"),
+]
+
+
+def test_folder_when_given_then_all_inputs_in_it_by_their_content(tree):
+    assert found(tree) == ALL
+
+
+def test_inputs_when_given_twice_or_through_links_then_once(tree):
+    (tree / "link.tar").symlink_to(tree / "tars/00000.tar")
+    inputs = [
+        tree / "tars/00000.tar",
+        tree / "t*/*",
+        tree,
+        f"{tree}/../data/tars",
+        tree / "**/*.tar",
+        tree / "link.tar",
+    ]
+    assert found(*inputs) == ALL
+
+
+def test_inputs_when_found_then_absolute_sorted_and_picklable(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    shards = discover.find(["tars", "tables", "pictures"])
+    assert shards == discover.find([str(tree)])
+    assert shards == sorted(shards, key=lambda shard: shard.path)
+    assert {*pickle.loads(pickle.dumps(shards))} == {*shards}
+    tar = next(shard for shard in shards if shard.path.endswith("00000.tar"))
+    assert (tar.num_bytes, tar.start, tar.stop) == (os.path.getsize("tars/00000.tar"), 0, None)
+
+
+@pytest.mark.parametrize("name", ["00000.parquet", "00000.json", "00000_stats.json", "0*[nt]"])
+def test_file_when_beside_a_tar_of_its_name_then_no_input(tree, name):
+    with pytest.raises(UserError, match="nothing that can be read"):
+        discover.find([str(tree / "tars" / name)])
+
+
+@pytest.mark.parametrize("name", ["missing", "missing/*.tar", "*.zip"])
+def test_input_when_not_there_then_the_user_is_told(tree, name):
+    with pytest.raises(UserError, match="is not there"):
+        discover.find([str(tree), str(tree / name)])
+
+
+@pytest.mark.parametrize("name", ["README.md", "info.json", "pictures/a.txt", "empty"])
+def test_input_when_not_recognised_then_the_user_is_told_what_was_looked_for(tree, name):
+    (tree / "pictures/a.txt").write_text("")
+    (tree / "empty").mkdir()
+    with pytest.raises(UserError, match=r"nothing that can be read.*looked for webdataset tars, parquet .*jsonl"):
+        discover.find([str(tree), str(tree / name)])
+
+
+@pytest.mark.parametrize("data", [b"", bytes(1024), b"junk" * 999])
+def test_tar_when_damaged_then_known_by_its_name(tree, data):
+    (tree / "tars/00001.tar").write_bytes(data)
+    assert ("webdataset", "tars/00001.tar") in found(tree)
+
+
+def test_file_when_unreadable_then_the_user_is_told(tree):
+    (tree / "tars/00001.tar").symlink_to(tree / "gone.tar")
+    with pytest.raises(UserError, match=r"cannot be read.*00001\.tar"):
+        discover.find([str(tree)])
+
+
+def test_pipe_when_in_a_folder_then_passed_over(tree):
+    os.mkfifo(tree / "tars/pipe.tar")
+    assert found(tree) == ALL
+
+
+def test_parquet_when_without_pictures_among_others_then_told_only_if_they_have_some(tree):
+    pyarrow.parquet.write_table(LIST, tree / "tars/list.parquet")
+    assert found(tree / "tars") == [("webdataset", "tars/00000.tar"), ("webdataset", "tars/packed")]
+    with pytest.raises(UserError, match="no column of pictures"):
+        discover.find([str(tree)])
+
+
+@pytest.fixture
+def bucket(tree, monkeypatch):
+    """gs://bucket, with the files of `tree`, as etils reaches it; the local disk cannot tell."""
+    from etils.epath import backend, gpath
+
+    class Bucket(backend._OsPathBackend):
+        pass
+
+    def local(path):
+        return str(path).replace("gs://bucket", str(tree))
+
+    def remote(path):
+        return str(path).replace(str(tree), "gs://bucket")
+
+    for name in ("open", "exists", "isdir", "stat"):
+        original = getattr(backend._OsPathBackend, name)
+        setattr(Bucket, name, lambda self, path, *args, _call=original, **kw: _call(self, local(path), *args, **kw))
+    Bucket.glob = lambda self, path: [remote(p) for p in backend._OsPathBackend.glob(self, local(path))]
+    Bucket.walk = lambda self, top, **kw: ((remote(p), d, f) for p, d, f in os.walk(local(top)))
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
+    return "gs://bucket"
+
+
+@pytest.mark.parametrize("given", ["", "/*/*"])
+def test_bucket_when_given_then_the_same_samples(tree, bucket, given):
+    (tree / "pictures/a.jpg").write_bytes(picture(0))
+    there, here = discover.find([bucket + given]), discover.find([str(tree)])
+    assert [shard.path for shard in there] == [shard.path.replace(str(tree), bucket) for shard in here]
+    assert [books(shard) for shard in there] == [books(shard) for shard in here]
+
+
+def test_bucket_when_without_the_input_then_the_user_is_told(bucket):
+    with pytest.raises(UserError, match=r"^--input is not there"):
+        discover.find([f"{bucket}/missing.tar"])
+
+
+def test_bucket_when_its_shard_is_gone_then_the_user_is_told(bucket):
+    [shard] = discover.find([f"{bucket}/tars/00000.tar"])
+    with pytest.raises(UserError, match=r"input cannot be read.*gs://bucket/tars/gone\.tar"):
+        list(read.read(dataclasses.replace(shard, path=shard.path.replace("00000", "gone"))))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "gone.jpg", "../tars/00000.tar", "gs://bucket/tars/00000.tar"])
+def test_bucket_when_a_picture_cannot_be_had_then_no_image(tree, bucket, name):
+    (tree / "pictures/a.jpg").write_bytes(picture(0))
+    assert files.read_beside(f"{bucket}/pictures", name) == (picture(0) if name == "a.jpg" else None)

@@ -1,0 +1,161 @@
+"""Pairs out of parquet tables, sound and damaged."""
+
+import errno
+import io
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from small_inputs import books, picture
+
+from aimv2_jax.data.inputs import discover, parquet
+from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.errors import UserError
+
+
+@pytest.fixture
+def table(tmp_path):
+    def make(columns, name="00000.parquet", row_group_size=None, **options):
+        path = tmp_path / name
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=row_group_size, **options)
+        return path
+
+    return make
+
+
+def shard(path):
+    [found] = discover.find([str(path)])
+    return found
+
+
+def img2dataset(count):
+    return {
+        "key": [f"{n:09d}" for n in range(count)],
+        "caption": [f"alt {n}" for n in range(count)],
+        "status": ["success"] * count,
+        "jpg": [picture(n) for n in range(count)],
+    }
+
+
+def hugging_face(count):
+    return {
+        "image": [{"bytes": picture(n), "path": None} for n in range(count)],
+        "text": [f"text {n}" for n in range(count)],
+        "label": list(range(count)),
+    }
+
+
+def test_img2dataset_when_read_then_key_image_and_columns(table):
+    samples, damages = books(shard(table(img2dataset(70))))
+    fields = {"key": "000000069", "caption": "alt 69", "status": "success"}
+    assert (len(samples), samples[69]) == (70, Sample("000000069", picture(69), fields))
+    assert damages == []
+
+
+def test_status_when_no_success_then_no_image(table):
+    columns = img2dataset(3) | {"status": ["success", "failed_to_download", "failed_to_resize"]}
+    columns["jpg"][1] = None
+    samples, damages = books(shard(table(columns)))
+    assert [sample.image for sample in samples] == [picture(0), None, None]
+    assert damages == []
+
+
+def test_hugging_face_when_read_then_bytes_of_the_struct(table):
+    columns = hugging_face(40)
+    columns["image"][1] = {"bytes": None, "path": "a.jpg"}
+    columns["image"][2] = None
+    samples, damages = books(shard(table(columns, "train-00000-of-00001.parquet", row_group_size=7)))
+    assert [sample.image for sample in samples] == [picture(0), None, None] + [picture(n) for n in range(3, 40)]
+    assert samples[39].key == "train-00000-of-00001/39"
+    assert samples[39].fields == {"text": "text 39", "label": 39}
+    assert damages == []
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()])
+def test_pictures_when_of_any_type_of_bytes_then_read(table, kind):
+    [sample] = books(shard(table({"image": pyarrow.array([b"1"], kind)})))[0]
+    assert sample == Sample("00000/0", b"1", {})
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()])
+def test_text_when_not_utf8_then_bytes(table, kind):
+    stored = pyarrow.array([b"ok", b"caf\xe9", None])
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, stored.buffers())
+    texts = texts.cast(pyarrow.binary()).cast(kind, safe=False) if kind != pyarrow.string() else texts
+    samples, _ = books(shard(table({"jpg": [b"1", b"2", b"3"], "caption": texts})))
+    assert [sample.fields for sample in samples] == [{"caption": "ok"}, {"caption": b"caf\xe9"}, {}]
+
+
+def test_columns_when_read_then_dictionaries_and_times_but_nothing_nested(table):
+    columns = {
+        "jpg": [b"1", b"2"],
+        "caption": pyarrow.array(["a", "a"]).dictionary_encode(),
+        "time": pyarrow.array([0, 1 << 60], pyarrow.timestamp("us")),
+        "embedding": [[1.0], [2.0]],
+    }
+    found = shard(table(columns))
+    samples, _ = books(found)
+    assert samples[0].fields["caption"] == "a"
+    assert samples[0].fields["time"].year == 1970
+    assert samples[1].fields == {"caption": "a"}  # Python has no such year.
+    assert parquet.fields(found.path) == ["caption", "time"]
+
+
+def test_row_group_when_damaged_then_its_rows_are_counted(table):
+    path = table(img2dataset(90), row_group_size=30, compression="none", use_dictionary=False, write_page_checksum=True)
+    group = pyarrow.parquet.read_metadata(path).row_group(1)
+    data = bytearray(path.read_bytes())
+    data[group.column(3).data_page_offset + 5000] ^= 1  # Behind the page's header.
+    path.write_bytes(data)
+    samples, [damage] = books(shard(path))
+    assert [sample.key for sample in samples] == [f"{n:09d}" for n in (*range(30), *range(60, 90))]
+    assert damage == Damage("damaged_parquet", 30, group.total_byte_size, "00000/30")
+
+
+@pytest.mark.parametrize("cut", [0, 3, 10, 0.5, 0.99])
+def test_table_when_cut_then_damage_that_nobody_can_count(table, cut):
+    path = table(img2dataset(9))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
+    found = shard(path)
+    assert books(found) == ([], [Damage("damaged_parquet", 0, path.stat().st_size)])
+    assert parquet.fields(found.path) is None
+
+
+def test_table_when_the_disk_fails_then_the_error_passes(table, monkeypatch):
+    found = shard(table(img2dataset(9)))
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        books(found)
+
+
+def test_counts_when_the_footer_contradicts_itself_then_damage_that_nobody_can_count(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"jpg": [b"1"]}), tmp_path / "a.parquet")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    for at in range(len(data) - 8, 0, -1):  # One of these bits belongs to a count of rows.
+        changed = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        try:
+            footer = pyarrow.parquet.ParquetFile(io.BytesIO(changed)).metadata
+        except (ValueError, OSError):
+            continue
+        if footer.num_row_groups == 1 and footer.row_group(0).num_rows != footer.num_rows:
+            break
+    (tmp_path / "a.parquet").write_bytes(changed)
+    assert books(shard(tmp_path / "a.parquet")) == ([], [Damage("damaged_parquet", 0, len(changed))])
+
+
+@pytest.mark.parametrize("columns", [{"caption": ["a"]}, {"image": ["a.jpg"]}, {"image": [{"path": "a.jpg"}]}])
+def test_table_when_without_pictures_then_the_user_is_told_the_columns(table, columns):
+    with pytest.raises(UserError, match=f"no column of pictures.*{next(iter(columns))}.*jpg.*image"):
+        shard(table(columns))
+
+
+def test_pyarrow_when_missing_then_the_user_is_told_what_to_install(table, monkeypatch):
+    path = table(img2dataset(1))
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install aimv2_jax\[parquet\]"):
+        shard(path)

@@ -1,0 +1,93 @@
+"""Fields of shards, and captions where nobody names any."""
+
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from small_inputs import packed, pairs
+
+from aimv2_jax.data.inputs import discover, read
+from aimv2_jax.errors import UserError
+
+ROWS = {"caption": "a,caption,text", "text": "b,alt,text", "alt": "a,alt,TEXT", "TEXT": "b,TEXT"}
+
+
+def only(*suffixes):
+    return packed({name: data for name, data in pairs(3).items() if name.endswith(suffixes)})
+
+
+@pytest.fixture
+def table(tmp_path):
+    def make(kind, columns):
+        path = tmp_path / f"captions.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"jpg": [b"1"]} | {name: ["x"] for name in columns}), path)
+        elif kind == "csv":
+            path.write_text(",".join(["file_name", *columns]) + "\n" + "a.jpg" + ",x" * len(columns) + "\n")
+        else:
+            path.write_text('{"file_name": "a.jpg", ' + ", ".join(f'"{name}": "x"' for name in columns) + "}\n")
+        [shard] = discover.find([str(path)])
+        return shard
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "expected"),
+    [
+        (("jpg", "txt", "json"), {"alt": "txt"}),
+        (("jpg", "json"), {"alt": "json:caption"}),
+        (("jpg",), {}),
+    ],
+)
+def test_captions_when_none_are_named_then_the_tars_texts(shard, suffixes, expected):
+    assert read.default_captions(shard(only(*suffixes))) == expected
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("expected", ROWS)
+def test_captions_when_none_are_named_then_the_tables_first_of_the_usual(table, kind, expected):
+    assert read.default_captions(table(kind, ROWS[expected].split(","))) == {"alt": expected}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_captions_when_there_are_none_then_none(table, kind):
+    assert read.default_captions(table(kind, ["words"])) == {}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_field_when_missing_in_a_table_then_the_user_is_told_those_there(table, kind):
+    shard = table(kind, ["caption", "label"])
+    read.check_fields(shard, ["caption", "label"])
+    with pytest.raises(UserError, match=r"no such field.*'colour'\. It has .*caption, label"):
+        read.check_fields(shard, iter(["caption", "colour"]))
+
+
+def test_field_when_missing_in_a_tar_then_the_user_is_told_those_there(shard):
+    found = shard(packed(pairs(3)))
+    read.check_fields(found, ["txt", "json:caption", "json:synthetic"])
+    with pytest.raises(UserError, match=r"no such field.*'json:colour'\. It has txt, json:key, json:caption"):
+        read.check_fields(found, ["json:colour"])
+    with pytest.raises(UserError, match=r"no such field.*'txt'\. It has nothing but pictures"):
+        read.check_fields(shard(only("jpg"), "other.tar"), ["txt"])
+
+
+@pytest.mark.parametrize("field", ["caption", "json:", "json", "alt=txt"])
+def test_field_when_no_tar_can_have_it_then_the_user_is_told_the_grammar(shard, field):
+    with pytest.raises(UserError, match="Give txt, or json:NAME"):
+        read.check_fields(shard(packed(pairs(1))), [field])
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jsonl"])
+def test_fields_when_the_shard_is_nothing_but_damage_then_not_judged(shard, name):
+    found = shard(b"junk" * 300, name)
+    read.check_fields(found, ["txt"])
+    assert read.default_captions(found) == {}
+
+
+def test_import_when_in_a_worker_then_no_jax_no_tensorflow_no_pyarrow_no_beam():
+    code = "import sys, aimv2_jax.data.inputs.read; print([m for m in sys.modules if m in sys.argv[1:]])"
+    heavy = ["jax", "tensorflow", "pyarrow", "apache_beam"]
+    assert subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True).stdout == "[]\n"

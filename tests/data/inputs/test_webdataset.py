@@ -1,0 +1,256 @@
+"""Pairs out of tars, sound and damaged; their books."""
+
+import gzip
+import json
+import random
+import tarfile
+
+import pytest
+from small_inputs import books, header_offsets, lost, packed, pair, pairs, picture
+
+from aimv2_jax.data.inputs import files, webdataset
+from aimv2_jax.data.inputs.samples import Damage, Sample
+
+
+def expected(number):
+    members = pair(number)
+    tree = json.loads(members[f"{number:09d}.json"])
+    fields = {"txt": members[f"{number:09d}.txt"], **{f"json:{name}": value for name, value in tree.items()}}
+    return Sample(f"{number:09d}", picture(number), fields)
+
+
+@pytest.mark.parametrize("successes", [None, 5])
+def test_tar_when_sound_then_its_pairs(shard, successes):
+    assert books(shard(packed(pairs(5)), successes=successes)) == ([expected(n) for n in range(5)], [])
+
+
+@pytest.mark.parametrize("name", ["00000.tar.gz", "packed.tar"])
+def test_tar_when_packed_then_its_pairs(shard, name):
+    assert books(shard(gzip.compress(packed(pairs(5))), name)) == ([expected(n) for n in range(5)], [])
+
+
+def test_members_when_in_any_order_then_the_same_pairs(shard):
+    members = list(pairs(20).items())
+    random.Random(1).shuffle(members)
+    samples, damages = books(shard(packed(members)))
+    assert sorted(samples, key=lambda sample: sample.key) == [expected(n) for n in range(20)]
+    assert damages == []
+
+
+def test_samples_when_members_are_far_apart_then_in_the_order_of_their_first(shard):
+    members = sorted(pairs(4).items(), key=lambda item: item[0].rpartition(".")[2])
+    assert [sample.key for sample in books(shard(packed(members)))[0]] == [f"{n:09d}" for n in range(4)]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG", "gif"])
+def test_picture_when_of_any_format_then_the_image(shard, suffix):
+    [sample] = books(shard(packed(pair(0, suffix=suffix))))[0]
+    assert sample == expected(0)
+
+
+def test_key_when_in_a_folder_then_the_path_without_suffix(shard):
+    samples, _ = books(shard(packed({"./a/x.1.jpg": b"1", "./a/x.1.txt": b"t", "a/x.2.jpg": b"2"})))
+    assert [(sample.key, sample.fields) for sample in samples] == [("a/x.1", {"txt": b"t"}), ("a/x.2", {})]
+
+
+def test_members_when_of_no_pair_then_left_out(shard):
+    members = {"README.md": b"", "._000000000.jpg": b"mac", "index.npy": b"1"}
+    assert books(shard(packed(members | pair(0)))) == ([expected(0)], [])
+
+
+@pytest.mark.parametrize("missing", ["jpg", "txt", "json"])
+def test_member_when_missing_then_a_sample_without_it(shard, missing):
+    members = pairs(3)
+    del members[f"000000001.{missing}"]
+    samples, damages = books(shard(packed(members), successes=3))
+    assert damages == []
+    assert [sample.key for sample in samples] == ["000000000", "000000001", "000000002"]
+    assert (samples[1].image is None) == (missing == "jpg")
+    assert ("txt" not in samples[1].fields) == (missing == "txt")
+    assert ("json:caption" not in samples[1].fields) == (missing == "json")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b'{"a": ' + b"[" * 100_000, b"9" * 5000])
+def test_json_when_broken_then_a_sample_without_its_fields_and_a_word(shard, text):
+    members = pairs(2) | {"000000001.json": text}
+    samples, damages = books(shard(packed(members)))
+    assert samples == [expected(0), Sample("000000001", picture(1), {"txt": b"text 1"})]
+    assert damages == [Damage("broken_json", 0, len(text), "000000001")]
+
+
+def test_text_when_not_utf8_then_as_it_was_stored(shard):
+    members = {"a.jpg": b"1", "a.txt": b"caf\xe9", "a.json": b'{"alt": "caf\xe9", "half": "\\ud83d", "ok": "\xc3\xa9"}'}
+    [sample], damages = books(shard(packed(members)))
+    assert sample.fields == {
+        "txt": b"caf\xe9",
+        "json:alt": b"caf\xe9",
+        "json:half": b"\xed\xa0\xbd",
+        "json:ok": "é",
+    }
+    assert damages == []
+
+
+def test_name_when_not_utf8_then_a_key_that_can_be_stored(shard):
+    members = [("caf\udce9.jpg", b"1"), ("caf\udce9.txt", b"t"), ("caf\udcea.jpg", b"2")]
+    data = packed(members, tarfile.GNU_FORMAT)
+    samples, _ = books(shard(data))
+    assert [(sample.key, sample.fields) for sample in samples] == [("caf\\xe9", {"txt": b"t"}), ("caf\\xea", {})]
+
+
+def test_stem_when_it_comes_again_then_a_sample_of_its_own(shard):
+    data = packed(pairs(2)) + packed(pairs(2))
+    samples, damages = books(shard(data, successes=4))
+    assert samples == [expected(0), expected(1)] * 2
+    assert damages == []
+
+
+def test_member_when_larger_than_any_picture_then_not_read(shard, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 5000)
+    samples, damages = books(shard(packed(pairs(2) | {"000000000.jpg": bytes(6000)}), successes=2))
+    assert [sample.image for sample in samples] == [None, picture(1)]
+    assert damages == [Damage("damaged_tar", 0, 6000)]
+
+
+# Bad tars.
+
+
+def test_header_when_damaged_then_half_a_pair_is_one_sample(shard):
+    data = bytearray(packed(pairs(5)))
+    data[header_offsets(data)["000000002.jpg"]] ^= 1
+    samples, [damage] = books(shard(bytes(data), successes=5))
+    assert [sample.image is None for sample in samples] == [False, False, True, False, False]
+    assert [sample.key for sample in samples] == [f"{n:09d}" for n in range(5)]
+    assert damage == Damage("damaged_tar", 0, 512 + 1024)
+
+
+def test_headers_when_a_whole_pair_is_damaged_then_statistics_tell_that_it_is_lost(shard):
+    data = bytearray(packed(pairs(5)))
+    for name, offset in header_offsets(data).items():
+        if name.startswith("000000002"):
+            data[offset] ^= 1
+    samples, [damage] = books(shard(bytes(data), successes=5))
+    assert [sample.key[-1] for sample in samples] == ["0", "1", "3", "4"]
+    assert damage == Damage("damaged_tar", 1, (512 + 1024) + 2 * 1024)
+    samples, [damage] = books(shard(bytes(data), "other.tar"))
+    assert (len(samples), damage.samples, damage.num_bytes) == (4, 0, 3584)
+
+
+@pytest.mark.parametrize("successes", [None, 5])
+def test_tar_when_cut_in_the_middle_then_the_pairs_before_it(shard, successes):
+    data = packed(pairs(5))
+    cut = header_offsets(data)["000000003.jpg"] + 512 + 100
+    samples, [damage] = books(shard(data[:cut], successes=successes))
+    assert samples == [expected(0), expected(1), expected(2)]
+    # Without statistics, only the pair that had begun is known.
+    assert damage == Damage("damaged_tar", 1 if successes is None else 2, 612, "000000003")
+
+
+def test_tar_when_cut_behind_the_text_of_a_pair_then_the_pair_is_given_without_its_picture(shard):
+    data = packed(sorted(pairs(2).items(), reverse=True))  # NAME.txt, NAME.json, NAME.jpg
+    samples, damages = books(shard(data[: header_offsets(data)["000000000.jpg"] + 600]))
+    assert [(sample.key, sample.image is None) for sample in samples] == [("000000001", False), ("000000000", True)]
+    assert damages == [Damage("damaged_tar", 0, 600)]
+
+
+def test_tar_when_cut_between_two_pairs_then_statistics_tell(shard):
+    data = packed(pairs(5))
+    samples, [damage] = books(shard(data[: header_offsets(data)["000000003.jpg"]], successes=5))
+    assert (len(samples), damage) == (3, Damage("damaged_tar", 2, 0))
+
+
+@pytest.mark.parametrize("num_bytes", [512, 10240])
+def test_tar_when_of_zeros_then_all_that_was_announced_is_lost(shard, num_bytes):
+    assert books(shard(bytes(num_bytes), successes=7)) == ([], [Damage("damaged_tar", 7)])
+    assert books(shard(bytes(num_bytes), successes=0)) == ([], [])
+    assert books(shard(bytes(num_bytes), "other.tar")) == ([], [])
+
+
+def test_tar_when_of_no_bytes_then_a_word(shard):
+    assert books(shard(b"", successes=7)) == ([], [Damage("damaged_tar", 7)])
+    assert books(shard(b"", "other.tar")) == ([], [Damage("damaged_tar", 0)])
+
+
+def test_tar_when_junk_trails_then_its_pairs_and_the_bytes(shard):
+    samples, damages = books(shard(packed(pairs(3)) + b"junk" * 300, successes=3))
+    assert samples == [expected(n) for n in range(3)]
+    assert damages == [Damage("damaged_tar", 0, 1200)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"successes": "3"}', '{"successes": -1}', '{"successes": true}']
+)
+def test_statistics_when_unusable_then_the_tar_alone_counts(shard, tmp_path, text):
+    (tmp_path / "00000_stats.json").write_text(text)
+    samples, damages = books(shard(packed(pairs(3))))
+    assert (len(samples), damages) == (3, [Damage("wrong_stats", 0)])
+
+
+def test_statistics_when_of_fewer_than_the_whole_pairs_then_not_believed(shard):
+    samples, damages = books(shard(packed(pairs(3)), successes=2))
+    assert (len(samples), damages) == (3, [Damage("wrong_stats", 0)])
+
+
+def test_stems_when_more_than_announced_then_the_least_whole_are_fragments(shard):
+    members = dict(pair(0))
+    members |= {"000000001.jpg": picture(1), "00000000X.txt": b"text 1", "00000000Y.json": b"{}"}  # Once one pair.
+    members |= pair(2)
+    samples, damages = books(shard(packed(members), successes=3))
+    assert [sample.key for sample in samples] == ["000000000", "000000001", "000000002"]
+    assert damages == [Damage("fragment", 0, 6, "00000000X"), Damage("fragment", 0, 2, "00000000Y")]
+
+
+def test_pair_when_repeated_beyond_what_is_announced_then_a_fragment(shard):
+    members = list(pairs(3).items())
+    samples, damages = books(shard(packed(members[:6] + members), successes=3))
+    assert samples == [expected(n) for n in range(3)]
+    assert [(damage.reason, damage.samples, damage.key) for damage in damages] == [
+        ("fragment", 0, "000000000"),
+        ("fragment", 0, "000000001"),
+    ]
+
+
+def test_statistics_when_of_fewer_pairs_and_the_tar_is_damaged_then_believed(shard):
+    samples, damages = books(shard(packed(pairs(3)) + b"junk", successes=2))
+    assert [sample.key for sample in samples] == ["000000000", "000000001"]
+    assert [damage.reason for damage in damages] == ["fragment", "damaged_tar"]
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.9])
+def test_packed_tar_when_cut_then_the_pairs_before_it(shard, cut):
+    rng = random.Random(2)
+    members = {name: data + rng.randbytes(2000) if "jpg" in name else data for name, data in pairs(50).items()}
+    data = gzip.compress(packed(members))
+    samples, damages = books(shard(data[: int(len(data) * cut)], "00000.tar.gz", successes=50))
+    assert 50 * cut - 5 < len(samples) < 50
+    assert len(samples) + lost(damages) == 50
+    assert damages[-1].num_bytes > 0
+
+
+def test_packed_tar_when_its_bytes_are_damaged_then_the_rest_is_counted(shard):
+    data = bytearray(gzip.compress(packed(pairs(50))))
+    data[len(data) // 2] ^= 0xFF
+    samples, damages = books(shard(bytes(data), "00000.tar.gz", successes=50))
+    assert len(samples) + lost(damages) == 50
+    assert damages[-1].num_bytes > 0
+
+
+# Fields.
+
+
+def test_fields_when_asked_then_those_of_the_first_samples(shard):
+    found = shard(packed(pairs(3)))
+    assert webdataset.fields(found.path) == ["txt", "json:key", "json:caption", "json:synthetic"]
+
+
+def test_fields_when_all_pictures_come_first_then_found_behind_them(shard, monkeypatch):
+    monkeypatch.setattr(webdataset, "_HEAD_BYTES", 2000)
+    members = sorted(pairs(4).items(), key=lambda item: item[0].rpartition(".")[2])
+    assert "json:synthetic" in webdataset.fields(shard(packed(members)).path)
+
+
+def test_fields_when_a_packed_tar_then_found(shard):
+    assert "txt" in webdataset.fields(shard(gzip.compress(packed(pairs(3))), "a.tgz").path)
+
+
+def test_fields_when_nothing_can_be_read_then_none(shard):
+    assert webdataset.fields(shard(b"junk" * 999).path) is None

@@ -1,0 +1,78 @@
+"""Books: they balance, and those of parts add up to those of the whole."""
+
+import json
+import random
+
+import pytest
+
+from aimv2_jax.data.books import ASPECT, FIRST_KEYS, SIDE, Books, Histogram, Loss, Tally
+
+
+def booked(events):
+    books = Books()
+    for kind, *arguments in events:
+        getattr(books, kind)(*arguments)
+    return books
+
+
+def random_events(rng, count):
+    events = []
+    for i in range(count):
+        what = rng.choice(["keep", "drop", "change", "lose"])
+        if what == "keep":
+            captions = {kind: "x" for kind in ("alt", "synthetic") if rng.random() < 0.7}
+            events.append((what, captions, {"l": "1"}, (rng.randint(1, 9000), rng.randint(1, 9000))))
+        elif what == "lose":
+            events.append((what, rng.choice("ab"), rng.randint(0, 5), rng.randint(0, 999), rng.choice([None, f"k{i}"])))
+        else:
+            events.append((what, rng.choice("ab"), f"k{i}"))
+    return events
+
+
+def test_books_when_of_parts_then_add_up_to_those_of_the_whole():
+    rng = random.Random(0)
+    events = random_events(rng, 300)
+    whole, total = booked(events), Books()
+    for start in range(0, 300, 70):
+        part = booked(events[start : start + 70])
+        total.add(Books.from_tree(json.loads(json.dumps(part.to_tree()))))
+    assert total.to_tree() == whole.to_tree()
+    counts = [event[0] for event in events]
+    lost = sum(event[2] for event in events if event[0] == "lose")
+    assert whole.samples == counts.count("keep") + counts.count("drop") + lost
+    assert sum(whole.histograms[SIDE].counts) == sum(whole.histograms[ASPECT].counts) == counts.count("keep")
+
+
+def test_books_when_many_are_dropped_then_the_first_ten_keys_stay_and_long_ones_are_cut():
+    books = booked([("drop", "why", f"k{i}" if i else "x" * 10**5) for i in range(50)])
+    assert books.drops["why"].count == 50
+    assert len(books.drops["why"].keys) == FIRST_KEYS and books.drops["why"].keys[1:3] == ("k1", "k2")
+    assert len(books.drops["why"].keys[0]) == 200
+    assert booked([("lose", "torn", 3, 10, None), ("lose", "torn", 0, 5, "a")]).lost == {"torn": Loss(3, 15, ("a",))}
+    assert Tally(1, ("a",)).plus(1, ("b",)) == Tally(2, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "aspect"),
+    [
+        ((1, 1), 0, 1),
+        ((32, 640), 32, 1 / 20),
+        ((512, 512), 512, 1),
+        ((640, 480), 384, 4 / 3),
+        ((90_000, 9_000), 3072, 10),
+        ((10**5, 1), 0, 10**5),
+    ],
+)
+def test_histogram_when_a_picture_is_kept_then_it_is_in_its_bin(size, side, aspect):
+    histograms = booked([("keep", {}, {}, size)]).histograms
+    for histogram, value in ((histograms[SIDE], side), (histograms[ASPECT], aspect)):
+        place = histogram.counts.index(1)
+        assert sum(histogram.counts) == 1
+        low = 0 if place == 0 else histogram.edges[place]
+        assert low <= value
+        assert place == len(histogram.counts) - 1 or value < histogram.edges[place + 1]
+
+
+def test_histogram_when_its_counts_do_not_fit_then_refused():
+    with pytest.raises(ValueError, match="2 counts between 2 edges"):
+        Histogram((1.0, 2.0), (1, 2))
