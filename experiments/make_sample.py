@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aimv2_jax.data import captions
+from aimv2_jax.data.datasets import write_dataset
 from aimv2_jax.data.inputs.discover import find
 from aimv2_jax.data.inputs.read import read
 from aimv2_jax.data.inputs.samples import Damage
-from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.records import Record
 from aimv2_jax.data.tokenizer_training import train_model
 from aimv2_jax.errors import UserError, reports_user_errors
 from aimv2_jax.flags import Parser

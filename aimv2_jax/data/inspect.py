@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aimv2_jax.config import load_config
+from aimv2_jax.data.datasets import DATASET_FILE
 from aimv2_jax.data.locations import locate
-from aimv2_jax.data.records import DATASET_FILE
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.flags import Parser, positive, split_overrides

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import warnings
 
 import numpy as np
 import simplejpeg
@@ -129,6 +130,20 @@ def open_picture(data: bytes) -> Picture:
     Raises:
       BadRecord: `empty_image`, `oversized_image` (more than `MAX_PIXELS`) or `undecodable_image`.
     """
+    return Picture(data, _open(data))
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """`open_picture(data).size`, without the look that this takes behind the pixels of a PNG; raises the same."""
+    with warnings.catch_warnings():  # Pillow's, of broken EXIF blocks and of size, which is judged here.
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        if image.format == "PNG" and "exif" not in image.info:
+            return image.size
+        return _TURNS.get(_orientation(image), _UPRIGHT).seen_size(*image.size)
+
+
+def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadRecord("empty_image")
     try:
@@ -143,7 +158,7 @@ def open_picture(data: bytes) -> Picture:
         raise BadRecord("empty_image")
     if math.prod(image.size) > MAX_PIXELS:
         raise BadRecord("oversized_image")
-    return Picture(data, image)
+    return image
 
 
 def decode_image(data: bytes) -> Image.Image:

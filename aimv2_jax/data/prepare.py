@@ -22,11 +22,12 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from aimv2_jax.data.books import Books
+from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.inputs.discover import InputShard, find
 from aimv2_jax.data.inputs.read import check_fields, default_captions
 from aimv2_jax.data.preparing.checks import Rules
@@ -34,10 +35,9 @@ from aimv2_jax.data.preparing.groups import Task, tasks_of
 from aimv2_jax.data.preparing.output import Output
 from aimv2_jax.data.preparing.runners import run_beam, run_local
 from aimv2_jax.data.preparing.work import Job
-from aimv2_jax.data.records import DatasetInfo
 from aimv2_jax.data.shards import Shard
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.flags import Parser
+from aimv2_jax.flags import Parser, positive
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
@@ -165,15 +165,6 @@ def _size(text: str) -> int:
     return size
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    return parse
-
-
 def _aspect(text: str) -> float:
     try:
         value = float(text)
@@ -221,14 +212,14 @@ def _parser() -> Parser:
         help="takes only samples with that value; a field may have several",
         **several,
     )
-    add("--min-side", type=_whole(1), default=32, metavar="N", help="pixels of the shorter side (32)")
-    add("--max-side", type=_whole(1), metavar="N", help="pixels of the longer side (any)")
+    add("--min-side", type=positive, default=32, metavar="N", help="pixels of the shorter side (32)")
+    add("--max-side", type=positive, metavar="N", help="pixels of the longer side (any)")
     add("--max-aspect", type=_aspect, default=20.0, metavar="X", help="longer side / shorter side (20)")
     add("--shard-size", type=_size, default=10**9, metavar="SIZE", help="of the output's files, about (1GB)")
     verify = "field with the sha256 or md5 of the picture's bytes (img2dataset's is of those before its resizing)"
     add("--verify", metavar="FIELD", help=verify)
     add("--decode", action="store_true", help="decodes every picture in full: finds those that are cut")
-    add("--workers", type=_whole(1), metavar="N", help="processes (one for each CPU)")
+    add("--workers", type=positive, metavar="N", help="processes (one for each CPU)")
     add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
     add("--beam-options", metavar="OPTIONS", help="of the pipeline: --beam-options='--runner=DataflowRunner ...'")
     add("--resume", action="store_true", help="goes on with the work that an interrupted run has left in --output")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from aimv2_jax.data.datasets import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, DatasetInfo
 from aimv2_jax.data.locations import locate
-from aimv2_jax.data.records import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, BadRecord, DatasetInfo
+from aimv2_jax.data.records import BadRecord
 from aimv2_jax.errors import UserError
 
 MAX_OPEN_SHARDS = 64  # Of each source: ten sources stay far below a soft limit of 1,024 open files.

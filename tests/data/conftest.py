@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from aimv2_jax.config import build_config
-from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record
 
 TOKENIZER = "package:data/sample/tokenizer.model"
 

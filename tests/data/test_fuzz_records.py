@@ -53,7 +53,8 @@ CORRUPTIONS = (flip, flip_in_block_header, cut, insert, swap, overwrite)
 
 
 def fuzz(count, seed):
-    from aimv2_jax.data.records import BadRecord, Record, decode, write_dataset
+    from aimv2_jax.data.datasets import write_dataset
+    from aimv2_jax.data.records import BadRecord, Record, decode
     from aimv2_jax.data.sources import Source
 
     rng = random.Random(seed)

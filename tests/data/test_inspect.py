@@ -10,9 +10,10 @@ from PIL import Image
 
 from aimv2_jax.data import contact_sheet, pipeline
 from aimv2_jax.data.books import Books
+from aimv2_jax.data.datasets import DatasetInfo, write_dataset
 from aimv2_jax.data.inspect import main
 from aimv2_jax.data.pictures import decode_image
-from aimv2_jax.data.records import DatasetInfo, decode, write_dataset
+from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms import patchify, unpatchify
 from aimv2_jax.data.views import batch_sheet, dataset_sheet, row_picture

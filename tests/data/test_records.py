@@ -1,18 +1,13 @@
-"""Records and data sets: exact, checked, whole or absent."""
+"""Records: exact and checked."""
 
 import dataclasses
-import json
 import struct
 import zlib
 
 import msgpack
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader
 
-from aimv2_jax.data.books import Books
-from aimv2_jax.data.records import BadRecord, DatasetInfo, Record, decode, encode, write_dataset
-from aimv2_jax.data.shards import Shard
-from aimv2_jax.errors import UserError
+from aimv2_jax.data.records import BadRecord, Record, decode, encode
 
 RECORD = Record(
     "a/1", b"\xff\xd8 picture", {"alt": "Käse", "synthetic": "a cheese"}, {"label": "cheese", "kind": "photo"}
@@ -52,84 +47,3 @@ def test_record_when_another_writer_put_other_types_in_then_corrupt(field):
     payload = msgpack.packb({"key": "a", "image": b"x", "captions": {"alt": "x"}, "labels": {}} | field)
     with pytest.raises(BadRecord, match="corrupt_record"):
         decode(struct.pack("<BI", 1, zlib.crc32(payload)) + payload)
-
-
-def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tmp_path, make_record):
-    records = [make_record("red", i) for i in range(9)]
-    records[4] = dataclasses.replace(records[4], captions={"alt": "only"}, labels={"coarse": "x"})
-    size = len(encode(records[0]))
-    info = write_dataset(tmp_path, iter(records), shard_bytes=3 * size)
-    assert len(info.shards) > 2
-    assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
-    assert (info.records, info.kinds, info.labels) == (9, {"alt": 9, "synthetic": 8}, ("coarse", "number"))
-    assert info.bytes == sum((tmp_path / shard.file).stat().st_size for shard in info.shards)
-    read = []
-    for shard in info.shards:
-        reader = ArrayRecordReader(str(tmp_path / shard.file))
-        assert reader.num_records() == shard.records
-        assert "group_size:1," in reader.writer_options_string()
-        read += [decode(data) for data in reader.read_all()]
-    assert read == records
-
-
-def test_dataset_when_written_then_histograms_of_the_pictures_that_have_a_size(tmp_path, make_record):
-    records = [make_record("red", i) for i in range(9)] + [make_record("red", 9, image=b"none")]
-    info = write_dataset(tmp_path, records)
-    assert {name: sum(histogram.counts) for name, histogram in info.histograms.items()} == {
-        "shorter_side_px": 9,
-        "aspect": 9,
-    }
-    side = info.histograms["shorter_side_px"]
-    assert side.edges[:4] == (16, 24, 32, 48) and side.counts[:1] == (0,) and sum(side.counts[:4]) == 9
-
-
-def test_dataset_when_its_file_is_of_version_1_then_read_and_of_others_refused(tmp_path, make_record):
-    info = write_dataset(tmp_path, [make_record("red", i) for i in range(3)])
-    tree = json.loads(info.to_json())
-    old = {name: tree[name] for name in ("shards", "records", "bytes", "kinds", "labels")}
-    read = DatasetInfo.from_json(json.dumps(old | {"format_version": 1}))
-    assert read == dataclasses.replace(info, format_version=1, histograms={})
-    assert read.samples == 3
-    for version in (0, 3):
-        with pytest.raises(ValueError, match=f"version {version}"):
-            DatasetInfo.from_json(json.dumps(tree | {"format_version": version}))
-
-
-def test_dataset_when_it_has_accounts_then_written_and_read_alike():
-    books = Books()
-    books.keep({"alt": "x"}, {"l": "y"}, (100, 50))
-    books.drop("too_small", "a")
-    books.change("caption_cut", "b")
-    books.lose("damaged_tar", 2, 512, "c")
-    info = DatasetInfo.of(books, [Shard("0.arrayrecord", 1, 65536)], {"min-side": 32, "max-side": None})
-    assert info.samples == 4
-    assert DatasetInfo.from_json(info.to_json()) == info
-
-
-def test_dataset_when_written_twice_then_same_bytes(tmp_path, make_record):
-    for name in ("a", "b"):
-        write_dataset(tmp_path / name, (make_record("red", i) for i in range(5)), shard_bytes=6_000)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) > 2
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-def test_dataset_when_the_records_fail_midway_then_no_part_of_a_shard_and_no_dataset(tmp_path, make_record):
-    def records():
-        for i in range(5):
-            yield make_record("red", i)
-        raise OSError("disk gone")
-
-    with pytest.raises(OSError, match="disk gone"):
-        write_dataset(tmp_path, records(), shard_bytes=len(encode(make_record("red", 0))))
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{i:05d}.arrayrecord" for i in range(len(names))}
-
-
-def test_dataset_when_the_folder_holds_one_then_refused(tmp_path, make_record):
-    write_dataset(tmp_path, [make_record("red", 0)])
-    before = (tmp_path / "dataset.json").read_bytes()
-    with pytest.raises(UserError, match="there is a data set already"):
-        write_dataset(tmp_path, [make_record("red", 1)])
-    assert json.loads(before) == json.loads((tmp_path / "dataset.json").read_bytes())

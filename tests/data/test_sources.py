@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from aimv2_jax.data import sources
-from aimv2_jax.data.records import BadRecord, decode, encode, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import BadRecord, decode, encode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import UserError
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from aimv2_jax.config import Config, build_config
-from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record
 from aimv2_jax.train.checkpoint import Checkpointer
 from aimv2_jax.train.metrics import MetricsWriter
 from aimv2_jax.train.program import build_program

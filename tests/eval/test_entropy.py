@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from aimv2_jax.config import build_config, config_to_dict
-from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record
 from aimv2_jax.eval import entropy as module
 from aimv2_jax.eval.entropy import entropy, token_frequencies
 from aimv2_jax.eval.load import load

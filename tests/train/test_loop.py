@@ -24,7 +24,8 @@ from tiny import ROOT, tiny_arguments, tiny_config
 
 from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
-from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record
 from aimv2_jax.main import main
 from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from aimv2_jax.data import captions
-from aimv2_jax.data.headers import BadHeader, image_size
 from aimv2_jax.data.inputs.samples import Sample
-from aimv2_jax.data.pictures import decode_image
+from aimv2_jax.data.pictures import decode_image, image_size
 from aimv2_jax.data.records import BadRecord, Record
 
 MOST_LETTERS = 4096  # Of a caption or label: many times the 76 pieces that a model reads.
@@ -95,7 +94,7 @@ def _verify(image: bytes, digest: Any) -> None:
 def _checked_size(image: bytes, rules: Rules) -> tuple[int, int]:
     try:
         size = image_size(image)
-    except BadHeader as error:
+    except BadRecord as error:
         raise Dropped(error.reason) from error
     if min(size) < rules.min_side:
         raise Dropped("too_small")

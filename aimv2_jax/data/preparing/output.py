@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 from etils import epath
 
 from aimv2_jax.data.books import Books
+from aimv2_jax.data.datasets import DATASET_FILE, DatasetInfo
 from aimv2_jax.data.inputs.files import is_remote
 from aimv2_jax.data.preparing.groups import Task
-from aimv2_jax.data.records import DATASET_FILE, DatasetInfo
 from aimv2_jax.data.shards import Shard, place_in, write_text
 from aimv2_jax.errors import UserError
 

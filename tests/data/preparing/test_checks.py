@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from aimv2_jax.data.inputs.samples import Sample
+from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.preparing.checks import MOST_LETTERS, Dropped, Rules, check, text_of
-from aimv2_jax.data.transforms import decode_image
 
 ALT = {"alt": "txt"}
 

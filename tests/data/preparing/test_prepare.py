@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from aimv2_jax.data.books import Tally
+from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.prepare import main
-from aimv2_jax.data.records import DatasetInfo, decode
+from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 
 ROOT = Path(__file__).parents[3]
@@ -158,7 +159,7 @@ def test_keep_and_label_when_given_then_only_those(run):
         (["--shard-size", "3XB"], "--shard-size: '3XB' is not a size such as 1GB"),
         (["--shard-size", "-1GB"], "--shard-size"),
         (["--shard-size", "1"], "--shard-size: '1' is below 1000 bytes"),
-        (["--min-side", "0"], "--min-side: '0' is not a whole number from 1 on"),
+        (["--min-side", "0"], "--min-side: '0' is not a whole number above zero"),
         (["--min-side", "1e3"], "--min-side: '1e3'"),
         (["--max-side", "31"], "--max-side is below --min-side: 31"),
         (["--max-aspect", "0.5"], "--max-aspect: '0.5'"),
