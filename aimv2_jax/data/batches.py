@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from aimv2_jax.data import captions, records, transforms
 from aimv2_jax.data.plan import Plan, example_rng
-from aimv2_jax.data.records import REASONS, BadRecord
+from aimv2_jax.data.readahead import ReadAhead
+from aimv2_jax.data.records import REASONS, BadRecord, Record
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import GuardStop
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +76,46 @@ class CenterView:
         return transforms.center_crop(image, self.size)
 
 
-def load(source: Source, index: int, kind: str) -> tuple[Image.Image, bytes]:
+class _Search:
+    """The search for the record of one example, among candidates: a thread reads, and the builder may send it on.
+
+    `found` is the candidate that was read and has the caption; None when there is none left. `faults` are those before.
+    """
+
+    def __init__(self, row: int, example: int, source: Source, kind: str, candidates: Iterable[int]):
+        self.row, self.example, self.source, self.kind = row, example, source, kind
+        self.found: Record | None = None
+        self.faults: list[Fault] = []
+        self._candidates = iter(candidates)
+        self._index = -1
+
+    def advance(self) -> None:
+        """Reads on until a record has the caption; those that cannot be read or lack it are faults."""
+        self.found = None
+        for index in self._candidates:
+            self._index = index
+            try:
+                record = records.decode(self.source.read(index))
+            except BadRecord as error:
+                self.reject(error)
+                continue
+            if self.kind in record.captions:
+                self.found = record
+                return
+            self.reject(BadRecord("missing_caption", record.key))
+
+    @property
+    def size(self) -> int:
+        return len(self.found.image) if self.found else 0
+
+    def reject(self, error: BadRecord) -> None:
+        """The record that was read last is unusable."""
+        self.faults.append(Fault(self.example, self.source.name, self._index, error.key, error.reason))
+
+
+def load(record: Record, kind: str) -> tuple[Image.Image, bytes]:
     """The picture of a record and its cleaned caption of `kind` in UTF-8; raises `BadRecord`."""
-    record = records.decode(source.read(index))
     try:
-        if kind not in record.captions:
-            raise BadRecord("missing_caption")
         caption = captions.clean(record.captions[kind])
         return transforms.decode_image(record.image), caption.encode()
     except BadRecord as error:
@@ -90,6 +129,7 @@ class _Rows:
         count, num_patches = len(examples), grid[0] * grid[1]
         self._step, self._patch_size = step, patch_size
         self._captions, self._faults = [b""] * count, []
+        self._seconds: collections.Counter[str] = collections.Counter()
         self.arrays = {
             "patches": np.zeros((count, num_patches, 3 * patch_size**2), np.uint8),
             "coords": np.broadcast_to(transforms.patch_coords(grid), (count, num_patches, 2)).copy(),
@@ -104,12 +144,35 @@ class _Rows:
         self.arrays["valid"][row] = True
         self._captions[row] = caption
 
-    def blame(self, row: int, fault: Fault) -> None:
-        self.arrays["faults"][row, REASONS.index(fault.reason)] += 1
-        self._faults.append(fault)
+    def fill_from(self, search: _Search, view: Callable[[Image.Image, int], np.ndarray]) -> bool:
+        """Fills the row of `search` from what it found, or finds when sent on; False where that was nothing usable."""
+        while search.found is not None:
+            try:
+                image, caption = load(search.found, search.kind)
+            except BadRecord as error:
+                search.reject(error)
+                search.advance()
+                continue
+            self.fill(search.row, view(image, search.example), caption)
+            break
+        for fault in search.faults:
+            self.arrays["faults"][search.row, REASONS.index(fault.reason)] += 1
+        self._faults += search.faults
+        return search.found is not None
+
+    def timed(self, stage: str, items: Iterable[T]) -> Iterator[T]:
+        """`items`, and the time until each of them comes counts as that of `stage`."""
+        iterator = iter(items)
+        while True:
+            start = time.perf_counter()
+            item = next(iterator, None)
+            self._seconds[stage] += time.perf_counter() - start
+            if item is None:
+                return
+            yield item
 
     def done(self) -> LocalBatch:
-        return LocalBatch(self._step, self.arrays, self._captions, self._faults)
+        return LocalBatch(self._step, self.arrays, self._captions, self._faults, dict(self._seconds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,30 +185,27 @@ class TrainingBatches:
     view: Callable[[Image.Image, int], np.ndarray]
     grid: tuple[int, int]
     patch_size: int
+    reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __call__(self, step: int) -> LocalBatch:
         examples = [self.plan.first_example(step) + row for row in self.rows]
         rows, order = _Rows(step, examples, self.grid, self.patch_size), list(self.sources)
-        for row, example in enumerate(examples):
-            draw = self.plan.draw(example)
-            source, tried = self.sources[draw.source], collections.Counter()
-            rows.arrays["source"][row] = order.index(draw.source)
-            for index in self.plan.records(draw):
-                try:
-                    image, caption = load(source, index, draw.kind)
-                except BadRecord as error:
-                    tried[error.reason] += 1
-                    rows.blame(row, Fault(example, source.name, index, error.key, error.reason))
-                    continue
-                rows.fill(row, self.view(image, example), caption)
-                break
-            else:
+        for search in rows.timed("read", self.reads(step, self._searches)):
+            rows.arrays["source"][search.row] = order.index(search.source.name)
+            if not rows.fill_from(search, self.view):
+                tried = collections.Counter(fault.reason for fault in search.faults)
                 reasons = ", ".join(f"{count} x {reason}" for reason, count in tried.items())
                 raise GuardStop(
-                    f"data source {source.name!r} gave no usable record for its {draw.kind} captions: {reasons}; "
-                    "prepare the data set again, or take its weight out of data.mixture"
+                    f"data source {search.source.name!r} gave no usable record for its {search.kind} captions: "
+                    f"{reasons}; prepare the data set again, or take its weight out of data.mixture"
                 )
         return rows.done()
+
+    def _searches(self, step: int) -> Iterator[_Search]:
+        for row, place in enumerate(self.rows):
+            example = self.plan.first_example(step) + place
+            draw = self.plan.draw(example)
+            yield _Search(row, example, self.sources[draw.source], draw.kind, self.plan.records(draw))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +224,7 @@ class EvaluationBatches:
     view: Callable[[Image.Image, int], np.ndarray]
     grid: tuple[int, int]
     patch_size: int
+    reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __len__(self) -> int:
         return -(-sum(count for _, count in self.examples) // self.batch_size)
@@ -171,18 +232,17 @@ class EvaluationBatches:
     def __call__(self, number: int) -> LocalBatch:
         examples = [number * self.batch_size + row for row in self.rows]
         rows, order = _Rows(number, examples, self.grid, self.patch_size), list(self.sources)
-        ends = np.cumsum([count for _, count in self.examples])
-        for row, example in enumerate(examples):
-            if example >= ends[-1]:
-                continue
-            which = int(np.searchsorted(ends, example, side="right"))
-            name, count = self.examples[which]
-            index = example - (int(ends[which]) - count)
-            rows.arrays["source"][row] = order.index(name)
-            try:
-                image, caption = load(self.sources[name], index, self.kind)
-            except BadRecord as error:
-                rows.blame(row, Fault(example, name, index, error.key, error.reason))
-                continue
-            rows.fill(row, self.view(image, example), caption)
+        for search in rows.timed("read", self.reads(number, self._searches)):
+            rows.arrays["source"][search.row] = order.index(search.source.name)
+            rows.fill_from(search, self.view)
         return rows.done()
+
+    def _searches(self, number: int) -> Iterator[_Search]:
+        ends = np.cumsum([count for _, count in self.examples])
+        for row, place in enumerate(self.rows):
+            example = number * self.batch_size + place
+            if example < ends[-1]:
+                which = int(np.searchsorted(ends, example, side="right"))
+                name, count = self.examples[which]
+                index = example - (int(ends[which]) - count)
+                yield _Search(row, example, self.sources[name], self.kind, [index])
