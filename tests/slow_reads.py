@@ -11,7 +11,7 @@ from aimv2_jax.data.sources import Source
 
 
 class SlowSource(Source):
-    """A source that sleeps `delay_s` before every read, and adds a line a read to `journal`: record, reads at a time."""
+    """Sleeps before every read, and adds a line a read to `journal`: process, source, record, reads at a time."""
 
     def __init__(self, name: str, path: str, delay_s: float, journal: Path):
         super().__init__(name, path)
@@ -24,6 +24,12 @@ class SlowSource(Source):
         with self._journal.open("ab", buffering=0) as file:  # One write to a file opened for appending: whole lines.
             file.write(line.encode())
         return super().read(index)
+
+
+def journal_lines(journal: Path) -> list[tuple[int, str, int, int]]:
+    """What the journal says, in the order of the reads."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return [(int(pid), name, int(index), int(count)) for pid, name, index, count in map(str.split, lines)]
 
 
 class _Counter:

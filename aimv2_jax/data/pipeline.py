@@ -43,6 +43,7 @@ __all__ = [
     "open_sources",
     "to_devices",
     "training_batches",
+    "training_plan",
 ]
 
 _ENDLESS = 1 << 48  # Steps: more than any run has.
@@ -95,6 +96,12 @@ def _listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
+def training_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
+    """Which records are in which step of a run."""
+    sizes = {name: len(source) for name, source in sources.items()}
+    return Plan(config.seed, config.data.batch_size, sizes, mixture_counts(config.data.mixture))
+
+
 def training_batches(
     config: Config, rows: Sequence[int] | np.ndarray, start_step: int, tokenizer: Tokenizer | None = None
 ) -> Batches:
@@ -110,15 +117,9 @@ def training_batches(
       UserError: if a source cannot be read.
     """
     sources = open_sources(config.data.sources)
-    plan = Plan(
-        config.seed,
-        config.data.batch_size,
-        {name: len(source) for name, source in sources.items()},
-        mixture_counts(config.data.mixture),
-    )
     data = config.data
     build = TrainingBatches(
-        plan,
+        training_plan(config, sources),
         sources,
         tuple(int(row) for row in rows),
         TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip),
