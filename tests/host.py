@@ -1,7 +1,7 @@
 """One host of a run on several, each a process: `python tests/host.py PROCESS COUNT PORT WORKDIR KEY=VALUE …`.
 
-Trains a tiny model and writes what this host's devices hold of every global batch to `WORKDIR/batches/STEP.PROCESS.npz`,
-one array for each array and device, named `NAME FIRST_ROW`.
+Trains a tiny model, and writes what this host's devices hold of every global batch to
+`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     workdir = Path(sys.argv[4])
     changes = dict(argument.split("=", 1) for argument in sys.argv[5:])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count}"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
     import jax
     import numpy as np
     from tiny import tiny_config

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from aimv2_jax.data import captions, records, transforms
+from aimv2_jax.data.clock import StageClock
+from aimv2_jax.data.pictures import Picture, open_picture
 from aimv2_jax.data.plan import Plan, example_rng
 from aimv2_jax.data.readahead import ReadAhead
 from aimv2_jax.data.records import REASONS, BadRecord, Record
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import GuardStop
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +56,11 @@ class TrainingView:
     ratio: tuple[float, float]
     flip: float
 
-    def __call__(self, image: Image.Image, example: int) -> np.ndarray:
+    def __call__(self, picture: Picture, example: int, clock: StageClock) -> np.ndarray:
         crop_rng = example_rng(self.seed, "crop", example)
-        pixels = transforms.random_resized_crop(image, crop_rng, self.size, self.area, self.ratio)
+        box = transforms.crop_box(crop_rng, *picture.size, self.area, self.ratio)
         flipped = example_rng(self.seed, "flip", example).random() < self.flip
-        return transforms.flip(pixels) if flipped else pixels
+        return _look(picture, box, self.size, flipped, clock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +69,20 @@ class CenterView:
 
     size: int
 
-    def __call__(self, image: Image.Image, example: int) -> np.ndarray:
-        return transforms.center_crop(image, self.size)
+    def __call__(self, picture: Picture, example: int, clock: StageClock) -> np.ndarray:
+        return _look(picture, transforms.center_box(*picture.size), self.size, False, clock)
+
+
+def _look(picture: Picture, box: transforms.Box, size: int, flipped: bool, clock: StageClock) -> np.ndarray:
+    image, box = picture.decode(box, size)
+    clock.lap("decode")
+    pixels = transforms.resize(image, box, size, flipped)
+    clock.lap("resize")
+    return pixels
+
+
+View = Callable[[Picture, int, StageClock], np.ndarray]
+"""(a picture, the example's number, the clock of its batch) -> pixels; raises `BadRecord`."""
 
 
 class _Search:
@@ -113,11 +122,14 @@ class _Search:
         self.faults.append(Fault(self.example, self.source.name, self._index, error.key, error.reason))
 
 
-def load(record: Record, kind: str) -> tuple[Image.Image, bytes]:
-    """The picture of a record and its cleaned caption of `kind` in UTF-8; raises `BadRecord`."""
+def render(record: Record, kind: str, view: View, example: int, clock: StageClock) -> tuple[np.ndarray, bytes]:
+    """What `view` makes of the picture for `example`, and the cleaned caption in UTF-8; raises `BadRecord`."""
     try:
-        caption = captions.clean(record.captions[kind])
-        return transforms.decode_image(record.image), caption.encode()
+        if kind not in record.captions:
+            raise BadRecord("missing_caption")
+        caption = captions.clean(record.captions[kind]).encode()
+        clock.lap("caption")
+        return view(open_picture(record.image), example, clock), caption
     except BadRecord as error:
         raise BadRecord(error.reason, record.key) from error
 
@@ -129,7 +141,7 @@ class _Rows:
         count, num_patches = len(examples), grid[0] * grid[1]
         self._step, self._patch_size = step, patch_size
         self._captions, self._faults = [b""] * count, []
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self.clock = StageClock()
         self.arrays = {
             "patches": np.zeros((count, num_patches, 3 * patch_size**2), np.uint8),
             "coords": np.broadcast_to(transforms.patch_coords(grid), (count, num_patches, 2)).copy(),
@@ -143,36 +155,27 @@ class _Rows:
         self.arrays["patches"][row] = transforms.patchify(pixels, self._patch_size)
         self.arrays["valid"][row] = True
         self._captions[row] = caption
+        self.clock.lap("patchify")
 
-    def fill_from(self, search: _Search, view: Callable[[Image.Image, int], np.ndarray]) -> bool:
+    def fill_from(self, search: _Search, view: View) -> bool:
         """Fills the row of `search` from what it found, or finds when sent on; False where that was nothing usable."""
         while search.found is not None:
             try:
-                image, caption = load(search.found, search.kind)
+                pixels, caption = render(search.found, search.kind, view, search.example, self.clock)
             except BadRecord as error:
                 search.reject(error)
                 search.advance()
+                self.clock.lap("read")
                 continue
-            self.fill(search.row, view(image, search.example), caption)
+            self.fill(search.row, pixels, caption)
             break
         for fault in search.faults:
             self.arrays["faults"][search.row, REASONS.index(fault.reason)] += 1
         self._faults += search.faults
         return search.found is not None
 
-    def timed(self, stage: str, items: Iterable[T]) -> Iterator[T]:
-        """`items`, and the time until each of them comes counts as that of `stage`."""
-        iterator = iter(items)
-        while True:
-            start = time.perf_counter()
-            item = next(iterator, None)
-            self._seconds[stage] += time.perf_counter() - start
-            if item is None:
-                return
-            yield item
-
     def done(self) -> LocalBatch:
-        return LocalBatch(self._step, self.arrays, self._captions, self._faults, dict(self._seconds))
+        return LocalBatch(self._step, self.arrays, self._captions, self._faults, dict(self.clock.seconds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,7 @@ class TrainingBatches:
     plan: Plan
     sources: Mapping[str, Source]
     rows: tuple[int, ...]
-    view: Callable[[Image.Image, int], np.ndarray]
+    view: View
     grid: tuple[int, int]
     patch_size: int
     reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
@@ -190,7 +193,8 @@ class TrainingBatches:
     def __call__(self, step: int) -> LocalBatch:
         examples = [self.plan.first_example(step) + row for row in self.rows]
         rows, order = _Rows(step, examples, self.grid, self.patch_size), list(self.sources)
-        for search in rows.timed("read", self.reads(step, self._searches)):
+        for search in self.reads(step, self._searches):
+            rows.clock.lap("read")
             rows.arrays["source"][search.row] = order.index(search.source.name)
             if not rows.fill_from(search, self.view):
                 tried = collections.Counter(fault.reason for fault in search.faults)
@@ -221,7 +225,7 @@ class EvaluationBatches:
     kind: str
     batch_size: int
     rows: tuple[int, ...]
-    view: Callable[[Image.Image, int], np.ndarray]
+    view: View
     grid: tuple[int, int]
     patch_size: int
     reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
@@ -232,7 +236,8 @@ class EvaluationBatches:
     def __call__(self, number: int) -> LocalBatch:
         examples = [number * self.batch_size + row for row in self.rows]
         rows, order = _Rows(number, examples, self.grid, self.patch_size), list(self.sources)
-        for search in rows.timed("read", self.reads(number, self._searches)):
+        for search in self.reads(number, self._searches):
+            rows.clock.lap("read")
             rows.arrays["source"][search.row] = order.index(search.source.name)
             rows.fill_from(search, self.view)
         return rows.done()

@@ -15,8 +15,9 @@ def clean(text: str) -> str:
     Raises:
       BadRecord: `empty_caption`, if nothing is left.
     """
-    # Twice, as CLIP does: web pages hold "&amp;amp;".
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # Else there is nothing to mend.
+        # Twice, as CLIP does: web pages hold "&amp;amp;".
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     text = " ".join(text.split()).lower()
     # Not a zero-width space alone, either: no piece would come of it.
     if not any(letter.isprintable() and letter != " " for letter in text):

@@ -1,11 +1,10 @@
-"""From encoded pictures to patches: decoding, crops, patches. Pillow and numpy.
+"""From pictures to patches: crops, one resize, patches. Pillow and numpy.
 
 B batch, L patches, P numbers a patch (row, column, channel), H and W pixels.
 """
 
 from __future__ import annotations
 
-import io
 import math
 
 import einops
@@ -13,69 +12,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from aimv2_jax.data.records import BadRecord
-
-MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB of RGB.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 Box = tuple[int | float, int | float, int | float, int | float]
 """(left, top, right, bottom), in pixels."""
-
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """The picture as it is meant to be seen, in RGB: first frame, EXIF orientation applied, transparency on white.
-
-    Raises:
-      BadRecord: `empty_image`, `oversized_image` (more than `MAX_PIXELS`) or `undecodable_image`.
-    """
-    if not data:
-        raise BadRecord("empty_image")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _refuse_size(image.size)
-            orientation = _ORIENTATIONS.get(_orientation(image))
-            rgb = _to_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadRecord("oversized_image") from error
-    except (BadRecord, MemoryError):
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to.
-        raise BadRecord("undecodable_image") from error
-    return rgb if orientation is None else rgb.transpose(orientation)
-
-
-def _refuse_size(size: tuple[int, int]) -> None:
-    if math.prod(size) == 0:
-        raise BadRecord("empty_image")
-    if math.prod(size) > MAX_PIXELS:
-        raise BadRecord("oversized_image")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # A picture with a broken EXIF block is still a picture, upright as far as anyone knows.
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit greys, which Pillow would clip at 255.
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if "transparency" not in image.info and not image.mode.endswith(("A", "a")):
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def crop_box(
@@ -103,36 +41,19 @@ def crop_box(
 
 
 def center_box(width: int, height: int) -> Box:
-    """The largest centred square."""
+    """The largest centred square: to scale it is to scale the shorter side and cut, but cheap for 20000 x 1 pixels."""
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
-def resize(image: Image.Image, box: Box, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The part of `image` inside `box` as a square of `size` pixels: bicubic, antialiased."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+def resize(image: Image.Image, box: Box, size: int, mirrored: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """The part of `image` inside `box` as a square of `size` pixels: bicubic, antialiased (a = -0.5, Pillow's).
 
-
-def random_resized_crop(
-    image: Image.Image,
-    rng: np.random.Generator,
-    size: int,
-    area: tuple[float, float] = (0.4, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A random part of `image` (see `crop_box`) as a square of `size` pixels."""
-    return resize(image, crop_box(rng, *image.size, area, ratio), size)
-
-
-def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The shorter side scaled to `size` and the centre square cut out, in one step: 20000 x 1 pixels are cheap."""
-    return resize(image, center_box(*image.size), size)
-
-
-def flip(pixels: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Left and right exchanged."""
-    return pixels[:, ::-1]
+    `mirrored`: with left and right exchanged, which numpy takes ten times as long for as Pillow.
+    """
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square)
 
 
 def patchify(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> UInt8[np.ndarray, "L P"]:

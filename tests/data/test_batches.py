@@ -1,6 +1,7 @@
 """One process' rows of a batch: exact transforms of exact records, and what becomes of unusable ones."""
 
 import collections
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from aimv2_jax.config import mixture_counts
 from aimv2_jax.data import transforms
 from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, TrainingBatches, TrainingView
 from aimv2_jax.data.captions import clean
+from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.plan import Plan, example_rng
 from aimv2_jax.data.records import REASONS, decode
 from aimv2_jax.data.sources import Source
@@ -38,8 +40,9 @@ def test_training_batch_when_built_then_each_row_is_its_examples_record_crop_and
     for row, example in enumerate(range(40, 48)):
         draw = build.plan.draw(example)
         record = decode(build.sources[draw.source].read(next(build.plan.records(draw))))
-        image = transforms.decode_image(record.image)
-        pixels = transforms.random_resized_crop(image, example_rng(0, "crop", example), 28)
+        image = decode_image(record.image)
+        box = transforms.crop_box(example_rng(0, "crop", example), *image.size, (0.4, 1.0), (3 / 4, 4 / 3))
+        pixels = transforms.resize(image, box, 28)
         if example_rng(0, "flip", example).random() < 0.5:
             pixels, flips = pixels[:, ::-1], flips + 1
         np.testing.assert_array_equal(batch.arrays["patches"][row], transforms.patchify(pixels, 14))
@@ -60,6 +63,15 @@ def test_training_batch_when_rows_are_some_in_any_order_then_those_of_the_whole(
     for name, array in part.arrays.items():
         np.testing.assert_array_equal(array, whole.arrays[name][[6, 1]])
     assert part.captions == [whole.captions[6], whole.captions[1]]
+
+
+def test_batch_when_built_then_the_time_of_each_stage_within_its_own(datasets):
+    for build in (training(datasets), evaluation(datasets, {"red": 13})):
+        start = time.perf_counter()
+        seconds = build(0).seconds
+        passed = time.perf_counter() - start
+        assert list(seconds) == ["read", "caption", "decode", "resize", "patchify"]
+        assert min(seconds.values()) > 0 and sum(seconds.values()) <= passed
 
 
 BAD = {
@@ -125,7 +137,8 @@ def test_evaluation_batches_when_run_through_then_every_record_once_in_order_and
     assert arrays["valid"].all(1).tolist() == arrays["valid"].any(1).tolist() == [True] * 20 + [False] * 4
     assert arrays["source"][:20].tolist() == [0] * 13 + [1] * 7
     record = decode(build.sources["blue"].read(2))
-    pixels = transforms.center_crop(transforms.decode_image(record.image), 28)
+    image = decode_image(record.image)
+    pixels = transforms.resize(image, transforms.center_box(*image.size), 28)
     np.testing.assert_array_equal(arrays["patches"][15], transforms.patchify(pixels, 14))
 
 

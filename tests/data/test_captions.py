@@ -1,6 +1,9 @@
 """Cleaning of captions."""
 
+import ftfy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aimv2_jax.data.captions import clean
 from aimv2_jax.data.records import BadRecord
@@ -30,3 +33,14 @@ def test_caption_when_nothing_is_left_then_empty_caption(text):
 
 def test_caption_when_a_lone_surrogate_is_in_it_then_still_utf_8():
     assert clean("a \ud800 b &#xD800;").encode()
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="&")))
+def test_caption_when_plain_ascii_then_ftfy_which_is_spared_would_have_changed_nothing(text):
+    assert ftfy.fix_text(text) == text
+
+
+@pytest.mark.parametrize("text", ["a \x1b[31mred b", "a &lt; b", "a\rb\x07c", "it\u2019s"])
+def test_caption_when_not_plain_ascii_then_mended(text):
+    fixed = ftfy.fix_text(text)
+    assert fixed != text and clean(text) == " ".join(fixed.split()).lower()

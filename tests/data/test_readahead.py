@@ -1,4 +1,4 @@
-"""Reading ahead: the same fetches in the same order, many at a time, within bounds; a slow disk does not slow a host."""
+"""Reading ahead: the same fetches in the same order, many at a time, within bounds; a slow disk slows no host."""
 
 import collections
 import pickle

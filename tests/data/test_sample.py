@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2_jax.data.batches import load
+from aimv2_jax.data.captions import clean
 from aimv2_jax.data.locations import locate
+from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import UserError
@@ -29,13 +30,11 @@ def records():
 def test_sample_when_read_then_all_608_pairs_decode_with_both_captions_and_three_labels(records):
     assert {name: len(found) for name, found in records.items()} == SETS
     for name, found in records.items():
-        source = Source(name, str(SAMPLE / name))
-        for i, record in enumerate(found):
+        for record in found:
             assert set(record.labels) == {"label", "coarse", "kind"}
             assert (record.labels["kind"] == "photo") == name.endswith("photo")
-            for kind in ("alt", "synthetic"):
-                image, caption = load(source, i, kind)
-                assert min(image.size) > 50 and caption
+            assert min(decode_image(record.image).size) > 50
+            assert clean(record.captions["alt"]) and clean(record.captions["synthetic"])
 
 
 def test_sample_when_compared_then_test_is_apart_from_train(records):
