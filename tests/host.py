@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-DEVICES = 4  # Of all hosts together.
+DEVICES = 8  # Of all hosts together.
 MIXTURE = {
     "photo": {"alt": 0.30, "synthetic": 0.30},
     "other": {"alt": 0.09},
@@ -21,7 +21,7 @@ FOLDERS = {"photo": "train/photo", "other": "train/other", "held": "test/photo"}
 SETTINGS = {
     "data__sources": {name: f"package:data/sample/{folder}" for name, folder in FOLDERS.items()},
     "data__mixture": MIXTURE,
-    "data__batch_size": 20,
+    "data__batch_size": 40,
     "data__image_size": 28,
     "eval__batch_size": 16,
     "eval__max_examples": 10,
@@ -30,6 +30,9 @@ SETTINGS = {
     "train__save_every": 5,
     "train__tensorboard": False,
     "mesh__data": DEVICES,
+    "model__layers": "scan",
+    "model__encoder__depth": 1,
+    "model__decoder__depth": 1,
 }
 
 
@@ -56,14 +59,22 @@ def main() -> None:
     workdir = Path(sys.argv[4])
     changes = dict(argument.split("=", 1) for argument in sys.argv[5:])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
+    )
     import jax
-    import numpy as np
-    from tiny import tiny_config
 
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
+    train(workdir, process, **changes)
+
+
+def train(workdir: Path, process: int = 0, **changes: object) -> None:
+    """Trains in this process, on all devices that jax knows."""
+    import numpy as np
+    from tiny import tiny_config
+
     from aimv2_jax.data import pipeline
     from aimv2_jax.train import loop
 
@@ -84,7 +95,10 @@ def main() -> None:
         return batch
 
     pipeline.to_devices = placed_and_written
-    loop.train(config, workdir, BytesTokenizer(config.model.decoder.text_length))
+    try:
+        loop.train(config, workdir, BytesTokenizer(config.model.decoder.text_length))
+    finally:
+        pipeline.to_devices = place
 
 
 if __name__ == "__main__":
