@@ -12,6 +12,7 @@ import dataclasses
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ __all__ = [
     "Batches",
     "Fault",
     "HostBatch",
+    "builders",
     "check_sources",
+    "cores",
     "evaluation_batches",
     "open_sources",
     "to_devices",
@@ -167,12 +170,14 @@ class _Tokenise:
     length: int
 
     def __call__(self, batch: LocalBatch) -> HostBatch:
+        start = time.perf_counter()
         shape = len(batch.captions), self.length
         tokens, token_valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
         if self.tokenizer is not None:
             tokens, token_valid = self.tokenizer.encode(batch.captions)
         arrays = batch.arrays | {"tokens": tokens, "token_valid": token_valid}
-        return HostBatch(batch.step, arrays, batch.faults, batch.seconds)
+        seconds = batch.seconds | {"tokenise": time.perf_counter() - start}
+        return HostBatch(batch.step, arrays, batch.faults, seconds)
 
 
 class Batches(contextlib.AbstractContextManager):
@@ -251,6 +256,16 @@ class Batches(contextlib.AbstractContextManager):
                 return self._ready.put(item, timeout=0.1)
 
 
+def cores() -> int:
+    """Of this machine, for this process."""
+    return len(os.sched_getaffinity(0))
+
+
+def builders(workers: int) -> int:
+    """How many batches are built at a time: by `workers` processes, or where there are none by threads."""
+    return workers or min(_MAX_THREADS, cores())
+
+
 def _read_ahead(
     build: Callable[[int], LocalBatch], numbers: range, workers: int, prefetch: int
 ) -> grain.IterDataset[dict[str, Any]]:
@@ -259,7 +274,7 @@ def _read_ahead(
         flags.FLAGS.mark_as_parsed()
     steps = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(_Fields(build))
     if not workers:
-        threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        threads = builders(0)
         return steps.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
         )
