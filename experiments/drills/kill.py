@@ -69,7 +69,7 @@ class Trainer:
     """A trainer in a process of its own, whose processes and shared memory can be told from others'."""
 
     def __init__(self, workdir: Path, steps: int):
-        self.name = f"drill{secrets.token_hex(4)}"
+        self.name = f"k{secrets.token_hex(3)}"  # Names of segments may have 14 letters.
         self._log = (workdir.parent / f"{workdir.name}.log").open("a+")
         environment = os.environ | {"DRILL_NAME": self.name}
         self.process = subprocess.Popen(
