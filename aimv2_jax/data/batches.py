@@ -115,7 +115,7 @@ class _Search:
 
     @property
     def size(self) -> int:
-        return len(self.found.image) if self.found else 0
+        return len(self.found.image) if self.found else self.source.mean_bytes
 
     def reject(self, error: BadRecord) -> None:
         """The record that was read last is unusable."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 MAX_WAITING_BYTES = 64 << 20
-"""Fetched and not yet taken: beyond this nothing more is fetched, however few they are."""
+"""Fetched or under way, and not yet taken: beyond this nothing more is fetched, however few they are."""
 
 _WAITING_PER_THREAD = 2  # Records on their way or ready, so that a thread finds work while a picture is decoded.
 
@@ -26,7 +26,7 @@ class Fetch(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes that it holds after `advance`."""
+        """Bytes that it holds after `advance`; before that, those to be expected."""
 
 
 F = TypeVar("F", bound=Fetch)
@@ -99,12 +99,11 @@ class _Window(Generic[F]):
         return self._waiting[0][0] if self._waiting else None
 
     def take(self) -> F:
+        """The next fetch, done."""
         _, fetch, done = self._waiting.popleft()
         self._start_more()
-        try:
-            done.result()
-        finally:
-            self._add_bytes(-fetch.size)
+        done.result()
+        self._add_bytes(-fetch.size)
         return fetch
 
     def _start_more(self) -> None:
@@ -112,13 +111,13 @@ class _Window(Generic[F]):
             batch, fetch = next(self._wanted, (None, None))
             if fetch is None:
                 return
+            self._add_bytes(fetch.size)
             self._waiting.append((batch, fetch, self._pool.submit(self._run, fetch)))
 
     def _run(self, fetch: F) -> None:
-        try:
-            fetch.advance()
-        finally:
-            self._add_bytes(fetch.size)
+        expected = fetch.size
+        fetch.advance()
+        self._add_bytes(fetch.size - expected)
 
     def _add_bytes(self, size: int) -> None:
         with self._lock:

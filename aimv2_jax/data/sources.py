@@ -51,6 +51,11 @@ class Source:
         """How many records have a caption of each kind."""
         return self.info.kinds
 
+    @property
+    def mean_bytes(self) -> int:
+        """Of a record."""
+        return self.info.bytes // self.info.records
+
     def read(self, index: int) -> bytes:
         """The bytes of record `index`; raises `BadRecord("unreadable_record")` if the shard cannot give them."""
         if not 0 <= index < len(self):

@@ -25,7 +25,7 @@ class Fetch:
         self.log, self.batch, self.place, self.thread = log, batch, place, None
 
     def advance(self):
-        self.thread = threading.current_thread().name
+        self.thread = threading.current_thread()
         self.log.append((self.batch, self.place))
         if self.batch == 3:
             raise KeyError(self.place)
@@ -67,15 +67,30 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
-def test_fetches_when_what_waits_is_large_then_one_at_a_time(monkeypatch):
-    monkeypatch.setattr(readahead, "MAX_WAITING_BYTES", 25)  # Three fetches hold more.
+def test_fetches_when_what_waits_is_large_then_few_wait(monkeypatch):
+    monkeypatch.setattr(readahead, "MAX_WAITING_BYTES", 30)  # Three fetches.
     log = []
-    window = iter(ReadAhead(threads=1, stride=1)(0, fetches_of(log, 50)))
-    most = 0
-    for count, _ in enumerate(window, start=1):
+    for count, _ in enumerate(ReadAhead(threads=8, stride=1)(0, fetches_of(log, 50)), start=1):
         time.sleep(0.002)
-        most = max(most, len(log) - count)
-    assert count == 50 and most <= 3
+        assert len(log) <= count + 4  # Three wait, and one is taken.
+    assert count == 50
+
+
+def test_fetches_when_they_are_larger_than_expected_then_fewer_wait(monkeypatch):
+    monkeypatch.setattr(readahead, "MAX_WAITING_BYTES", 30)
+    log = []
+
+    class Growing(Fetch):
+        def advance(self):
+            super().advance()
+            self.size = 1000
+
+    window = iter(ReadAhead(threads=1, stride=1)(0, lambda batch: [Growing(log, batch, place) for place in range(9)]))
+    for taken_so_far in range(1, 9):
+        next(window)
+        time.sleep(0.01)
+        # Those that were under way before it was known how large they are, and then one at a time.
+        assert len(log) <= max(4, taken_so_far + 1)
 
 
 def test_error_when_a_fetch_fails_then_raised_in_its_turn_and_the_next_batch_is_whole():
@@ -94,10 +109,10 @@ def test_read_ahead_when_pickled_then_without_its_threads():
 
 def test_read_ahead_when_forgotten_then_its_threads_end():
     reads = ReadAhead(threads=2, stride=1)
-    names = {fetch.thread for fetch in reads(0, fetches_of([], 20))}
-    assert names and all(name.startswith("reads") for name in names)
+    threads = {fetch.thread for fetch in reads(0, fetches_of([], 20))}
+    assert threads and threading.current_thread() not in threads
     del reads
-    wait_until(lambda: not names & {thread.name for thread in threading.enumerate()})
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
 
 
 @pytest.fixture
