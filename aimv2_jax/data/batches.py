@@ -152,7 +152,7 @@ class _Rows:
         }
 
     def fill(self, row: int, pixels: np.ndarray, caption: bytes) -> None:
-        self.arrays["patches"][row] = transforms.patchify(pixels, self._patch_size)
+        transforms.patchify(pixels, self._patch_size, out=self.arrays["patches"][row])
         self.arrays["valid"][row] = True
         self._captions[row] = caption
         self.clock.lap("patchify")
