@@ -50,6 +50,7 @@ SETTINGS = {
 }  # fmt: skip
 _GONE_S = 10.0  # Within which all that a killed trainer had must be gone.
 _START_S = 600.0  # A trainer that has done no step in this time never will.
+EXIT_TERMINATED = 128 + signal.SIGTERM
 _MORE_STEPS = 20  # That the run takes in peace after the last kill.
 
 
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if flags.kills < 1:
         raise UserError("--kills is too small", flags.kills, "Give at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # So that no trainer is left behind.
     moments = random.Random(flags.seed)
     with tempfile.TemporaryDirectory(prefix="drill-") as folder:
         workdir, straight = Path(folder) / "killed", Path(folder) / "straight"
