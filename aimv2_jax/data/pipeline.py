@@ -170,13 +170,13 @@ class _Tokenise:
     length: int
 
     def __call__(self, batch: LocalBatch) -> HostBatch:
-        start = time.perf_counter()
-        shape = len(batch.captions), self.length
+        shape, seconds = (len(batch.captions), self.length), batch.seconds
         tokens, token_valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
         if self.tokenizer is not None:
+            start = time.perf_counter()
             tokens, token_valid = self.tokenizer.encode(batch.captions)
+            seconds = seconds | {"tokenise": time.perf_counter() - start}
         arrays = batch.arrays | {"tokens": tokens, "token_valid": token_valid}
-        seconds = batch.seconds | {"tokenise": time.perf_counter() - start}
         return HostBatch(batch.step, arrays, batch.faults, seconds)
 
 

@@ -74,6 +74,13 @@ def test_batch_when_made_then_the_arrays_of_the_contract(plain, tokenizer):
     assert tokenizer.decode(plain[0].arrays["tokens"][0]).split()[0] in ("a", "red", "blue")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batch_when_made_then_says_how_long_each_stage_took(make_config, tokenizer, workers):
+    [batch] = take(make_config(data__workers=workers), 1, tokenizer=tokenizer)
+    assert set(batch.seconds) == {"read", "caption", "decode", "resize", "patchify", "tokenise"}
+    assert all(spent > 0 for spent in batch.seconds.values())
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_when_built_by_workers_then_the_same_bytes(make_config, flawed, tokenizer, plain, workers):
     config = make_config(sources=flawed, data__workers=workers)
