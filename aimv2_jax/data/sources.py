@@ -18,7 +18,7 @@ from aimv2_jax.data.locations import locate
 from aimv2_jax.data.records import DATASET_FILE, FORMAT_VERSION, BadRecord, DatasetInfo
 from aimv2_jax.errors import UserError
 
-MAX_OPEN_SHARDS = 128  # Of all sources of a process; one of 1 GiB keeps an index of about 0.4 MB in memory.
+MAX_OPEN_SHARDS = 128  # Of all sources of a process; one of 1 GiB takes about 0.2 MB of memory.
 _SHARE_OF_FILES = 4  # A quarter of the files that the process may open, where that is less.
 _READ_BUFFER_BYTES = 32768  # What array_record's own data source uses.
 
