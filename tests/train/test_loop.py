@@ -290,7 +290,7 @@ def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_device
     @jax.jit
     def known_late(loss):
         """The loss, some matrix products later."""
-        matrix = jax.lax.fori_loop(0, 25, lambda _, x: x @ x, jnp.zeros((512, 512)) * loss)
+        matrix = jax.lax.fori_loop(0, 100, lambda _, x: x @ x, jnp.zeros((512, 512)) * loss)
         return loss + matrix[0, 0]
 
     def long_step(program):
@@ -298,7 +298,7 @@ def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_device
 
         def call(*args):
             state, metrics = step(*args)
-            metrics["loss"] = known_late(metrics["loss"])
+            metrics["loss"] = known_late(metrics["loss"].addressable_data(0))
             running.append(metrics["loss"])
             return state, metrics
 
