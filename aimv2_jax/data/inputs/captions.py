@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -32,9 +34,9 @@ class _Row:
 
 def recognise(head: bytes, path: str) -> str | None:
     """ "jsonl", "csv" or None, for a table that begins with `head`."""
-    if b"\0" in head:
-        return None
     name = path.lower()
+    if b"\0" in head and not name.endswith((".jsonl", ".csv", ".tsv")):
+        return None
     first = next((line for line in head.splitlines() if line.strip()), b"")
     # A line that is longer than `head` cannot be read, but tells by its beginning.
     if name.endswith(".jsonl") or parse_object(first) is not None:
@@ -46,7 +48,9 @@ def recognise(head: bytes, path: str) -> str | None:
 
 
 def complaint(path: str, kind: str) -> UserError | None:
-    """What is wrong with the table if none of its first rows names a picture."""
+    """What is wrong with the table if it is in UTF-16, or none of its first rows names a picture."""
+    if files.part(path, 0, 2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return UserError("a table in UTF-16", path, "Save it in UTF-8")
     found = fields(path, kind)
     if found is None or _image_column(found) is not None:
         return None
@@ -116,52 +120,88 @@ def _rows(file: BinaryIO, kind: str) -> Iterator[_Row]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines that are not blank; one that is too long is cut, and so no object."""
-    for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""):
-        piece = line
-        while len(piece) == _MAX_LINE_BYTES and not piece.endswith(b"\n"):
-            piece = file.readline(_MAX_LINE_BYTES)
-        if line.strip():
-            yield line
+    """The lines that are not blank."""
+    return (line for line in iter(lambda: _line(file), b"") if line.strip())
+
+
+def _line(file: BinaryIO) -> bytes:
+    """The next line; one that is too long is cut, and so no object."""
+    line = piece = file.readline(_MAX_LINE_BYTES)
+    while len(piece) == _MAX_LINE_BYTES and not piece.endswith(b"\n"):
+        piece = file.readline(_MAX_LINE_BYTES)
+    return line
+
+
+class _RowLines:
+    """The lines of `file`, decoded; `row` are those since the last row, all but the first of which can be put back."""
+
+    def __init__(self, file: BinaryIO):
+        self.row: list[bytes] = []
+        self._file = file
+        self._waiting: collections.deque[bytes] = collections.deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else _line(self._file)
+        if not line:
+            raise StopIteration
+        self.row.append(line)
+        return _decode(line)
+
+    def put_back(self) -> None:
+        self._waiting.extendleft(reversed(self.row[1:]))
 
 
 def _csv_rows(file: BinaryIO) -> Iterator[_Row]:
-    """The rows below the header; empty ones are none, and what a row lacks or has too much is left out."""
-    names = _header(file)
-    reader = _reader(file)
+    """The rows below the header; empty ones are none, and what a row lacks or has too much is left out.
+
+    A row of several lines must be without fault: a quote that nobody closed would swallow the rows below. Of a faulty
+    one the first line is lost, and reading goes on below it.
+    """
+    names, delimiter = _header(file), _delimiter_of(file)
+    lines = _RowLines(file)
+    reader = csv.reader(lines, delimiter=delimiter)
     with contextlib.suppress(csv.Error):  # The header again. If it cannot be read, rows have no columns.
         next(reader, None)
     while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield _Row(None)
-            continue
-        if cells:
+        lines.row.clear()
+        cells: list[str] | None = None
+        with contextlib.suppress(csv.Error):
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+        if cells is None or (len(lines.row) > 1 and not _is_one_row(lines.row, delimiter)):
+            yield _Row(None, len(lines.row[0]))
+            lines.put_back()
+        elif cells:
             yield _Row({name: stored(cell) for name, cell in zip(names, cells, strict=False)})
 
 
-def _header(file: BinaryIO) -> list[str]:
+def _is_one_row(lines: list[bytes], delimiter: str) -> bool:
     try:
-        return [readable(name.strip()) for name in next(_reader(file), [])]
+        return sum(1 for _ in csv.reader(map(_decode, lines), delimiter=delimiter, strict=True)) == 1
+    except csv.Error:
+        return False
+
+
+def _header(file: BinaryIO) -> list[str]:
+    delimiter = _delimiter_of(file)
+    try:
+        return [readable(name.strip()) for name in next(csv.reader(_RowLines(file), delimiter=delimiter), [])]
     except csv.Error:
         return []
 
 
-def _reader(file: BinaryIO) -> Any:
-    """A csv reader of the whole `file`."""
-    file.seek(0)
-    delimiter = _delimiter(file.readline(_MAX_LINE_BYTES))
-    file.seek(0)
+def _delimiter_of(file: BinaryIO) -> str:
+    """The delimiter in the first line of `file`, which is then at its beginning."""
     csv.field_size_limit(_MAX_LINE_BYTES)  # The default, 128 kB, is less than some captions have.
-    return csv.reader(_decoded_lines(file), delimiter=delimiter)
-
-
-def _decoded_lines(file: BinaryIO) -> Iterator[str]:
-    for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""):
-        yield _decode(line)
+    file.seek(0)
+    delimiter = _delimiter(_line(file))
+    file.seek(0)
+    return delimiter
 
 
 def _decode(line: bytes) -> str:

@@ -92,9 +92,53 @@ def test_csv_when_a_cell_is_larger_than_memory_should_hold_then_rows_are_still_c
     monkeypatch.setattr(captions, "_MAX_LINE_BYTES", 100)
     shard = table(folder, 'file_name,caption\na.jpg,A\nb.jpg,"' + "line\n" * 50 + '"\na.jpg,A\n')
     samples, damages = books(shard)
+    assert samples[0].image == samples[-1].image == picture(0)
+    assert [damage.samples for damage in damages] == [1, 1]
+    assert len(samples) + 2 == shard.stop
+
+
+def test_csv_when_a_quote_is_never_closed_then_its_line_is_lost_and_no_other(folder):
+    lines = [
+        "a.jpg,A",
+        'b.jpg,"Never closed',
+        "a.jpg,B",
+        'b.jpg,"Two\nlines, ""quoted"""',
+        'a.jpg,"Never, either',
+        "b.jpg,C",
+    ]
+    shard = table(folder, "\n".join(["file_name,caption", *lines]) + "\n")
+    samples, damages = books(shard)
+    assert [sample.fields["caption"] for sample in samples] == ["A", "B", 'Two\nlines, "quoted"', "C"]
+    assert damages == [
+        Damage("damaged_row", 1, len(lines[1]) + 1, "captions.csv/1"),
+        Damage("damaged_row", 1, len(lines[4]) + 1, "captions.csv/4"),
+    ]
+    assert shard.stop == 6
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_table_when_it_has_a_zero_byte_then_still_a_table(folder, name):
+    rows = (
+        b'{"file_name": "a.jpg", "caption": "A"}\n\0\n' if name.endswith("jsonl") else b"file_name,caption\na.jpg,A\0\n"
+    )
+    samples, _ = books(table(folder, rows, name))
     assert samples[0].image == picture(0)
-    assert [damage.samples for damage in damages] == [1]
-    assert len(samples) + 1 == shard.stop
+
+
+def test_table_when_in_utf16_then_the_user_is_told(folder):
+    (folder / "captions.csv").write_text("file_name,caption\na.jpg,A\n", "utf-16")
+    with pytest.raises(UserError, match=r"UTF-16.*captions\.csv.*Save it in UTF-8"):
+        discover.find([str(folder)])
+
+
+def test_table_when_it_names_no_pictures_among_some_that_do_then_told_unless_it_is_of_another_kind(folder):
+    (folder / "captions.jsonl").write_text('{"file_name": "a.jpg"}\n')
+    (folder / "notes.csv").write_text("url,caption\nx,y\n")
+    (folder / "notes.json").write_text('{"url": "x"}\n')
+    assert len(discover.find([str(folder)])) == 1
+    (folder / "sub/captions.jsonl").write_text('{"url": "x"}\n')
+    with pytest.raises(UserError, match=r"names no pictures.*url"):
+        discover.find([str(folder)])
 
 
 def test_csv_when_its_header_is_damaged_then_rows_without_images(folder):
