@@ -48,11 +48,10 @@ def find(inputs: Sequence[str]) -> list[InputShard]:
         with ThreadPoolExecutor(_THREADS) as pool:
             results = list(pool.map(_recognise, paths))
         shards = [shard for result in results if isinstance(result, list) for shard in result]
-        refusals = [result for result in results if isinstance(result, UserError)]
         kinds = {shard.kind for shard in shards}
-        for refusal in refusals:
+        for path, refusal in zip(paths, results):
             # A table without pictures among tables with pictures is a mistake; among tars it is a list of them.
-            if not shards or (refusal.what.startswith("parquet") and "parquet" in kinds):
+            if isinstance(refusal, UserError) and (not shards or _calls_itself(path, refusal) in kinds):
                 raise refusal
         if not shards:
             raise UserError("--input has nothing that can be read", given, _LOOKED_FOR)
@@ -64,6 +63,12 @@ def find(inputs: Sequence[str]) -> list[InputShard]:
     return sorted(unique.values(), key=lambda shard: (shard.path, shard.start))
 
 
+def _calls_itself(path: str, refusal: UserError) -> str:
+    """The kind of the file that was refused: parquet by its content, tables by their names."""
+    suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
+    return "parquet" if refusal.what.startswith("parquet") else {"tsv": "csv"}.get(suffix, suffix)
+
+
 def _real(path: str) -> str:
     """What tells a file from others, whatever links lead to it."""
     return path if files.is_remote(path) else os.path.realpath(path)
@@ -71,6 +76,8 @@ def _real(path: str) -> str:
 
 def _candidates(given: str) -> list[str]:
     """The files that `given` may mean, sorted."""
+    if not given:  # An unset variable of the shell; as a path it would be the current folder.
+        raise UserError("--input is empty", given, "Give a file, a folder or a glob")
     if files.is_remote(given):
         with files.remote_errors(given):
             return _expanded(given, [str(path) for path in _remote_glob(given)])

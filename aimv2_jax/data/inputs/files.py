@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -40,10 +41,26 @@ def open_file(path: str) -> Iterator[BinaryIO]:
             yield file
         return
     with tempfile.TemporaryFile() as file:
-        with remote_errors(path), epath.Path(path).open("rb") as source:
+        with remote_errors(path), room_for_copies(file), epath.Path(path).open("rb") as source:
             shutil.copyfileobj(source, file, _COPY_BYTES)
         file.seek(0)
         yield file
+
+
+@contextlib.contextmanager
+def room_for_copies(file: BinaryIO) -> Iterator[None]:
+    """Tells that there is no room for what is written to the temporary `file`, which is no fault of the input's."""
+    try:
+        yield
+        file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        what = f"no room for the copy of an input ({error.strerror})"
+        with contextlib.suppress(OSError):  # Which tries once more to write.
+            file.close()
+        remedy = "Make room there, or set TMPDIR to a folder on another disk"
+        raise UserError(what, tempfile.gettempdir(), remedy) from error
 
 
 @contextlib.contextmanager
@@ -53,6 +70,9 @@ def remote_errors(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except KeyError as error:  # What epath knows by its scheme, and nothing more of it.
+        remedy = "Give a local path, or one in a bucket (gs://)"
+        raise UserError("no such kind of place is known", path, remedy) from error
     except Exception as error:  # TensorFlow's and fsspec's own kinds, which cannot be named without importing them.
         raise UserError("input cannot be read", path, f"Look after it: {error}") from error
 

@@ -217,12 +217,13 @@ def _open_tar(path: str) -> Iterator[tuple[BinaryIO, int, int]]:
         packed.seek(0)
         with tempfile.TemporaryFile() as file:
             intact = True
-            try:
-                with gzip.GzipFile(fileobj=packed) as source:
-                    while data := source.read1(_UNPACK_BYTES):
-                        file.write(data)
-            except (gzip.BadGzipFile, EOFError, zlib.error):
-                intact = False
+            with files.room_for_copies(file):
+                try:
+                    with gzip.GzipFile(fileobj=packed) as source:
+                        while data := source.read1(_UNPACK_BYTES):
+                            file.write(data)
+                except (gzip.BadGzipFile, EOFError, zlib.error):
+                    intact = False
             num_bytes = file.tell()
             yield file, num_bytes, 0 if intact else max(1, num_packed_bytes - packed.tell())
 

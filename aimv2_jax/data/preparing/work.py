@@ -50,7 +50,8 @@ def run_task(task: Task, job: Job) -> Done:
 
 def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter) -> None:
     with _reading(shard):
-        inputs.check_fields(shard, rules.fields)
+        if shard.kind in inputs.TABLES:  # Of others a shard may be of few samples, and bad ones.
+            inputs.check_fields([shard], rules.fields)
         if not rules.captions:
             rules = dataclasses.replace(rules, captions=inputs.default_captions(shard))
     for item in _items(shard):
