@@ -15,7 +15,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 # group_size 1: a random read takes 25 us, at 64 it takes 500. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 # array_record tells what the system refused in words only.
-_REFUSALS = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
+_REFUSALS = {
+    os.strerror(number): number
+    for number in (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
+    )
+}
 
 Place = Callable[[Path, str], None]
 """Puts a finished local file where it belongs, under a name; the file is gone from where it was."""
@@ -110,6 +116,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         place_in(path.parent)(part, path.name)
+    except OSError as error:  # Python leaves out which file it was that a full disk has no room for.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
 

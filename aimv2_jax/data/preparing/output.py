@@ -88,7 +88,10 @@ class Output:
             yield
             return
         lock = Path(self._work) / _LOCK
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # A link to nowhere, or a place such as /proc.
+            raise UserError("--output cannot be made there", self.name, "Name another folder") from error
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,9 +141,10 @@ class Output:
             return None
         self.check_free(resume)
         try:
-            begun = json.loads((self._work / _COMMAND).read_text())
-        except ValueError:
-            begun = {}
+            begun = dict(json.loads((self._work / _COMMAND).read_text()))
+        except (ValueError, TypeError) as error:
+            remedy = "Remove the folder and begin anew"
+            raise UserError(f"--output: {_WORK}/{_COMMAND} cannot be read", self.name, remedy) from error
         for name, value in command.items():
             if begun.get(name) == value:
                 continue
@@ -148,6 +152,7 @@ class Output:
             if name in ("input", "plan"):
                 raise UserError("--input finds other files than when this work began", command["input"], remedy)
             raise UserError(f"--{name} is not {begun.get(name)!r}, with which this work began", value, remedy)
+        self.write_text(f"{_WORK}/{_TASKS}", plan)  # As it was, unless somebody was at it.
         for path in self._work.iterdir():
             if path.name.endswith((".part", ".error")):  # Of runs that have ended.
                 path.unlink(missing_ok=True)
@@ -213,7 +218,7 @@ class Output:
         return None
 
     def done(self, tasks: Sequence[Task]) -> Iterator[Done | None]:
-        """What each of `tasks` left, None where it is not finished or its shards are not what they were."""
+        """What each of `tasks` left, None where it is not finished or its files are not what they were."""
         with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
             yield from threads.map(self._done, tasks)
 
@@ -222,7 +227,10 @@ class Output:
         file = self._work / f"{task.number:05d}.json"
         if not file.exists():
             return None
-        done = Done.from_json(file.read_text())
+        try:
+            done = Done.from_json(file.read_text())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
         paths = [(self._folder / shard.file, shard.bytes) for shard in done.shards]
         return done if all(path.exists() and path.stat().length == size for path, size in paths) else None
 

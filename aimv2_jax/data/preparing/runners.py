@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import logging
 import multiprocessing
 import shlex
+import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +23,7 @@ from aimv2_jax.data.preparing.work import GO_ON, Job, run_task
 from aimv2_jax.data.workers import start_worker
 from aimv2_jax.errors import UserError
 
+_MOST_LETTERS = 200  # Of Beam's messages.
 _AHEAD = 2  # Tasks handed over for each worker: none waits for the next one.
 
 
@@ -53,7 +58,8 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
     try:
         while True:
             for task in itertools.islice(waiting, _AHEAD * workers - len(running)):
-                running[pool.submit(_counted, task, job)] = task
+                with _no_interrupt():
+                    running[pool.submit(_counted, task, job)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -68,37 +74,85 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits; processes that start meanwhile never get it, not even before `start_worker`: it is for this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run_beam(tasks: Sequence[Task], job: Job, options: str) -> None:
     """Does `tasks` as a Beam pipeline with the options of `--beam-options`; its workers read the tasks from the output.
 
     Raises:
-      UserError: if Beam is not installed, or a task met what the user can mend.
+      UserError: if Beam is not installed or its runner can't be started, or a task met what the user can mend.
     """
+    with _temporary_files():
+        _run_beam(frozenset(task.number for task in tasks), job, options)
+    if failure := Output(job.output).failure():
+        raise failure
+
+
+def _run_beam(todo: frozenset[int], job: Job, options: str) -> None:
+    complaints = io.StringIO()  # Beam's usage is a page.
+    logging.disable(logging.WARNING)  # Of Google's packages, which few runners need.
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
+
+        with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(complaints):
+            # No flag but these: without a list, it would read this program's own command line.
+            parsed = PipelineOptions(shlex.split(options))
+            parsed.get_all_options()  # Which finds wrong values; else they would be found when it runs.
+            begun = beam.Pipeline(options=parsed)
     except ImportError as error:
         remedy = "Install it: pip install aimv2_jax[beam]"
         raise UserError("--runner beam needs Apache Beam", str(error), remedy) from error
-    todo = frozenset(task.number for task in tasks)
-    try:
-        # No flag but these: without a list, it would read this program's own command line.
-        begun = beam.Pipeline(options=PipelineOptions(shlex.split(options)))
     except (ValueError, SystemExit) as error:
-        raise UserError("--beam-options cannot be read", options, "Write them as for any Beam pipeline") from error
+        why = complaints.getvalue().strip().rpartition("error: ")[2] if isinstance(error, SystemExit) else str(error)
+        remedy = "Write them as for any Beam pipeline"
+        raise UserError(f"--beam-options cannot be used ({_line(why)})", options, remedy) from error
+    finally:
+        logging.disable(logging.NOTSET)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    with begun as pipeline:
-        _ = (
-            pipeline
-            # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
-            | beam.Create([job.output])
-            | beam.FlatMap(_tasks)
-            | beam.Filter(lambda task: task.number in todo)
-            | beam.Reshuffle()
-            | beam.Map(partial(_noting, job=job))
-        )
-    if failure := Output(job.output).failure():
-        raise failure
+    try:
+        with begun as pipeline:
+            _ = (
+                pipeline
+                # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
+                | beam.Create([job.output])
+                | beam.FlatMap(_tasks)
+                | beam.Filter(lambda task: task.number in todo)
+                | beam.Reshuffle()
+                | beam.Map(partial(_noting, job=job))
+            )
+    except Exception as error:
+        if str(error).startswith("KeyboardInterrupt"):  # In a task of the DirectRunner, which makes an error of it.
+            raise KeyboardInterrupt from error
+        if "[while running" in str(error):  # In a task: our bug.
+            raise
+        remedy = f"Look after the runner that --beam-options names, {GO_ON}"
+        raise UserError(f"Beam could not run ({_line(str(error))})", options, remedy) from error
+
+
+def _line(text: str) -> str:
+    """The beginning of a message, on one line."""
+    return " ".join(text.split())[:_MOST_LETTERS]
+
+
+@contextlib.contextmanager
+def _temporary_files() -> Iterator[None]:
+    """A folder for temporary files that goes at the end: Beam leaves its own behind."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="prepare-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _tasks(output: str) -> Iterator[Task]:
