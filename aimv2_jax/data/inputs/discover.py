@@ -73,8 +73,10 @@ def _candidates(given: str, pool: ThreadPoolExecutor) -> list[str]:
 
 def _remote_glob(given: str) -> list[epath.Path]:
     path = epath.Path(given)
-    if path.exists() or not glob.has_magic(given):
-        return [path] if path.exists() else []
+    if path.exists():
+        return [path]
+    if not glob.has_magic(given):
+        return []
     scheme, _, rest = given.partition("://")
     bucket, _, pattern = rest.partition("/")
     return list(epath.Path(f"{scheme}://{bucket}").glob(pattern))

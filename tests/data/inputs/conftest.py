@@ -1,6 +1,11 @@
 """One small input at a time."""
 
+import contextlib
+import errno
+import io
 import json
+import os
+import tempfile
 
 import pytest
 
@@ -19,3 +24,20 @@ def shard(tmp_path):
         return found
 
     return make
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A context in which temporary files take nothing."""
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def context():
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "TemporaryFile", Full)
+            yield
+
+    return context()

@@ -1,16 +1,18 @@
 """What is found where."""
 
+import collections
 import dataclasses
 import gzip
 import os
 import pickle
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from small_inputs import books, packed, pairs, picture
 
-from aimv2_jax.data.inputs import discover, files, read
+from aimv2_jax.data.inputs import discover, files, read, tables
 from aimv2_jax.errors import UserError
 
 TABLE = pyarrow.table({"image": [b"1"], "caption": ["a"]})
@@ -122,8 +124,21 @@ def test_parquet_when_without_pictures_among_others_then_told_only_if_they_have_
         discover.find([str(tree)])
 
 
+def test_parquet_when_pyarrow_is_missing_then_told_only_if_there_is_nothing_else(tree, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert found(tree) == [input for input in ALL if input[0] != "parquet"]
+    with pytest.raises(UserError, match=r"pip install aimv2_jax\[parquet\]"):
+        discover.find([str(tree / "tables")])
+
+
 @pytest.fixture
-def bucket(tree, monkeypatch):
+def calls():
+    """How often the bucket was asked, by method."""
+    return collections.Counter()
+
+
+@pytest.fixture
+def bucket(tree, calls, monkeypatch):
     """gs://bucket, with the files of `tree`, as etils reaches it; the local disk cannot tell."""
     from etils.epath import backend, gpath
 
@@ -136,10 +151,17 @@ def bucket(tree, monkeypatch):
     def remote(path):
         return str(path).replace(str(tree), "gs://bucket")
 
-    for name in ("open", "exists", "isdir", "stat"):
+    def method(name):
         original = getattr(backend._OsPathBackend, name)
-        setattr(Bucket, name, lambda self, path, *args, _call=original, **kw: _call(self, local(path), *args, **kw))
-    Bucket.listdir = lambda self, path: os.listdir(local(path))
+
+        def counted(self, path, *args, **options):
+            calls[name] += 1
+            return original(self, local(path), *args, **options)
+
+        return counted
+
+    for name in ("open", "exists", "isdir", "stat", "listdir"):
+        setattr(Bucket, name, method(name))
     Bucket.glob = lambda self, path: [remote(p) for p in backend._OsPathBackend.glob(self, local(path))]
     Bucket.walk = lambda self, top, **kw: ((remote(p), d, f) for p, d, f in os.walk(local(top)))
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
@@ -153,6 +175,38 @@ def test_bucket_when_given_then_the_same_samples(tree, bucket, given):
     there, here = discover.find([bucket + given]), discover.find([str(tree)])
     assert [shard.path for shard in there] == [shard.path.replace(str(tree), bucket) for shard in here]
     assert [books(shard) for shard in there] == [books(shard) for shard in here]
+
+
+@pytest.mark.parametrize(("given", "listings"), [("00000.parquet", 1), ("*.parquet", 1), ("*", 0), ("", 0)])
+def test_bucket_when_of_many_tables_beside_tars_then_asked_once_for_each_folder(tree, bucket, calls, given, listings):
+    for number in range(30):
+        (tree / f"tars/{number:05d}.tar").write_bytes(packed(pairs(1)))
+        (tree / f"tars/{number:05d}.parquet").write_bytes(b"PAR1")
+    if given.endswith("parquet"):
+        with pytest.raises(UserError, match="nothing that can be read"):
+            discover.find([f"{bucket}/tars/{given}"])
+    else:
+        assert {shard.kind for shard in discover.find([f"{bucket}/tars/{given}"])} == {"webdataset"}
+    assert (calls["exists"], calls["listdir"]) == (1, listings)
+
+
+def test_bucket_when_its_copy_finds_no_room_then_told_and_not_of_the_input(bucket, full_disk):
+    [found] = discover.find([f"{bucket}/tars/00000.tar"])
+    with full_disk, pytest.raises(UserError, match=r"no room for the copy of an input \(No space.*TMPDIR"):
+        books(found)
+
+
+def test_bucket_when_a_table_is_in_parts_then_no_more_than_a_part_is_copied(tree, bucket, monkeypatch):
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 10)
+    (tree / "pictures/other.csv").write_text("path,caption\n" + "".join(f"a.jpg,{n}\n" for n in range(25)))
+    shards = discover.find([f"{bucket}/pictures/other.csv"])
+    copied = []
+    pieces = files._remote_pieces
+    monkeypatch.setattr(files, "_remote_pieces", lambda *a: (copied.append(len(d)) or d for d in pieces(*a)))
+    assert [[sample.fields["caption"] for sample in books(shard)[0]] for shard in shards] == [
+        [str(n) for n in range(first, min(25, first + 10))] for first in (0, 10, 20)
+    ]
+    assert copied == [shard.stop - shard.start for shard in shards]
 
 
 def test_bucket_when_without_the_input_then_the_user_is_told(bucket):

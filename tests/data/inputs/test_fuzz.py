@@ -119,43 +119,76 @@ def test_tars_when_damaged_at_random_then_the_books_balance(tmp_path):
     assert min(totals) > 0
 
 
-def _parquet():
+def _parquet(row_group_size, **options):
     buffer = io.BytesIO()
-    columns = {"key": [f"{n:09d}" for n in range(40)], "caption": ["a"] * 40, "jpg": [picture(n) for n in range(40)]}
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, row_group_size=10, write_page_checksum=True)
+    columns = {
+        "key": [f"{n:09d}" for n in range(40)],
+        "caption": pyarrow.array([f"caption {n % 9}" for n in range(40)]).dictionary_encode(),
+        "score": pyarrow.array([f"{n}.5" for n in range(40)]).cast(pyarrow.decimal128(9, 2)),
+        "jpg": [picture(n) for n in range(40)],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, row_group_size=row_group_size, **options)
     return buffer.getvalue()
 
 
+PARQUETS = [
+    _parquet(10, write_page_checksum=True),
+    _parquet(20),  # Whatever its pages are changed to goes on to be read.
+    _parquet(20, use_dictionary=False, compression="none"),
+]
+
+
 def parquet_round(folder, seed):
-    path = folder / "0.parquet"
-    data = damaged(random.Random(seed), _parquet())
+    """How many samples were announced in a damaged table, whose books must balance; None if nobody knows."""
+    rng = random.Random(seed)
+    path, data = folder / "0.parquet", PARQUETS[seed % len(PARQUETS)]
+    if rng.random() < 0.8:  # The footer stays, and with it the count: what is hit are the pages.
+        num_footer_bytes = 8 + int.from_bytes(data[-8:-4], "little")
+        num_page_bytes = len(data) - num_footer_bytes
+        pages = damaged(rng, data[:num_page_bytes])[:num_page_bytes].ljust(num_page_bytes, b"\0")
+        data = pages + data[num_page_bytes:]
+    else:
+        data = damaged(rng, data)
     path.write_bytes(data)
     try:
         footer = pyarrow.parquet.read_metadata(path)
         groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
         announced = footer.num_rows if min(groups) >= 0 and sum(groups) == footer.num_rows else None
-    except Exception:  # The footer is gone, and with it the count.
+    except Exception:  # The footer is gone.
         announced = None
     with no_hang():
         if isinstance(parquet.shards(str(path), len(data)), UserError):
-            return
+            return None
         samples, damages = books(InputShard("parquet", str(path), len(data)))
     assert announced is None or len(samples) + lost(damages) == announced, seed
+    return announced
 
 
 def table_round(folder, seed):
+    """How many rows a damaged table has, whose books must balance."""
     kind, rows = ("jsonl", b'{"file_name": "a.jpg"}\n') if seed % 2 else ("csv", b'"a.jpg","a caption"\n')
-    header = b"" if seed % 2 else b"file_name,caption\n"
-    data = damaged(random.Random(seed), header + rows * 200)
+    header = b"" if seed % 2 else b"file_name,caption,a,b,c\n"  # Whole, and with room for cells out of noise.
+    data = header + damaged(random.Random(seed), rows * 200)
     (folder / f"0.{kind}").write_bytes(data)
     with no_hang():
-        books(InputShard(kind, str(folder / f"0.{kind}"), len(data), 0, None))
+        samples, damages = books(InputShard(kind, str(folder / f"0.{kind}"), len(data)))
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    num_rows = len(samples) + lost(damages) + (kind == "csv")
+    # Noise can hold a quote and its partner some lines below; these lines are then of one cell.
+    num_inner = sum(stored(sample).count(b"\n") for sample in samples)
+    assert len(lines) - num_inner <= num_rows <= len(lines), seed
+    return num_rows
+
+
+def stored(sample):
+    cells = (value for value in sample.fields.values() if isinstance(value, str | bytes))
+    return b"".join(value if isinstance(value, bytes) else value.encode() for value in cells)
 
 
 @pytest.mark.parametrize("round", [parquet_round, table_round])
 def test_tables_when_damaged_at_random_then_the_books_balance(tmp_path, round):
-    for seed in range(TABLE_ROUNDS):
-        round(tmp_path, seed)
+    compared = [round(tmp_path, seed) for seed in range(TABLE_ROUNDS)]
+    assert sum(1 for number in compared if number) > 0.7 * TABLE_ROUNDS
 
 
 def main(rounds):

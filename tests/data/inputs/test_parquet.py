@@ -134,6 +134,20 @@ def test_row_group_when_damaged_then_its_rows_are_counted(table):
     assert damage == Damage("damaged_parquet", 30, group.total_byte_size, "00000/30")
 
 
+def test_batch_when_its_values_cannot_be_had_then_it_and_the_rest_of_its_group_are_counted(table, monkeypatch):
+    samples_of = parquet._Columns.samples
+
+    def failing(self, batch, first):
+        if first == 32:  # As pyarrow does over indices beyond the end of a dictionary.
+            raise pyarrow.ArrowIndexError("index out of bounds")
+        return samples_of(self, batch, first)
+
+    monkeypatch.setattr(parquet._Columns, "samples", failing)
+    samples, [damage] = books(shard(table(img2dataset(120), row_group_size=80)))
+    assert [sample.key for sample in samples] == [f"{n:09d}" for n in (*range(32), *range(80, 120))]
+    assert (damage.samples, damage.key) == (48, "00000/32")
+
+
 @pytest.mark.parametrize("cut", [0, 3, 10, 0.5, 0.99])
 def test_table_when_cut_then_damage_that_nobody_can_count(table, cut):
     path = table(img2dataset(9))

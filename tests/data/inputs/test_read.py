@@ -74,6 +74,16 @@ def test_field_when_missing_in_a_tar_then_the_user_is_told_those_there(shard):
         read.check_fields([shard(only("jpg"), "other.tar")], ["txt"])
 
 
+def test_field_when_one_of_the_first_shards_has_it_then_the_others_may_lack_it(shard, table):
+    bare, whole = shard(only("jpg")), shard(packed(pairs(3)), "1.tar")
+    rows = table("jsonl", ["txt", "json:caption"])
+    read.check_fields([*[bare] * 4, whole, *[bare] * 9, rows], ["txt", "json:caption"])
+    with pytest.raises(UserError, match="nothing but pictures"):
+        read.check_fields([*[bare] * 5, whole, rows], ["txt"])  # So many are not opened to find a slip.
+    with pytest.raises(UserError, match=r"no such field.*captions\.jsonl"):
+        read.check_fields([whole, rows], ["json:key"])  # Each kind has it.
+
+
 @pytest.mark.parametrize("field", ["caption", "json:", "json", "alt=txt"])
 def test_field_when_no_tar_can_have_it_then_the_user_is_told_the_grammar(shard, field):
     with pytest.raises(UserError, match="A field is txt, or json:NAME"):

@@ -10,6 +10,8 @@ from small_inputs import books, header_offsets, lost, packed, pair, pairs, pictu
 
 from aimv2_jax.data.inputs import files, webdataset
 from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.pictures import FORMAT_OF
+from aimv2_jax.errors import UserError
 
 
 def expected(number):
@@ -42,10 +44,24 @@ def test_samples_when_members_are_far_apart_then_in_the_order_of_their_first(sha
     assert [sample.key for sample in books(shard(packed(members)))[0]] == [f"{n:09d}" for n in range(4)]
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "JPG", "gif"])
+@pytest.mark.parametrize("suffix", [*FORMAT_OF, "JPG"])
 def test_picture_when_of_any_format_then_the_image(shard, suffix):
     [sample] = books(shard(packed(pair(0, suffix=suffix))))[0]
     assert sample == expected(0)
+
+
+def test_member_when_its_stem_has_one_of_that_kind_then_left_aside_and_counted(shard):
+    data = packed(pair(0) | {"000000000.png": b"second", "000000000.TXT": b"text"})
+    for successes in (None, 1):
+        samples, damages = books(shard(data, successes=successes))
+        assert samples == [expected(0)]
+        assert damages == [Damage("second_member", 0, 6, "000000000"), Damage("second_member", 0, 4, "000000000")]
+
+
+def test_packed_tar_when_the_temporary_folder_is_full_then_told_and_not_of_the_input(shard, full_disk):
+    found = shard(gzip.compress(packed(pairs(5))), "00000.tar.gz")
+    with full_disk, pytest.raises(UserError, match=r"no room for the copy of an input \(No space.*TMPDIR"):
+        books(found)
 
 
 def test_key_when_in_a_folder_then_the_path_without_suffix(shard):
