@@ -1,6 +1,7 @@
 """Contact sheets: the pixels, numbers and texts that they show are those of the records and batches."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -219,8 +220,11 @@ def test_dataset_sheet_when_the_set_has_books_then_its_drops_and_all_its_sizes_a
         assert f"{place:g}" in [label.get_text() for label in axes.get_xticklabels()]
 
 
-def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown():
-    figure = dataset_sheet(Source("photo", f"{SAMPLE}/train/photo"), "photo", 5)
+def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown(tmp_path, make_record):
+    tree = json.loads(write_dataset(tmp_path, (make_record("red", i) for i in range(9))).to_json())
+    old = {name: tree[name] for name in ("shards", "records", "bytes", "kinds", "labels")} | {"format_version": 1}
+    (tmp_path / "dataset.json").write_text(json.dumps(old))
+    figure = dataset_sheet(Source("red", str(tmp_path)), "red", 5)
     assert sum(bar.get_height() for bar in chart(figure, "Aspect, the 5 shown").patches) == 5
     assert "not recorded: the set is of format 1" in texts(figure)
 
