@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
-from aimv2_jax.data.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, draw_heading, drawable, wrap
+from aimv2_jax.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, draw_heading, drawable, wrap
 
 Picture = UInt8[np.ndarray, "H W 3"]
 

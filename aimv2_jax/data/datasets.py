@@ -11,8 +11,9 @@ from typing import Any
 from aimv2_jax.data.books import Books, Histogram, Loss, Tally
 from aimv2_jax.data.pictures import image_size
 from aimv2_jax.data.records import BadRecord, Record, encode
-from aimv2_jax.data.shards import Shard, ShardWriter, place_in, write_text
+from aimv2_jax.data.shards import Shard, ShardWriter, place_in
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import write_whole
 
 FORMAT_VERSION = 2  # Of dataset.json; the records of both versions are alike.
 OLDEST_FORMAT = 1
@@ -120,7 +121,7 @@ def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: in
             writer.write(encode(record))
             books.keep(record.captions, record.labels, _size(record.image))
     info = DatasetInfo.of(books, writer.shards, made={})
-    write_text(folder / DATASET_FILE, info.to_json())
+    write_whole(folder / DATASET_FILE, info.to_json().encode())
     return info
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
-from aimv2_jax.data.drawing import BLUE, DARK, GREY, MARGIN, STYLE, draw_heading, drawable
+from aimv2_jax.drawing import BLUE, DARK, GREY, MARGIN, STYLE, draw_heading, drawable
 
 Picture = UInt8[np.ndarray, "H W 3"]
 

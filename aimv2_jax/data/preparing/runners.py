@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import logging
 import multiprocessing
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Any
 
 from tqdm import tqdm
 
 from aimv2_jax.data.preparing.groups import Task
-from aimv2_jax.data.preparing.output import Output
+from aimv2_jax.data.preparing.output import BucketError, Output
 from aimv2_jax.data.preparing.work import GO_ON, Job, run_task
 from aimv2_jax.data.workers import start_worker
 from aimv2_jax.errors import UserError
@@ -22,7 +23,11 @@ from aimv2_jax.errors import UserError
 _AHEAD = 2  # Tasks handed over for each worker: none waits for the next one.
 
 
-def run_local(tasks: Sequence[Task], job: Job, workers: int) -> None:
+Runner = Callable[[Sequence[Task], Job], None]
+"""Does all tasks, or raises."""
+
+
+def run_local(tasks: Sequence[Task], job: Job, workers: int = 1) -> None:
     """Does `tasks` in `workers` processes, in this one if that is 1, under a progress bar in bytes of input."""
     workers = min(workers, len(tasks))
     total = sum(task.num_bytes for task in tasks)
@@ -68,11 +73,11 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
         pool.shutdown(cancel_futures=True)
 
 
-def run_beam(tasks: Sequence[Task], job: Job, options: str) -> None:
-    """Does `tasks` as a Beam pipeline with the options of `--beam-options`; its workers read the tasks from the output.
+def beam_pipeline(options: str) -> Any:
+    """An empty pipeline of Apache Beam with the options of `--beam-options`.
 
     Raises:
-      UserError: if Beam is not installed, or a task met what the user can mend.
+      UserError: if Beam is not installed, or does not understand the options.
     """
     try:
         import apache_beam as beam
@@ -80,24 +85,39 @@ def run_beam(tasks: Sequence[Task], job: Job, options: str) -> None:
     except ImportError as error:
         remedy = "Install it: pip install aimv2_jax[beam]"
         raise UserError("--runner beam needs Apache Beam", str(error), remedy) from error
-    todo = frozenset(task.number for task in tasks)
     try:
         # No flag but these: without a list, it would read this program's own command line.
-        begun = beam.Pipeline(options=PipelineOptions(shlex.split(options)))
+        return beam.Pipeline(options=PipelineOptions(shlex.split(options)))
     except (ValueError, SystemExit) as error:
         raise UserError("--beam-options cannot be read", options, "Write them as for any Beam pipeline") from error
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    with begun as pipeline:
-        _ = (
-            pipeline
-            # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
-            | beam.Create([job.output])
-            | beam.FlatMap(_tasks)
-            | beam.Filter(lambda task: task.number in todo)
-            | beam.Reshuffle()
-            | beam.Map(partial(_noting, job=job))
-        )
-    if failure := Output(job.output).failure():
+
+
+def run_beam(tasks: Sequence[Task], job: Job, pipeline: Any) -> None:
+    """Does `tasks` by a `beam_pipeline`, whose workers read them from the output.
+
+    Raises:
+      UserError: if a task met what the user can mend.
+    """
+    import apache_beam as beam
+
+    todo = frozenset(task.number for task in tasks)
+    output = Output(job.output)
+    try:
+        with pipeline:
+            _ = (
+                pipeline
+                # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
+                | beam.Create([job.output])
+                | beam.FlatMap(_tasks)
+                | beam.Filter(lambda task: task.number in todo)
+                | beam.Reshuffle()
+                | beam.Map(partial(_noting, job=job))
+            )
+    except Exception as error:
+        if failure := output.failure():
+            raise failure from error
+        raise
+    if failure := output.failure():
         raise failure
 
 
@@ -106,8 +126,14 @@ def _tasks(output: str) -> Iterator[Task]:
 
 
 def _noting(task: Task, job: Job) -> None:
-    """Runners turn exceptions into text of many lines; what the user can mend is left in the output instead."""
+    """Notes down in the output what the user can mend: runners turn exceptions into text of many lines.
+
+    What a bucket refused is raised, too, so that a runner that tries failed work again does.
+    """
     try:
         run_task(task, job)
     except UserError as error:
-        Output(job.output).fail_task(task, error)
+        with contextlib.suppress(BucketError):  # Of the same bucket: `error` says it as well.
+            Output(job.output).fail_task(task, error)
+        if isinstance(error, BucketError):
+            raise

@@ -33,7 +33,7 @@ def run_task(task: Task, job: Job) -> Done:
     """Writes the shards of `task` and then its counts: a function of the task and the rules, wherever it runs.
 
     Raises:
-      UserError: if the input can't be opened or lacks a field, or the output can't be written.
+      UserError: if the input can't be opened, or the output can't be written.
     """
     output, books = Output(job.output), Books()
     try:
@@ -49,9 +49,8 @@ def run_task(task: Task, job: Job) -> Done:
 
 
 def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter) -> None:
-    with _reading(shard):
-        inputs.check_fields(shard, rules.fields)
-        if not rules.captions:
+    if not rules.captions:
+        with _reading(shard):
             rules = dataclasses.replace(rules, captions=inputs.default_captions(shard))
     for item in _items(shard):
         if isinstance(item, Damage):

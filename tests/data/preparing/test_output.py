@@ -70,11 +70,11 @@ def test_bucket_when_it_fails_midway_then_one_line_and_resume_goes_on(
 
     from aimv2_jax.data.preparing import output
 
-    monkeypatch.setattr(Output, "place", output._told(failing))
+    monkeypatch.setattr(Output, "place", output._asks_bucket(failing))
     assert prepare(tars, "gs://bucket/one") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --output cannot be used: 'gs://bucket/one'") and "503" in said and "--resume" in said
-    monkeypatch.setattr(Output, "place", output._told(place))
+    monkeypatch.setattr(Output, "place", output._asks_bucket(place))
     assert prepare(tars, "gs://bucket/one") == 2 and "not finished" in capsys.readouterr().err
     assert prepare(tars, "gs://bucket/one", "--resume") == 0
     assert prepare(tars, tmp_path / "local") == 0
