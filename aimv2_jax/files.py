@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: in a bucket every file does, on a disk those that get their name at the end."""
+"""Files that appear whole or not at all: in a bucket all do, on a disk those that get their name at the end."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from matplotlib.figure import Figure
 
-from aimv2_jax.drawing import BLUE, GREEN, GREY, ORANGE
 from aimv2_jax.data.pipeline import evaluation_batches
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms import unpatchify
+from aimv2_jax.drawing import BLUE, GREEN, GREY, ORANGE
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.figures import (

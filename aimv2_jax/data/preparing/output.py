@@ -63,11 +63,11 @@ def _asks_bucket(method: Callable[..., _Answer]) -> Callable[..., _Answer]:
     """
 
     @functools.wraps(method)
-    def wrapped(self: Output, *args: Any) -> _Answer:
+    def wrapped(self: Output, *args: Any, **kwargs: Any) -> _Answer:
         if self.is_local:
-            return method(self, *args)
+            return method(self, *args, **kwargs)
         try:
-            return method(self, *args)
+            return method(self, *args, **kwargs)
         except UserError:
             raise
         except Exception as error:
@@ -88,7 +88,7 @@ class Output:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps a second run out; in a bucket, which has no locks, that finds the first one's command and is refused."""
+        """Keeps a second run out; in a bucket, without locks, that finds the first one's command and is refused."""
         if not self.is_local:
             yield
             return
