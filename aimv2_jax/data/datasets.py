@@ -63,6 +63,7 @@ class DatasetInfo:
         )
 
     def to_json(self) -> str:
+        """The text of `dataset.json`: a key a field, as they are named here."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
@@ -89,16 +90,10 @@ class DatasetInfo:
             kinds={str(kind): int(count) for kind, count in tree["kinds"].items()},
             labels=tuple(tree["labels"]),
             samples=int(tree["samples"]),
-            histograms={
-                str(name): Histogram(tuple(map(float, h["edges"])), tuple(map(int, h["counts"])))
-                for name, h in tree["histograms"].items()
-            },
-            drops={str(reason): Tally(int(t["count"]), tuple(t["keys"])) for reason, t in tree["drops"].items()},
-            changes={str(what): Tally(int(t["count"]), tuple(t["keys"])) for what, t in tree["changes"].items()},
-            lost={
-                str(reason): Loss(int(t["samples"]), int(t["bytes"]), tuple(t["keys"]))
-                for reason, t in tree["lost"].items()
-            },
+            histograms={name: Histogram.from_tree(entry) for name, entry in tree["histograms"].items()},
+            drops={reason: Tally.from_tree(entry) for reason, entry in tree["drops"].items()},
+            changes={what: Tally.from_tree(entry) for what, entry in tree["changes"].items()},
+            lost={reason: Loss.from_tree(entry) for reason, entry in tree["lost"].items()},
             made=dict(tree["made"]),
         )
 
