@@ -19,7 +19,20 @@ from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.transforms import Box
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB of RGB.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMAT_OF = {  # Pillow's name by the file's suffix; None for pictures that are not decoded but dropped.
+    "jpg": "JPEG",
+    "jpeg": "JPEG",
+    "png": "PNG",
+    "webp": "WEBP",
+    "gif": "GIF",
+    "bmp": "BMP",
+    "tif": None,
+    "tiff": None,
+    "avif": None,
+    "heic": None,
+    "jxl": None,
+}
+FORMATS = tuple(dict.fromkeys(filter(None, FORMAT_OF.values())))
 
 # Pixels that a scaled decode keeps a side for each one wanted. Measured over crops that were decoded scaled, against a
 # full decode and the same resize, PSNR in dB, median / worst: 46.1 / 37.1 at 1.3, 45.3 / 36.2 at 1.2, 44.7 / 34.7 at

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from etils import epath
 
-from aimv2_jax.data.inputs import captions, files, parquet, webdataset
+from aimv2_jax.data.inputs import files, tables, webdataset
+from aimv2_jax.data.inputs.kinds import KINDS
+from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.data.locations import locate
+from aimv2_jax.data.pictures import FORMAT_OF
 from aimv2_jax.errors import UserError
 
 _HEAD_BYTES = 64 << 10
-_THREADS = 16  # A bucket answers many at once, each after many milliseconds.
+_THREADS = 64  # A bucket answers many at once, each after many milliseconds.
 # Not opened in folders, which may hold millions of them.
-_PICTURES_AND_TEXTS = tuple(f".{suffix}" for suffix in (*webdataset.IMAGES, "txt", "arrayrecord"))
+_PICTURES_AND_TEXTS = tuple(f".{suffix}" for suffix in (*FORMAT_OF, "txt", "arrayrecord"))
 _LOOKED_FOR = (
     "It was looked for webdataset tars, parquet with a column of pictures, and .jsonl or .csv tables whose rows name "
-    "their pictures by " + ", ".join(captions.IMAGES)
+    "their pictures by " + ", ".join(tables.IMAGES)
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class InputShard:
-    """A part of the input that is read in one go: a tar, a parquet file, or rows of a table beside its pictures."""
-
-    kind: str  # "webdataset", "parquet", "jsonl" or "csv"
-    path: str  # absolute, or with its scheme
-    num_bytes: int  # for captions with an estimate of their pictures
-    start: int = 0  # rows; 0 and None mean the whole file
-    stop: int | None = None
 
 
 def find(inputs: Sequence[str]) -> list[InputShard]:
@@ -44,16 +36,14 @@ def find(inputs: Sequence[str]) -> list[InputShard]:
     """
     found: dict[tuple[str, int], InputShard] = {}
     for given in inputs:
-        paths = _candidates(given)
         with ThreadPoolExecutor(_THREADS) as pool:
-            results = list(pool.map(_recognise, paths))
-        shards = [shard for result in results if isinstance(result, list) for shard in result]
-        refusals = [result for result in results if isinstance(result, UserError)]
-        kinds = {shard.kind for shard in shards}
-        for refusal in refusals:
-            # A table without pictures among tables with pictures is a mistake; among tars it is a list of them.
-            if not shards or (refusal.what.startswith("parquet") and "parquet" in kinds):
-                raise refusal
+            results = [result for result in pool.map(_recognise, _candidates(given, pool)) if result is not None]
+        shards = [shard for _, answer in results if isinstance(answer, list) for shard in answer]
+        for kind, answer in results:
+            # Parquet without pictures among parquet with pictures is a mistake; among tars it is a list of them.
+            is_mistake = kind == "parquet" and any(shard.kind == kind for shard in shards)
+            if isinstance(answer, UserError) and (not shards or is_mistake):
+                raise answer
         if not shards:
             raise UserError("--input has nothing that can be read", given, _LOOKED_FOR)
         found |= {(shard.path, shard.start): shard for shard in shards}
@@ -69,14 +59,14 @@ def _real(path: str) -> str:
     return path if files.is_remote(path) else os.path.realpath(path)
 
 
-def _candidates(given: str) -> list[str]:
+def _candidates(given: str, pool: ThreadPoolExecutor) -> list[str]:
     """The files that `given` may mean, sorted."""
     if files.is_remote(given):
         with files.remote_errors(given):
-            return _expanded(given, [str(path) for path in _remote_glob(given)])
+            return _expanded(given, [str(path) for path in _remote_glob(given)], pool)
     path = os.path.abspath(locate(given))
     matches = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
-    return _expanded(given, matches)
+    return _expanded(given, matches, pool)
 
 
 def _remote_glob(given: str) -> list[epath.Path]:
@@ -88,13 +78,31 @@ def _remote_glob(given: str) -> list[epath.Path]:
     return list(epath.Path(f"{scheme}://{bucket}").glob(pattern))
 
 
-def _expanded(given: str, matches: list[str]) -> list[str]:
+def _expanded(given: str, matches: list[str], pool: ThreadPoolExecutor) -> list[str]:
     if not matches:
         raise UserError("--input is not there", given, "Give a file, a folder or a glob that matches some")
     paths: set[str] = set()
-    for match in matches:
-        paths.update(_walk(match) if epath.Path(match).is_dir() else [match])
-    return sorted(path for path in paths if not _belongs_to_tar(path))
+    for match, is_folder in zip(matches, pool.map(_is_folder, matches)):
+        paths.update(_walk(match) if is_folder else [match])
+    # What img2dataset writes beside a tar belongs to it, whether or not the tar is given too.
+    tars = {path: _tars_of(path) for path in paths}
+    folders = {posixpath.dirname(path) for path in paths if tars[path] and not paths.intersection(tars[path])}
+    there = paths.union(*pool.map(_listing, folders))
+    return sorted(path for path in paths if not there.intersection(tars[path]))
+
+
+def _is_folder(path: str) -> bool:
+    return epath.Path(path).is_dir()
+
+
+def _listing(folder: str) -> set[str]:
+    return files.asked(folder, lambda: {str(path) for path in epath.Path(folder).iterdir()})
+
+
+def _tars_of(path: str) -> list[str]:
+    """The tars beside which img2dataset would write `path`, its table or its statistics."""
+    stems = [path.removesuffix(suffix) for suffix in ("_stats.json", ".json", ".parquet") if path.endswith(suffix)]
+    return [stem + suffix for stem in stems for suffix in webdataset.SUFFIXES]
 
 
 def _walk(folder: str) -> list[str]:
@@ -109,30 +117,13 @@ def _walk(folder: str) -> list[str]:
     return paths
 
 
-def _belongs_to_tar(path: str) -> bool:
-    """Whether `path` is what img2dataset writes beside a tar: its table or its statistics."""
-    for suffix in ("_stats.json", ".json", ".parquet"):
-        if path.endswith(suffix):
-            stem = path.removesuffix(suffix)
-            if any(epath.Path(stem + tar).exists() for tar in webdataset.SUFFIXES):
-                return True
-    return False
-
-
-def _recognise(path: str) -> list[InputShard] | UserError:
-    """The shards of the file at `path`; an empty list if it is no input, an error if it is one without pictures."""
+def _recognise(path: str) -> tuple[str, list[InputShard] | UserError] | None:
+    """The kind of the file at `path`, with its shards or what is wrong with it; None if it is no input."""
     if not files.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
-        return []  # To open a pipe would wait for ever.
+        return None  # To open a pipe would wait for ever.
     num_bytes = files.size(path)
     head = files.part(path, 0, _HEAD_BYTES)
-    if parquet.recognises(head, path):
-        return parquet.complaint(path, num_bytes) or [InputShard("parquet", path, num_bytes)]
-    if webdataset.recognises(head, path):
-        return [InputShard("webdataset", path, num_bytes)]
-    kind = captions.recognise(head, path)
-    if kind is None:
-        return []
-    refusal = captions.complaint(path, kind)
-    if refusal is not None:
-        return refusal
-    return [InputShard(kind, path, size, start, stop) for start, stop, size in captions.chunks(path, kind, num_bytes)]
+    for name, kind in KINDS.items():
+        if kind.recognises(head, path):
+            return name, files.asked(path, partial(kind.shards, path, num_bytes))
+    return None

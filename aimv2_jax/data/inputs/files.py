@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ MAX_FILE_BYTES = 256 << 20  # Of one picture, text or json: ten times what a cam
 # Large, because a bucket that is mounted answers each read after many milliseconds.
 _READ_BYTES = 1 << 20
 _COPY_BYTES = 16 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MENDED = "Mend its rights, its link or its disk, or leave it out"
 _Answer = TypeVar("_Answer")
 
@@ -29,21 +31,58 @@ def is_remote(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_file(path: str) -> Iterator[BinaryIO]:
-    """`path` as a file that can seek; a remote one is copied to the folder of temporary files first (TMPDIR).
+def open_file(path: str, start: int = 0, stop: int | None = None) -> Iterator[BinaryIO]:
+    """`path` as a file that can seek, standing at byte `start`: to be read from there to `stop`.
+
+    Of a remote one, that part is copied to a temporary file first.
 
     Raises:
-      UserError: if a remote file cannot be read. What a local disk refuses stays an OSError.
+      UserError: if a remote file cannot be read, or copied. What a local disk refuses stays an OSError.
     """
     if not is_remote(path):
         with open(path, "rb", buffering=_READ_BYTES) as file:
+            file.seek(start)
             yield file
         return
-    with tempfile.TemporaryFile() as file:
-        with remote_errors(path), epath.Path(path).open("rb") as source:
-            shutil.copyfileobj(source, file, _COPY_BYTES)
-        file.seek(0)
+    with temporary_file() as file:
+        file.seek(start)  # A hole, which takes no room.
+        for data in _remote_pieces(path, start, sys.maxsize if stop is None else stop):
+            file.write(data)
+        file.seek(start)
         yield file
+
+
+def _remote_pieces(path: str, start: int, stop: int) -> Iterator[bytes]:
+    with remote_errors(path), epath.Path(path).open("rb") as file:
+        file.seek(start)
+        while data := file.read(min(_COPY_BYTES, stop - start)):
+            start += len(data)
+            yield data
+
+
+@contextlib.contextmanager
+def temporary_file() -> Iterator[BinaryIO]:
+    """A file in the folder of temporary files (TMPDIR); it goes at the end.
+
+    Raises:
+      UserError: if none can be made, or that folder becomes full.
+    """
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+    except OSError as error:
+        raise _no_room(error) from error
+    try:
+        with file:
+            yield file
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _no_room(error) from error
+        raise
+
+
+def _no_room(error: OSError) -> UserError:
+    what = f"the folder of temporary files cannot be used ({error.strerror})"
+    return UserError(what, tempfile.tempdir or "TMPDIR", "Make room there, or set TMPDIR to another folder")
 
 
 @contextlib.contextmanager
@@ -59,7 +98,7 @@ def remote_errors(path: str) -> Iterator[None]:
 
 def size(path: str) -> int:
     """Its bytes; raises `UserError` if there is no such file that can be read."""
-    return _asked(path, lambda: epath.Path(path).stat().length)
+    return asked(path, lambda: epath.Path(path).stat().length)
 
 
 def part(path: str, start: int, num_bytes: int) -> bytes:
@@ -70,10 +109,11 @@ def part(path: str, start: int, num_bytes: int) -> bytes:
             file.seek(start)
             return file.read(num_bytes)
 
-    return _asked(path, ask)
+    return asked(path, ask)
 
 
-def _asked(path: str, question: Callable[[], _Answer]) -> _Answer:
+def asked(path: str, question: Callable[[], _Answer]) -> _Answer:
+    """The answer to a `question` about `path`; what the system or the bucket refuses becomes a `UserError`."""
     if is_remote(path):
         with remote_errors(path):
             return question()

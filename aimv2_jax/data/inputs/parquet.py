@@ -7,16 +7,19 @@ table or its row groups.
 from __future__ import annotations
 
 import io
+import itertools
 import posixpath
 import struct
 from collections.abc import Iterator
 from typing import Any
 
 from aimv2_jax.data.inputs import files
-from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.data.inputs.texts import readable
 from aimv2_jax.errors import UserError
 
+FIELD = "a column of texts, numbers or truth values"
+CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
 IMAGES = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
 _KEYS = ("key", "__key__", "id", "uid")
 _MAGIC = b"PAR1"
@@ -30,25 +33,29 @@ def recognises(head: bytes, path: str) -> bool:
     return head.startswith(_MAGIC) or path.lower().endswith(".parquet")
 
 
-def complaint(path: str, num_bytes: int) -> UserError | None:
-    """What is wrong with the table if it is readable and holds no pictures."""
+def shards(path: str, num_bytes: int) -> list[InputShard] | UserError:
+    """The one that the table is; or what is wrong if it is readable and holds no pictures, or pyarrow is missing."""
+    try:
+        _pyarrow()
+    except UserError as error:
+        return error
     schema = _schema(path, num_bytes)
     if schema is None or _image_column(schema) is not None:
-        return None
+        return [InputShard("parquet", path, num_bytes)]
     wanted = "It was looked for a column of bytes, or of {bytes, path}, named " + ", ".join(IMAGES)
     return UserError(f"parquet has no column of pictures ({path})", schema.names, wanted)
 
 
-def fields(path: str) -> list[str] | None:
+def fields(shard: InputShard) -> list[str] | None:
     """The columns that can be fields; None if the footer, which names them, is damaged."""
-    schema = _schema(path, files.size(path))
+    schema = _schema(shard.path, files.size(shard.path))
     return None if schema is None else _field_columns(schema)
 
 
-def read(path: str) -> Iterator[Sample | Damage]:
+def read(shard: InputShard) -> Iterator[Sample | Damage]:
     """The rows in their order; those of a row group that cannot be read are counted as the footer counts them."""
     parquet, _ = _pyarrow()
-    with files.open_file(path) as file:
+    with files.open_file(shard.path) as file:
         num_bytes = file.seek(0, io.SEEK_END)
         file.seek(0)
         try:
@@ -67,25 +74,26 @@ def read(path: str) -> Iterator[Sample | Damage]:
             return
         image = _image_column(schema)
         if image is None:  # It was another when it was found.
-            raise UserError(f"parquet has no column of pictures ({path})", schema.names, "Give another table")
-        columns = _Columns(schema, image, posixpath.splitext(posixpath.basename(path))[0])
+            raise UserError(f"parquet has no column of pictures ({shard.path})", schema.names, "Give another table")
+        columns = _Columns(schema, image, posixpath.splitext(posixpath.basename(shard.path))[0])
         first = 0
         for number, (num_rows, num_group_bytes) in enumerate(sizes):
             num_given = 0
-            for batch in _batches(table, number, columns.names):
-                for sample in columns.samples(batch, first + num_given)[: num_rows - num_given]:
-                    yield sample
-                    num_given += 1
+            for sample in itertools.islice(_samples(table, number, columns, first), num_rows):
+                yield sample
+                num_given += 1
             if num_given < num_rows:
                 lost_bytes = num_group_bytes * (num_rows - num_given) // num_rows
                 yield Damage("damaged_parquet", num_rows - num_given, lost_bytes, columns.row_key(first + num_given))
             first += num_rows
 
 
-def _batches(table: Any, group: int, columns: list[str]) -> Iterator[Any]:
-    """The batches of a row group, up to the first that cannot be read."""
+def _samples(table: Any, group: int, columns: _Columns, first_row: int) -> Iterator[Sample]:
+    """The rows of a row group, up to the first batch that cannot be read."""
     try:
-        yield from table.iter_batches(_BATCH_ROWS, [group], columns, use_threads=False)
+        for batch in table.iter_batches(_BATCH_ROWS, [group], columns.names, use_threads=False):
+            yield from columns.samples(batch, first_row)
+            first_row += batch.num_rows
     except _errors() as error:
         _pass_on_what_the_disk_refuses(error)
 
@@ -94,7 +102,7 @@ class _Columns:
     """Which columns are read, and how a row of them becomes a sample."""
 
     def __init__(self, schema: Any, image: str, stem: str):
-        self._image, self._stem = image, stem
+        self._image, self._stem = image, readable(stem)
         self._fields = _field_columns(schema)
         self._key = next((name for name in _KEYS if name in self._fields), None)
         self.names = [image, *self._fields]
@@ -123,25 +131,16 @@ def _image(value: Any) -> bytes | None:
 
 
 def _values(column: Any) -> list[Any]:
-    """The column as Python's own; texts that are not UTF-8 as bytes, what Python has no word for as None."""
+    """The column as Python's own; texts that are not UTF-8 as bytes, decimals as they are written."""
     _, arrow = _pyarrow()
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if arrow.types.is_decimal(column.type):
+        column = column.cast(arrow.string())
     if _is_text(column.type):
         column = column.cast(arrow.large_binary() if arrow.types.is_large_string(column.type) else arrow.binary())
         return [_text(value) for value in column.to_pylist()]
-    try:
-        return column.to_pylist()
-    except (ValueError, OverflowError, arrow.ArrowException):
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    _, arrow = _pyarrow()
-    try:
-        return scalar.as_py()
-    except (ValueError, OverflowError, arrow.ArrowException):  # A time beyond the year 9999, say.
-        return None
+    return column.to_pylist()
 
 
 def _text(value: bytes | None) -> str | bytes | None:
@@ -177,12 +176,13 @@ def _image_column(schema: Any) -> str | None:
 
 
 def _field_columns(schema: Any) -> list[str]:
-    """All columns but the pictures and what is nested, as embeddings are: nobody's caption, and large."""
+    """The columns that a text can be made of."""
     _, arrow = _pyarrow()
+    numbers = (arrow.types.is_boolean, arrow.types.is_integer, arrow.types.is_floating, arrow.types.is_decimal)
 
     def is_field(kind: Any) -> bool:
         kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        return arrow.types.is_primitive(kind) or _is_text(kind) or _is_bytes(kind) or arrow.types.is_decimal(kind)
+        return any(test(kind) for test in (*numbers, _is_text, _is_bytes))
 
     image = _image_column(schema)
     names = [field.name for field in schema if field.name != image and is_field(field.type)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from aimv2_jax.data.inputs import captions, parquet, webdataset
-from aimv2_jax.data.inputs.discover import InputShard
-from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.inputs.kinds import KINDS
+from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.errors import UserError
 
-_CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
+_LOOKED_AT = 5
 
 
 def read(shard: InputShard) -> Iterator[Sample | Damage]:
@@ -20,42 +19,30 @@ def read(shard: InputShard) -> Iterator[Sample | Damage]:
     Raises:
       UserError, OSError: if the file cannot be read at all, or a package is missing.
     """
-    if shard.kind == "webdataset":
-        return webdataset.read(shard.path)
-    if shard.kind == "parquet":
-        return parquet.read(shard.path)
-    return captions.read(shard.path, shard.kind, shard.start, shard.stop)
+    return KINDS[shard.kind].read(shard)
 
 
 def default_captions(shard: InputShard) -> dict[str, str]:
     """KIND -> FIELD where the user names none; {} where nothing fits. The package's docstring says which."""
-    wanted = ("txt", "json:caption") if shard.kind == "webdataset" else _CAPTIONS
-    found = _fields(shard) or []
-    return next(({"alt": field} for field in wanted if field in found), {})
+    kind = KINDS[shard.kind]
+    found = kind.fields(shard) or []
+    return next(({"alt": field} for field in kind.CAPTIONS if field in found), {})
 
 
-def check_fields(shard: InputShard, fields: Iterable[str]) -> None:
-    """Checks that the shard has the `fields`, by its header or its first samples.
+def check_fields(shards: Sequence[InputShard], fields: Iterable[str]) -> None:
+    """Checks that each kind of input has the `fields`, one shard or another of its first `_LOOKED_AT`.
+
+    So mistakes are told at once; a field that some shards lack is none.
 
     Raises:
-      UserError: naming the field that is missing and those that are there. A shard too damaged to tell passes.
+      UserError: naming the field that is missing and those that are there. Shards too damaged to tell pass.
     """
     fields = list(fields)
-    if shard.kind == "webdataset":
-        for field in fields:
-            webdataset.check_field(shard.path, field)
-    found = _fields(shard)
-    if found is None:
-        return
-    for field in fields:
-        if field not in found:
-            there = ", ".join(found) or "nothing but pictures"
-            raise UserError(f"input has no such field ({shard.path})", field, f"It has {there}")
-
-
-def _fields(shard: InputShard) -> list[str] | None:
-    if shard.kind == "webdataset":
-        return webdataset.fields(shard.path)
-    if shard.kind == "parquet":
-        return parquet.fields(shard.path)
-    return captions.fields(shard.path, shard.kind, shard.start)
+    for kind in dict.fromkeys(shard.kind for shard in shards):
+        first = [shard for shard in shards if shard.kind == kind][:_LOOKED_AT]
+        known = [found for shard in first if (found := KINDS[kind].fields(shard)) is not None]
+        there = list(dict.fromkeys(field for found in known for field in found))
+        missing = [field for field in fields if known and field not in there]
+        if missing:
+            remedy = f"It has {', '.join(there) or 'nothing but pictures'}. A field is {KINDS[kind].FIELD}"
+            raise UserError(f"input has no such field ({first[0].path})", missing[0], remedy)

@@ -1,10 +1,22 @@
-"""What every input gives: samples, and an account of what could not be read."""
+"""Parts of the input and what they give: samples, and an account of what could not be read."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class InputShard:
+    """A part of the input that is read in one go: a tar, a parquet file, or rows of a table beside its pictures."""
+
+    kind: str  # One of `kinds.KINDS`.
+    path: str  # Absolute, or with its scheme.
+    num_bytes: int  # For tables beside pictures with an estimate of these.
+    start: int = 0  # Bytes, where a row begins; 0 and None mean the whole file.
+    stop: int | None = None
+    first_row: int = 0  # How many come before `start`.
 
 
 @dataclasses.dataclass(frozen=True)

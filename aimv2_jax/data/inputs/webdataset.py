@@ -11,17 +11,17 @@ import dataclasses
 import gzip
 import io
 import posixpath
-import tempfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from aimv2_jax.data.inputs import files, tars
-from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.data.inputs.texts import parse_object, readable
-from aimv2_jax.errors import UserError
+from aimv2_jax.data.pictures import FORMAT_OF
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FIELD = "txt, or json:NAME with a key of the .json"
+CAPTIONS = ("txt", "json:caption")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _GZIP = b"\x1f\x8b"
 _UNPACK_BYTES = 64 << 10
@@ -51,6 +51,7 @@ class _Index:
     stems: list[_Stem]
     lost: list[str]  # Keys of samples of which nothing but a name is left.
     num_bytes_lost: int
+    aside: list[Damage]
 
 
 def recognises(head: bytes, path: str) -> bool:
@@ -58,7 +59,12 @@ def recognises(head: bytes, path: str) -> bool:
     return tars.begins_with_header(_unpacked(head, tars.BLOCK)) or path.lower().endswith(SUFFIXES)
 
 
-def read(path: str) -> Iterator[Sample | Damage]:
+def shards(path: str, num_bytes: int) -> list[InputShard]:
+    """The one that the tar is."""
+    return [InputShard("webdataset", path, num_bytes)]
+
+
+def read(shard: InputShard) -> Iterator[Sample | Damage]:
     """The samples of a tar in the order of their first members, then what was lost.
 
     With a NAME_stats.json beside the tar, samples given and lost are together as many as it announces. If there are
@@ -66,16 +72,17 @@ def read(path: str) -> Iterator[Sample | Damage]:
     tar is sound and has more pairs, by different names, the file is not believed: it was made for another tar.
     """
     damaged = Damage("damaged_tar", samples=0)
-    with _open_tar(path) as (file, num_bytes, num_packed_bytes_lost):
+    with _open_tar(shard.path) as (file, num_bytes, num_packed_bytes_lost):
         index = _index(file, num_bytes)
         stems, lost = index.stems, index.lost
         num_bytes_lost = index.num_bytes_lost + num_packed_bytes_lost
         # Damage can repeat pairs, or tear them into several stems, but makes no new pair out of nothing.
         is_sound = not num_bytes_lost
         least = len({stem.key for stem in stems if stem.is_whole()}) if is_sound else 0
-        announced, complaint = _announced(path, least)
+        announced, complaint = _announced(shard.path, least)
         if complaint is not None:
             yield complaint
+        yield from index.aside
         if announced is not None:
             stems, fragments = _most_whole(stems, announced)
             yield from fragments
@@ -87,23 +94,17 @@ def read(path: str) -> Iterator[Sample | Damage]:
         yield dataclasses.replace(damaged, samples=num_lost, num_bytes=num_bytes_lost, key=key)
 
 
-def fields(path: str) -> list[str] | None:
+def fields(shard: InputShard) -> list[str] | None:
     """The fields that the first samples have; None if there are no samples."""
-    head = files.part(path, 0, _HEAD_BYTES)
+    head = files.part(shard.path, 0, _HEAD_BYTES)
     head = _unpacked(head, _HEAD_BYTES)
     found = _fields(io.BytesIO(head), len(head))
     if not found:  # All pictures may come first.
-        with _open_tar(path) as (file, num_bytes, _):
+        with _open_tar(shard.path) as (file, num_bytes, _):
             found = _fields(file, num_bytes)
             if not found and not _index(file, num_bytes).stems:
                 return None
     return found
-
-
-def check_field(path: str, field: str) -> None:
-    """Raises `UserError` unless `field` is one that a tar can have."""
-    if field != "txt" and not (field.startswith("json:") and len(field) > len("json:")):
-        raise UserError(f"a tar has no such field ({path})", field, "Give txt, or json:NAME with a key of the .json")
 
 
 def _fields(file: BinaryIO, num_bytes: int) -> list[str]:
@@ -124,7 +125,7 @@ def _split(name: str) -> tuple[str, str]:
     suffix = suffix[1:].lower()
     if posixpath.basename(stem).startswith("."):  # What a Mac leaves beside files.
         return stem, ""
-    kind = "image" if suffix in IMAGES else suffix if suffix in ("txt", "json") else ""
+    kind = "image" if suffix in FORMAT_OF else suffix if suffix in ("txt", "json") else ""
     return stem.removeprefix("./"), kind
 
 
@@ -133,6 +134,7 @@ def _index(file: BinaryIO, num_bytes: int) -> _Index:
     stems: dict[tuple[str, int], _Stem] = {}
     seen: dict[str, int] = {}
     begun: dict[str, None] = {}
+    aside: list[Damage] = []
     num_bytes_lost = 0
     for item in tars.scan(file, num_bytes):
         key, kind = _split(item.name or "")
@@ -146,10 +148,13 @@ def _index(file: BinaryIO, num_bytes: int) -> _Index:
         number = seen.get(item.name, 0)
         seen[item.name] = number + 1
         stem = stems.setdefault((key, number), _Stem(readable(key), number))
-        if getattr(stem, kind) is None:  # A second picture of another format is left aside.
+        if getattr(stem, kind) is None:
             setattr(stem, kind, item)
+        else:
+            aside.append(Damage("second_member", samples=0, num_bytes=item.num_bytes, key=stem.key))
     known = {key for key, _ in stems}
-    return _Index(list(stems.values()), [readable(key) for key in begun if key not in known], num_bytes_lost)
+    lost = [readable(key) for key in begun if key not in known]
+    return _Index(list(stems.values()), lost, num_bytes_lost, aside)
 
 
 def _announced(path: str, least: int) -> tuple[int | None, Damage | None]:
@@ -215,7 +220,7 @@ def _open_tar(path: str) -> Iterator[tuple[BinaryIO, int, int]]:
             yield packed, num_packed_bytes, 0
             return
         packed.seek(0)
-        with tempfile.TemporaryFile() as file:
+        with files.temporary_file() as file:
             intact = True
             try:
                 with gzip.GzipFile(fileobj=packed) as source:

@@ -139,6 +139,7 @@ def bucket(tree, monkeypatch):
     for name in ("open", "exists", "isdir", "stat"):
         original = getattr(backend._OsPathBackend, name)
         setattr(Bucket, name, lambda self, path, *args, _call=original, **kw: _call(self, local(path), *args, **kw))
+    Bucket.listdir = lambda self, path: os.listdir(local(path))
     Bucket.glob = lambda self, path: [remote(p) for p in backend._OsPathBackend.glob(self, local(path))]
     Bucket.walk = lambda self, top, **kw: ((remote(p), d, f) for p, d, f in os.walk(local(top)))
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)

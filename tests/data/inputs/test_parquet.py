@@ -1,7 +1,9 @@
 """Pairs out of parquet tables, sound and damaged."""
 
+import decimal
 import errno
 import io
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -86,19 +88,26 @@ def test_text_when_not_utf8_then_bytes(table, kind):
     assert [sample.fields for sample in samples] == [{"caption": "ok"}, {"caption": b"caf\xe9"}, {}]
 
 
-def test_columns_when_read_then_dictionaries_and_times_but_nothing_nested(table):
+def test_columns_when_read_then_all_that_a_text_can_be_made_of(table):
     columns = {
-        "jpg": [b"1", b"2"],
-        "caption": pyarrow.array(["a", "a"]).dictionary_encode(),
-        "time": pyarrow.array([0, 1 << 60], pyarrow.timestamp("us")),
-        "embedding": [[1.0], [2.0]],
+        "jpg": [b"1"],
+        "caption": pyarrow.array(["a"]).dictionary_encode(),
+        "score": [decimal.Decimal("1.50")],
+        "half": pyarrow.array([0.5], pyarrow.float16()),
+        "safe": [True],
+        "time": pyarrow.array([1 << 60], pyarrow.timestamp("us")),
+        "embedding": [[1.0]],
     }
     found = shard(table(columns))
-    samples, _ = books(found)
-    assert samples[0].fields["caption"] == "a"
-    assert samples[0].fields["time"].year == 1970
-    assert samples[1].fields == {"caption": "a"}  # Python has no such year.
-    assert parquet.fields(found.path) == ["caption", "time"]
+    [sample], _ = books(found)
+    assert sample.fields == {"caption": "a", "score": "1.50", "half": 0.5, "safe": True}
+    assert parquet.fields(found) == list(sample.fields)
+
+
+def test_keys_when_the_tables_name_is_not_utf8_then_they_can_be_stored(table):
+    path = table(hugging_face(1))
+    [sample], _ = books(shard(path.rename(path.with_name(os.fsdecode(b"caf\xe9.parquet")))))
+    assert sample.key == "caf\\xe9/0"
 
 
 def test_row_group_when_damaged_then_its_rows_are_counted(table):
@@ -119,7 +128,7 @@ def test_table_when_cut_then_damage_that_nobody_can_count(table, cut):
     path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
     found = shard(path)
     assert books(found) == ([], [Damage("damaged_parquet", 0, path.stat().st_size)])
-    assert parquet.fields(found.path) is None
+    assert parquet.fields(found) is None
 
 
 def test_table_when_the_disk_fails_then_the_error_passes(table, monkeypatch):

@@ -60,30 +60,30 @@ def test_captions_when_there_are_none_then_none(table, kind):
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_field_when_missing_in_a_table_then_the_user_is_told_those_there(table, kind):
     shard = table(kind, ["caption", "label"])
-    read.check_fields(shard, ["caption", "label"])
+    read.check_fields([shard], ["caption", "label"])
     with pytest.raises(UserError, match=r"no such field.*'colour'\. It has .*caption, label"):
-        read.check_fields(shard, iter(["caption", "colour"]))
+        read.check_fields([shard], iter(["caption", "colour"]))
 
 
 def test_field_when_missing_in_a_tar_then_the_user_is_told_those_there(shard):
     found = shard(packed(pairs(3)))
-    read.check_fields(found, ["txt", "json:caption", "json:synthetic"])
+    read.check_fields([found], ["txt", "json:caption", "json:synthetic"])
     with pytest.raises(UserError, match=r"no such field.*'json:colour'\. It has txt, json:key, json:caption"):
-        read.check_fields(found, ["json:colour"])
+        read.check_fields([found], ["json:colour"])
     with pytest.raises(UserError, match=r"no such field.*'txt'\. It has nothing but pictures"):
-        read.check_fields(shard(only("jpg"), "other.tar"), ["txt"])
+        read.check_fields([shard(only("jpg"), "other.tar")], ["txt"])
 
 
 @pytest.mark.parametrize("field", ["caption", "json:", "json", "alt=txt"])
 def test_field_when_no_tar_can_have_it_then_the_user_is_told_the_grammar(shard, field):
-    with pytest.raises(UserError, match="Give txt, or json:NAME"):
-        read.check_fields(shard(packed(pairs(1))), [field])
+    with pytest.raises(UserError, match="A field is txt, or json:NAME"):
+        read.check_fields([shard(packed(pairs(1)))], [field])
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jsonl"])
 def test_fields_when_the_shard_is_nothing_but_damage_then_not_judged(shard, name):
     found = shard(b"junk" * 300, name)
-    read.check_fields(found, ["txt"])
+    read.check_fields([found], ["txt"])
     assert read.default_captions(found) == {}
 
 

@@ -239,18 +239,18 @@ def test_packed_tar_when_its_bytes_are_damaged_then_the_rest_is_counted(shard):
 
 def test_fields_when_asked_then_those_of_the_first_samples(shard):
     found = shard(packed(pairs(3)))
-    assert webdataset.fields(found.path) == ["txt", "json:key", "json:caption", "json:synthetic"]
+    assert webdataset.fields(found) == ["txt", "json:key", "json:caption", "json:synthetic"]
 
 
 def test_fields_when_all_pictures_come_first_then_found_behind_them(shard, monkeypatch):
     monkeypatch.setattr(webdataset, "_HEAD_BYTES", 2000)
     members = sorted(pairs(4).items(), key=lambda item: item[0].rpartition(".")[2])
-    assert "json:synthetic" in webdataset.fields(shard(packed(members)).path)
+    assert "json:synthetic" in webdataset.fields(shard(packed(members)))
 
 
 def test_fields_when_a_packed_tar_then_found(shard):
-    assert "txt" in webdataset.fields(shard(gzip.compress(packed(pairs(3))), "a.tgz").path)
+    assert "txt" in webdataset.fields(shard(gzip.compress(packed(pairs(3))), "a.tgz"))
 
 
 def test_fields_when_nothing_can_be_read_then_none(shard):
-    assert webdataset.fields(shard(b"junk" * 999).path) is None
+    assert webdataset.fields(shard(b"junk" * 999)) is None

@@ -6,7 +6,7 @@ import os
 import pytest
 from small_inputs import books, picture
 
-from aimv2_jax.data.inputs import captions, discover, files
+from aimv2_jax.data.inputs import discover, files, tables
 from aimv2_jax.data.inputs.samples import Damage, Sample
 from aimv2_jax.errors import UserError
 
@@ -81,20 +81,43 @@ def test_line_when_no_object_then_one_sample_lost(folder, line):
 
 
 def test_line_when_longer_than_memory_should_hold_then_one_sample_lost(folder, monkeypatch):
-    monkeypatch.setattr(captions, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(tables, "_MAX_LINE_BYTES", 100)
     rows = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "x" * 500}, {"file_name": "b.jpg"}]
     samples, damages = books(jsonl(folder, *rows))
     assert [sample.key for sample in samples] == ["a.jpg", "b.jpg"]
-    assert [damage.samples for damage in damages] == [1]
+    assert [(damage.samples, damage.num_bytes > 500) for damage in damages] == [(1, True)]
 
 
-def test_csv_when_a_cell_is_larger_than_memory_should_hold_then_rows_are_still_counted(folder, monkeypatch):
-    monkeypatch.setattr(captions, "_MAX_LINE_BYTES", 100)
-    shard = table(folder, 'file_name,caption\na.jpg,A\nb.jpg,"' + "line\n" * 50 + '"\na.jpg,A\n')
-    samples, damages = books(shard)
-    assert samples[0].image == picture(0)
-    assert [damage.samples for damage in damages] == [1]
-    assert len(samples) + 1 == shard.stop
+def test_keys_when_the_tables_name_is_not_utf8_then_they_can_be_stored(folder):
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    samples, damages = books(table(folder, b'{"file_name": "a.jpg"}\n{"n": 1}\n{', name))
+    assert [samples[1].key, damages[0].key] == ["caf\\xe9.jsonl/1", "caf\\xe9.jsonl/2"]
+
+
+@pytest.mark.parametrize(("limit", "most"), [("_MAX_LINE_BYTES", 100), ("_MAX_ROW_LINES", 20)])
+def test_csv_when_a_cell_is_larger_than_any_caption_then_each_of_its_lines_is_a_row(folder, monkeypatch, limit, most):
+    monkeypatch.setattr(tables, limit, most)
+    samples, damages = books(table(folder, 'file_name,caption\na.jpg,A\nb.jpg,"' + "line\n" * 50 + '"\na.jpg,A\n'))
+    assert [sample.key for sample in samples] == ["a.jpg", *["line"] * 49, "a.jpg"]
+    assert [(damage.samples, damage.key) for damage in damages] == [(1, "captions.csv/1"), (1, "captions.csv/51")]
+
+
+@pytest.mark.parametrize("row", ['b.jpg,"B', 'b.jpg,"B"" ', '"b.jpg,B', 'b.jpg,"B\r'])
+@pytest.mark.parametrize("others", ["a.jpg,A", '"a.jpg","A"', 'a.jpg,"A\nof two ""lines"""'])
+def test_csv_when_a_quote_is_not_closed_then_its_line_is_lost_and_no_other(folder, row, others):
+    lines = ["file_name,caption", *[others] * 5, row, *[others] * 5]
+    samples, damages = books(table(folder, "\n".join(lines)))
+    assert [sample.image for sample in samples] == [picture(0)] * 10
+    assert {sample.fields["caption"] for sample in samples} <= {"A", 'A\nof two "lines"'}
+    assert damages == [Damage("damaged_row", 1, len(row) + 1, "captions.csv/5")]
+
+
+@pytest.mark.parametrize("caption", ['"B" and more', 'B "and', '"B" "C"', '"B""" and'])
+def test_csv_when_quotes_stand_in_a_line_as_they_come_then_its_row_is_given(folder, caption):
+    samples, damages = books(table(folder, f"file_name,caption\na.jpg,A\nb.jpg,{caption}\na.jpg,A\n"))
+    assert [sample.key for sample in samples] == ["a.jpg", "b.jpg", "a.jpg"]
+    assert samples[1].fields["caption"].startswith("B")
+    assert damages == []
 
 
 def test_csv_when_its_header_is_damaged_then_rows_without_images(folder):
@@ -127,20 +150,41 @@ def test_picture_when_too_large_then_no_image(folder, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_table_when_large_then_in_chunks_that_are_together_all_of_it(folder, monkeypatch, kind):
-    monkeypatch.setattr(captions, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 10)
     if kind == "jsonl":
         rows = b"\n".join(b'{"file_name": "a.jpg", "n": %d}' % n if n % 7 else b"\n{bad" for n in range(25))
     else:
         rows = b"file_name,n\n" + b"\n".join(b'a.jpg,"%d\n"' % n for n in range(25))
     (folder / f"captions.{kind}").write_bytes(rows)
     shards = discover.find([str(folder)])
-    assert [(shard.start, shard.stop) for shard in shards] == [(0, 10), (10, 20), (20, 25)]
+    assert [shard.first_row for shard in shards] == [0, 10, 20]
     found = [books(shard) for shard in shards]
     assert [len(samples) + len(damages) for samples, damages in found] == [10, 10, 5]
     numbers = [int(sample.fields["n"]) for samples, _ in found for sample in samples]
     assert numbers == [n for n in range(25) if n % 7 or kind == "csv"]
+    keys = [damage.key for _, damages in found for damage in damages]
+    assert keys == [f"captions.jsonl/{n}" for n in range(25) if n % 7 == 0 and kind == "jsonl"]
     # Pictures are about a kilobyte.
     assert shards[0].num_bytes == pytest.approx(10 * len(picture(0)), rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_table_when_in_chunks_then_each_reads_no_other(folder, monkeypatch, kind):
+    monkeypatch.setattr(tables, "CHUNK_ROWS", 100)
+    row = b'{"file_name": "a.jpg"}\n' if kind == "jsonl" else b"a.jpg,A\n"
+    (folder / f"captions.{kind}").write_bytes(b"file_name,caption\n" * (kind == "csv") + row * 1000)
+    shards = discover.find([str(folder)])
+    lines, asked = tables._lines, []
+
+    def counted(file, stop=None):
+        for line in lines(file, stop):
+            asked.append(line.num_bytes)
+            yield line
+
+    monkeypatch.setattr(tables, "_lines", counted)
+    assert sum(len(books(shard)[0]) for shard in shards) == 1000
+    headers = len(shards) * (kind == "csv")
+    assert sum(asked) == 1000 * len(row) + headers * len(b"file_name,caption\n")
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv"])
