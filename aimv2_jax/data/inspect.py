@@ -31,7 +31,8 @@ MOST_PICTURES = 200  # More make a sheet that no viewer likes to open.
 
 def draw(what: str, overrides: Sequence[tuple[str, str]], step: int | None, most_pictures: int) -> Figure:
     """The contact sheet of a data set's folder or of a config; raises `UserError` if `what` is neither."""
-    from aimv2_jax.data.views import batch_sheet, dataset_sheet
+    from aimv2_jax.data.batch_sheet import batch_sheet
+    from aimv2_jax.data.dataset_sheet import dataset_sheet
 
     path = locate(what)
     if path.is_dir():

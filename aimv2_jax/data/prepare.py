@@ -30,8 +30,9 @@ from typing import Any
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.datasets import DatasetInfo
-from aimv2_jax.data.inputs.discover import InputShard, find
+from aimv2_jax.data.inputs.discover import find
 from aimv2_jax.data.inputs.read import check_fields, default_captions
+from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.data.preparing.checks import Rules
 from aimv2_jax.data.preparing.groups import Task, tasks_of
 from aimv2_jax.data.preparing.output import Output

@@ -10,14 +10,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from aimv2_jax.data import contact_sheet, pipeline
+from aimv2_jax.data.batch_sheet import batch_sheet, row_picture
 from aimv2_jax.data.books import Books
+from aimv2_jax.data.dataset_sheet import dataset_sheet
 from aimv2_jax.data.datasets import DatasetInfo, write_dataset
 from aimv2_jax.data.inspect import main
 from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms import patchify, unpatchify
-from aimv2_jax.data.views import batch_sheet, dataset_sheet, row_picture
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments/quickstart.py")
 SAMPLE = "package:data/sample"
@@ -126,7 +127,7 @@ def test_batch_sheet_when_the_config_has_workers_then_none_is_started(make_confi
 
 
 def test_batch_sheet_when_the_batch_is_large_then_few_rows_are_read_and_that_is_said(make_config, monkeypatch):
-    monkeypatch.setattr("aimv2_jax.data.views.MOST_ROWS", 5)
+    monkeypatch.setattr("aimv2_jax.data.batch_sheet.MOST_ROWS", 5)
     figure = batch_sheet(make_config(data__batch_size=10_000), "some.py", 2, 7)
     assert len(figure.images) == 5
     assert "Rows 0 to 4 of 10,000" in words(figure) and "Counts are of the first 5 rows" in words(figure)

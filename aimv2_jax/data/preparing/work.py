@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.inputs import read as inputs
-from aimv2_jax.data.inputs.discover import InputShard
-from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.data.preparing.checks import Dropped, Rules, check
 from aimv2_jax.data.preparing.groups import Task
 from aimv2_jax.data.preparing.output import Done, Output
