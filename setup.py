@@ -26,7 +26,6 @@ REQUIRES = [
     "etils[epath]>=1.13",
     "numpy>=2.1",
     "pillow>=11.3",
-    "opencv-python-headless>=4.11",
     "simplejpeg>=1.8.2",
     "ftfy>=6.3",
     "msgpack>=1.1",

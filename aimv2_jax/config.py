@@ -87,6 +87,7 @@ class OptimizerConfig:
 class DataConfig:
     batch_size: int
     workers: int
+    read_threads: int
     prefetch: int
     image_size: int
     crop_area: tuple[float, float]
@@ -161,7 +162,8 @@ class Config:
 _FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
-_MOST_READERS = 1024  # Worker processes, and batches that each keeps ready: more is a slip, and would sink the machine.
+# Worker processes, their threads, and batches that each keeps ready: more is a slip, and would sink the machine.
+_MOST_READERS = 1024
 
 
 class _FlagText(str):
@@ -435,9 +437,10 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
 def _check_data(config: Config) -> None:
     data, evaluation = config.data, config.eval
     _at_least(1, data.batch_size, "data.batch_size")
-    _at_least(1, data.prefetch, "data.prefetch")
+    for key in ("read_threads", "prefetch"):
+        _at_least(1, getattr(data, key), f"data.{key}")
     _at_least(0, data.workers, "data.workers")
-    for key in ("workers", "prefetch"):
+    for key in ("workers", "read_threads", "prefetch"):
         if getattr(data, key) > _MOST_READERS:
             raise UserError(
                 f"config data.{key} is too large", getattr(data, key), f"Give at most {_MOST_READERS}; a few are plenty"

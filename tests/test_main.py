@@ -18,7 +18,7 @@ from aimv2_jax.train import checkpoint
 from aimv2_jax.train.program import Program
 
 MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.eval.show", "-m aimv2_jax.eval.heldout"]
-MODULES += ["experiments/make_sample.py", "experiments/benchmarks/step_time.py"]
+MODULES += ["experiments/make_sample.py", "experiments/benchmarks/step_time.py", "experiments/drills/kill.py"]
 
 
 @pytest.fixture

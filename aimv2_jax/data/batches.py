@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from aimv2_jax.data import captions, records, transforms
 from aimv2_jax.data.clock import StageClock
 from aimv2_jax.data.pictures import Picture, open_picture
 from aimv2_jax.data.plan import Plan, example_rng
+from aimv2_jax.data.readahead import ReadAhead
 from aimv2_jax.data.records import REASONS, BadRecord, Record
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import GuardStop
@@ -84,13 +85,41 @@ View = Callable[[Picture, int, StageClock], np.ndarray]
 """(a picture, the example's number, the clock of its batch) -> pixels; raises `BadRecord`."""
 
 
-def load(
-    source: Source, index: int, kind: str, view: View, example: int, clock: StageClock
-) -> tuple[np.ndarray, bytes]:
-    """What `view` makes of a record's picture for `example`, and the caption of `kind`; raises `BadRecord`."""
-    record = records.decode(source.read(index))
-    clock.lap("read")
-    return render(record, kind, view, example, clock)
+class _Search:
+    """The search for the record of one example, among candidates: a thread reads, and the builder may send it on.
+
+    `found` is the candidate that was read and has the caption; None when there is none left. `faults` are those before.
+    """
+
+    def __init__(self, row: int, example: int, source: Source, kind: str, candidates: Iterable[int]):
+        self.row, self.example, self.source, self.kind = row, example, source, kind
+        self.found: Record | None = None
+        self.faults: list[Fault] = []
+        self._candidates = iter(candidates)
+        self._index = -1
+
+    def advance(self) -> None:
+        """Reads on until a record has the caption; those that cannot be read or lack it are faults."""
+        self.found = None
+        for index in self._candidates:
+            self._index = index
+            try:
+                record = records.decode(self.source.read(index))
+            except BadRecord as error:
+                self.reject(error)
+                continue
+            if self.kind in record.captions:
+                self.found = record
+                return
+            self.reject(BadRecord("missing_caption", record.key))
+
+    @property
+    def size(self) -> int:
+        return len(self.found.image) if self.found else self.source.mean_bytes
+
+    def reject(self, error: BadRecord) -> None:
+        """The record that was read last is unusable."""
+        self.faults.append(Fault(self.example, self.source.name, self._index, error.key, error.reason))
 
 
 def render(record: Record, kind: str, view: View, example: int, clock: StageClock) -> tuple[np.ndarray, bytes]:
@@ -123,14 +152,27 @@ class _Rows:
         }
 
     def fill(self, row: int, pixels: np.ndarray, caption: bytes) -> None:
-        self.arrays["patches"][row] = transforms.patchify(pixels, self._patch_size)
+        transforms.patchify(pixels, self._patch_size, out=self.arrays["patches"][row])
         self.arrays["valid"][row] = True
         self._captions[row] = caption
         self.clock.lap("patchify")
 
-    def blame(self, row: int, fault: Fault) -> None:
-        self.arrays["faults"][row, REASONS.index(fault.reason)] += 1
-        self._faults.append(fault)
+    def fill_from(self, search: _Search, view: View) -> bool:
+        """Fills the row of `search` from what it found, or finds when sent on; False where that was nothing usable."""
+        while search.found is not None:
+            try:
+                pixels, caption = render(search.found, search.kind, view, search.example, self.clock)
+            except BadRecord as error:
+                search.reject(error)
+                search.advance()
+                self.clock.lap("read")
+                continue
+            self.fill(search.row, pixels, caption)
+            break
+        for fault in search.faults:
+            self.arrays["faults"][search.row, REASONS.index(fault.reason)] += 1
+        self._faults += search.faults
+        return search.found is not None
 
     def done(self) -> LocalBatch:
         return LocalBatch(self._step, self.arrays, self._captions, self._faults, dict(self.clock.seconds))
@@ -146,30 +188,28 @@ class TrainingBatches:
     view: View
     grid: tuple[int, int]
     patch_size: int
+    reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __call__(self, step: int) -> LocalBatch:
         examples = [self.plan.first_example(step) + row for row in self.rows]
         rows, order = _Rows(step, examples, self.grid, self.patch_size), list(self.sources)
-        for row, example in enumerate(examples):
-            draw = self.plan.draw(example)
-            source, tried = self.sources[draw.source], collections.Counter()
-            rows.arrays["source"][row] = order.index(draw.source)
-            for index in self.plan.records(draw):
-                try:
-                    pixels, caption = load(source, index, draw.kind, self.view, example, rows.clock)
-                except BadRecord as error:
-                    tried[error.reason] += 1
-                    rows.blame(row, Fault(example, source.name, index, error.key, error.reason))
-                    continue
-                rows.fill(row, pixels, caption)
-                break
-            else:
+        for search in self.reads(step, self._searches):
+            rows.clock.lap("read")
+            rows.arrays["source"][search.row] = order.index(search.source.name)
+            if not rows.fill_from(search, self.view):
+                tried = collections.Counter(fault.reason for fault in search.faults)
                 reasons = ", ".join(f"{count} x {reason}" for reason, count in tried.items())
                 raise GuardStop(
-                    f"data source {source.name!r} gave no usable record for its {draw.kind} captions: {reasons}; "
-                    "prepare the data set again, or take its weight out of data.mixture"
+                    f"data source {search.source.name!r} gave no usable record for its {search.kind} captions: "
+                    f"{reasons}; prepare the data set again, or take its weight out of data.mixture"
                 )
         return rows.done()
+
+    def _searches(self, step: int) -> Iterator[_Search]:
+        for row, place in enumerate(self.rows):
+            example = self.plan.first_example(step) + place
+            draw = self.plan.draw(example)
+            yield _Search(row, example, self.sources[draw.source], draw.kind, self.plan.records(draw))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +228,7 @@ class EvaluationBatches:
     view: View
     grid: tuple[int, int]
     patch_size: int
+    reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __len__(self) -> int:
         return -(-sum(count for _, count in self.examples) // self.batch_size)
@@ -195,18 +236,18 @@ class EvaluationBatches:
     def __call__(self, number: int) -> LocalBatch:
         examples = [number * self.batch_size + row for row in self.rows]
         rows, order = _Rows(number, examples, self.grid, self.patch_size), list(self.sources)
-        ends = np.cumsum([count for _, count in self.examples])
-        for row, example in enumerate(examples):
-            if example >= ends[-1]:
-                continue
-            which = int(np.searchsorted(ends, example, side="right"))
-            name, count = self.examples[which]
-            index = example - (int(ends[which]) - count)
-            rows.arrays["source"][row] = order.index(name)
-            try:
-                pixels, caption = load(self.sources[name], index, self.kind, self.view, example, rows.clock)
-            except BadRecord as error:
-                rows.blame(row, Fault(example, name, index, error.key, error.reason))
-                continue
-            rows.fill(row, pixels, caption)
+        for search in self.reads(number, self._searches):
+            rows.clock.lap("read")
+            rows.arrays["source"][search.row] = order.index(search.source.name)
+            rows.fill_from(search, self.view)
         return rows.done()
+
+    def _searches(self, number: int) -> Iterator[_Search]:
+        ends = np.cumsum([count for _, count in self.examples])
+        for row, place in enumerate(self.rows):
+            example = number * self.batch_size + place
+            if example < ends[-1]:
+                which = int(np.searchsorted(ends, example, side="right"))
+                name, count = self.examples[which]
+                index = example - (int(ends[which]) - count)
+                yield _Search(row, example, self.sources[name], self.kind, [index])

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from absl import flags
 from aimv2_jax.config import Config, mixture_counts
 from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, LocalBatch, TrainingBatches, TrainingView
 from aimv2_jax.data.plan import Plan
+from aimv2_jax.data.readahead import ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.workers import start_worker
@@ -37,7 +39,9 @@ __all__ = [
     "Batches",
     "Fault",
     "HostBatch",
+    "builders",
     "check_sources",
+    "cores",
     "evaluation_batches",
     "open_sources",
     "to_devices",
@@ -96,7 +100,7 @@ def _listed(names: Any) -> str:
 
 
 def training_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
-    """The plan of a run over its opened sources."""
+    """Which records are in which step of a run."""
     sizes = {name: len(source) for name, source in sources.items()}
     return Plan(config.seed, config.data.batch_size, sizes, mixture_counts(config.data.mixture))
 
@@ -124,6 +128,7 @@ def training_batches(
         TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip),
         config.grid,
         config.model.patch_size,
+        ReadAhead(data.read_threads, stride=data.workers or None),  # Worker i of n builds every n-th batch.
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
     return Batches(build, range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
@@ -150,6 +155,7 @@ def evaluation_batches(
             CenterView(config.data.image_size),
             config.grid,
             config.model.patch_size,
+            ReadAhead(config.data.read_threads),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
         # In threads of this process: an evaluation is short, and starting workers for each would cost seconds.
@@ -164,12 +170,14 @@ class _Tokenise:
     length: int
 
     def __call__(self, batch: LocalBatch) -> HostBatch:
-        shape = len(batch.captions), self.length
+        shape, seconds = (len(batch.captions), self.length), batch.seconds
         tokens, token_valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
         if self.tokenizer is not None:
+            start = time.perf_counter()
             tokens, token_valid = self.tokenizer.encode(batch.captions)
+            seconds = seconds | {"tokenise": time.perf_counter() - start}
         arrays = batch.arrays | {"tokens": tokens, "token_valid": token_valid}
-        return HostBatch(batch.step, arrays, batch.faults, batch.seconds)
+        return HostBatch(batch.step, arrays, batch.faults, seconds)
 
 
 class Batches(contextlib.AbstractContextManager):
@@ -248,6 +256,16 @@ class Batches(contextlib.AbstractContextManager):
                 return self._ready.put(item, timeout=0.1)
 
 
+def cores() -> int:
+    """Of this machine, for this process."""
+    return len(os.sched_getaffinity(0))
+
+
+def builders(workers: int) -> int:
+    """How many batches are built at a time: by `workers` processes, or where there are none by threads."""
+    return workers or min(_MAX_THREADS, cores())
+
+
 def _read_ahead(
     build: Callable[[int], LocalBatch], numbers: range, workers: int, prefetch: int
 ) -> grain.IterDataset[dict[str, Any]]:
@@ -256,7 +274,7 @@ def _read_ahead(
         flags.FLAGS.mark_as_parsed()
     steps = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(_Fields(build))
     if not workers:
-        threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        threads = builders(0)
         return steps.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
         )

@@ -64,6 +64,13 @@ class Plan:
         """The number of the first example of `step`; its others follow."""
         return step * self.batch_size
 
+    def epochs(self, steps: int) -> dict[str, float]:
+        """Passes over each source that the first `steps` steps make."""
+        cycles, slots = divmod(self.first_example(steps), len(self._cycle))
+        drawn = [cycles * int(weight) for weight in self._weights]
+        part = np.bincount(self._cycle[:slots], minlength=len(self._names))
+        return {name: (drawn[i] + int(part[i])) / self._sizes[name] for i, name in enumerate(self._names)}
+
     def draw(self, example: int) -> Draw:
         """What example number `example` draws."""
         cycle, slot = divmod(example, len(self._cycle))

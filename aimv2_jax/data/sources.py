@@ -5,7 +5,10 @@ from __future__ import annotations
 import collections
 import json
 import os
+import resource
 import threading
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,16 @@ from aimv2_jax.data.locations import locate
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.errors import UserError
 
-MAX_OPEN_SHARDS = 64  # Of each source: ten sources stay far below a soft limit of 1,024 open files.
+MAX_OPEN_SHARDS = 128  # Of all sources of a process; one of 1 GiB takes about 0.2 MB of memory.
+_SHARE_OF_FILES = 4  # A quarter of the files that the process may open, where that is less.
 _READ_BUFFER_BYTES = 32768  # What array_record's own data source uses.
 
 
 class Source:
     """A prepared data set under the name that the config gives it.
 
-    Opens no shard before its first read. Safe to read from several threads; pickles without its open shards.
+    Opens no shard before its first read. Safe to read from several threads; pickles without its open shards, which
+    belong to the process.
 
     Args:
       name: the config's name, which also seeds the order of its records.
@@ -39,18 +44,6 @@ class Source:
         self._folder = locate(path)
         self.info = _read_info(what or f"config data source {name!r}", path)
         self._ends = np.cumsum([shard.records for shard in self.info.shards], dtype=np.int64)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
 
     def __len__(self) -> int:
         return self.info.records
@@ -60,6 +53,11 @@ class Source:
         """How many records have a caption of each kind."""
         return self.info.kinds
 
+    @property
+    def mean_bytes(self) -> int:
+        """Of a record."""
+        return self.info.bytes // self.info.records
+
     def read(self, index: int) -> bytes:
         """The bytes of record `index`; raises `BadRecord("unreadable_record")` if the shard cannot give them."""
         if not 0 <= index < len(self):
@@ -67,22 +65,52 @@ class Source:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard]) - self.info.shards[shard].records
         try:
-            [data] = self._reader(shard).read([index - first])
+            [data] = _OPEN.reader(self._folder / self.info.shards[shard].file).read([index - first])
         except Exception as error:  # array_record raises whatever fits; all of it means these bytes cannot be had.
             raise BadRecord("unreadable_record") from error
         return data
 
-    def _reader(self, shard: int) -> Any:
+
+class _OpenShards:
+    """The shards that a process has open: it opens several at once, and lets go of those that were used longest ago."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._readers: collections.OrderedDict[Path, Future[Any]] = collections.OrderedDict()
+
+    def reader(self, path: Path) -> Any:
+        """The open shard; whoever asks first opens it, others of the same shard wait, others of other shards do not."""
         with self._lock:
-            if shard not in self._readers:
-                path = self._folder / self.info.shards[shard].file
-                options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": _READ_BUFFER_BYTES}
-                self._readers[shard] = ArrayRecordReader(str(path), **options)
-                if len(self._readers) > MAX_OPEN_SHARDS:
+            reader = self._readers.get(path)
+            opens = reader is None
+            if reader is None:
+                reader = self._readers[path] = Future()
+                while len(self._readers) > _most_open_shards():
                     # Dropped, not closed: another thread may be reading from it, and its last reference closes it.
                     self._readers.popitem(last=False)
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
+            else:
+                self._readers.move_to_end(path)
+        if opens:
+            try:
+                reader.set_result(_open(path))
+            except BaseException as error:
+                with self._lock:
+                    if self._readers.get(path) is reader:  # The next read tries again.
+                        del self._readers[path]
+                reader.set_exception(error)
+        return reader.result()
+
+
+_OPEN = _OpenShards()  # One for all sources: what is bounded, open files, is the process' too.
+
+
+def _most_open_shards() -> int:
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_SHARDS if files < 0 else max(1, min(MAX_OPEN_SHARDS, files // _SHARE_OF_FILES))
+
+
+def _open(path: Path) -> Any:
+    return ArrayRecordReader(str(path), options="readahead_buffer_size:0", file_reader_buffer_size=_READ_BUFFER_BYTES)
 
 
 def _read_info(what: str, path: str) -> DatasetInfo:

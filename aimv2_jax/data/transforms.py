@@ -56,9 +56,18 @@ def resize(image: Image.Image, box: Box, size: int, mirrored: bool = False) -> U
     return np.asarray(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square)
 
 
-def patchify(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> UInt8[np.ndarray, "L P"]:
-    """Row-major patches, each flattened in (row, column, channel) order."""
-    return einops.rearrange(pixels, "(h p) (w q) c -> (h w) (p q c)", p=patch_size, q=patch_size)
+def patchify(
+    pixels: UInt8[np.ndarray, "H W 3"], patch_size: int, out: UInt8[np.ndarray, "L P"] | None = None
+) -> UInt8[np.ndarray, "L P"]:
+    """Row-major patches, each flattened in (row, column, channel) order; written to `out`, if given."""
+    rows, columns = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
+    if out is None:
+        out = np.empty((rows * columns, 3 * patch_size**2), np.uint8)
+    assert out.flags.c_contiguous, "to reshape it would be to copy it"
+    # One copy, in runs of a patch's row.
+    runs = pixels.reshape(rows, patch_size, columns, 3 * patch_size).swapaxes(1, 2)
+    out.reshape(runs.shape)[...] = runs
+    return out
 
 
 def unpatchify(patches: UInt8[np.ndarray, "L P"], grid: tuple[int, int], patch_size: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -478,8 +478,11 @@ class _PatientLoops(asyncio.DefaultEventLoopPolicy):
 
 @contextlib.contextmanager
 def _reads_seen_through() -> Iterator[None]:
-    """Orbax closes its event loop at the first read that fails; each read still on its way would then end in a
-    traceback of its own, beside the one line that tells the user."""
+    """While this lasts, event loops of this process wait for all their tasks before they close. Not for two threads.
+
+    Orbax closes its loop at the first read that fails; each read still on its way would then end in a traceback of its
+    own, beside the one line that tells the user.
+    """
     policy = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_PatientLoops())
     try:

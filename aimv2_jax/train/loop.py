@@ -37,6 +37,7 @@ from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.resume import check_resumable
+from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.tally import BadRecordFile, Tally
 
@@ -133,7 +134,15 @@ class _Run:
         self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size)
         self.tally = Tally(list(config.data.sources), pipeline.REASONS, replicated(program.mesh))
         self.bad_records = BadRecordFile(workdir, jax.process_index(), start)
+        self.plan = pipeline.training_plan(config, pipeline.open_sources(config.data.sources))
         self.stopwatch = Stopwatch()
+        self.feed = FeedWatch(
+            workers=config.data.workers,
+            read_threads=config.data.read_threads,
+            prefetch=config.data.prefetch,
+            builders=pipeline.builders(config.data.workers),
+            cores=pipeline.cores(),
+        )
         self.progress = ProgressLine(config.train.steps)
 
     def train(self, state: TrainState) -> None:
@@ -155,10 +164,13 @@ class _Run:
         pending = None  # The step that is dispatched and not yet read.
         self.stopwatch.lap()
         for number in range(self.start + 1, config.train.steps + 1):
+            depth = batches.depth
             with self.stopwatch.waiting():
                 host = next(batches)
             assert host.step == number - 1
-            batch = put(host.arrays)
+            self.feed.add(host.seconds, depth)
+            with self.feed.transferring():
+                batch = put(host.arrays)
             counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
             self.bad_records.write(number, host.faults)
             state, metrics = step(state, batch, program.rng)
@@ -194,8 +206,12 @@ class _Run:
         values |= self.stopwatch.lap()
         devices = list(self.program.mesh.devices.flat)
         values["mfu"] = model_flops_utilisation(self.config, values["images_per_s"], devices)
-        self.writer.write(number, values | self.tally.lap(pending.counts))
+        feed, advice = self.feed.lap(values["step_time_s"], values["data_wait_fraction"])
+        epochs = {f"epochs/{name}": passes for name, passes in self.plan.epochs(number).items()}
+        self.writer.write(number, values | feed | self.tally.lap(pending.counts) | epochs)
         _say(self.progress.text(number, values))
+        if advice is not None:
+            _say(advice)
         self.tally.check(self.config.data.max_bad_fraction)
 
     def _evaluate(self, number: int, state: TrainState) -> dict[str, float]:

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "model.layers": "one parameter tree, run in two ways: rounding only",
     "model.remat": "what is computed again in the backward pass: rounding only",
     "data.workers": "who reads a batch; what is in it follows from the step",
+    "data.read_threads": "when a record is read",
     "data.prefetch": "when a batch is read",
     "data.max_bad_fraction": "when the run gives up; changes no example",
     "data.sources.*": "a folder may move; the names stay, since the order of examples depends on them",

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -61,6 +62,37 @@ def test_draws_when_counted_then_each_source_numbers_its_own_without_gap():
         assert numbers == list(range(len(numbers)))
 
 
+def test_epochs_when_steps_have_passed_then_draws_over_size_and_exact_far_away():
+    plan = make_plan()
+    for steps in (0, 1, 7, 25, 31):
+        counts = collections.Counter(draw.source for draw in drawn(plan, range(8 * steps)))
+        assert plan.epochs(steps) == {name: counts[name] / size for name, size in SIZES.items()}
+    far = make_plan().epochs(25 * 10**9)  # 2e11 examples.
+    assert far == {"dfn": 60 * 2 * 10**9 / 11, "coyo": 9 * 2 * 10**9 / 5, "hqitp": 31 * 2 * 10**9 / 3}
+
+
+weights = st.dictionaries(
+    st.sampled_from("abcdef"), st.dictionaries(st.sampled_from(("alt", "synthetic")), st.integers(1, 40), min_size=1),
+    min_size=1,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights, st.integers(0, 10**12), st.integers(1, 4))
+def test_mixture_when_any_weights_then_cycles_exact_and_any_window_within_2_of_the_share(counts, start, cycles):
+    plan = make_plan(sizes=dict.fromkeys(counts, 7), counts=counts)
+    length = plan.cycle_length
+    draws = drawn(plan, range(start, start + cycles * length))
+    assert length == sum(sum(kinds.values()) for kinds in counts.values())
+    wanted = {(name, kind): cycles * n for name, kinds in counts.items() for kind, n in kinds.items()}
+    assert collections.Counter((draw.source, draw.kind) for draw in draws) == wanted
+    for name, kinds in counts.items():
+        so_far = np.concatenate([[0], np.cumsum([draw.source == name for draw in draws])])
+        # The most and the least of any window: of the differences of what is drawn and due.
+        ahead = so_far - np.arange(len(so_far)) * sum(kinds.values()) / length
+        assert ahead.max() - ahead.min() < 2
+
+
 def test_draw_when_asked_far_away_then_as_if_counted_up_to_there():
     plan, far = make_plan(), 10**13
     for example in range(100):
@@ -100,6 +132,27 @@ def test_order_when_the_seed_differs_then_another():
 @pytest.mark.parametrize("size", [1, 2, 3, 100, 4096, 4097, 5000])
 def test_shuffled_when_any_size_then_a_permutation(size):
     assert sorted(shuffled(i, size, seed=5) for i in range(size)) == list(range(size))
+
+
+def test_shuffled_when_the_size_is_2_to_the_32_then_every_index_has_a_place_of_its_own_and_quickly():
+    size = 2**32
+    indices = [0, 1, size // 2, size - 2, size - 1, *np.random.default_rng(0).integers(0, size, 20_000).tolist()]
+    indices = sorted(set(indices))
+    start = time.perf_counter()
+    places = [shuffled(index, size, seed=9) for index in indices]
+    assert (time.perf_counter() - start) / len(indices) < 100e-6  # 2 us where it was measured.
+    assert len(set(places)) == len(indices)
+    assert min(places) >= 0 and max(places) < size
+    # Even over the whole: 16 parts of about 1,250; six standard deviations are 205.
+    assert np.abs(np.bincount(np.array(places) >> 28, minlength=16) - len(places) / 16).max() < 210
+    assert places != indices and places != [shuffled(index, size, seed=10) for index in indices]
+
+
+def test_records_when_a_source_has_2_to_the_32_then_its_last_position_has_a_record_and_then_comes_a_new_epoch():
+    plan = make_plan(sizes=SIZES | {"dfn": 2**32})
+    last, first = Draw("dfn", 2**32 - 1, "alt"), Draw("dfn", 2**32, "alt")
+    assert 0 <= next(plan.records(last)) < 2**32
+    assert next(plan.records(first)) != next(plan.records(Draw("dfn", 0, "alt")))
 
 
 def test_records_when_a_source_is_huge_then_indices_span_it():

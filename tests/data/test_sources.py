@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +57,74 @@ def test_source_when_shards_are_dropped_while_threads_read_then_every_read_is_ri
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(source.read, [(7 * i) % 10 for i in range(2000)]))
     assert read == [wanted[(7 * i) % 10] for i in range(2000)]
+
+
+def test_sources_when_there_are_several_then_they_share_the_bound(make_dataset, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_OPEN_SHARDS", 4)
+    folders = [make_dataset(name, 6, shard_bytes=1) for name in ("one", "two")]
+    pair = [Source(Path(folder).name, folder) for folder in folders]
+    for i in range(6):
+        for source in pair:
+            source.read(i)
+            assert sum(map(open_shards, folders)) <= 4
+
+
+def test_shards_when_opening_takes_long_then_several_open_at_once_and_each_once(make_dataset, monkeypatch):
+    source, opened, plain = Source("red", make_dataset("red", 8, shard_bytes=1)), [], sources._open
+
+    def slowly(path):
+        opened.append(path)
+        time.sleep(0.1)
+        return plain(path)
+
+    monkeypatch.setattr(sources, "_open", slowly)
+    start = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(source.read, [i % 8 for i in range(16)]))
+    assert time.monotonic() - start < 0.4  # One after another: 0.8 s.
+    assert len(opened) == len(set(opened)) == 8
+
+
+def test_shard_when_it_could_not_be_opened_then_the_next_read_tries_again(make_dataset, monkeypatch):
+    source, plain, times = Source("red", make_dataset("red", 3, shard_bytes=1)), sources._open, iter([OSError("busy")])
+
+    def open_later(path):
+        for error in times:
+            raise error
+        return plain(path)
+
+    monkeypatch.setattr(sources, "_open", open_later)
+    with pytest.raises(BadRecord, match="unreadable_record"):
+        source.read(1)
+    assert decode(source.read(1)).key == "red/1"
+
+
+FEW_FILES = """
+import os, resource, sys
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+from concurrent.futures import ThreadPoolExecutor
+from aimv2_jax.data.records import Record, decode, write_dataset
+from aimv2_jax.data.sources import Source
+
+folders = [sys.argv[1] + f"/{name}" for name in ("a", "b", "c")]
+for folder in folders:
+    write_dataset(folder, (Record(str(i), b"picture", {"alt": "a"}) for i in range(700)), shard_bytes=1)
+sources = [Source(os.path.basename(folder), folder) for folder in folders]
+assert sum(len(source.info.shards) for source in sources) == 2100
+with ThreadPoolExecutor(32) as pool:
+    jobs = [(source, i * 263 % 700) for i in range(700) for source in sources] * 2
+    keys = list(pool.map(lambda job: decode(job[0].read(job[1])).key, jobs))
+assert keys == [str(i) for _, i in jobs]
+print(len(os.listdir("/proc/self/fd")))
+"""
+
+
+def test_sources_when_2000_shards_are_read_with_512_open_files_allowed_then_all_is_read(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", FEW_FILES, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 512 // 4 + 20
 
 
 def test_source_when_pickled_after_a_read_then_reads_the_same(datasets):

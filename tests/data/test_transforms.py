@@ -112,3 +112,7 @@ def test_patchify_when_compared_with_slices_then_row_major_row_column_channel():
         square = pixels[3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
         assert patch.tolist() == [int(square[y, x, c]) for y in range(3) for x in range(3) for c in range(3)]
     np.testing.assert_array_equal(transforms.unpatchify(patches, (2, 3), 3), pixels)
+    batch = np.zeros((2, 6, 27), np.uint8)
+    transforms.patchify(pixels, 3, out=batch[1])
+    assert not batch[0].any()
+    np.testing.assert_array_equal(batch[1], patches)

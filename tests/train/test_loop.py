@@ -17,9 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from slow_reads import SlowSource
 from tiny import ROOT, tiny_arguments, tiny_config
 
 from aimv2_jax.config import config_to_dict
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.xdist_group("shared-memory")
 
 KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
-    "images_per_s", "step_time_s", "data_wait_fraction", "mfu",
+    "images_per_s", "step_time_s", "data_wait_fraction", "data_queue_depth", "mfu",
 }  # fmt: skip
 
 
@@ -67,6 +69,8 @@ def test_run_when_finished_then_metrics_have_their_keys_and_the_best_is_known(st
     assert all(line["mfu"] is None and line["images_per_s"] > 0 for line in training)  # a CPU's peak is unknown
     assert training[-1]["loss"] < training[0]["loss"]
     assert training[0]["images/photo"] + training[0]["images/other"] == 5 * 16
+    assert [line["epochs/photo"] for line in training] == [steps * 8 / 209 for steps in (5, 10, 15, 20)]
+    assert all(0 <= line["data_queue_depth"] <= 2 for line in training)
     assert [line["step"] for line in evaluation] == [10, 20]
     for line in evaluation:
         assert {"eval_loss", "eval_loss_image", "eval_loss_text", "eval_loss_text_full_prefix"} < set(line)
@@ -88,8 +92,9 @@ def test_run_when_stopped_and_resumed_twice_then_bitwise_the_straight_run(straig
     for steps in (7, 13, 20):
         assert main(tiny_arguments(tmp_path, train__steps=steps, train__eval_every=10, train__save_every=100)) == 0
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
-    ours, theirs = ({line["step"]: line["loss"] for line in read_metrics(path)[0]} for path in (tmp_path, straight))
-    assert {step: ours[step] for step in theirs} == theirs
+    for name in ("loss", "epochs/other"):
+        ours, theirs = ({line["step"]: line[name] for line in read_metrics(path)[0]} for path in (tmp_path, straight))
+        assert {step: ours[step] for step in theirs} == theirs
 
 
 def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_same_numbers(straight, tmp_path):
@@ -277,6 +282,50 @@ def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch)
         "dispatch 3",
         *("dispatch 4", "read 3", "read 4", "evaluate 4", "save 4"),
     ]
+
+
+def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_devices_meanwhile(tmp_path, monkeypatch):
+    compile_step, place = Program.compile_step, pipeline.to_devices
+    running, handed_over = [], []
+
+    @jax.jit
+    def known_late(loss):
+        """The loss, some matrix products later."""
+        matrix = jax.lax.fori_loop(0, 100, lambda _, x: x @ x, jnp.zeros((512, 512)) * loss)
+        return loss + matrix[0, 0]
+
+    def long_step(program):
+        step = compile_step(program)
+
+        def call(*args):
+            state, metrics = step(*args)
+            metrics["loss"] = known_late(metrics["loss"].addressable_data(0))
+            running.append(metrics["loss"])
+            return state, metrics
+
+        return call
+
+    def watched(arrays, *args, **kwargs):
+        batch = place(arrays, *args, **kwargs)
+        jax.block_until_ready(batch)  # Wholly there, not only on its way.
+        if "source" in batch and running:
+            handed_over.append(not running[-1].is_ready())
+        return batch
+
+    monkeypatch.setattr(Program, "compile_step", long_step)
+    monkeypatch.setattr(pipeline, "to_devices", watched)
+    arguments = tiny_arguments(tmp_path, train__steps=5, train__save_every=0, eval__sources={}, model__layers="scan")
+    assert main(arguments) == 0
+    assert handed_over == [True] * 4
+
+
+def test_loop_when_it_starves_then_says_what_to_change(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "Source", lambda name, path: SlowSource(name, path, 0.05, tmp_path / "journal"))
+    arguments = tiny_arguments(tmp_path / "run", data__read_threads=1, eval__sources={}, model__layers="scan")
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count("steps wait for data") == 1
+    assert "slowest is read" in said and "raise data.read_threads from 1, or data.workers from 0" in said
 
 
 def test_loop_when_steps_are_slow_then_they_do_not_wait_for_data(tmp_path, monkeypatch):

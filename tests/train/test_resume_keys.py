@@ -45,7 +45,7 @@ def test_config_when_nothing_changed_then_resumable():
         {"train__tensorboard": False, "train__wandb_project": "p", "train__compilation_cache": "/c"},
         {"train__microbatches": 4, "mesh__fsdp": 8, "mesh__data": 1},
         {"model__layers": "scan", "model__remat": "full"},
-        {"data__workers": 0, "data__prefetch": 5, "data__max_bad_fraction": 0.5},
+        {"data__workers": 0, "data__read_threads": 4, "data__prefetch": 5, "data__max_bad_fraction": 0.5},
         {"data__sources": {"photos": "gs://b/photos", "rest": "/b/rest"}, "tokenizer__path": "/b/t.model"},
         {"eval__sources": {}},
         {"eval__sources": {"held_out": "/b/test", "second": "/b/second"}, "eval__prefixes": (0.5,)},

@@ -1,0 +1,124 @@
+"""Reads ahead: a pool of threads fetches what the coming examples need while earlier ones are decoded.
+
+Where every read takes 50 ms (a mounted bucket, a parallel file system), 32 reads at a time are 640 records a second.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+
+MAX_WAITING_BYTES = 64 << 20
+"""Fetched or under way, and not yet taken: beyond this nothing more is fetched, however few they are."""
+
+_WAITING_PER_THREAD = 2  # Records on their way or ready, so that a thread finds work while a picture is decoded.
+
+
+class Fetch(Protocol):
+    """Something that is fetched for one example."""
+
+    def advance(self) -> None:
+        """Fetches it, in a thread of the pool."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds after `advance`; before that, those to be expected."""
+
+
+F = TypeVar("F", bound=Fetch)
+
+
+class ReadAhead:
+    """Runs the fetches of batch after batch, ahead of who takes them and in the order in which they are taken.
+
+    Safe to use from several threads, each building a batch of its own; pickles without its threads.
+
+    Args:
+      threads: fetches at a time; 0: each is made when it is taken, by who takes it.
+      stride: after batch n comes batch n + stride, whose fetches start while those of n are still being taken; None:
+        nobody knows what comes, and no fetch is started before its batch is asked for.
+    """
+
+    def __init__(self, threads: int = 0, stride: int | None = None):
+        self._threads, self._stride = threads, stride
+        self._pool: ThreadPoolExecutor | None = None
+        self._window: _Window | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadAhead, (self._threads, self._stride)
+
+    def __call__(self, number: int, fetches: Callable[[int], Iterable[F]]) -> Iterator[F]:
+        """The fetches of batch `number`, each done; an error of one is raised in its turn.
+
+        Args:
+          number: the batch.
+          fetches: number -> what that batch needs, in order; the same at every call.
+        """
+        if not self._threads:
+            for fetch in fetches(number):
+                fetch.advance()
+                yield fetch
+            return
+        window = self._window_at(number, fetches)
+        while window.next_batch() == number:
+            yield window.take()
+        if self._stride is not None:
+            self._window = window
+
+    def _window_at(self, number: int, fetches: Callable[[int], Iterable[F]]) -> _Window[F]:
+        """The window whose next fetch is the first of batch `number`: the one that was left there, or a new one."""
+        with self._lock:
+            window, self._window = self._window, None
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reads")
+            pool = self._pool
+        if window is not None and window.next_batch() == number:
+            return window
+        numbers = itertools.count(number, self._stride) if self._stride else (number,)
+        wanted = ((batch, fetch) for batch in numbers for fetch in fetches(batch))
+        return _Window(pool, wanted, _WAITING_PER_THREAD * self._threads)
+
+
+class _Window(Generic[F]):
+    """The fetches that are under way or done and not yet taken."""
+
+    def __init__(self, pool: ThreadPoolExecutor, wanted: Iterator[tuple[int, F]], length: int):
+        self._pool, self._wanted, self._length = pool, wanted, length
+        self._waiting: collections.deque[tuple[int, F, Future[None]]] = collections.deque()
+        self._waiting_bytes = 0
+        self._lock = threading.Lock()
+
+    def next_batch(self) -> int | None:
+        """The number of the batch whose fetch comes next; None after the last."""
+        self._start_more()
+        return self._waiting[0][0] if self._waiting else None
+
+    def take(self) -> F:
+        """The next fetch, done."""
+        _, fetch, done = self._waiting.popleft()
+        self._start_more()
+        done.result()
+        self._add_bytes(-fetch.size)
+        return fetch
+
+    def _start_more(self) -> None:
+        while not self._waiting or (len(self._waiting) < self._length and self._waiting_bytes < MAX_WAITING_BYTES):
+            batch, fetch = next(self._wanted, (None, None))
+            if fetch is None:
+                return
+            self._add_bytes(fetch.size)
+            self._waiting.append((batch, fetch, self._pool.submit(self._run, fetch)))
+
+    def _run(self, fetch: F) -> None:
+        expected = fetch.size
+        fetch.advance()
+        self._add_bytes(fetch.size - expected)
+
+    def _add_bytes(self, size: int) -> None:
+        with self._lock:
+            self._waiting_bytes += size

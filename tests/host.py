@@ -1,0 +1,105 @@
+"""One host of a run on several, each a process: `python tests/host.py PROCESS COUNT PORT WORKDIR KEY=VALUE …`.
+
+Trains a tiny model, and writes what this host's devices hold of every global batch to
+`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+DEVICES = 8  # Of all hosts together.
+MIXTURE = {
+    "photo": {"alt": 0.30, "synthetic": 0.30},
+    "other": {"alt": 0.09},
+    "held": {"alt": 0.28, "synthetic": 0.03},
+}
+CYCLE = 100
+FOLDERS = {"photo": "train/photo", "other": "train/other", "held": "test/photo"}
+SETTINGS = {
+    "data__sources": {name: f"package:data/sample/{folder}" for name, folder in FOLDERS.items()},
+    "data__mixture": MIXTURE,
+    "data__batch_size": 40,
+    "data__image_size": 28,
+    "eval__batch_size": 16,
+    "eval__max_examples": 10,
+    "train__steps": 10,
+    "train__log_every": 5,
+    "train__save_every": 5,
+    "train__tensorboard": False,
+    "mesh__data": DEVICES,
+    "model__layers": "scan",
+    "model__encoder__depth": 1,
+    "model__decoder__depth": 1,
+}
+
+
+class BytesTokenizer:
+    """Captions as their bytes: needs no tensorflow, which takes seconds to import."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def encode(self, captions):
+        import numpy as np
+
+        tokens = np.zeros((len(captions), self._length), np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for row, caption in enumerate(captions):
+            text = caption[: self._length]
+            tokens[row, : len(text)] = np.frombuffer(text, np.uint8)
+            valid[row, : len(text)] = True
+        return tokens, valid
+
+
+def main() -> None:
+    process, count, port = map(int, sys.argv[1:4])
+    workdir = Path(sys.argv[4])
+    changes = dict(argument.split("=", 1) for argument in sys.argv[5:])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
+    )
+    import jax
+
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
+    train(workdir, process, **changes)
+
+
+def train(workdir: Path, process: int = 0, **changes: object) -> None:
+    """Trains in this process, on all devices that jax knows."""
+    import numpy as np
+    from tiny import tiny_config
+
+    from aimv2_jax.data import pipeline
+    from aimv2_jax.train import loop
+
+    config = tiny_config(**SETTINGS | changes)
+    place = pipeline.to_devices
+    (workdir / "batches").mkdir(parents=True, exist_ok=True)
+
+    def placed_and_written(arrays, sharding, rows, global_rows):
+        batch = place(arrays, sharding, rows, global_rows)
+        if "source" in batch:  # Those of training.
+            shards = {
+                f"{name} {shard.index[0].start or 0}": np.asarray(shard.data)
+                for name, array in batch.items()
+                for shard in array.addressable_shards
+            }
+            first = int(shards[next(name for name in shards if name.startswith("example_index"))][0, 1])
+            np.savez(workdir / "batches" / f"{first // global_rows}.{process}.npz", **shards)
+        return batch
+
+    pipeline.to_devices = placed_and_written
+    try:
+        loop.train(config, workdir, BytesTokenizer(config.model.decoder.text_length))
+    finally:
+        pipeline.to_devices = place
+
+
+if __name__ == "__main__":
+    main()

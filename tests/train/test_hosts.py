@@ -1,0 +1,109 @@
+"""Several hosts as real processes: the same global batches for any number of them, exact counts, one run for all."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+import numpy as np
+import pytest
+from tiny import ROOT
+
+from aimv2_jax.train.checkpoint import CheckpointReader
+from aimv2_jax.train.metrics import read_metrics
+
+# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
+
+STEPS = 10
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_hosts(count: int, workdir: Path, **changes: object) -> None:
+    """Trains on `count` hosts, 8 / count devices each."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    shared = [str(count), str(free_port()), str(workdir), *(f"{key}={value}" for key, value in changes.items())]
+    hosts = []
+    try:
+        for process in range(count):
+            command = [sys.executable, str(ROOT / "tests/host.py"), str(process), *shared]
+            with (workdir.parent / f"host{process}.log").open("w") as log:
+                hosts.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        for process, one in enumerate(hosts):
+            assert one.wait(300) == 0, (workdir.parent / f"host{process}.log").read_text()[-3000:]
+    finally:
+        for one in hosts:
+            one.kill()
+            one.wait()
+
+
+def global_batch(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """The global arrays of a step, put together from what the devices of all hosts hold."""
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for file in workdir.glob(f"batches/{step}.*.npz"):
+        with np.load(file) as shards:
+            for key in shards:
+                name, first = key.split()
+                parts.setdefault(name, {})[int(first)] = shards[key]
+    return {name: np.concatenate([rows for _, rows in sorted(shards.items())]) for name, shards in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """One host: this process and its eight devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    host.train(workdir, data__workers=0)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """Five steps on four hosts, and from their checkpoint five more on two, which read by workers."""
+    workdir = tmp_path_factory.mktemp("together") / "run"
+    workdir.mkdir()
+    run_hosts(4, workdir, train__steps=5, eval__sources={})
+    assert len(list(workdir.glob("batches/4.*.npz"))) == 4
+    run_hosts(2, workdir, data__workers=1)
+    assert len(list(workdir.glob("batches/9.*.npz"))) == 2
+    return workdir
+
+
+def test_global_arrays_when_4_hosts_train_and_2_continue_then_those_of_one_host(alone, together):
+    for step in range(STEPS):
+        one, several = global_batch(alone, step), global_batch(together, step)
+        assert one.keys() == several.keys() >= {"patches", "tokens", "valid", "example_index"}
+        for name, array in one.items():
+            assert len(array) == host.SETTINGS["data__batch_size"]
+            np.testing.assert_array_equal(array, several[name], err_msg=f"{name} of step {step}", strict=True)
+        assert one["example_index"][:, 1].tolist() == list(range(40 * step, 40 * step + 40))
+        assert one["patches"].any() and one["tokens"].any()
+
+
+def test_counts_when_k_cycles_have_passed_then_k_times_the_weights_summed_over_hosts(alone, together):
+    weights = {name: round(host.CYCLE * sum(kinds.values())) for name, kinds in host.MIXTURE.items()}
+    for workdir in (alone, together):
+        lines = read_metrics(workdir)[0]
+        assert [line["step"] for line in lines] == [5, 10]
+        for line in lines:  # Five steps of 40: two cycles.
+            assert {name: line[f"images/{name}"] for name in weights} == {name: 2 * n for name, n in weights.items()}
+
+
+def test_run_when_4_hosts_train_and_2_continue_then_one_record_of_it_and_nearly_the_numbers_of_one_host(
+    alone, together
+):
+    assert CheckpointReader(together).steps() == CheckpointReader(alone).steps() == [5, 10]
+    one, several = read_metrics(alone), read_metrics(together)
+    for ours, theirs in zip(one[0], several[0], strict=True):
+        assert ours["count_image"] == theirs["count_image"]  # The same prefixes.
+        # Sums over devices come in another order; Adam's first steps divide small gradients by their own size.
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert one[1][-1]["eval_loss"] == pytest.approx(several[1][-1]["eval_loss"], rel=1e-2)

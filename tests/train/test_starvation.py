@@ -1,0 +1,104 @@
+"""Starvation: the stage that is slow is named with what to change, and not all the time."""
+
+import pytest
+
+from aimv2_jax.train.starvation import FeedWatch
+
+
+class Clock:
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def make_watch(clock=None, **changes):
+    settings = {"workers": 2, "read_threads": 32, "prefetch": 2, "builders": 2, "cores": 4} | changes
+    return FeedWatch(**settings, clock=clock or Clock())
+
+
+def lap(watch, seconds, waited=0.4, steps=10):
+    """An interval of `steps` steps of a second, each with a batch of these stages."""
+    for _ in range(steps):
+        watch.add(seconds, depth=1)
+    return watch.lap(1.0, waited)
+
+
+def advice(seconds, waited=0.4, **changes):
+    watch = make_watch(**changes)
+    lap(watch, seconds, waited)
+    return lap(watch, seconds, waited)[1]
+
+
+def test_depth_when_batches_were_taken_then_the_mean_since_the_last_lap():
+    watch = make_watch()
+    for depth in (0, 1, 2, 2):
+        watch.add({}, depth)
+    assert watch.lap(1.0, 0.0) == ({"data_queue_depth": 1.25}, None)
+    assert watch.lap(None, None) == ({"data_queue_depth": None}, None)
+
+
+DECODING, READING = {"read": 0.1, "decode": 1.5, "resize": 0.3}, {"read": 1.5, "decode": 0.1, "resize": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "changes", "words"),
+    [
+        (DECODING, {}, ["slowest is decode, 79%", "raise data.workers from 2 (this host has 4 cores)"]),
+        (DECODING, {"workers": 4, "builders": 2}, ["slowest is decode", "all 4 cores", "--max-side", "more hosts"]),
+        (READING, {}, ["slowest is read, 79%", "raise data.read_threads from 32, or data.workers from 2"]),
+        (READING, {"workers": 4, "builders": 2}, ["slowest is read", "raise data.read_threads from 32"]),
+        (DECODING | {"tokenise": 0.99}, {}, ["slowest is tokenise", "busy 99%"]),
+        (DECODING | {"tokenise": 0.5, "transfer": 5.0}, {}, ["slowest is decode, 79%"]),
+        ({"read": 0.1, "decode": 0.2}, {}, ["busy only 15%", "raise data.prefetch from 2"]),
+        ({}, {}, ["busy only 0%", "raise data.prefetch from 2"]),
+    ],
+)
+def test_advice_when_steps_starve_then_names_the_slow_stage_and_what_to_change(seconds, changes, words):
+    said = advice(seconds, **changes)
+    assert said.startswith("steps wait for data 40% of their time; ")
+    for word in words:
+        assert word in said
+
+
+def test_advice_when_steps_do_not_wait_then_none():
+    assert advice(DECODING, waited=0.01) is None and advice(DECODING, waited=None) is None
+
+
+def test_advice_when_it_is_the_first_interval_then_none_since_workers_were_starting():
+    assert lap(make_watch(), DECODING)[1] is None
+
+
+def test_advice_when_starving_goes_on_then_repeated_after_ten_minutes_and_another_stage_at_once():
+    clock = Clock()
+    watch = make_watch(clock)
+    lap(watch, DECODING)
+    assert "decode" in lap(watch, DECODING)[1]
+    clock.now_s += 500
+    assert lap(watch, DECODING)[1] is None
+    assert "slowest is read" in lap(watch, READING)[1]
+    clock.now_s += 101
+    assert "slowest is decode" in lap(watch, DECODING)[1]
+
+
+def test_lap_when_an_interval_is_over_then_its_seconds_are_not_those_of_the_next():
+    watch = make_watch()
+    lap(watch, DECODING)
+    lap(watch, {"decode": 100.0}, waited=0.0)
+    assert "slowest is read" in lap(watch, READING)[1]
+
+
+def test_transfer_when_it_takes_long_then_named_and_not_blamed_on_the_builders():
+    clock = Clock()
+    watch = make_watch(clock)
+    lap(watch, READING)
+    with watch.transferring():
+        clock.now_s += 1.9
+    assert lap(watch, READING, waited=0.01)[1] is None
+    with watch.transferring():
+        clock.now_s += 3
+    assert lap(watch, READING, waited=0.01)[1].startswith("steps wait 30% of their time for the transfer of batches")
+    with watch.transferring():
+        clock.now_s += 3
+    assert "slowest is read, 79%" in lap(watch, READING)[1]
