@@ -24,6 +24,9 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
     try:
         part.write_bytes(data)
         move_whole(part, path)
+    except OSError as error:
+        error.filename = str(path)  # Python leaves it out where a full disk has no room.
+        raise
     finally:
         part.unlink(missing_ok=True)
 
