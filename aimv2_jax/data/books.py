@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +31,10 @@ class Histogram:
     def __post_init__(self):
         if len(self.counts) != len(self.edges) - 1:
             raise ValueError(f"{len(self.counts)} counts between {len(self.edges)} edges")
+        if not all(0 < low < high < math.inf for low, high in itertools.pairwise(self.edges)):
+            raise ValueError(f"edges {self.edges}")
+        if not all(0 <= count < 1 << 63 for count in self.counts):
+            raise ValueError(f"counts {self.counts}")
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Histogram:

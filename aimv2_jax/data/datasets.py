@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aimv2_jax.data.books import Books, Histogram, Loss, Tally
+from aimv2_jax.data.books import ASPECT, SIDE, Books, Histogram, Loss, Tally
 from aimv2_jax.data.pictures import image_size
 from aimv2_jax.data.records import BadRecord, Record, encode
 from aimv2_jax.data.shards import Shard, ShardWriter, place_in
@@ -82,13 +82,15 @@ class DatasetInfo:
                 "lost": {},
                 "made": {},
             } | tree
+        if version > 1 and not {SIDE, ASPECT} <= tree["histograms"].keys():
+            raise ValueError("a histogram is missing")
         return cls(
             format_version=version,
             shards=tuple(Shard(str(s["file"]), int(s["records"]), int(s["bytes"])) for s in tree["shards"]),
             records=int(tree["records"]),
             bytes=int(tree["bytes"]),
             kinds={str(kind): int(count) for kind, count in tree["kinds"].items()},
-            labels=tuple(tree["labels"]),
+            labels=tuple(map(str, tree["labels"])),
             samples=int(tree["samples"]),
             histograms={name: Histogram.from_tree(entry) for name, entry in tree["histograms"].items()},
             drops={reason: Tally.from_tree(entry) for reason, entry in tree["drops"].items()},

@@ -26,6 +26,7 @@ from aimv2_jax.flags import Parser, check_output, positive, split_overrides
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_STEP = 2**31 - 1
 MOST_PICTURES = 200  # More make a sheet that no viewer likes to open.
 
 
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(rest)
     if args.step is not None and args.step < 0:
         raise UserError("--step is below zero", args.step, "Give 0 or more")
+    if args.step is not None and args.step > MOST_STEP:
+        raise UserError("--step is beyond any run", args.step, f"Give {MOST_STEP} or less")
     check_output(args.output, suffix=".png")
     figure = draw(args.what, overrides, args.step, args.max_pictures)
     from aimv2_jax.data.contact_sheet import save

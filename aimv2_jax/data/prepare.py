@@ -31,7 +31,7 @@ from typing import Any
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.inputs.discover import find
-from aimv2_jax.data.inputs.read import check_fields, default_captions
+from aimv2_jax.data.inputs.read import check_fields, default_captions, fields_of
 from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.data.preparing.checks import Rules
 from aimv2_jax.data.preparing.groups import Task, tasks_of
@@ -48,6 +48,7 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
 }
 _LOOKED_AT = 5
+_MOST_LETTERS = 100  # Of a kind's or label's name, which every record repeats.
 _LEAST_SHARD = 1000  # A bare "1" is a slip: it would make a file of every record.
 
 
@@ -89,10 +90,12 @@ def _check(shards: Sequence[InputShard], rules: Rules) -> None:
     if rules.captions:
         return
     for kind in dict.fromkeys(shard.kind for shard in shards):
+        # Several: the first one may be empty, or too damaged to tell.
         first = [shard for shard in shards if shard.kind == kind][:_LOOKED_AT]
-        if not any(map(default_captions, first)):
+        known = [shard for shard in first if fields_of(shard) is not None]
+        if known and not any(map(default_captions, known)):
             remedy = "Name one: --caption KIND=FIELD; --help says what FIELD can be"
-            raise UserError(f"no --caption, and this {kind} input has none of the usual ones", first[0].path, remedy)
+            raise UserError(f"no --caption, and this {kind} input has none of the usual ones", known[0].path, remedy)
 
 
 def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int) -> dict[str, Any]:
@@ -127,9 +130,13 @@ def _finish(place: Output, tasks: Sequence[Task], rules: Rules, command: Mapping
         shards += done.shards
     if not books.records:
         place.clear()
-        what = "--input has no samples" if not books.samples else "--input has no sample that can be used"
-        counts = "; ".join(_accounts(books.drops, books.lost)) or "0 samples"
-        raise UserError(what, counts, "Look at the first of these, and at --caption and the limits")
+        counts = "; ".join(_accounts(books.drops, books.lost))
+        if not books.samples:
+            names = [shard.path for task in tasks for shard in task.shards]
+            what = "--input has no samples" + (f" ({counts})" if counts else "")
+            raise UserError(what, names[0] if len(names) == 1 else f"{names[0]}, ...", "Give files that are whole")
+        remedy = "Look at the first of these, and at --caption and the limits"
+        raise UserError("--input has no sample that can be used", counts, remedy)
     _check_found("--caption", rules.captions, books.kinds, books)
     _check_found("--label", rules.labels, books.labels, books)
     info = DatasetInfo.of(books, shards, made=command)
@@ -174,7 +181,7 @@ def _size(text: str) -> int:
     unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GB, 500MB or 256MiB")
-    size = int(float(match[1]) * unit)
+    size = int(min(float(match[1]) * unit, sys.maxsize))
     if size < _LEAST_SHARD:
         raise argparse.ArgumentTypeError(f"{text!r} is below {_LEAST_SHARD} bytes; write a unit, as in 1GB")
     return size
@@ -197,6 +204,14 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _named(text: str) -> tuple[str, str]:
+    """As `_pair`, with a name that people write in configs and read in tables."""
+    name, value = _pair(text)
+    if not (name.isprintable() and name == name.strip() and len(name) <= _MOST_LETTERS):
+        raise argparse.ArgumentTypeError(f"{name[:_MOST_LETTERS]!r} is not a name of up to {_MOST_LETTERS} letters")
+    return name, value
+
+
 def _fields(flag: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for name, field in pairs:
@@ -214,12 +229,12 @@ def _parser() -> Parser:
     add("--output", required=True, metavar="DIR", help="the data set's folder, local or gs://")
     add(
         "--caption",
-        type=_pair,
+        type=_named,
         metavar="KIND=FIELD",
         help="caption kinds; without, what is usual for the input",
         **several,
     )
-    add("--label", type=_pair, metavar="NAME=FIELD", help="labels to carry along", **several)
+    add("--label", type=_named, metavar="NAME=FIELD", help="labels to carry along", **several)
     add(
         "--keep",
         type=_pair,
@@ -249,6 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep: dict[str, tuple[str, ...]] = {}
     for field, value in args.keep:
         keep[field] = (*keep.get(field, ()), value)
+    if not args.output or "\0" in args.output or args.output != args.output.encode("utf-8", "replace").decode():
+        raise UserError("--output is no name of a folder", args.output, "Name a folder")
     if args.max_side is not None and args.max_side < args.min_side:
         raise UserError("--max-side is below --min-side", args.max_side, f"Give {args.min_side} or more")
     if args.runner == "local" and args.beam_options is not None:

@@ -17,7 +17,13 @@ from aimv2_jax.files import move_whole, part_of
 # group_size 1: a random read takes 25 us, at 64 it takes 500. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 # array_record tells what the system refused in words only.
-_REFUSALS = {os.strerror(number): number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)}
+_REFUSALS = {
+    os.strerror(number): number
+    for number in (
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+        *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE),
+    )
+}
 
 Place = Callable[[Path, str], None]
 """Puts a finished local file where it belongs, under a name; the file is gone from where it was."""

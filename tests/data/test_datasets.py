@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from aimv2_jax.data.books import Books
+from aimv2_jax.data.books import ASPECT, SIDE, Books
 from aimv2_jax.data.datasets import DatasetInfo, write_dataset
 from aimv2_jax.data.records import decode, encode
 from aimv2_jax.data.shards import Shard
@@ -52,6 +53,28 @@ def test_dataset_when_its_file_is_of_version_1_then_read_and_of_others_refused(t
     for version in (0, 3):
         with pytest.raises(ValueError, match=f"version {version}"):
             DatasetInfo.from_json(json.dumps(tree | {"format_version": version}))
+
+
+@pytest.mark.parametrize(
+    ("histogram", "change"),
+    [
+        (SIDE, None),
+        (ASPECT, None),
+        (SIDE, {"counts": [-1]}),
+        (SIDE, {"counts": [10**30]}),
+        (ASPECT, {"edges": [0]}),
+        (ASPECT, {"edges": [math.nan]}),
+        (ASPECT, {"edges": [1e300]}),
+    ],
+)
+def test_dataset_when_its_histograms_cannot_be_true_then_refused(histogram, change):
+    tree = json.loads(DatasetInfo.of(Books(), [], made={}).to_json())
+    if change is None:
+        del tree["histograms"][histogram]
+    for name, first in (change or {}).items():
+        tree["histograms"][histogram][name][:1] = first
+    with pytest.raises(ValueError):
+        DatasetInfo.from_json(json.dumps(tree))
 
 
 def test_dataset_when_it_has_accounts_then_written_and_read_alike():

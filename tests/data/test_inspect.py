@@ -260,6 +260,7 @@ def test_main_when_given_a_config_with_overrides_then_their_batch_is_drawn(tmp_p
         (["{tmp}/empty.py"], "the file has no get_config()"),
         ([QUICKSTART, "--config.data.bath_size=3"], "unknown config key"),
         ([QUICKSTART, "--step", "-1"], "--step is below zero: -1"),
+        ([QUICKSTART, "--step", "9" * 20], "--step is beyond any run"),
         ([QUICKSTART, "--config.tokenizer.path=none"], "config tokenizer.path: no such file"),
         ([f"{SAMPLE}/train/photo", "--step", "1"], "are for a config"),
         ([f"{SAMPLE}/train/photo", "--output", "{tmp}/none/a.png"], "--output: no such folder"),

@@ -6,7 +6,7 @@ its subfolders (hidden ones, links to folders and files that are none of these k
   webdataset  a .tar or .tar.gz with members NAME.jpg (.jpeg, .png, .webp, .gif, .bmp, .tif), NAME.txt, NAME.json in any
               order. NAME is the key. A .parquet, .json or _stats.json of the tar's name beside it belongs to the tar.
   parquet     a table with the picture's bytes in a column (jpg, jpeg, png, webp, image, img or image_bytes), or in one
-              that holds {bytes, path}, as Hugging Face writes it. Rows whose `status` is not "success" have no picture.
+              that holds {bytes, path}, as Hugging Face writes it. Rows whose `status` is "failed..." have no picture.
   jsonl, csv  a table beside its pictures: `file_name` (or image, path, filename, filepath) names the picture, relative
               to the table's folder and inside of it. A .csv has a header, and commas, semicolons or tabs.
 

@@ -39,10 +39,10 @@ def find(inputs: Sequence[str]) -> list[InputShard]:
         with ThreadPoolExecutor(_THREADS) as pool:
             results = [result for result in pool.map(_recognise, _candidates(given, pool)) if result is not None]
         shards = [shard for _, answer in results if isinstance(answer, list) for shard in answer]
+        kinds = {shard.kind for shard in shards}
         for kind, answer in results:
-            # Parquet without pictures among parquet with pictures is a mistake; among tars it is a list of them.
-            is_mistake = kind == "parquet" and any(shard.kind == kind for shard in shards)
-            if isinstance(answer, UserError) and (not shards or is_mistake):
+            # A table without pictures among tables with pictures is a mistake; among tars it is a list of them.
+            if isinstance(answer, UserError) and (not shards or kind in kinds):
                 raise answer
         if not shards:
             raise UserError("--input has nothing that can be read", given, _LOOKED_FOR)
@@ -61,6 +61,8 @@ def _real(path: str) -> str:
 
 def _candidates(given: str, pool: ThreadPoolExecutor) -> list[str]:
     """The files that `given` may mean, sorted."""
+    if not given:  # An unset variable of the shell; as a path it would be the current folder.
+        raise UserError("--input is empty", given, "Give a file, a folder or a glob")
     if files.is_remote(given):
         with files.remote_errors(given):
             return _expanded(given, [str(path) for path in _remote_glob(given)], pool)

@@ -81,8 +81,8 @@ def temporary_file() -> Iterator[BinaryIO]:
 
 
 def _no_room(error: OSError) -> UserError:
-    what = f"the folder of temporary files cannot be used ({error.strerror})"
-    return UserError(what, tempfile.tempdir or "TMPDIR", "Make room there, or set TMPDIR to another folder")
+    what = f"no room for the copy of an input ({error.strerror})"
+    return UserError(what, tempfile.tempdir or "TMPDIR", "Make room there, or set TMPDIR to a folder on another disk")
 
 
 @contextlib.contextmanager
@@ -92,6 +92,9 @@ def remote_errors(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except KeyError as error:  # What epath knows by its scheme, and nothing more of it.
+        remedy = "Give a local path, or one in a bucket (gs://)"
+        raise UserError("no such kind of place is known", path, remedy) from error
     except Exception as error:  # TensorFlow's and fsspec's own kinds, which cannot be named without importing them.
         raise UserError("input cannot be read", path, f"Look after it: {error}") from error
 

@@ -22,6 +22,7 @@ FIELD = "a column of texts, numbers or truth values"
 CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
 IMAGES = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
 _KEYS = ("key", "__key__", "id", "uid")
+_FAILED = "failed"  # What img2dataset writes: failed_to_download, failed_to_resize.
 _MAGIC = b"PAR1"
 _TAIL = struct.Struct("<i4s")  # Bytes of the footer, and the magic.
 _BATCH_ROWS = 32
@@ -116,7 +117,8 @@ class _Columns:
         samples = []
         for row, image in enumerate(images):
             found = {name: values[row] for name, values in rows.items() if values[row] is not None}
-            if found.get("status", "success") != "success":
+            status = found.get("status")
+            if (status.decode(errors="replace") if isinstance(status, bytes) else str(status)).startswith(_FAILED):
                 image = None
             key = found.get(self._key)
             key = readable(key if isinstance(key, bytes) else str(key)) if key is not None else None
@@ -168,6 +170,7 @@ def _image_column(schema: Any) -> str | None:
         if schema.names.count(name) != 1:
             continue
         kind = schema.field(name).type
+        kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
         if _is_bytes(kind):
             return name
         if arrow.types.is_struct(kind) and any(f.name == "bytes" and _is_bytes(f.type) for f in kind):

@@ -24,9 +24,13 @@ def read(shard: InputShard) -> Iterator[Sample | Damage]:
 
 def default_captions(shard: InputShard) -> dict[str, str]:
     """KIND -> FIELD where the user names none; {} where nothing fits. The package's docstring says which."""
-    kind = KINDS[shard.kind]
-    found = kind.fields(shard) or []
-    return next(({"alt": field} for field in kind.CAPTIONS if field in found), {})
+    found = fields_of(shard) or []
+    return next(({"alt": field} for field in KINDS[shard.kind].CAPTIONS if field in found), {})
+
+
+def fields_of(shard: InputShard) -> list[str] | None:
+    """The fields that its header names or its first samples have; None if it has no samples or is too damaged."""
+    return KINDS[shard.kind].fields(shard)
 
 
 def check_fields(shards: Sequence[InputShard], fields: Iterable[str]) -> None:
@@ -40,7 +44,7 @@ def check_fields(shards: Sequence[InputShard], fields: Iterable[str]) -> None:
     fields = list(fields)
     for kind in dict.fromkeys(shard.kind for shard in shards):
         first = [shard for shard in shards if shard.kind == kind][:_LOOKED_AT]
-        known = [found for shard in first if (found := KINDS[kind].fields(shard)) is not None]
+        known = [found for shard in first if (found := fields_of(shard)) is not None]
         there = list(dict.fromkeys(field for found in known for field in found))
         missing = [field for field in fields if known and field not in there]
         if missing:

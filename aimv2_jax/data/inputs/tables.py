@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -40,16 +41,15 @@ class _Row(NamedTuple):
 class JsonLines:
     """The rows of the .jsonl at `path`: lines, each a JSON object."""
 
-    name, field = "jsonl", "a key"
+    name, suffixes, field = "jsonl", (".jsonl",), "a key"
     start = 0
 
     def __init__(self, path: str):
         pass
 
     @staticmethod
-    def is_begun_by(head: bytes, path: str) -> bool:
-        # A line that is longer than `head` cannot be read, but tells by its beginning.
-        return path.lower().endswith(".jsonl") or parse_object(_first_line(head)) is not None
+    def is_begun_by(head: bytes) -> bool:
+        return _image_column(parse_object(_first_line(head)) or ()) is not None
 
     def rows(self, lines: Iterator[_Line]) -> Iterator[_Row]:
         num_blank_bytes = 0
@@ -67,7 +67,7 @@ class JsonLines:
 class Csv:
     """The rows of the .csv at `path` below its header, which begin at byte `start`."""
 
-    name, field = "csv", "a column"
+    name, suffixes, field = "csv", (".csv", ".tsv"), "a column"
 
     def __init__(self, path: str):
         head = files.part(path, 0, _HEADER_BYTES)
@@ -77,10 +77,10 @@ class Csv:
         self.start = header.num_bytes
 
     @staticmethod
-    def is_begun_by(head: bytes, path: str) -> bool:
+    def is_begun_by(head: bytes) -> bool:
         first = _first_line(head)
         columns = next(csv.reader([_decode(first)], delimiter=_delimiter(first)), [])
-        return path.lower().endswith((".csv", ".tsv")) or (len(columns) > 1 and _image_column(columns) is not None)
+        return len(columns) > 1 and _image_column(columns) is not None
 
     def rows(self, lines: Iterator[_Line]) -> Iterator[_Row]:
         """A row may have several lines; but a quote that is not closed in order costs the line it stands in only."""
@@ -143,10 +143,13 @@ class Table:
         self.FIELD = layout.field
 
     def recognises(self, head: bytes, path: str) -> bool:
-        return b"\0" not in head and self._layout.is_begun_by(head, path)
+        named = path.lower().endswith(self._layout.suffixes)
+        return named or (b"\0" not in head and self._layout.is_begun_by(head))
 
     def shards(self, path: str, num_bytes: int) -> list[InputShard] | UserError:
-        """Each of `CHUNK_ROWS` rows; or what is wrong if none of the first rows names a picture."""
+        """Each of `CHUNK_ROWS` rows; or what is wrong if the table is in UTF-16, or no row names a picture."""
+        if files.part(path, 0, 2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return UserError("a table in UTF-16", path, "Save it in UTF-8")
         found = self.fields(InputShard(self._layout.name, path, num_bytes))
         if found is not None and _image_column(found) is None:
             return UserError(f"table names no pictures ({path})", found, "It was looked for " + ", ".join(IMAGES))

@@ -92,7 +92,10 @@ class Output:
         if not self.is_local:
             yield
             return
-        self._work.mkdir(parents=True, exist_ok=True)
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError) as error:  # A link to nowhere, or a place such as /proc.
+            raise UserError("--output cannot be made there", self.name, "Name another folder") from error
         with claimed(Path(self._work) / _LOCK, "--output", self.name):
             yield
 
@@ -138,9 +141,10 @@ class Output:
             return None
         self.check_free(resume)
         try:
-            begun = json.loads((self._work / _COMMAND).read_text())
-        except ValueError:
-            begun = {}
+            begun = dict(json.loads((self._work / _COMMAND).read_text()))
+        except (ValueError, TypeError) as error:
+            remedy = "Remove the folder and begin anew"
+            raise UserError(f"--output: {_WORK}/{_COMMAND} cannot be read", self.name, remedy) from error
         for name, value in command.items():
             if begun.get(name) == value:
                 continue
@@ -150,6 +154,7 @@ class Output:
             if name == "program":
                 raise UserError(f"the program is not {begun.get(name)}, with which this work began", value, remedy)
             raise UserError(f"--{name} is not {begun.get(name)!r}, with which this work began", value, remedy)
+        self.write_text(f"{_WORK}/{_TASKS}", plan)  # As it was, unless somebody was at it.
         for path in self._work.iterdir():
             if path.name.endswith((".part", ".error")):  # Of runs that have ended.
                 path.unlink(missing_ok=True)
@@ -210,7 +215,7 @@ class Output:
         return None
 
     def done(self, tasks: Sequence[Task]) -> Iterator[Done | None]:
-        """What each of `tasks` left, None where it is not finished or its shards are not what they were."""
+        """What each of `tasks` left, None where it is not finished or its files are not what they were."""
         with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
             yield from threads.map(self._done, tasks)
 

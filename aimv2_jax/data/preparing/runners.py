@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import logging
 import multiprocessing
 import shlex
+import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +24,7 @@ from aimv2_jax.data.preparing.work import GO_ON, Job, run_task
 from aimv2_jax.data.workers import start_worker
 from aimv2_jax.errors import UserError
 
+_MOST_LETTERS = 200  # Of Beam's messages.
 _AHEAD = 2  # Tasks handed over for each worker: none waits for the next one.
 
 
@@ -58,7 +63,8 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
     try:
         while True:
             for task in itertools.islice(waiting, _AHEAD * workers - len(running)):
-                running[pool.submit(_counted, task, job)] = task
+                with _no_interrupt():
+                    running[pool.submit(_counted, task, job)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -73,37 +79,56 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C waits; processes that start meanwhile never get it, not even before `start_worker`: it is for this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def beam_pipeline(options: str) -> Any:
     """An empty pipeline of Apache Beam with the options of `--beam-options`.
 
     Raises:
-      UserError: if Beam is not installed, or does not understand the options.
+      UserError: if Beam is not installed, or the options are wrong.
     """
+    complaints = io.StringIO()  # Beam's usage is a page.
+    logging.disable(logging.WARNING)  # Of Google's packages, which few runners need.
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
+
+        with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(complaints):
+            # No flag but these: without a list, it would read this program's own command line.
+            parsed = PipelineOptions(shlex.split(options))
+            parsed.get_all_options()  # Which finds wrong values; else they would be found when it runs.
+            return beam.Pipeline(options=parsed)
     except ImportError as error:
         remedy = "Install it: pip install aimv2_jax[beam]"
         raise UserError("--runner beam needs Apache Beam", str(error), remedy) from error
-    try:
-        # No flag but these: without a list, it would read this program's own command line.
-        return beam.Pipeline(options=PipelineOptions(shlex.split(options)))
     except (ValueError, SystemExit) as error:
-        raise UserError("--beam-options cannot be read", options, "Write them as for any Beam pipeline") from error
+        why = complaints.getvalue().strip().rpartition("error: ")[2] if isinstance(error, SystemExit) else str(error)
+        remedy = "Write them as for any Beam pipeline"
+        raise UserError(f"--beam-options cannot be used ({_line(why)})", options, remedy) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def run_beam(tasks: Sequence[Task], job: Job, pipeline: Any) -> None:
     """Does `tasks` by a `beam_pipeline`, whose workers read them from the output.
 
     Raises:
-      UserError: if a task met what the user can mend.
+      UserError: if its runner can't be started, or a task met what the user can mend.
     """
     import apache_beam as beam
 
     todo = frozenset(task.number for task in tasks)
     output = Output(job.output)
     try:
-        with pipeline:
+        with _temporary_files(), pipeline:
             _ = (
                 pipeline
                 # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
@@ -114,11 +139,33 @@ def run_beam(tasks: Sequence[Task], job: Job, pipeline: Any) -> None:
                 | beam.Map(partial(_noting, job=job))
             )
     except Exception as error:
+        if str(error).startswith("KeyboardInterrupt"):  # In a task of the DirectRunner, which makes an error of it.
+            raise KeyboardInterrupt from error
         if failure := output.failure():
             raise failure from error
-        raise
+        if "[while running" in str(error):  # In a task: our bug.
+            raise
+        remedy = f"Look after the runner that --beam-options names, {GO_ON}"
+        raise UserError(f"Beam could not run ({_line(str(error))})", type(pipeline.runner).__name__, remedy) from error
     if failure := output.failure():
         raise failure
+
+
+def _line(text: str) -> str:
+    """The beginning of a message, on one line."""
+    return " ".join(text.split())[:_MOST_LETTERS]
+
+
+@contextlib.contextmanager
+def _temporary_files() -> Iterator[None]:
+    """A folder for temporary files that goes at the end: Beam leaves its own behind."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="prepare-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _tasks(output: str) -> Iterator[Task]:

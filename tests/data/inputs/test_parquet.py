@@ -62,6 +62,19 @@ def test_status_when_no_success_then_no_image(table):
     assert damages == []
 
 
+@pytest.mark.parametrize("status", [[200] * 3, [b"success"] * 3, ["ok", None, ""]])
+def test_status_when_not_of_img2dataset_then_the_images_stay(table, status):
+    samples, _ = books(shard(table(img2dataset(3) | {"status": status})))
+    assert [sample.image for sample in samples] == [picture(n) for n in range(3)]
+
+
+def test_images_when_in_a_dictionary_column_then_read(table):
+    columns = img2dataset(3)
+    columns["jpg"] = pyarrow.array(columns["jpg"]).dictionary_encode()
+    samples, _ = books(shard(table(columns)))
+    assert [sample.image for sample in samples] == [picture(n) for n in range(3)]
+
+
 def test_hugging_face_when_read_then_bytes_of_the_struct(table):
     columns = hugging_face(40)
     columns["image"][1] = {"bytes": None, "path": "a.jpg"}

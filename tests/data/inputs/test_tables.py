@@ -120,6 +120,31 @@ def test_csv_when_quotes_stand_in_a_line_as_they_come_then_its_row_is_given(fold
     assert damages == []
 
 
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_table_when_it_has_a_zero_byte_then_still_a_table(folder, name):
+    rows = (
+        b'{"file_name": "a.jpg", "caption": "A"}\n\0\n' if name.endswith("jsonl") else b"file_name,caption\na.jpg,A\0\n"
+    )
+    samples, _ = books(table(folder, rows, name))
+    assert samples[0].image == picture(0)
+
+
+def test_table_when_in_utf16_then_the_user_is_told(folder):
+    (folder / "captions.csv").write_text("file_name,caption\na.jpg,A\n", "utf-16")
+    with pytest.raises(UserError, match=r"UTF-16.*captions\.csv.*Save it in UTF-8"):
+        discover.find([str(folder)])
+
+
+def test_table_when_it_names_no_pictures_among_some_that_do_then_told_unless_it_is_of_another_kind(folder):
+    (folder / "captions.jsonl").write_text('{"file_name": "a.jpg"}\n')
+    (folder / "notes.csv").write_text("url,caption\nx,y\n")
+    (folder / "notes.json").write_text('{"url": "x"}\n')
+    assert len(discover.find([str(folder)])) == 1
+    (folder / "sub/captions.jsonl").write_text('{"url": "x"}\n')
+    with pytest.raises(UserError, match=r"names no pictures.*url"):
+        discover.find([str(folder)])
+
+
 def test_csv_when_its_header_is_damaged_then_rows_without_images(folder):
     samples, damages = books(table(folder, "file_name\r,caption\na.jpg,A\n"))
     assert ([sample.image for sample in samples], damages) == ([None], [])

@@ -1,0 +1,195 @@
+"""What goes wrong around preparation, and what is said then: odd inputs, odd outputs, odd runners."""
+
+import contextlib
+import gzip
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from aimv2_jax.data.datasets import DatasetInfo
+from aimv2_jax.data.prepare import main
+from aimv2_jax.data.preparing import runners
+from aimv2_jax.data.shards import ShardWriter, place_in
+
+GOOD = {"txt": b"A thing.", "json": {"alt": "A thing."}}
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def run(given, *flags, output=None):
+        """The exit code and what was printed."""
+        capsys.readouterr()
+        code = main(["--input", str(given), "--output", str(output or tmp_path / "out"), *map(str, flags)])
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def refused(result):
+    code, said = result
+    assert code == 2 and re.fullmatch(r"error: .*\.\n", said), said
+    return said
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """Writing further fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_input_when_its_first_tars_are_empty_or_damaged_then_the_others_are_prepared(run, tmp_path, make_tar, picture):
+    given = tmp_path / "given"
+    make_tar(given / "0.tar", {})
+    (given / "1.tar").write_bytes(b"")
+    (given / "2.tar").write_bytes(b"junk" * 1000)
+    make_tar(given / "3.tar", {"a": {"jpg": picture()} | GOOD})
+    code, said = run(given, "--workers", 1)
+    assert code == 0 and said.startswith("1 records of 1 samples")
+
+
+def test_field_when_one_tar_has_none_of_it_then_its_samples_are_dropped_and_the_others_prepared(
+    run, tmp_path, make_tar, picture
+):
+    given = tmp_path / "given"
+    make_tar(given / "0.tar", {"bad": {"jpg": picture(), "txt": b"A thing.", "json": b"{"}})
+    for shard in range(1, 8):
+        members = {"jpg": picture()} | GOOD | ({"json": {"other": "x"}} if shard == 7 else {})
+        make_tar(given / f"{shard}.tar", {f"s{shard}": members})
+    code, said = run(given, "--caption", "alt=json:alt", "--workers", 1)
+    assert code == 0 and "6 records of 8 samples" in said and "dropped: 2 no_caption (first: bad)" in said
+    assert "It has txt, json:alt" in refused(run(given, "--label", "a=json:missing", output=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(10240)])
+def test_input_when_it_has_no_samples_then_that_is_said(run, tmp_path, data):
+    (tmp_path / "a.tar").write_bytes(data)
+    assert re.search(r"--input has no samples.*a\.tar'\. Give files that are whole", refused(run(tmp_path / "a.tar")))
+
+
+def test_input_and_output_when_empty_then_not_the_current_folder(run, tmp_path, tars, monkeypatch, capsys):
+    monkeypatch.chdir(tars)
+    assert "--input is empty: ''" in refused(run(""))
+    assert main(["--input", str(tars), "--output", ""]) == 2
+    assert "--output is no name of a folder: ''" in capsys.readouterr().err
+
+
+def test_output_when_it_cannot_be_a_folder_then_told(run, tmp_path, tars):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere/at/all")
+    assert "--output cannot be made there" in refused(run(tars, output=tmp_path / "link"))
+    assert "--output is no name of a folder" in refused(run(tars, output="a\0b"))
+
+
+def test_disk_when_full_at_the_start_then_the_file_is_named(run, tars):
+    with files_of_at_most(10):
+        assert re.search(r"File too large: '.*/\.parts/tasks\.jsonl'", refused(run(tars)))
+
+
+def test_temporary_files_when_without_room_then_their_folder_is_named_and_not_the_input(run, tmp_path, tars):
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tars / "00000.tar").read_bytes()))
+    with files_of_at_most(20_000):
+        said = refused(run(tmp_path / "a.tar.gz", "--workers", 1))
+    assert f"no room for the copy of an input (File too large): '{tempfile.gettempdir()}'" in said and "TMPDIR" in said
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "99999999999TB", "9" * 400 + ".5 GB"])
+def test_shard_size_when_huge_then_one_shard(run, tmp_path, tars, size):
+    assert run(tars / "00000.tar", "--shard-size", size, "--workers", 1)[0] == 0
+    assert len(DatasetInfo.from_json((tmp_path / "out/dataset.json").read_text()).shards) == 1
+
+
+@pytest.mark.parametrize("flag", ["--caption", "--label"])
+@pytest.mark.parametrize("name", [" ", "a\nb", "a\udcff", "a ", "x" * 101])
+def test_name_when_nobody_could_write_it_then_refused(tmp_path, tars, capsys, flag, name):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--input", str(tars), "--output", str(tmp_path / "out"), flag, f"{name}=txt"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "is not a name of up to 100 letters" in said
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"null", b"\xff", b'{"shards": []}', b'{"shards": [], "books": {}}']
+)
+def test_resume_when_its_notes_are_damaged_then_that_task_is_done_again_or_told(
+    run, tmp_path, tars, files_of, monkeypatch, data
+):
+    flags = ("--shard-size", "200KB", "--workers", 1)
+    assert run(tars, *flags, output=tmp_path / "straight")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("aimv2_jax.data.prepare._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        assert run(tars, *flags)[0] == 2
+    notes = tmp_path / "out/.parts"
+    command = (notes / "command.json").read_text()
+    (notes / "command.json").write_bytes(data)
+    said = refused(run(tars, *flags, "--resume"))
+    assert "command.json cannot be read" in said or "--input finds other files" in said
+    (notes / "command.json").write_text(command)
+    (notes / "00000.json").write_bytes(data)
+    assert run(tars, *flags, "--resume")[0] == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "straight")
+
+
+def test_shard_when_its_folder_is_gone_then_an_error_of_the_system(tmp_path):
+    with pytest.raises(FileNotFoundError), ShardWriter(tmp_path / "gone", place_in(tmp_path), 10) as writer:
+        writer.write(b"item")
+
+
+def test_processes_when_started_under_it_then_ctrl_c_does_not_reach_them():
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with runners._no_interrupt():
+        blocked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert blocked.stdout == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--runner=NoSuchRunner", "Unexpected pipeline runner: NoSuchRunner"),
+        ("--direct_num_workers=x", "invalid int value: 'x'"),
+        ("--runner='open", "No closing quotation"),
+    ],
+)
+def test_beam_options_when_wrong_then_one_line_with_beams_own_word(run, tars, options, says):
+    said = refused(run(tars, "--runner", "beam", f"--beam-options={options}"))
+    assert "--beam-options cannot be used" in said and says in said
+
+
+def test_beam_when_it_has_run_then_it_leaves_no_temporary_files(run, tars, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert run(tars, "--runner", "beam")[0] == 0
+    assert not list((tmp_path / "tmp").iterdir()) and tempfile.tempdir == str(tmp_path / "tmp")
+
+
+def _fail(error):
+    raise error
+
+
+def test_beam_when_interrupted_in_a_task_then_interrupted_and_a_bug_stays_a_bug(run, tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "run_task", lambda *_: _fail(KeyboardInterrupt()))
+    assert run(tars, "--runner", "beam") == (130, "interrupted\n")
+    monkeypatch.setattr(runners, "run_task", lambda *_: _fail(ZeroDivisionError()))
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        run(tars, "--runner", "beam", "--resume")
+
+
+def test_beam_when_its_runner_cannot_be_started_then_told(run, tars, monkeypatch):
+    import apache_beam
+
+    monkeypatch.setattr(apache_beam.Pipeline, "run", lambda *_, **__: _fail(RuntimeError("no server\nat all")))
+    said = refused(run(tars, "--runner", "beam"))
+    assert "Beam could not run (no server at all)" in said and "--resume" in said
+
+
+def test_place_when_of_an_unknown_kind_then_told(run):
+    assert "no such kind of place is known: 'https://a.b/c.tar'" in refused(run("https://a.b/c.tar"))
