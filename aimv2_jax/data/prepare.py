@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep: dict[str, tuple[str, ...]] = {}
     for field, value in args.keep:
         keep[field] = (*keep.get(field, ()), value)
-    if not args.output or "\0" in args.output:
+    if not args.output or "\0" in args.output or args.output != args.output.encode("utf-8", "replace").decode():
         raise UserError("--output is no name of a folder", args.output, "Name a folder")
     if args.max_side is not None and args.max_side < args.min_side:
         raise UserError("--max-side is below --min-side", args.max_side, f"Give {args.min_side} or more")
