@@ -50,9 +50,9 @@ def files_of_at_most(num_bytes):
 def test_input_when_its_first_tars_are_empty_or_damaged_then_the_others_are_prepared(run, tmp_path, make_tar, picture):
     given = tmp_path / "given"
     make_tar(given / "0.tar", {})
-    (given / "1.tar").write_bytes(b"")
-    (given / "2.tar").write_bytes(b"junk" * 1000)
-    make_tar(given / "3.tar", {"a": {"jpg": picture()} | GOOD})
+    for number in range(1, 5):
+        (given / f"{number}.tar").write_bytes(b"junk" * 1000 * (number - 1))
+    make_tar(given / "5.tar", {"a": {"jpg": picture()} | GOOD})
     code, said = run(given, "--workers", 1)
     assert code == 0 and said.startswith("1 records of 1 samples")
 
