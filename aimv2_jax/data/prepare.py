@@ -253,7 +253,7 @@ def _parser() -> Parser:
     add("--workers", type=positive, metavar="N", help="processes (one for each CPU)")
     add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
     add("--beam-options", metavar="OPTIONS", help="of the pipeline: --beam-options='--runner=DataflowRunner ...'")
-    resume = "goes on with what an interrupted run left in --output; inputs that changed in bytes alone are not noticed"
+    resume = "goes on with what an interrupted run left in --output; inputs rewritten at the same size are not noticed"
     add("--resume", action="store_true", help=resume)
     return parser
 

@@ -1,5 +1,6 @@
 """Output: in a bucket as on the disk."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -7,9 +8,11 @@ import pytest
 import aimv2_jax
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.prepare import main
-from aimv2_jax.data.preparing import output
+from aimv2_jax.data.preparing import output, runners
+from aimv2_jax.data.preparing.checks import Rules
 from aimv2_jax.data.preparing.groups import Task
-from aimv2_jax.data.preparing.output import Done, Output
+from aimv2_jax.data.preparing.output import BucketError, Done, Output
+from aimv2_jax.data.preparing.work import Job
 from aimv2_jax.errors import UserError
 
 
@@ -96,6 +99,21 @@ def test_failure_when_another_try_made_it_good_then_none(tmp_path):
     assert place.failure().what == "task 1"
     place.finish_task(second, Done((), Books()))
     assert place.failure() is None
+
+
+@pytest.mark.parametrize(("kind", "again"), [(BucketError, True), (UserError, False)])
+def test_beam_when_a_task_meets_what_the_user_can_mend_then_noted_and_a_bucket_is_asked_again(
+    tmp_path, monkeypatch, kind, again
+):
+    def fail(*_):
+        raise kind("something", "x", "Mend it")
+
+    task, job = Task(0, (), 9), Job(str(tmp_path), Rules())
+    Output(str(tmp_path)).begin({}, [task], resume=False)
+    monkeypatch.setattr(runners, "run_task", fail)
+    with pytest.raises(BucketError) if again else contextlib.nullcontext():
+        runners._noting(task, job)
+    assert Output(str(tmp_path)).failure().what == "something"
 
 
 def test_resume_when_the_program_is_another_then_refused(tmp_path, monkeypatch):

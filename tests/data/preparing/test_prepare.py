@@ -216,6 +216,11 @@ def test_field_when_no_record_has_it_then_refused_with_the_counts(run, tmp_path,
     assert f"{says}: " in said and "0 of 3 records" in said
 
 
+def test_workers_when_the_system_does_not_tell_its_cpus_then_as_many_as_there_are(tmp_path, tars, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # As on a Mac.
+    assert main(["--input", str(tars / "00000.tar"), "--output", str(tmp_path / "out")]) == 0
+
+
 def test_input_when_not_there_or_unreadable_then_told(run, tmp_path):
     assert "'/nowhere/at.all'" in refused(run(given="/nowhere/at.all"))
     (tmp_path / "loop.tar").symlink_to("loop.tar")
