@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -39,6 +38,7 @@ from aimv2_jax.data.preparing.output import Output
 from aimv2_jax.data.preparing.runners import Runner, beam_pipeline, run_beam, run_local
 from aimv2_jax.data.preparing.work import Job
 from aimv2_jax.data.shards import Shard
+from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.flags import Parser, positive
 
@@ -286,14 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner = partial(run_beam, pipeline=beam_pipeline(args.beam_options or ""))
         logging.getLogger("apache_beam").setLevel(logging.ERROR)
     else:
-        runner = partial(run_local, workers=args.workers or _num_cpus())
+        runner = partial(run_local, workers=args.workers or cores())
     print(report(prepare(args.input, args.output, rules, args.shard_size, runner, args.resume)))
     return EXIT_FINISHED
-
-
-def _num_cpus() -> int:
-    """The CPUs that this process may use; a Mac does not tell which those are, only how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
