@@ -46,7 +46,7 @@ SETTINGS = {
     "optimizer.warmup_steps": 50, "optimizer.schedule_steps": 100_000,
     "data.image_size": 28, "data.batch_size": 16, "data.workers": 2,
     "eval.max_examples": 8, "eval.kinds": "('alt',)", "eval.prefixes": "(0.5,)",
-    "train.log_every": 1, "train.save_every": 5, "train.eval_every": 50,
+    "train.log_every": 1, "train.save_every": 20, "train.eval_every": 100,
 }  # fmt: skip
 _GONE_S = 10.0  # Within which all that an ended trainer had must be gone.
 _START_S = 600.0  # A trainer that has done no step in this time never will.
