@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from aimv2_jax.errors import EXIT_USER
+from aimv2_jax.errors import EXIT_USER, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,3 +46,20 @@ def positive(text: str, most: int = 2**31 - 1) -> int:
     if value > most:
         raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
     return value
+
+
+def check_output(file: Path, suffix: str = "") -> None:
+    """Tells mistakes in `--output FILE` before any work is done; raises `UserError`."""
+    if not file.name.lower().endswith(suffix):
+        raise UserError(f"--output: the name does not end in {suffix}", str(file), f"Name a file such as new{suffix}")
+    if file.is_dir() or not file.name:
+        raise UserError("--output is a folder", str(file), f"Name a file in it, such as {file / ('new' + suffix)}")
+    if not file.parent.is_dir():
+        raise UserError("--output: no such folder", str(file.parent), "Make it first, or give another file")
+
+
+def make_output_folder(folder: Path) -> None:
+    """Makes the folder of `--output DIR` before any work is done; raises `UserError` if a file is in its place."""
+    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+        raise UserError("--output is a file, or lies in one", str(folder), "Name a folder")
+    folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,10 @@ class Histogram:
         if not all(0 <= count < 1 << 63 for count in self.counts):
             raise ValueError(f"counts {self.counts}")
 
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Histogram:
+        return cls(tuple(map(float, tree["edges"])), tuple(map(int, tree["counts"])))
+
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
@@ -45,7 +49,12 @@ class Tally:
     keys: tuple[str, ...] = ()
 
     def plus(self, count: int, keys: tuple[str, ...]) -> Tally:
+        """The sum; of the keys, the first stay."""
         return Tally(self.count + count, (self.keys + keys)[:FIRST_KEYS])
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Tally:
+        return cls(int(tree["count"]), tuple(tree["keys"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,12 @@ class Loss:
     keys: tuple[str, ...] = ()
 
     def plus(self, samples: int, num_bytes: int, keys: tuple[str, ...]) -> Loss:
+        """The sum; of the keys, the first stay."""
         return Loss(self.samples + samples, self.bytes + num_bytes, (self.keys + keys)[:FIRST_KEYS])
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Loss:
+        return cls(int(tree["samples"]), int(tree["bytes"]), tuple(tree["keys"]))
 
 
 class Books:
@@ -78,12 +92,13 @@ class Books:
 
     @property
     def samples(self) -> int:
-        """How many came in."""
+        """How many came in: records, dropped and lost."""
         dropped = sum(tally.count for tally in self.drops.values())
         return self.records + dropped + sum(loss.samples for loss in self.lost.values())
 
     @property
     def histograms(self) -> dict[str, Histogram]:
+        """Of the records' pictures: their shorter side, and width over height."""
         return {name: Histogram(edges, tuple(self._bins[name])) for name, edges in _EDGES.items()}
 
     def keep(self, captions: Mapping[str, str], labels: Mapping[str, str], size: tuple[int, int] | None) -> None:
@@ -97,17 +112,20 @@ class Books:
                 self._bins[name][min(max(place, 0), len(self._bins[name]) - 1)] += 1
 
     def drop(self, reason: str, key: str) -> None:
+        """Books the sample `key`, which is left out for `reason`."""
         self.drops[reason] = self.drops.get(reason, Tally()).plus(1, (_short(key),))
 
     def change(self, what: str, key: str) -> None:
+        """Books that the record `key`, which is kept as well, is not quite its sample: `what` was done to it."""
         self.changes[what] = self.changes.get(what, Tally()).plus(1, (_short(key),))
 
     def lose(self, reason: str, samples: int, num_bytes: int, key: str | None) -> None:
+        """Books `samples` that could not be read, the first of them `key`, and the bytes of input that held them."""
         keys = () if key is None else (_short(key),)
         self.lost[reason] = self.lost.get(reason, Loss()).plus(samples, num_bytes, keys)
 
     def add(self, other: Books) -> None:
-        """Adds the books of the part that comes next."""
+        """Adds the books of the part that comes next: first keys stay those of the earlier part."""
         self.records += other.records
         self.kinds.update(other.kinds)
         self.labels |= other.labels
@@ -121,6 +139,7 @@ class Books:
             self._bins[name] = [a + b for a, b in zip(self._bins[name], counts)]
 
     def to_tree(self) -> dict[str, Any]:
+        """All of it for JSON, equal for equal books."""
         return {
             "records": self.records,
             "kinds": dict(sorted(self.kinds.items())),
@@ -133,13 +152,14 @@ class Books:
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Books:
+        """The books of `to_tree`."""
         books = cls()
         books.records = tree["records"]
         books.kinds.update(tree["kinds"])
         books.labels = set(tree["labels"])
-        books.drops = {reason: Tally(t["count"], tuple(t["keys"])) for reason, t in tree["drops"].items()}
-        books.changes = {what: Tally(t["count"], tuple(t["keys"])) for what, t in tree["changes"].items()}
-        books.lost = {reason: Loss(t["samples"], t["bytes"], tuple(t["keys"])) for reason, t in tree["lost"].items()}
+        books.drops = {reason: Tally.from_tree(entry) for reason, entry in tree["drops"].items()}
+        books.changes = {what: Tally.from_tree(entry) for what, entry in tree["changes"].items()}
+        books.lost = {reason: Loss.from_tree(entry) for reason, entry in tree["lost"].items()}
         books._bins = {name: list(tree["bins"][name]) for name in _EDGES}
         return books
 

@@ -11,19 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
-from aimv2_jax.data.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, draw_heading, drawable, wrap
-
-Picture = UInt8[np.ndarray, "H W 3"]
+from aimv2_jax.data.charts import BarChart, NameChart
+from aimv2_jax.drawing import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, Pixels, draw_heading, drawable, wrap
 
 DOTS_PER_INCH = 100
 PICTURE_SIDE = 224  # Pixels: what a picture is enlarged or reduced to, whichever it needs.
@@ -33,7 +30,8 @@ _MARGIN, _GAP, _HEAD, _PANEL, _TEXT = 15, 16, 76, 330, 200
 _LINE, _LABEL = 14, 13  # Pixels that a line of text and a label are high.
 _SMALL, _NORMAL = 7, 8  # Points.
 _MOST_LETTERS = 1000  # Of a text: more is never shown, and measuring it takes time.
-_CHART = 170
+_FACT_GAP = 4
+_CHART_HEAD = 34  # Pixels for a chart's title, and above it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,34 +41,16 @@ class Tile:
     title: str
     subtitle: str
     texts: Mapping[str, str]
-    picture: Picture | None = None
+    picture: Pixels | None = None
     problem: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Histogram:
-    """Counts, drawn as bars at 0, 1, …; `ticks` are labels by place (0.5: between two bars), `note` names the axis."""
-
-    title: str
-    counts: Sequence[int]
-    ticks: Mapping[float, str]
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bars:
-    """Counts by name, a line each."""
-
-    title: str
-    counts: Mapping[str, int]
-
-
-def magnified(picture: Picture, factor: int) -> Picture:
+def magnified(picture: Pixels, factor: int) -> Pixels:
     """Every pixel as a square of `factor` pixels."""
     return picture.repeat(factor, 0).repeat(factor, 1)
 
 
-def fitted(picture: Picture, side: int = PICTURE_SIDE) -> Picture:
+def fitted(picture: Pixels, side: int = PICTURE_SIDE) -> Pixels:
     """A large picture reduced until it fits in a square of `side` pixels; a small one magnified as far as it does."""
     height, width = picture.shape[:2]
     longest = max(height, width)
@@ -83,7 +63,7 @@ def fitted(picture: Picture, side: int = PICTURE_SIDE) -> Picture:
 def contact_sheet(
     tiles: Sequence[Tile],
     facts: Mapping[str, str],
-    charts: Sequence[Histogram | Bars],
+    charts: Sequence[BarChart | NameChart],
     title: str,
     note: str,
 ) -> Figure:
@@ -103,7 +83,7 @@ Line = tuple[str, float, str, str, int]
 
 
 class _Sheet:
-    def __init__(self, tiles: Sequence[Tile], facts: Mapping[str, str], charts: Sequence[Histogram | Bars]):
+    def __init__(self, tiles: Sequence[Tile], facts: Mapping[str, str], charts: Sequence[BarChart | NameChart]):
         self._tiles, self._charts = tiles, charts
         self._figure = Figure(dpi=DOTS_PER_INCH, facecolor="white")
         self._renderer = FigureCanvasAgg(self._figure).get_renderer()
@@ -124,9 +104,8 @@ class _Sheet:
         notes = self._wrap(note, width - 2 * _MARGIN, 9, "normal", 3)
         head = _HEAD + 16 * (len(notes) - 1)
         tiles_height = sum(self._row_heights) + _GAP * (len(self._row_heights) - 1)
-        panel_height = (
-            sum(map(_height, self._facts)) + 4 * len(self._facts) + sum(_chart_height(c) for c in self._charts)
-        )
+        panel_height = sum(_height(lines) + _FACT_GAP for lines in self._facts)
+        panel_height += sum(_CHART_HEAD + chart.height + chart.below for chart in self._charts)
         self._height = head + max(tiles_height, panel_height) + _MARGIN
         self._figure.set_size_inches(width / DOTS_PER_INCH, self._height / DOTS_PER_INCH)
         self._total_width = width
@@ -154,20 +133,11 @@ class _Sheet:
     def _draw_panel(self, x: int, y: int) -> None:
         for lines in self._facts:
             self._text_lines(x, y, lines)
-            y += _height(lines) + 4
+            y += _height(lines) + _FACT_GAP
         for chart in self._charts:
-            y += 34
-            inside = _chart_height(chart) - 34 - 38
-            if isinstance(chart, Bars):
-                inside += 24
-            left, width = (0, _PANEL) if isinstance(chart, Bars) else (36, _PANEL - 36)
-            box = (x + left, self._height - y - inside, width, inside)
-            axes = self._figure.add_axes(
-                (box[0] / self._total_width, box[1] / self._height, box[2] / self._total_width, box[3] / self._height)
-            )
-            axes.set_title(chart.title, loc="left", x=0 if isinstance(chart, Bars) else -36 / width, size=9)
-            (_draw_bars if isinstance(chart, Bars) else _draw_histogram)(axes, chart)
-            y += _chart_height(chart) - 34
+            y += _CHART_HEAD
+            chart.draw(self._axes(x + chart.indent, y, _PANEL - chart.indent, chart.height))
+            y += chart.height + chart.below
 
     def _tile_lines(self, tile: Tile) -> list[Line]:
         lines = [
@@ -209,9 +179,16 @@ class _Sheet:
         self._figure.text(*place, text, va="top", size=points, color=color, weight=weight)
 
     def _rectangle(self, x: int, y: int, width: int, height: int, color: str) -> None:
-        corner = x / self._total_width, 1 - (y + height) / self._height
-        size = width / self._total_width, height / self._height
-        self._figure.add_artist(Rectangle(corner, *size, color=color, linewidth=0, zorder=-1))
+        left, bottom, *size = self._shares(x, y, width, height)
+        self._figure.add_artist(Rectangle((left, bottom), *size, color=color, linewidth=0, zorder=-1))
+
+    def _axes(self, x: int, y: int, width: int, height: int) -> Axes:
+        return self._figure.add_axes(self._shares(x, y, width, height))
+
+    def _shares(self, x: int, y: int, width: int, height: int) -> tuple[float, float, float, float]:
+        """A box in pixels, from the sheet's left upper corner, as matplotlib has it: in shares of it, from below."""
+        across, down = self._total_width, self._height
+        return x / across, 1 - (y + height) / down, width / across, height / down
 
 
 def _columns(count: int, width: int, height: int) -> int:
@@ -223,32 +200,3 @@ def _columns(count: int, width: int, height: int) -> int:
 
 def _height(lines: Sequence[Line]) -> int:
     return sum(line[4] for line in lines)
-
-
-def _chart_height(chart: Histogram | Bars) -> int:
-    return 56 + 22 * len(chart.counts) if isinstance(chart, Bars) else _CHART + 34
-
-
-def _draw_histogram(axes: Axes, chart: Histogram) -> None:
-    counts = np.asarray(chart.counts)
-    axes.bar(np.arange(len(counts)), counts, width=0.88, color=BLUE)
-    axes.set_xticks(list(chart.ticks), list(chart.ticks.values()), size=_SMALL)
-    spare = max(0.0, (5 - len(counts)) / 2)  # Few bars stay bars.
-    axes.set_xlim(-0.7 - spare, len(counts) - 0.3 + spare)
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.tick_params(length=0, labelsize=_SMALL)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(chart.note, size=_SMALL, color=GREY, labelpad=2)
-
-
-def _draw_bars(axes: Axes, chart: Bars) -> None:
-    counts, most = list(chart.counts.values()), max(1, *chart.counts.values())
-    places = np.arange(len(counts))
-    axes.barh(places, counts, height=0.82, color="#bcd2ea")
-    for place, (name, count) in enumerate(chart.counts.items()):
-        axes.text(most * 0.012, place, drawable(name), va="center", size=_NORMAL)
-        axes.text(most * 0.995, place, f"{count:,}", va="center", ha="right", size=_NORMAL, color=GREY)
-    axes.set_ylim(len(counts) - 0.5, -0.5)
-    axes.set_xlim(0, most)
-    axes.set_axis_off()

@@ -11,8 +11,9 @@ from typing import Any
 from aimv2_jax.data.books import ASPECT, SIDE, Books, Histogram, Loss, Tally
 from aimv2_jax.data.pictures import image_size
 from aimv2_jax.data.records import BadRecord, Record, encode
-from aimv2_jax.data.shards import Shard, ShardWriter, place_in, write_text
+from aimv2_jax.data.shards import Shard, ShardWriter, place_in
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import write_whole
 
 FORMAT_VERSION = 2  # Of dataset.json; the records of both versions are alike.
 OLDEST_FORMAT = 1
@@ -62,6 +63,7 @@ class DatasetInfo:
         )
 
     def to_json(self) -> str:
+        """The text of `dataset.json`: a key a field, as they are named here."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
@@ -90,16 +92,10 @@ class DatasetInfo:
             kinds={str(kind): int(count) for kind, count in tree["kinds"].items()},
             labels=tuple(map(str, tree["labels"])),
             samples=int(tree["samples"]),
-            histograms={
-                str(name): Histogram(tuple(map(float, h["edges"])), tuple(map(int, h["counts"])))
-                for name, h in tree["histograms"].items()
-            },
-            drops={str(reason): Tally(int(t["count"]), tuple(t["keys"])) for reason, t in tree["drops"].items()},
-            changes={str(what): Tally(int(t["count"]), tuple(t["keys"])) for what, t in tree["changes"].items()},
-            lost={
-                str(reason): Loss(int(t["samples"]), int(t["bytes"]), tuple(t["keys"]))
-                for reason, t in tree["lost"].items()
-            },
+            histograms={name: Histogram.from_tree(entry) for name, entry in tree["histograms"].items()},
+            drops={reason: Tally.from_tree(entry) for reason, entry in tree["drops"].items()},
+            changes={what: Tally.from_tree(entry) for what, entry in tree["changes"].items()},
+            lost={reason: Loss.from_tree(entry) for reason, entry in tree["lost"].items()},
             made=dict(tree["made"]),
         )
 
@@ -122,7 +118,7 @@ def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: in
             writer.write(encode(record))
             books.keep(record.captions, record.labels, _size(record.image))
     info = DatasetInfo.of(books, writer.shards, made={})
-    write_text(folder / DATASET_FILE, info.to_json())
+    write_whole(folder / DATASET_FILE, info.to_json().encode())
     return info
 
 

@@ -21,7 +21,7 @@ from aimv2_jax.data.datasets import DATASET_FILE
 from aimv2_jax.data.locations import locate
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.flags import Parser, positive, split_overrides
+from aimv2_jax.flags import Parser, check_output, positive, split_overrides
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,8 @@ MOST_PICTURES = 200  # More make a sheet that no viewer likes to open.
 
 def draw(what: str, overrides: Sequence[tuple[str, str]], step: int | None, most_pictures: int) -> Figure:
     """The contact sheet of a data set's folder or of a config; raises `UserError` if `what` is neither."""
-    from aimv2_jax.data.views import batch_sheet, dataset_sheet
+    from aimv2_jax.data.batch_sheet import batch_sheet
+    from aimv2_jax.data.dataset_sheet import dataset_sheet
 
     path = locate(what)
     if path.is_dir():
@@ -58,15 +59,6 @@ def _dataset(what: str, path: Path) -> Source:
     return Source(path.name, what, what="the data set")
 
 
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() != ".png":
-        raise UserError("--output: the name does not end in .png", str(output), "Give a file such as sheet.png")
-    if output.is_dir():
-        raise UserError("--output is a folder", str(output), "Give a file such as sheet.png")
-    if not output.parent.is_dir():
-        raise UserError("--output: no such folder", str(output.parent), "Make it first, or give another file")
-
-
 def _parser() -> Parser:
     parser = Parser(prog="python -m aimv2_jax.data.inspect", description=__doc__)
     parser.add_argument("what", metavar="DIR_OR_CONFIG", help="a folder with dataset.json, or an experiment's file")
@@ -90,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--step is below zero", args.step, "Give 0 or more")
     if args.step is not None and args.step > MOST_STEP:
         raise UserError("--step is beyond any run", args.step, f"Give {MOST_STEP} or less")
-    _check_output(args.output)
+    check_output(args.output, suffix=".png")
     figure = draw(args.what, overrides, args.step, args.max_pictures)
     from aimv2_jax.data.contact_sheet import save
 

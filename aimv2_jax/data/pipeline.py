@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import queue
 import threading
 import time
@@ -26,7 +25,7 @@ from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.readahead import ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.workers import start_worker
+from aimv2_jax.data.workers import cores, start_worker
 from aimv2_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -254,11 +253,6 @@ class Batches(contextlib.AbstractContextManager):
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 return self._ready.put(item, timeout=0.1)
-
-
-def cores() -> int:
-    """Of this machine, for this process."""
-    return len(os.sched_getaffinity(0))
 
 
 def builders(workers: int) -> int:

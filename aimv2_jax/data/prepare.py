@@ -18,24 +18,27 @@ goes on. The data set depends on the inputs and these flags only, not on --worke
 from __future__ import annotations
 
 import argparse
+import logging
 import math
-import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.datasets import DatasetInfo
-from aimv2_jax.data.inputs.discover import InputShard, find
+from aimv2_jax.data.inputs.discover import find
 from aimv2_jax.data.inputs.read import check_fields, default_captions, fields_of
+from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.data.preparing.checks import Rules
 from aimv2_jax.data.preparing.groups import Task, tasks_of
 from aimv2_jax.data.preparing.output import Output
-from aimv2_jax.data.preparing.runners import run_beam, run_local
+from aimv2_jax.data.preparing.runners import Runner, beam_pipeline, run_beam, run_local
 from aimv2_jax.data.preparing.work import Job
 from aimv2_jax.data.shards import Shard
+from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.flags import Parser, positive
 
@@ -54,14 +57,18 @@ def prepare(
     output: str,
     rules: Rules,
     shard_size: int = 10**9,
-    workers: int = 1,
+    runner: Runner = run_local,
     resume: bool = False,
-    beam_options: str | None = None,
 ) -> DatasetInfo:
-    """Prepares `inputs` in `output`, with `workers` processes, or with Beam where its options are given ("" for none).
+    """Prepares `inputs` in `output`.
+
+    Args:
+      shard_size: bytes of input that an output shard is made of, about.
+      runner: does the work; what comes of it does not depend on who does it.
+      resume: goes on with work that this very call has begun; finished, it is the answer.
 
     Raises:
-      UserError: if a flag, the inputs or the output make it impossible, or not one sample can be used.
+      UserError: if the inputs, the rules or the output make it impossible: not one sample can be used, say.
     """
     place = Output(output)
     place.check_free(resume)
@@ -73,22 +80,20 @@ def prepare(
         if finished is not None:
             return finished
         todo = [task for task, done in zip(tasks, place.done(tasks)) if done is None]
-        job = Job(output, rules)
-        if beam_options is None:
-            run_local(todo, job, workers)
-        else:
-            run_beam(todo, job, beam_options)
-        return _finish(place, tasks, command)
+        runner(todo, Job(output, rules))
+        return _finish(place, tasks, rules, command)
 
 
 def _check(shards: Sequence[InputShard], rules: Rules) -> None:
     """Tells mistakes in fields at once, by the first shards of each kind: one may lack a field, or be damaged."""
     check_fields(shards, rules.fields)
+    if rules.captions:
+        return
     for kind in dict.fromkeys(shard.kind for shard in shards):
         # Several: the first one may be empty, or too damaged to tell.
         first = [shard for shard in shards if shard.kind == kind][:_LOOKED_AT]
         known = [shard for shard in first if fields_of(shard) is not None]
-        if known and not rules.captions and not any(default_captions(shard) for shard in known):
+        if known and not any(map(default_captions, known)):
             remedy = "Name one: --caption KIND=FIELD; --help says what FIELD can be"
             raise UserError(f"no --caption, and this {kind} input has none of the usual ones", known[0].path, remedy)
 
@@ -115,7 +120,7 @@ def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int) -> dic
     }
 
 
-def _finish(place: Output, tasks: Sequence[Task], command: Mapping[str, Any]) -> DatasetInfo:
+def _finish(place: Output, tasks: Sequence[Task], rules: Rules, command: Mapping[str, Any]) -> DatasetInfo:
     books, shards = Books(), list[Shard]()
     for task, done in zip(tasks, place.done(tasks)):
         if done is None:
@@ -132,9 +137,20 @@ def _finish(place: Output, tasks: Sequence[Task], command: Mapping[str, Any]) ->
             raise UserError(what, names[0] if len(names) == 1 else f"{names[0]}, ...", "Give files that are whole")
         remedy = "Look at the first of these, and at --caption and the limits"
         raise UserError("--input has no sample that can be used", counts, remedy)
+    _check_found("--caption", rules.captions, books.kinds, books)
+    _check_found("--label", rules.labels, books.labels, books)
     info = DatasetInfo.of(books, shards, made=command)
     place.finish(info)
     return info
+
+
+def _check_found(flag: str, asked: Mapping[str, str], found: Collection[str], books: Books) -> None:
+    """Refuses what no record has: a field that the inputs were thought to have."""
+    for name, field in asked.items():
+        if name not in found:
+            counts = "; ".join([f"0 of {books.records:,} records", *_accounts(books.changes)])
+            remedy = "Leave it out or name another field, and give another --output or remove this one"
+            raise UserError(f"no record has {flag} {name}={field}", counts, remedy)
 
 
 def _accounts(*accounts: Mapping[str, Any]) -> list[str]:
@@ -229,14 +245,16 @@ def _parser() -> Parser:
     add("--min-side", type=positive, default=32, metavar="N", help="pixels of the shorter side (32)")
     add("--max-side", type=positive, metavar="N", help="pixels of the longer side (any)")
     add("--max-aspect", type=_aspect, default=20.0, metavar="X", help="longer side / shorter side (20)")
-    add("--shard-size", type=_size, default=10**9, metavar="SIZE", help="of the output's files, about (1GB)")
+    size = "of the input that becomes one output file, which is smaller by what is left out of it (1GB)"
+    add("--shard-size", type=_size, default=10**9, metavar="SIZE", help=size)
     verify = "field with the sha256 or md5 of the picture's bytes (img2dataset's is of those before its resizing)"
     add("--verify", metavar="FIELD", help=verify)
     add("--decode", action="store_true", help="decodes every picture in full: finds those that are cut")
     add("--workers", type=positive, metavar="N", help="processes (one for each CPU)")
     add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
     add("--beam-options", metavar="OPTIONS", help="of the pipeline: --beam-options='--runner=DataflowRunner ...'")
-    add("--resume", action="store_true", help="goes on with the work that an interrupted run has left in --output")
+    resume = "goes on with what an interrupted run left in --output; inputs rewritten at the same size are not noticed"
+    add("--resume", action="store_true", help=resume)
     return parser
 
 
@@ -246,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep: dict[str, tuple[str, ...]] = {}
     for field, value in args.keep:
         keep[field] = (*keep.get(field, ()), value)
-    if not args.output or "\0" in args.output:
+    if not args.output or "\0" in args.output or args.output != args.output.encode("utf-8", "replace").decode():
         raise UserError("--output is no name of a folder", args.output, "Name a folder")
     if args.max_side is not None and args.max_side < args.min_side:
         raise UserError("--max-side is below --min-side", args.max_side, f"Give {args.min_side} or more")
@@ -264,10 +282,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify=args.verify,
         decode=args.decode,
     )
-    workers = args.workers or len(os.sched_getaffinity(0))
-    beam_options = (args.beam_options or "") if args.runner == "beam" else None
-    info = prepare(args.input, args.output, rules, args.shard_size, workers, args.resume, beam_options)
-    print(report(info))
+    if args.runner == "beam":
+        runner = partial(run_beam, pipeline=beam_pipeline(args.beam_options or ""))
+        logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    else:
+        runner = partial(run_local, workers=args.workers or cores())
+    print(report(prepare(args.input, args.output, rules, args.shard_size, runner, args.resume)))
     return EXIT_FINISHED
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from aimv2_jax.files import move_whole, part_of
+
 # group_size 1: a random read takes 25 us, at 64 it takes 500. Pictures are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 # array_record tells what the system refused in words only.
@@ -65,9 +67,13 @@ class ShardWriter:
             self._abandon()
 
     def write(self, item: bytes) -> None:
-        """Raises `OSError` if the system refuses."""
+        """Appends `item`, to the shard that grows or to a new one.
+
+        Raises:
+          OSError: if the system refuses, here or as a full shard is placed; the shard is lost then.
+        """
         if self._writer is None:
-            self._part = self._scratch / f".{self._prefix}{len(self.shards):05d}.{os.getpid()}.part"
+            self._part = part_of(self._scratch / self._name())
             with _refusals(self._part):
                 self._writer = ArrayRecordWriter(str(self._part), _WRITER_OPTIONS)
         with _refusals(self._part):
@@ -84,10 +90,13 @@ class ShardWriter:
         with _refusals(self._part):
             self._writer.close()
         self._writer = None
-        shard = Shard(f"{self._prefix}{len(self.shards):05d}.arrayrecord", self._count, self._part.stat().st_size)
+        shard = Shard(self._name(), self._count, self._part.stat().st_size)
         self._place(self._part, shard.file)
         self.shards.append(shard)
         self._part, self._count, self._size = None, 0, 0
+
+    def _name(self) -> str:
+        return f"{self._prefix}{len(self.shards):05d}.arrayrecord"
 
     def _abandon(self) -> None:
         if self._writer is not None:
@@ -100,26 +109,8 @@ class ShardWriter:
 
 
 def place_in(folder: Path) -> Place:
-    """Places files in `folder`, on the same file system: each is on the disk before it has its name."""
-
-    def place(part: Path, name: str) -> None:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(folder / name)
-
-    return place
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file with `text`, which appears whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        place_in(path.parent)(part, path.name)
-    except OSError as error:  # Python leaves out which file it was that a full disk has no room for.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    """Places files in `folder`, on the same file system."""
+    return lambda part, name: move_whole(part, folder / name)
 
 
 @contextlib.contextmanager

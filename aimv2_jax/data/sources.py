@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import json
 import os
 import resource
@@ -59,14 +60,24 @@ class Source:
         return self.info.bytes // self.info.records
 
     def read(self, index: int) -> bytes:
-        """The bytes of record `index`; raises `BadRecord("unreadable_record")` if the shard cannot give them."""
+        """The bytes of record `index`.
+
+        Raises:
+          BadRecord: `unreadable_record`, if the shard cannot give them.
+          UserError: if it is the process that cannot open one more file: no fault of the record.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of source {self.name}, which has {len(self)}")
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard]) - self.info.shards[shard].records
+        path = self._folder / self.info.shards[shard].file
         try:
-            [data] = _OPEN.reader(self._folder / self.info.shards[shard].file).read([index - first])
+            [data] = _OPEN.reader(path).read([index - first])
         except Exception as error:  # array_record raises whatever fits; all of it means these bytes cannot be had.
+            _OPEN.drop(path)  # A reader that has failed once may go on failing where nothing is wrong.
+            if any(os.strerror(number) in str(error) for number in (errno.EMFILE, errno.ENFILE)):
+                remedy = "Raise the limit on open files (ulimit -n), or lower data.workers"
+                raise UserError("too many files are open to read another shard", str(path), remedy) from error
             raise BadRecord("unreadable_record") from error
         return data
 
@@ -94,11 +105,13 @@ class _OpenShards:
             try:
                 reader.set_result(_open(path))
             except BaseException as error:
-                with self._lock:
-                    if self._readers.get(path) is reader:  # The next read tries again.
-                        del self._readers[path]
                 reader.set_exception(error)
         return reader.result()
+
+    def drop(self, path: Path) -> None:
+        """The next read of the shard opens it anew."""
+        with self._lock:
+            self._readers.pop(path, None)
 
 
 _OPEN = _OpenShards()  # One for all sources: what is bounded, open files, is the process' too.

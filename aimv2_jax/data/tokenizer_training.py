@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from aimv2_jax.data.plan import hash32, shuffled
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.flags import Parser, positive
+from aimv2_jax.files import write_whole
+from aimv2_jax.flags import Parser, check_output, positive
 
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 MODEL_TYPES = ("bpe", "unigram")
@@ -143,24 +143,6 @@ def _open(folders: Sequence[str], kinds: Sequence[str] | None) -> list[Source]:
     return sources
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.is_dir() or not output.name:
-        raise UserError("--output is a folder", str(output), "Give a file, such as mine.model")
-    if not output.parent.is_dir():
-        raise UserError("--output: no such folder", str(output.parent), "Make it first, or give another file")
-    if output.exists() and not overwrite:
-        raise UserError("--output is there already", str(output), "Give another file, or --overwrite")
-
-
-def _write(output: Path, model: bytes) -> None:
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(model)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _coverage(text: str) -> float:
     if not re.fullmatch(r"0\.\d+|1(\.0*)?", text) or float(text) < 0.98:  # SentencePiece's own bound.
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.98 to 1")
@@ -202,13 +184,15 @@ def _parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m aimv2_jax.data.tokenizer`."""
     args = _parser().parse_args(arguments)
-    _check_output(args.output, args.overwrite)
+    check_output(args.output)
+    if args.output.exists() and not args.overwrite:
+        raise UserError("--output is there already", str(args.output), "Give another file, or --overwrite")
     sources = _open(args.input, args.kind)
     texts, unusable = sample_captions(sources, args.kind, args.max_captions, args.seed)
     if not texts:
         raise UserError("--input has no usable caption", args.input, "Prepare the data sets again")
     model = train_model(texts, args.vocab_size, args.model_type, not args.no_byte_fallback, args.character_coverage)
-    _write(args.output, model)
+    write_whole(args.output, model)
     left_out = f" ({unusable:,} unusable left out)" if unusable else ""
     print(
         f"{args.output}: {args.vocab_size:,} pieces from {len(texts):,} captions of {len(sources)} data sets{left_out}"

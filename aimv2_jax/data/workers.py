@@ -1,4 +1,5 @@
-"""What a worker process does before its first batch, so that it never outlives the trainer or touches its devices."""
+"""Worker processes: how many fit, and what each does before its first batch, so that it never outlives the trainer or
+touches its devices."""
 
 from __future__ import annotations
 
@@ -9,6 +10,11 @@ import signal
 import sys
 import threading
 import warnings
+
+
+def cores() -> int:
+    """Of this machine, for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker(index: int, count: int) -> None:

@@ -8,15 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
-from aimv2_jax.data.drawing import BLUE, DARK, GREY, MARGIN, STYLE, draw_heading, drawable
-
-Picture = UInt8[np.ndarray, "H W 3"]
+from aimv2_jax.drawing import BLUE, DARK, GREY, MARGIN, STYLE, Pixels, draw_heading, drawable
 
 _CELL = 1.3  # Inches that a picture is wide.
 _LABEL, _LINE = 0.21, 0.155  # Inches that a label and a line of text are high.
@@ -28,7 +25,7 @@ class Column:
 
     group: str
     title: str
-    pictures: Sequence[Picture]
+    pictures: Sequence[Pixels]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ def picture_grid(columns: Sequence[Column], heading: str, note: str) -> Figure:
 
 
 def picture_cards(
-    pictures: Sequence[Picture], texts: Sequence[Mapping[str, str]], heading: str, note: str, columns: int = 2
+    pictures: Sequence[Pixels], texts: Sequence[Mapping[str, str]], heading: str, note: str, columns: int = 2
 ) -> Figure:
     """Pictures with their texts to the right, each under its label; the first of them stands out."""
     side, text_width, head = 1.45, 3.15, 0.75
@@ -154,7 +151,7 @@ def _panel(axes: Axes, panel: Panel, marked_step: int) -> None:
         axes.legend(fontsize=8, loc="upper right")
 
 
-def _picture(figure: Figure, picture: Picture, x: float, top: float, side: float) -> Any:
+def _picture(figure: Figure, picture: Pixels, x: float, top: float, side: float) -> Any:
     """A picture of `side` inches with its left upper corner at `x`, `top`."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((x / width, (top - side) / height, side / width, side / height))

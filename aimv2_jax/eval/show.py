@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from matplotlib.figure import Figure
 
-from aimv2_jax.data.drawing import BLUE, GREEN, GREY, ORANGE
 from aimv2_jax.data.pipeline import evaluation_batches
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms import unpatchify
+from aimv2_jax.drawing import BLUE, GREEN, GREY, ORANGE
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.figures import (
@@ -38,7 +38,7 @@ from aimv2_jax.eval.figures import (
 from aimv2_jax.eval.generate import greedy
 from aimv2_jax.eval.load import Loaded, check_held_out, load
 from aimv2_jax.eval.patches import completed, denormalise, seen
-from aimv2_jax.flags import Parser, positive
+from aimv2_jax.flags import Parser, make_output_folder, positive
 from aimv2_jax.train.evaluate import fixed_prefixes
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.task import PretrainTask
@@ -190,11 +190,7 @@ def _listed(values: Sequence[float]) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes `figure` as PNG and says so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DOTS_PER_INCH)
-    except OSError as error:
-        raise UserError("--output cannot be written", str(path), f"Give another folder: {error.strerror}") from error
+    figure.savefig(path, dpi=DOTS_PER_INCH)
     print(path)
 
 
@@ -212,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     loaded = load(args.checkpoint)
+    make_output_folder(args.output)
     tokenizer = loaded.tokenizer()
     examples = read_examples(loaded, tokenizer, args.examples)
     if "image" in loaded.task.weights:

@@ -13,7 +13,6 @@ The order of a step is a contract:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,8 @@ import numpy as np
 from aimv2_jax.config import Config, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import GuardStop, UserError
+from aimv2_jax.errors import GuardStop
+from aimv2_jax.locks import claimed
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
@@ -80,17 +80,11 @@ def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
 
 @contextlib.contextmanager
 def _claimed(workdir: Path) -> Iterator[None]:
-    """Keeps a second trainer out of the workdir; the system lets go of the lock when this process ends, however."""
+    """Keeps a second trainer out of the workdir."""
     if jax.process_index() != 0:
         yield
         return
-    with (workdir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                "--workdir is in use by another run", str(workdir), "Wait until it has ended, or give another folder"
-            ) from error
+    with claimed(workdir / "lock", "--workdir", workdir):
         yield
 
 

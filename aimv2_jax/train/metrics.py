@@ -22,6 +22,7 @@ from etils import epath
 
 from aimv2_jax.config import Config, config_text, config_to_dict
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import write_whole
 
 _FILE = "metrics.jsonl"
 
@@ -138,10 +139,8 @@ def cut_lines(path: epath.Path, step: int) -> None:
     if not path.exists():
         return
     kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
-    rewritten = path.with_name(f"{path.name}.tmp")
     with _writing(path):
-        rewritten.write_text(kept)
-        rewritten.replace(path)
+        write_whole(path, kept.encode())
 
 
 def _plain(value: Any) -> Any:

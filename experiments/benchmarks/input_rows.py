@@ -175,7 +175,8 @@ def _pipeline(folder: str, cores: int, tokenize: bool, apart: bool) -> Loop:
                         stages[stage] = stages.get(stage, 0.0) + spent
             memory = max(_peak_mib(process.pid) for process in multiprocessing.active_children())
         per_image = {stage: 1000 * spent / images for stage, spent in stages.items()}
-        per_image["rest"] = 1000 * passed * cores / images - sum(per_image.values())
+        workers_own = sum(spent for stage, spent in per_image.items() if stage != "tokenise")  # That is done here.
+        per_image["rest"] = 1000 * passed * cores / images - workers_own
         return Measured(images, passed, per_image, memory)
 
     return run

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from aimv2_jax.data.records import Record, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record
 
 SIZES = {512: 48, 1600: 16}
 """Pictures of each length of the longer side."""

@@ -46,9 +46,9 @@ SETTINGS = {
     "optimizer.warmup_steps": 50, "optimizer.schedule_steps": 100_000,
     "data.image_size": 28, "data.batch_size": 16, "data.workers": 2,
     "eval.max_examples": 8, "eval.kinds": "('alt',)", "eval.prefixes": "(0.5,)",
-    "train.log_every": 1, "train.save_every": 5, "train.eval_every": 50,
+    "train.log_every": 1, "train.save_every": 20, "train.eval_every": 100,
 }  # fmt: skip
-_GONE_S = 10.0  # Within which all that a killed trainer had must be gone.
+_GONE_S = 10.0  # Within which all that an ended trainer had must be gone.
 _START_S = 600.0  # A trainer that has done no step in this time never will.
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _MORE_STEPS = 20  # That the run takes in peace after the last kill.
@@ -97,6 +97,15 @@ class Trainer:
         self._log.seek(0)
         return self._log.read()[-3000:]
 
+    def wait_until_gone(self) -> float:
+        """Seconds until nothing of the ended trainer is left."""
+        start = time.monotonic()
+        while left := self.left():
+            if time.monotonic() - start > _GONE_S:
+                raise RuntimeError(f"left {_GONE_S:.0f} s after the trainer ended: {', '.join(left)}")
+            time.sleep(0.05)
+        return time.monotonic() - start
+
     def left(self) -> list[str]:
         """Its processes, segments and semaphores that are there."""
         marker, found = f"DRILL_NAME={self.name}".encode(), []
@@ -125,12 +134,8 @@ def kill_once(workdir: Path, after_s: float) -> Kill:
         met = len(trainer.left())
         trainer.process.send_signal(signal.SIGKILL)
         trainer.process.wait()
-        start = time.monotonic()
-        while left := trainer.left():
-            if time.monotonic() - start > _GONE_S:
-                raise RuntimeError(f"left {_GONE_S:.0f} s after the trainer was killed: {', '.join(left)}")
-            time.sleep(0.05)
-        return Kill(round(after_s, 2), last_step(workdir), met, round(time.monotonic() - start, 2))
+        gone_after_s = trainer.wait_until_gone()
+        return Kill(round(after_s, 2), last_step(workdir), met, round(gone_after_s, 2))
 
 
 def last_step(workdir: Path) -> int:
@@ -204,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in (workdir, straight):
             with Trainer(path, steps) as trainer:
                 trainer.finish()
-                assert not trainer.left(), trainer.left()
+                trainer.wait_until_gone()
         numbers = compare(workdir, straight, steps)
     report = {"kills": [dataclasses.asdict(kill) for kill in kills], "steps": steps, "numbers_compared": numbers}
     if flags.json:

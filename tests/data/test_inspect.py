@@ -1,6 +1,7 @@
 """Contact sheets: the pixels, numbers and texts that they show are those of the records and batches."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from aimv2_jax.data import contact_sheet, pipeline
+from aimv2_jax.data.batch_sheet import batch_sheet, row_picture
 from aimv2_jax.data.books import Books
+from aimv2_jax.data.dataset_sheet import dataset_sheet
 from aimv2_jax.data.datasets import DatasetInfo, write_dataset
 from aimv2_jax.data.inspect import main
 from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms import patchify, unpatchify
-from aimv2_jax.data.views import batch_sheet, dataset_sheet, row_picture
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments/quickstart.py")
 SAMPLE = "package:data/sample"
@@ -125,7 +127,7 @@ def test_batch_sheet_when_the_config_has_workers_then_none_is_started(make_confi
 
 
 def test_batch_sheet_when_the_batch_is_large_then_few_rows_are_read_and_that_is_said(make_config, monkeypatch):
-    monkeypatch.setattr("aimv2_jax.data.views.MOST_ROWS", 5)
+    monkeypatch.setattr("aimv2_jax.data.batch_sheet.MOST_ROWS", 5)
     figure = batch_sheet(make_config(data__batch_size=10_000), "some.py", 2, 7)
     assert len(figure.images) == 5
     assert "Rows 0 to 4 of 10,000" in words(figure) and "Counts are of the first 5 rows" in words(figure)
@@ -219,8 +221,11 @@ def test_dataset_sheet_when_the_set_has_books_then_its_drops_and_all_its_sizes_a
         assert f"{place:g}" in [label.get_text() for label in axes.get_xticklabels()]
 
 
-def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown():
-    figure = dataset_sheet(Source("photo", f"{SAMPLE}/train/photo"), "photo", 5)
+def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown(tmp_path, make_record):
+    tree = json.loads(write_dataset(tmp_path, (make_record("red", i) for i in range(9))).to_json())
+    old = {name: tree[name] for name in ("shards", "records", "bytes", "kinds", "labels")} | {"format_version": 1}
+    (tmp_path / "dataset.json").write_text(json.dumps(old))
+    figure = dataset_sheet(Source("red", str(tmp_path)), "red", 5)
     assert sum(bar.get_height() for bar in chart(figure, "Aspect, the 5 shown").patches) == 5
     assert "not recorded: the set is of format 1" in texts(figure)
 

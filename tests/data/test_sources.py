@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -104,7 +105,8 @@ import os, resource, sys
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
 from concurrent.futures import ThreadPoolExecutor
-from aimv2_jax.data.records import Record, decode, write_dataset
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record, decode
 from aimv2_jax.data.sources import Source
 
 folders = [sys.argv[1] + f"/{name}" for name in ("a", "b", "c")]
@@ -125,6 +127,18 @@ def test_sources_when_2000_shards_are_read_with_512_open_files_allowed_then_all_
     done = subprocess.run([sys.executable, "-c", FEW_FILES, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 512 // 4 + 20
+
+
+def test_shard_when_the_process_may_open_no_more_files_then_user_error_and_no_bad_record(make_dataset):
+    source = Source("red", make_dataset("red", 3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # The standard streams have those.
+    try:
+        with pytest.raises(UserError, match=r"too many files are open .*ulimit -n"):
+            source.read(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert decode(source.read(1)).key == "red/1"
 
 
 def test_source_when_pickled_after_a_read_then_reads_the_same(datasets):

@@ -68,9 +68,10 @@ def test_picture_cards_when_captions_have_dollars_and_are_long_then_drawn_as_the
 
 def test_main_when_the_folder_cannot_be_written_then_one_line_and_code_2(workdir, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--checkpoint", str(workdir), "--output", str(tmp_path / "file"), "--examples", "1"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --output cannot be written") and error.count("\n") == 1
+    for output in ("file", "file/in/it"):
+        assert main(["--checkpoint", str(workdir), "--output", str(tmp_path / output), "--examples", "1"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --output is a file") and error.count("\n") == 1
 
 
 def test_main_when_asked_for_more_pictures_than_can_be_drawn_then_code_2(workdir, tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_file_when_cut_after_a_restore_then_no_step_stands_twice(tmp_path, open_
         writer.cut_after(4)
         writer.write(5, {"loss": 50.0})
     assert [(line["step"], line["loss"]) for line in _lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_cut_when_there_is_no_file_then_nothing_happens(tmp_path, open_writer):

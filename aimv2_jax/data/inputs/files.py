@@ -15,6 +15,7 @@ from typing import BinaryIO, TypeVar
 from etils import epath
 
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import is_remote
 
 MAX_FILE_BYTES = 256 << 20  # Of one picture, text or json: ten times what a camera of 100 megapixels writes.
 # Large, because a bucket that is mounted answers each read after many milliseconds.
@@ -23,11 +24,6 @@ _COPY_BYTES = 16 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MENDED = "Mend its rights, its link or its disk, or leave it out"
 _Answer = TypeVar("_Answer")
-
-
-def is_remote(path: str) -> bool:
-    """Whether `path` has a scheme such as gs://."""
-    return "://" in path
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 
-from aimv2_jax.data.inputs.discover import InputShard
+from aimv2_jax.data.inputs.samples import InputShard
 
 # A shard may grow so much beyond its target: records take a little more room than some inputs, and a rest of a few
 # records would become a shard of its own.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -21,12 +20,14 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+import aimv2_jax
 from aimv2_jax.data.books import Books
-from aimv2_jax.data.datasets import DATASET_FILE, DatasetInfo
-from aimv2_jax.data.inputs.files import is_remote
+from aimv2_jax.data.datasets import DATASET_FILE, FORMAT_VERSION, DatasetInfo
 from aimv2_jax.data.preparing.groups import Task
-from aimv2_jax.data.shards import Shard, place_in, write_text
+from aimv2_jax.data.shards import Shard
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import is_remote, move_whole, write_whole
+from aimv2_jax.locks import claimed
 
 _WORK = ".parts"
 _COMMAND, _TASKS, _LOCK = "command.json", "tasks.jsonl", "lock"
@@ -51,20 +52,27 @@ class Done:
         return cls(tuple(Shard(**shard) for shard in tree["shards"]), Books.from_tree(tree["books"]))
 
 
-def _told(method: Callable[..., _Answer]) -> Callable[..., _Answer]:
-    """What a bucket refuses, in kinds of TensorFlow's or fsspec's, becomes a `UserError`; a disk's stay OSErrors."""
+class BucketError(UserError):
+    """A bucket did not do what it was asked to: it may, when it is asked again."""
+
+
+def _asks_bucket(method: Callable[..., _Answer]) -> Callable[..., _Answer]:
+    """Wraps a method of `Output`: what a bucket refuses, in TensorFlow's or fsspec's words, is a `BucketError`.
+
+    What a disk refuses stays an OSError.
+    """
 
     @functools.wraps(method)
-    def wrapped(self: Output, *args: Any) -> _Answer:
+    def wrapped(self: Output, *args: Any, **kwargs: Any) -> _Answer:
         if self.is_local:
-            return method(self, *args)
+            return method(self, *args, **kwargs)
         try:
-            return method(self, *args)
+            return method(self, *args, **kwargs)
         except UserError:
             raise
         except Exception as error:
             remedy = f"Look after it ({error}), then give the same command with --resume"
-            raise UserError("--output cannot be used", self.name, remedy) from error
+            raise BucketError("--output cannot be used", self.name, remedy) from error
 
     return wrapped
 
@@ -80,27 +88,18 @@ class Output:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps a second run out; the system lets go of the lock when this process ends, however.
-
-        In a bucket nobody can hold a lock: there the second run finds the first one's command, and is refused.
-        """
+        """Keeps a second run out; in a bucket, without locks, that finds the first one's command and is refused."""
         if not self.is_local:
             yield
             return
-        lock = Path(self._work) / _LOCK
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
+            self._work.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError) as error:  # A link to nowhere, or a place such as /proc.
             raise UserError("--output cannot be made there", self.name, "Name another folder") from error
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                remedy = "Wait until it has ended, or give another folder"
-                raise UserError("--output is in use by another run", self.name, remedy) from error
+        with claimed(Path(self._work) / _LOCK, "--output", self.name):
             yield
 
-    @_told
+    @_asks_bucket
     def check_free(self, resume: bool) -> None:
         """Raises `UserError` unless the folder is empty, or work in it has begun that `resume` asks to go on with."""
         if not self._folder.exists():
@@ -121,7 +120,7 @@ class Output:
             remedy = "Give --resume to go on with it, or remove the folder"
             raise UserError("--output holds a data set that is not finished", self.name, remedy)
 
-    @_told
+    @_asks_bucket
     def begin(self, command: Mapping[str, Any], tasks: Sequence[Task], resume: bool) -> DatasetInfo | None:
         """Makes the folder ready for `tasks`, or answers the data set that this very `command` has made already.
 
@@ -133,7 +132,8 @@ class Output:
                 self.clear()
             return self._finished(command, resume)
         plan = "".join(task.to_json() + "\n" for task in tasks)
-        command = {**command, "plan": hashlib.sha256(plan.encode()).hexdigest()}
+        program = f"aimv2_jax {aimv2_jax.__version__}, format {FORMAT_VERSION}"
+        command = {**command, "plan": hashlib.sha256(plan.encode()).hexdigest(), "program": program}
         if not self._begun():
             self._work.mkdir(parents=True, exist_ok=True)
             self.write_text(f"{_WORK}/{_TASKS}", plan)
@@ -151,6 +151,8 @@ class Output:
             remedy = "Give the command that began it, or remove the folder and begin anew"
             if name in ("input", "plan"):
                 raise UserError("--input finds other files than when this work began", command["input"], remedy)
+            if name == "program":
+                raise UserError(f"the program is not {begun.get(name)}, with which this work began", value, remedy)
             raise UserError(f"--{name} is not {begun.get(name)!r}, with which this work began", value, remedy)
         self.write_text(f"{_WORK}/{_TASKS}", plan)  # As it was, unless somebody was at it.
         for path in self._work.iterdir():
@@ -182,21 +184,15 @@ class Output:
         with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
             yield Path(folder)
 
-    @_told
+    @_asks_bucket
     def place(self, part: Path, name: str) -> None:
         """Moves a finished local file here."""
-        if self.is_local:
-            place_in(Path(self._folder))(part, name)
-        else:
-            epath.Path(part).copy(self._folder / name, overwrite=True)
-            part.unlink()
+        move_whole(part, self._folder / name)
 
-    @_told
+    @_asks_bucket
     def write_text(self, name: str, text: str) -> None:
-        if self.is_local:
-            write_text(Path(self._folder) / name, text)
-        else:
-            (self._folder / name).write_text(text)
+        """Makes a file of UTF-8 here."""
+        write_whole(self._folder / name, text.encode())
 
     def tasks(self) -> Iterator[Task]:
         """The tasks that `begin` was given."""
@@ -210,11 +206,12 @@ class Output:
         """Notes down what the user can mend, for a runner that can't carry it."""
         self.write_text(f"{_WORK}/{task.number:05d}.error", json.dumps([error.what, str(error.value), error.remedy]))
 
-    @_told
+    @_asks_bucket
     def failure(self) -> UserError | None:
-        """The first that was noted down."""
+        """The first that was noted down, but by tries that another one made good."""
         for path in sorted(self._work.glob("*.error")):
-            return UserError(*json.loads(path.read_text()))
+            if not path.with_suffix(".json").exists():
+                return UserError(*json.loads(path.read_text()))
         return None
 
     def done(self, tasks: Sequence[Task]) -> Iterator[Done | None]:
@@ -222,14 +219,14 @@ class Output:
         with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
             yield from threads.map(self._done, tasks)
 
-    @_told
+    @_asks_bucket
     def _done(self, task: Task) -> Done | None:
         file = self._work / f"{task.number:05d}.json"
         if not file.exists():
             return None
         try:
             done = Done.from_json(file.read_text())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):  # Damaged.
             return None
         paths = [(self._folder / shard.file, shard.bytes) for shard in done.shards]
         return done if all(path.exists() and path.stat().length == size for path, size in paths) else None
@@ -239,7 +236,7 @@ class Output:
         self.write_text(DATASET_FILE, info.to_json())
         self.clear()
 
-    @_told
+    @_asks_bucket
     def clear(self) -> None:
         """Removes the work folder."""
         self._work.rmtree()

@@ -10,15 +10,16 @@ import multiprocessing
 import shlex
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Any
 
 from tqdm import tqdm
 
 from aimv2_jax.data.preparing.groups import Task
-from aimv2_jax.data.preparing.output import Output
+from aimv2_jax.data.preparing.output import BucketError, Output
 from aimv2_jax.data.preparing.work import GO_ON, Job, run_task
 from aimv2_jax.data.workers import start_worker
 from aimv2_jax.errors import UserError
@@ -27,7 +28,11 @@ _MOST_LETTERS = 200  # Of Beam's messages.
 _AHEAD = 2  # Tasks handed over for each worker: none waits for the next one.
 
 
-def run_local(tasks: Sequence[Task], job: Job, workers: int) -> None:
+Runner = Callable[[Sequence[Task], Job], None]
+"""Does all tasks, or raises."""
+
+
+def run_local(tasks: Sequence[Task], job: Job, workers: int = 1) -> None:
     """Does `tasks` in `workers` processes, in this one if that is 1, under a progress bar in bytes of input."""
     workers = min(workers, len(tasks))
     total = sum(task.num_bytes for task in tasks)
@@ -84,19 +89,12 @@ def _no_interrupt() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_beam(tasks: Sequence[Task], job: Job, options: str) -> None:
-    """Does `tasks` as a Beam pipeline with the options of `--beam-options`; its workers read the tasks from the output.
+def beam_pipeline(options: str) -> Any:
+    """An empty pipeline of Apache Beam with the options of `--beam-options`.
 
     Raises:
-      UserError: if Beam is not installed or its runner can't be started, or a task met what the user can mend.
+      UserError: if Beam is not installed, or the options are wrong.
     """
-    with _temporary_files():
-        _run_beam(frozenset(task.number for task in tasks), job, options)
-    if failure := Output(job.output).failure():
-        raise failure
-
-
-def _run_beam(todo: frozenset[int], job: Job, options: str) -> None:
     complaints = io.StringIO()  # Beam's usage is a page.
     logging.disable(logging.WARNING)  # Of Google's packages, which few runners need.
     try:
@@ -107,7 +105,7 @@ def _run_beam(todo: frozenset[int], job: Job, options: str) -> None:
             # No flag but these: without a list, it would read this program's own command line.
             parsed = PipelineOptions(shlex.split(options))
             parsed.get_all_options()  # Which finds wrong values; else they would be found when it runs.
-            begun = beam.Pipeline(options=parsed)
+            return beam.Pipeline(options=parsed)
     except ImportError as error:
         remedy = "Install it: pip install aimv2_jax[beam]"
         raise UserError("--runner beam needs Apache Beam", str(error), remedy) from error
@@ -117,9 +115,20 @@ def _run_beam(todo: frozenset[int], job: Job, options: str) -> None:
         raise UserError(f"--beam-options cannot be used ({_line(why)})", options, remedy) from error
     finally:
         logging.disable(logging.NOTSET)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+
+
+def run_beam(tasks: Sequence[Task], job: Job, pipeline: Any) -> None:
+    """Does `tasks` by a `beam_pipeline`, whose workers read them from the output.
+
+    Raises:
+      UserError: if its runner can't be started, or a task met what the user can mend.
+    """
+    import apache_beam as beam
+
+    todo = frozenset(task.number for task in tasks)
+    output = Output(job.output)
     try:
-        with begun as pipeline:
+        with _temporary_files(), pipeline:
             _ = (
                 pipeline
                 # The job holds the folder's name alone: a list of 200,000 inputs is more than runners accept.
@@ -132,10 +141,14 @@ def _run_beam(todo: frozenset[int], job: Job, options: str) -> None:
     except Exception as error:
         if str(error).startswith("KeyboardInterrupt"):  # In a task of the DirectRunner, which makes an error of it.
             raise KeyboardInterrupt from error
+        if failure := output.failure():
+            raise failure from error
         if "[while running" in str(error):  # In a task: our bug.
             raise
         remedy = f"Look after the runner that --beam-options names, {GO_ON}"
-        raise UserError(f"Beam could not run ({_line(str(error))})", options, remedy) from error
+        raise UserError(f"Beam could not run ({_line(str(error))})", type(pipeline.runner).__name__, remedy) from error
+    if failure := output.failure():
+        raise failure
 
 
 def _line(text: str) -> str:
@@ -160,8 +173,14 @@ def _tasks(output: str) -> Iterator[Task]:
 
 
 def _noting(task: Task, job: Job) -> None:
-    """Runners turn exceptions into text of many lines; what the user can mend is left in the output instead."""
+    """Notes down in the output what the user can mend: runners turn exceptions into text of many lines.
+
+    What a bucket refused is raised, too, so that a runner that tries failed work again does.
+    """
     try:
         run_task(task, job)
     except UserError as error:
-        Output(job.output).fail_task(task, error)
+        with contextlib.suppress(BucketError):  # Of the same bucket: `error` says it as well.
+            Output(job.output).fail_task(task, error)
+        if isinstance(error, BucketError):
+            raise

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.inputs import read as inputs
-from aimv2_jax.data.inputs.discover import InputShard
-from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.data.preparing.checks import Dropped, Rules, check
 from aimv2_jax.data.preparing.groups import Task
 from aimv2_jax.data.preparing.output import Done, Output
@@ -33,7 +32,7 @@ def run_task(task: Task, job: Job) -> Done:
     """Writes the shards of `task` and then its counts: a function of the task and the rules, wherever it runs.
 
     Raises:
-      UserError: if the input can't be opened or lacks a field, or the output can't be written.
+      UserError: if the input can't be opened, or the output can't be written.
     """
     output, books = Output(job.output), Books()
     try:

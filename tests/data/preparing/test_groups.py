@@ -3,7 +3,7 @@
 import itertools
 import random
 
-from aimv2_jax.data.inputs.discover import InputShard
+from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.data.preparing.groups import Task, tasks_of
 
 

@@ -196,6 +196,31 @@ def test_size_when_written_in_any_unit_then_bytes():
     ]  # fmt: skip
 
 
+def test_field_when_only_some_of_the_inputs_have_it_then_used_where_it_is(run, tmp_path, make_tar, picture):
+    for shard, fields in enumerate([{"alt": "Thing"}, {"alt": "Thing", "cls": "a"}, {"cls": "b"}]):
+        samples = {f"{shard}{i}": {"jpg": picture(), "txt": b"A thing.", "json": fields} for i in range(2)}
+        make_tar(tmp_path / f"given/{shard}.tar", samples)
+    flags = ("--caption", "alt=txt", "other=json:alt", "--label", "cls=json:cls")
+    code, said, folder = run(*flags, given=tmp_path / "given")
+    assert code == 0 and "captions: alt 6, other 4" in said
+    assert [record.labels.get("cls") for record in records_of(folder)] == [None, None, "a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [("--caption alt=txt x=json:x", "--caption x=json:x"), ("--caption alt=txt --label x=json:x", "--label x=json:x")],
+)
+def test_field_when_no_record_has_it_then_refused_with_the_counts(run, tmp_path, make_tar, picture, asked, says):
+    samples = {str(i): {"jpg": picture(), "txt": b"A thing.", "json": {"x": ["no text"]}} for i in range(3)}
+    said = refused(run(*asked.split(), given=make_tar(tmp_path / "a.tar", samples)))
+    assert f"{says}: " in said and "0 of 3 records" in said
+
+
+def test_workers_when_the_system_does_not_tell_its_cpus_then_as_many_as_there_are(tmp_path, tars, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # As on a Mac.
+    assert main(["--input", str(tars / "00000.tar"), "--output", str(tmp_path / "out")]) == 0
+
+
 def test_input_when_not_there_or_unreadable_then_told(run, tmp_path):
     assert "'/nowhere/at.all'" in refused(run(given="/nowhere/at.all"))
     (tmp_path / "loop.tar").symlink_to("loop.tar")
@@ -410,13 +435,15 @@ def test_run_when_a_worker_is_killed_then_told_and_nothing_goes_on(many, tmp_pat
     assert_gone(pids)
 
 
-def test_resume_when_a_finished_shard_is_gone_or_cut_then_made_again(run, tmp_path, files_of):
+def test_resume_when_what_is_finished_is_gone_cut_or_damaged_then_made_again(run, tmp_path, files_of):
     _, _, straight = run(*FLAGS, output="straight")
     with pytest.MonkeyPatch.context() as patch:
         from aimv2_jax.data import prepare
 
         patch.setattr(prepare, "_finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert run(*FLAGS)[0] == 2
+    for number, text in enumerate(("", '{"shards": [', "[]", '{"shards": [{}], "books": {}}')):
+        (tmp_path / f"out/.parts/{number + 3:05d}.json").write_text(text)
     (tmp_path / "out/00000-00000.arrayrecord").unlink()
     cut = tmp_path / "out/00002-00000.arrayrecord"
     cut.write_bytes(cut.read_bytes()[:-1])

@@ -6,8 +6,13 @@ import functools
 import re
 from collections.abc import Callable
 
+import numpy as np
+from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+Pixels = UInt8[np.ndarray, "H W 3"]
+"""A picture to be drawn."""
 
 DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#3d8f4f"
 MARGIN = 0.15  # Inches.
@@ -57,6 +62,11 @@ def draw_heading(figure: Figure, title: str, note: str) -> None:
     width, height = figure.get_size_inches()
     figure.text(MARGIN / width, 1 - 0.12 / height, title, va="top", size=13, weight="bold")
     figure.text(MARGIN / width, 1 - 0.4 / height, note, va="top", color=GREY, linespacing=1.3)
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things in words."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 def drawable(text: str) -> str:

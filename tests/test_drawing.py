@@ -2,7 +2,7 @@
 
 import pytest
 
-from aimv2_jax.data.drawing import drawable, wrap
+from aimv2_jax.drawing import drawable, wrap
 
 
 @pytest.mark.parametrize(
