@@ -4,7 +4,8 @@ An input is a PATH or GLOB, local or gs://. It is recognised by looking into it;
 its subfolders (hidden ones, links to folders and files that are none of these kinds are passed over):
 
   webdataset  a .tar or .tar.gz with members NAME.jpg (.jpeg, .png, .webp, .gif, .bmp), NAME.txt, NAME.json in any
-              order. NAME is the key. A .parquet, .json or _stats.json of the tar's name beside it belongs to the tar.
+              order; other pictures (.tif, .avif, .heic, .jxl) are taken for pictures, and dropped as undecodable_image.
+              NAME is the key. A .parquet, .json or _stats.json of the tar's name beside it belongs to the tar.
   parquet     a table with the picture's bytes in a column (jpg, jpeg, png, webp, image, img or image_bytes), or in one
               that holds {bytes, path}, as Hugging Face writes it. Rows whose `status` is "failed..." have no picture.
   jsonl, csv  a table beside its pictures: `file_name` (or image, path, filename, filepath) names the picture, relative
