@@ -22,7 +22,7 @@ from absl import flags
 from aimv2_jax.config import Config, mixture_counts
 from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, LocalBatch, TrainingBatches, TrainingView
 from aimv2_jax.data.plan import Plan
-from aimv2_jax.data.readahead import ReadAhead
+from aimv2_jax.data.readahead import QUICK_S, ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.workers import cores, start_worker
@@ -127,7 +127,7 @@ def training_batches(
         TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip),
         config.grid,
         config.model.patch_size,
-        ReadAhead(data.read_threads, stride=data.workers or None),  # Worker i of n builds every n-th batch.
+        ReadAhead(data.read_threads, data.workers or None, QUICK_S),  # Worker i of n builds every n-th batch.
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
     return Batches(build, range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
@@ -154,7 +154,7 @@ def evaluation_batches(
             CenterView(config.data.image_size),
             config.grid,
             config.model.patch_size,
-            ReadAhead(config.data.read_threads),
+            ReadAhead(config.data.read_threads, None, QUICK_S),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
         # In threads of this process: an evaluation is short, and starting workers for each would cost seconds.

@@ -1,6 +1,7 @@
 """Reads ahead: a pool of threads fetches what the coming examples need while earlier ones are decoded.
 
 Where every read takes 50 ms (a mounted bucket, a parallel file system), 32 reads at a time are 640 records a second.
+Where reads are quick (a local disk), handing them to threads costs more than it saves: then there are none.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,6 +17,10 @@ from typing import Any, Generic, Protocol, TypeVar
 MAX_WAITING_BYTES = 64 << 20
 """Fetched or under way, and not yet taken: beyond this nothing more is fetched, however few they are."""
 
+QUICK_S = 0.0005
+"""A read that takes no longer is not worth a thread: handing it over takes about 0.1 ms of both threads' time."""
+
+_PATIENCE_S = 0.02  # Beyond what is quick, all in all, before the threads start: one slow read, or many halting ones.
 _WAITING_PER_THREAD = 2  # Records on their way or ready, so that a thread finds work while a picture is decoded.
 
 
@@ -41,16 +47,18 @@ class ReadAhead:
       threads: fetches at a time; 0: each is made when it is taken, by who takes it.
       stride: after batch n comes batch n + stride, whose fetches start while those of n are still being taken; None:
         nobody knows what comes, and no fetch is started before its batch is asked for.
+      quick_s: while fetches take no longer than this, they are made by who takes them, too.
     """
 
-    def __init__(self, threads: int = 0, stride: int | None = None):
-        self._threads, self._stride = threads, stride
+    def __init__(self, threads: int = 0, stride: int | None = None, quick_s: float = 0.0):
+        self._threads, self._stride, self._quick_s = threads, stride, quick_s
+        self._patience_s = _PATIENCE_S if quick_s else 0.0
         self._pool: ThreadPoolExecutor | None = None
         self._window: _Window | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ReadAhead, (self._threads, self._stride)
+        return ReadAhead, (self._threads, self._stride, self._quick_s)
 
     def __call__(self, number: int, fetches: Callable[[int], Iterable[F]]) -> Iterator[F]:
         """The fetches of batch `number`, each done; an error of one is raised in its turn.
@@ -59,19 +67,24 @@ class ReadAhead:
           number: the batch.
           fetches: number -> what that batch needs, in order; the same at every call.
         """
-        if not self._threads:
-            for fetch in fetches(number):
-                fetch.advance()
-                yield fetch
-            return
-        window = self._window_at(number, fetches)
+        rest = iter(fetches(number))
+        while not self._threads or self._patience_s > 0:
+            fetch = next(rest, None)
+            if fetch is None:
+                return
+            start = time.perf_counter()
+            fetch.advance()
+            late_s = time.perf_counter() - start - self._quick_s
+            self._patience_s = min(self._patience_s - late_s, _PATIENCE_S)
+            yield fetch
+        window = self._window_at(number, rest, fetches)
         while window.next_batch() == number:
             yield window.take()
         if self._stride is not None:
             self._window = window
 
-    def _window_at(self, number: int, fetches: Callable[[int], Iterable[F]]) -> _Window[F]:
-        """The window whose next fetch is the first of batch `number`: the one that was left there, or a new one."""
+    def _window_at(self, number: int, rest: Iterator[F], fetches: Callable[[int], Iterable[F]]) -> _Window[F]:
+        """The window whose next fetch is the first of batch `number`: the one that was left there, or one of `rest`."""
         with self._lock:
             window, self._window = self._window, None
             if self._pool is None:
@@ -79,8 +92,9 @@ class ReadAhead:
             pool = self._pool
         if window is not None and window.next_batch() == number:
             return window
-        numbers = itertools.count(number, self._stride) if self._stride else (number,)
-        wanted = ((batch, fetch) for batch in numbers for fetch in fetches(batch))
+        later = itertools.count(number + self._stride, self._stride) if self._stride else ()
+        wanted = ((batch, fetch) for batch in later for fetch in fetches(batch))
+        wanted = itertools.chain(((number, fetch) for fetch in rest), wanted)
         return _Window(pool, wanted, _WAITING_PER_THREAD * self._threads)
 
 

@@ -3,6 +3,8 @@ touches its devices."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,6 +26,7 @@ def start_worker(index: int, count: int) -> None:
     nobody holds its pipe any more. Ctrl-C is the trainer's to handle. No backend of jax may start here.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_memory()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # grain brings it
         jax.config.update("jax_platforms", "cpu")
@@ -32,6 +35,18 @@ def start_worker(index: int, count: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()
+
+
+def _keep_memory() -> None:
+    """Keeps glibc from giving memory back whenever a decoded picture of megabytes is done with.
+
+    Getting it again, page by page, takes 5 % of the time of a picture of 1600 pixels.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # Of mallopt(3); the latter takes up to 32 MiB.
+    with contextlib.suppress(OSError, AttributeError):  # Other systems' libraries have other ways.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 128 << 20)
 
 
 def _end_with(sentinel: int) -> None:

@@ -179,3 +179,23 @@ def test_reads_when_batches_come_from_workers_then_each_record_once_and_none_of_
     wanted = [(draw.source, next(plan.records(draw))) for draw in draws]
     assert collections.Counter(wanted[:40]) <= read <= collections.Counter(wanted)
     assert read.total() <= most
+
+
+@pytest.mark.parametrize("stride", [None, 1])
+def test_fetches_when_they_are_quick_then_made_where_they_are_taken_until_they_are_slow(stride):
+    log, slow_from = [], (6, 1)
+
+    class Sometimes(Fetch):
+        def advance(self):
+            super().advance()
+            time.sleep(0.05 if (self.batch, self.place) >= slow_from else 0)
+
+    reads = ReadAhead(threads=3, stride=stride, quick_s=0.02)
+    threads = {}
+    for batch in range(4, 9):
+        for fetch in reads(batch, lambda batch: [Sometimes(log, batch, place) for place in range(4)]):
+            threads[fetch.batch, fetch.place] = fetch.thread
+    assert list(threads) == [(batch, place) for batch in range(4, 9) for place in range(4)]
+    here = [place for place, thread in threads.items() if thread is threading.current_thread()]
+    assert here == [place for place in threads if place <= slow_from]
+    assert all(log.count(place) == 1 for place in threads)
