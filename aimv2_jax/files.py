@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -28,7 +29,8 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
         error.filename = str(path)  # Python leaves it out where a full disk has no room.
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # What went wrong before is what counts.
+            part.unlink()
 
 
 def move_whole(part: Path, path: epath.PathLike) -> None:

@@ -48,14 +48,14 @@ def positive(text: str, most: int = 2**31 - 1) -> int:
     return value
 
 
-def check_output(file: Path, suffix: str = "") -> None:
-    """Tells mistakes in `--output FILE` before any work is done; raises `UserError`."""
+def check_output(file: Path, suffix: str = "", flag: str = "--output") -> None:
+    """Tells mistakes in `--output FILE`, or the like, before any work is done; raises `UserError`."""
     if not file.name.lower().endswith(suffix):
-        raise UserError(f"--output: the name does not end in {suffix}", str(file), f"Name a file such as new{suffix}")
+        raise UserError(f"{flag}: the name does not end in {suffix}", str(file), f"Name a file such as new{suffix}")
     if file.is_dir() or not file.name:
-        raise UserError("--output is a folder", str(file), f"Name a file in it, such as {file / ('new' + suffix)}")
+        raise UserError(f"{flag} is a folder", str(file), f"Name a file in it, such as {file / ('new' + suffix)}")
     if not file.parent.is_dir():
-        raise UserError("--output: no such folder", str(file.parent), "Make it first, or give another file")
+        raise UserError(f"{flag}: no such folder", str(file.parent), "Make it first, or give another file")
 
 
 def make_output_folder(folder: Path) -> None:

@@ -163,6 +163,7 @@ class _Rows:
             try:
                 pixels, caption = render(search.found, search.kind, view, search.example, self.clock)
             except BadRecord as error:
+                self.clock.lap("decode")
                 search.reject(error)
                 search.advance()
                 self.clock.lap("read")

@@ -36,8 +36,8 @@ FORMATS = tuple(dict.fromkeys(filter(None, FORMAT_OF.values())))
 
 # Pixels that a scaled decode keeps a side for each one wanted. Measured over crops that were decoded scaled, against a
 # full decode and the same resize, PSNR in dB, median / worst: 46.1 / 37.1 at 1.3, 45.3 / 36.2 at 1.2, 44.7 / 34.7 at
-# 1.1 for sharp photographs of 288 to 384 pixels at 56 to 224; 51.3 / 46.1, 50.7 / 44.3, 50.0 / 41.9 for the pictures of
-# experiments/benchmarks/input_rate.py, 1600 pixels at 224 to 448.
+# 1.1 for sharp photographs of 288 to 384 pixels at 56 to 224; 52.1 / 44.1 at 1.3 for the pictures of
+# experiments/benchmarks/input_rate.py, 1600 pixels at 224.
 SPARE = 1.3
 _SMALLEST_TARGET = 8  # Pixels: below, simplejpeg has several scales of one size.
 
@@ -189,13 +189,8 @@ def _decode_jpeg(data: bytes, whole: tuple[int, int], box: Box, size: int) -> tu
     # Only the part that the resize looks at goes on to Pillow: cubic, so two pixels beside each one, of either size.
     left, right = _reach(box[0] / scale, box[2] / scale, size, pixels.shape[1])
     top, bottom = _reach(box[1] / scale, box[3] / scale, size, pixels.shape[0])
-    # The last block may stand out of the picture; of it, decoding has rounded up.
-    inside = (
-        box[0] / scale - left,
-        box[1] / scale - top,
-        min(box[2] / scale, pixels.shape[1]) - left,
-        min(box[3] / scale, pixels.shape[0]) - top,
-    )
+    # Decoding rounds the picture's size up, so the box is inside of it.
+    inside = box[0] / scale - left, box[1] / scale - top, box[2] / scale - left, box[3] / scale - top
     return Image.fromarray(pixels[top:bottom, left:right]), inside
 
 

@@ -127,7 +127,8 @@ def training_batches(
         TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip),
         config.grid,
         config.model.patch_size,
-        ReadAhead(data.read_threads, data.workers or None, QUICK_S),  # Worker i of n builds every n-th batch.
+        # Worker i of n builds every n-th batch. Threads of one process wait for one another: there no read is quick.
+        ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
     return Batches(build, range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
@@ -154,7 +155,7 @@ def evaluation_batches(
             CenterView(config.data.image_size),
             config.grid,
             config.model.patch_size,
-            ReadAhead(config.data.read_threads, None, QUICK_S),
+            ReadAhead(config.data.read_threads),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
         # In threads of this process: an evaluation is short, and starting workers for each would cost seconds.

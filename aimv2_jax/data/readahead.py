@@ -15,12 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 MAX_WAITING_BYTES = 64 << 20
-"""Fetched or under way, and not yet taken: beyond this nothing more is fetched, however few they are."""
+"""Fetched or under way for one who builds batches, and not yet taken: beyond this nothing more is fetched."""
 
 QUICK_S = 0.0005
-"""A read that takes no longer is not worth a thread: handing it over takes about 0.1 ms of both threads' time."""
+"""A read that takes no longer is mostly work (copies, checksum), which no thread hides; handing it over takes 0.1 ms."""
 
-_PATIENCE_S = 0.02  # Beyond what is quick, all in all, before the threads start: one slow read, or many halting ones.
+_PATIENCE_S = 0.02  # Beyond what is quick, all in all, before the threads start for good.
+_MOST_LATE_S = _PATIENCE_S / 4  # That one read counts for: a machine that halts once is no slow disk.
 _WAITING_PER_THREAD = 2  # Records on their way or ready, so that a thread finds work while a picture is decoded.
 
 
@@ -67,30 +68,33 @@ class ReadAhead:
           number: the batch.
           fetches: number -> what that batch needs, in order; the same at every call.
         """
-        rest = iter(fetches(number))
+        rest, begun = iter(fetches(number)), False
         while not self._threads or self._patience_s > 0:
             fetch = next(rest, None)
             if fetch is None:
                 return
             start = time.perf_counter()
             fetch.advance()
-            late_s = time.perf_counter() - start - self._quick_s
+            late_s = min(time.perf_counter() - start - self._quick_s, _MOST_LATE_S)
             self._patience_s = min(self._patience_s - late_s, _PATIENCE_S)
+            begun = True
             yield fetch
-        window = self._window_at(number, rest, fetches)
+        window = self._window_at(number, rest, fetches, begun)
         while window.next_batch() == number:
             yield window.take()
         if self._stride is not None:
             self._window = window
 
-    def _window_at(self, number: int, rest: Iterator[F], fetches: Callable[[int], Iterable[F]]) -> _Window[F]:
-        """The window whose next fetch is the first of batch `number`: the one that was left there, or one of `rest`."""
+    def _window_at(
+        self, number: int, rest: Iterator[F], fetches: Callable[[int], Iterable[F]], begun: bool
+    ) -> _Window[F]:
+        """The window on what is left of batch `number`: the one that was left at its head, or a new one."""
         with self._lock:
             window, self._window = self._window, None
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reads")
             pool = self._pool
-        if window is not None and window.next_batch() == number:
+        if window is not None and not begun and window.next_batch() == number:
             return window
         later = itertools.count(number + self._stride, self._stride) if self._stride else ()
         wanted = ((batch, fetch) for batch in later for fetch in fetches(batch))

@@ -73,6 +73,8 @@ class Source:
         path = self._folder / self.info.shards[shard].file
         try:
             [data] = _OPEN.reader(path).read([index - first])
+        except MemoryError:
+            raise
         except Exception as error:  # array_record raises whatever fits; all of it means these bytes cannot be had.
             _OPEN.drop(path)  # A reader that has failed once may go on failing where nothing is wrong.
             if any(os.strerror(number) in str(error) for number in (errno.EMFILE, errno.ENFILE)):

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from aimv2_jax.data.pictures import open_picture  # noqa: E402
 from aimv2_jax.errors import UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser  # noqa: E402
+from aimv2_jax.flags import Parser, check_output  # noqa: E402
 from experiments.benchmarks import input_rows, photos  # noqa: E402
 from experiments.benchmarks.input_rows import Measured  # noqa: E402
 
@@ -190,7 +190,7 @@ def _processor() -> str:
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--input", nargs="+", metavar="DIR", help="prepared data sets with alt captions")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to FILE and the table beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE.json, the table to FILE.md")
     parser.add_argument("--make", metavar="DIR", help="only make the data sets, in DIR")
     parser.add_argument("--rows", nargs="+", choices=list(input_rows.ROWS), default=list(input_rows.ROWS))
     parser.add_argument("--one-core", action="store_true", help="leave out the rows on all cores")
@@ -201,6 +201,9 @@ def main() -> int:
         raise UserError("--rounds is too small", flags.rounds, "Give at least 1")
     if not 0 < flags.seconds < 3600:
         raise UserError("--seconds is no time", flags.seconds, "Give some seconds, such as 1.5")
+    if flags.json:
+        flags.json.parent.mkdir(parents=True, exist_ok=True)
+        check_output(flags.json, ".json", "--json")
     if flags.make:
         print("\n".join(str(path) for path in photos.make(Path(flags.make))))
         return 0
@@ -212,10 +215,8 @@ def main() -> int:
     text = table(lines, _heading(" ".join(["python", "experiments/benchmarks/input_rate.py", *sys.argv[1:]])))
     print(text, end="")
     if flags.json:
-        path = Path(flags.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
-        path.with_suffix(".md").write_text(text)
+        flags.json.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+        flags.json.with_suffix(".md").write_text(text)
     return 0
 
 

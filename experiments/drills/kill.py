@@ -36,7 +36,7 @@ if _NAME:
     multiprocessing.current_process()._config["semprefix"] = f"/{_NAME}"
 
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser  # noqa: E402
+from aimv2_jax.flags import Parser, check_output  # noqa: E402
 
 QUICKSTART = ROOT / "experiments/quickstart.py"
 SETTINGS = {
@@ -191,10 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python experiments/drills/kill.py", description="Kills a run at random moments.")
     parser.add_argument("--kills", type=int, default=20, help="how often (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="where the report goes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the report goes")
     flags = parser.parse_args(arguments)
     if flags.kills < 1:
         raise UserError("--kills is too small", flags.kills, "Give at least 1")
+    if flags.json:
+        check_output(flags.json, flag="--json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # So that no trainer is left behind.
     moments = random.Random(flags.seed)
     with tempfile.TemporaryDirectory(prefix="drill-") as folder:
@@ -213,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = compare(workdir, straight, steps)
     report = {"kills": [dataclasses.asdict(kill) for kill in kills], "steps": steps, "numbers_compared": numbers}
     if flags.json:
-        Path(flags.json).write_text(json.dumps(report, indent=1) + "\n")
+        flags.json.write_text(json.dumps(report, indent=1) + "\n")
     print(
         f"{len(kills)} kills, {steps} steps: "
         f"all {numbers:,} numbers of the state and all metrics are those of the run that was left alone"

@@ -182,20 +182,26 @@ def test_reads_when_batches_come_from_workers_then_each_record_once_and_none_of_
 
 
 @pytest.mark.parametrize("stride", [None, 1])
-def test_fetches_when_they_are_quick_then_made_where_they_are_taken_until_they_are_slow(stride):
-    log, slow_from = [], (6, 1)
+@pytest.mark.parametrize(
+    ("slow", "last_here"), [([], (8, 3)), ([(6, 1)], (8, 3)), ([(6, i) for i in range(4)] + [(7, 0)], (6, 3))]
+)
+def test_fetches_when_they_are_quick_then_made_where_they_are_taken_until_four_are_slow(
+    monkeypatch, stride, slow, last_here
+):
+    log, now = [], [0.0]
+    monkeypatch.setattr(readahead.time, "perf_counter", lambda: now[0])
 
     class Sometimes(Fetch):
         def advance(self):
             super().advance()
-            time.sleep(0.05 if (self.batch, self.place) >= slow_from else 0)
+            now[0] += 0.05 if (self.batch, self.place) in slow else 0.0001
 
-    reads = ReadAhead(threads=3, stride=stride, quick_s=0.02)
+    reads = ReadAhead(threads=3, stride=stride, quick_s=0.0005)
     threads = {}
     for batch in range(4, 9):
         for fetch in reads(batch, lambda batch: [Sometimes(log, batch, place) for place in range(4)]):
             threads[fetch.batch, fetch.place] = fetch.thread
     assert list(threads) == [(batch, place) for batch in range(4, 9) for place in range(4)]
     here = [place for place, thread in threads.items() if thread is threading.current_thread()]
-    assert here == [place for place in threads if place <= slow_from]
+    assert here == [place for place in threads if place <= last_here]
     assert all(log.count(place) == 1 for place in threads)
