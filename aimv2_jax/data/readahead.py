@@ -18,7 +18,7 @@ MAX_WAITING_BYTES = 64 << 20
 """Fetched or under way for one who builds batches, and not yet taken: beyond this nothing more is fetched."""
 
 QUICK_S = 0.0005
-"""A read that takes no longer is mostly work (copies, checksum), which no thread hides; handing it over takes 0.1 ms."""
+"""A read that takes no longer is mostly work (copies, checksum), which no thread hides; handing over takes 0.1 ms."""
 
 _PATIENCE_S = 0.02  # Beyond what is quick, all in all, before the threads start for good.
 _MOST_LATE_S = _PATIENCE_S / 4  # That one read counts for: a machine that halts once is no slow disk.
