@@ -7,6 +7,8 @@ import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
+import multiprocessing.shared_memory
 import os
 import signal
 import sys
@@ -26,6 +28,7 @@ def start_worker(index: int, count: int) -> None:
     nobody holds its pipe any more. Ctrl-C is the trainer's to handle. No backend of jax may start here.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _announce_segments()
     _keep_memory()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # grain brings it
@@ -35,6 +38,21 @@ def start_worker(index: int, count: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()
+
+
+def _announce_segments() -> None:
+    """Tells the resource tracker of a segment of shared memory before it is made.
+
+    Python does so right after: a segment whose maker is killed in between would stay for good.
+    """
+    make_name = multiprocessing.shared_memory._make_filename
+
+    def announced() -> str:
+        name = make_name()
+        multiprocessing.resource_tracker.register(name, "shared_memory")
+        return name
+
+    multiprocessing.shared_memory._make_filename = announced
 
 
 def _keep_memory() -> None:

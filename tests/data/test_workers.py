@@ -170,3 +170,34 @@ def test_trainer_when_it_ends_without_closing_then_it_does_end_and_nothing_is_le
     trainer = start("forget")
     assert trainer.process.wait(30) == 0
     trainer.assert_gone_within(10)
+
+
+KILLED_MAKER = """
+import multiprocessing.shared_memory as shared_memory, os, signal
+from aimv2_jax.data import workers
+
+workers._announce_segments()
+plain = shared_memory._posixshmem.shm_open
+
+
+def made_and_killed(name, *args, **kwargs):
+    plain(name, *args, **kwargs)
+    print(name.lstrip("/"), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+shared_memory._posixshmem = type("posixshmem", (), {"shm_open": staticmethod(made_and_killed)})
+shared_memory.SharedMemory(create=True, size=100)
+"""
+
+
+def test_segment_when_its_maker_is_killed_right_after_making_it_then_it_goes():
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", KILLED_MAKER], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    segment = Path("/dev/shm") / done.stdout.strip()
+    assert segment.name.startswith("psm_")
+    end = time.monotonic() + 10
+    while segment.exists():
+        assert time.monotonic() < end, segment
+        time.sleep(0.05)
