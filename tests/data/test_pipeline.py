@@ -25,7 +25,7 @@ from aimv2_jax.data.pipeline import (
 )
 from aimv2_jax.errors import GuardStop, UserError
 
-# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 ROWS = range(8)

@@ -12,7 +12,7 @@ from slow_reads import SlowSource, journal_lines
 from aimv2_jax.data import pipeline, readahead
 from aimv2_jax.data.readahead import ReadAhead
 
-# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 

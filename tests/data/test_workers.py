@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 # A trainer whose shared memory has names of its own: other programs of the machine have segments, too. Workers import

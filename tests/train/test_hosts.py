@@ -16,7 +16,7 @@ from tiny import ROOT
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 
-# A test of the loop looks at all of /dev/shm: those that put segments there run one after another.
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 
 STEPS = 10

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
 
-# One of these looks at all of /dev/shm: tests that put segments there run one after another.
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 KEYS = {
@@ -122,11 +123,34 @@ def running(pid: int) -> bool:
         return False
 
 
+# Python imports this first in the trainer and its workers, so that their shared memory and semaphores have names of
+# their own: other programs of the machine, and other tests, have some, too.
+SITE = """
+import multiprocessing.process, multiprocessing.shared_memory, os
+
+multiprocessing.shared_memory._SHM_NAME_PREFIX = "/" + os.environ["TRAINER_NAME"]
+multiprocessing.process.current_process()._config["semprefix"] = "/" + os.environ["TRAINER_NAME"]
+"""
+
+
 def start(workdir: Path, **changes) -> subprocess.Popen:
     command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(workdir, data__workers=2, **changes)]
+    site = workdir.parent / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(SITE)
+    environment = os.environ | {"PYTHONPATH": str(site), "TRAINER_NAME": segment_name(workdir)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def segment_name(workdir: Path) -> str:
+    return f"l{zlib.crc32(str(workdir).encode()):x}"  # Of 14 letters at most, with what Python adds.
+
+
+def segments(workdir: Path) -> list[str]:
+    """Shared memory and semaphores of the trainers that were started in `workdir`."""
+    return [name for name in os.listdir("/dev/shm") if segment_name(workdir) in name]
 
 
 def wait_for(condition: Callable[[], bool], trainer: subprocess.Popen) -> None:
@@ -138,17 +162,17 @@ def wait_for(condition: Callable[[], bool], trainer: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_and_no_orphan(straight, tmp_path):
-    segments = set(os.listdir("/dev/shm"))
     trainer = start(tmp_path, train__steps=100_000, train__save_every=10, train__log_every=1)
     try:
         wait_for((tmp_path / "checkpoints/10").is_dir, trainer)
         family = children(trainer.pid)
         assert len(family) >= 2  # the workers
+        assert segments(tmp_path)
     finally:
         os.kill(trainer.pid, signal.SIGKILL)
         trainer.communicate()
     deadline = time.monotonic() + 10
-    while any(map(running, family)) or set(os.listdir("/dev/shm")) - segments:
+    while any(map(running, family)) or segments(tmp_path):
         assert time.monotonic() < deadline, "orphans or shared memory are left 10 s after the trainer was killed"
         time.sleep(0.1)
     for step in CheckpointReader(tmp_path).steps():
