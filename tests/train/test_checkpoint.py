@@ -1,11 +1,9 @@
 """Checkpoints: what comes back is what was saved, whatever happens in between."""
 
-import contextlib
 import functools
 import gc
 import json
 import logging
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from full_disk import files_of_at_most
 
 from aimv2_jax.config import build_config, config_to_dict
 from aimv2_jax.errors import UserError
@@ -356,17 +355,6 @@ def test_step_when_killed_in_the_middle_of_its_save_then_ignored_and_saved_again
     save_all(tmp_path, {2: None})
     assert_same(reader.restore(2, abstract(make_state())), make_state(2))
     assert folders(tmp_path) == ["1", "2"]
-
-
-@contextlib.contextmanager
-def files_of_at_most(num_bytes):
-    """Writing further fails as on a full disk: Python ignores SIGXFSZ, so that it is an error of the write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _failure_of(action):

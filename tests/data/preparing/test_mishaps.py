@@ -1,15 +1,14 @@
 """What goes wrong around preparation, and what is said then: odd inputs, odd outputs, odd runners."""
 
-import contextlib
 import gzip
 import re
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
 
 import pytest
+from full_disk import files_of_at_most
 
 from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.prepare import main
@@ -34,17 +33,6 @@ def refused(result):
     code, said = result
     assert code == 2 and re.fullmatch(r"error: .*\.\n", said), said
     return said
-
-
-@contextlib.contextmanager
-def files_of_at_most(num_bytes):
-    """Writing further fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_input_when_its_first_tars_are_empty_or_damaged_then_the_others_are_prepared(run, tmp_path, make_tar, picture):

@@ -1,12 +1,10 @@
 """Preparation from the command line: what it makes, what it refuses, and what an interruption leaves."""
 
-import contextlib
 import fcntl
 import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from full_disk import files_of_at_most
 from PIL import Image
 
 from aimv2_jax.data.books import Tally
@@ -274,17 +273,6 @@ def test_resume_when_finished_already_then_the_same_answer(run, files_of):
     before = files_of(folder)
     code, again, _ = run(*FLAGS, "--resume")
     assert (code, again, files_of(folder)) == (0, first, before)
-
-
-@contextlib.contextmanager
-def files_of_at_most(num_bytes):
-    """Writing further fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_disk_when_full_then_one_sentence_and_resume_goes_on(run, tmp_path, tars, picture, make_tar, files_of):
