@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aimv2_jax.models.attention import attend, causal_mask, full_mask, prefix_mask
+from aimv2_jax.models.attention import Reads, attend, causal_reads, full_reads
 
 VALID = np.array([[True] * 6, [True, True, False, True, False, False]])
 
@@ -17,7 +17,7 @@ def by_definition(allowed) -> np.ndarray:
 
 def test_prefix_mask_when_any_prefix_and_padding_then_the_definition():
     for prefix in range(1, 7):
-        ours = prefix_mask(jnp.asarray([prefix, 7 - prefix]), jnp.asarray(VALID))
+        ours = Reads(jnp.asarray([prefix, 7 - prefix]), jnp.asarray(VALID)).mask(6)
         lengths = (prefix, 7 - prefix)
         expected = by_definition(lambda b, i, j, lengths=lengths: VALID[b, j] and (j <= i or j < lengths[b]))
         np.testing.assert_array_equal(ours[:, 0], expected)
@@ -25,10 +25,15 @@ def test_prefix_mask_when_any_prefix_and_padding_then_the_definition():
 
 def test_causal_and_full_masks_when_there_is_padding_then_the_definition():
     np.testing.assert_array_equal(
-        causal_mask(jnp.asarray(VALID))[:, 0], by_definition(lambda b, i, j: VALID[b, j] and j <= i)
+        causal_reads(jnp.asarray(VALID)).mask(6)[:, 0], by_definition(lambda b, i, j: VALID[b, j] and j <= i)
     )
-    full = np.broadcast_to(full_mask(jnp.asarray(VALID))[:, 0], (2, 6, 6))
-    np.testing.assert_array_equal(full, by_definition(lambda b, i, j: VALID[b, j]))
+    np.testing.assert_array_equal(
+        causal_reads(jnp.asarray(VALID), first=3).mask(2)[:, 0],
+        by_definition(lambda b, i, j: VALID[b, j] and j <= i)[:, 3:5],
+    )
+    np.testing.assert_array_equal(
+        full_reads(jnp.asarray(VALID)).mask(6)[:, 0], by_definition(lambda b, i, j: VALID[b, j])
+    )
 
 
 def test_attention_when_masked_then_the_formula_and_finite_where_nothing_may_be_read():
