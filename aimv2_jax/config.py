@@ -27,7 +27,7 @@ import ml_collections
 
 from aimv2_jax.errors import UserError
 
-Remat = Literal["none", "matmuls", "attention", "full"]
+Remat = Literal["none", "matmuls", "attention", "full"]  # As models/layers.py has them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # always `X | None` here
+    if origin in (types.UnionType, typing.Union):  # always `X | None` here
         if value is None or (isinstance(value, _FlagText) and value.lower() == "none"):
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, key)

@@ -58,8 +58,9 @@ def _model() -> ConfigDict:
             pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, of pixels in [0, 1]. [R]
             pixel_std=(0.229, 0.224, 0.225),  # [R]
             layers="loop",  # Blocks by "scan" (quick to compile) or "loop" (faster on TPU); one parameter tree. [O]
-            remat="none",  # What the backward pass recomputes: "none", "matmuls" (all but matrix products), "attention" [O]
-            # (also gate and up), or "full" blocks; each needs less memory than the one before.
+            # What the backward pass recomputes: "none", "matmuls" (all but matrix products), "attention" (also gate and
+            # up), or "full" blocks; each needs less memory than the one before. [O]
+            remat="none",
             attention="auto",  # "xla", "pallas" (our kernels), or "auto": kernels on TPU with 128 channels a head. [O]
             compute_dtype="bfloat16",  # Activations and matrix products; norms, softmax, losses are float32. [R]
             param_dtype="float32",  # Parameters and Adam's moments. [R]
@@ -134,7 +135,7 @@ def _train() -> ConfigDict:
             save_every=5_000,  # Steps between checkpoints; 0: at the end only. [O]
             keep=3,  # Newest checkpoints kept, beside the best. [O]
             microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]
-            reduce_dtype="float32",  # In which gradients are summed over devices; "bfloat16" halves the traffic. [O; R: bf16]
+            reduce_dtype="float32",  # Of gradients on their way between devices, or "bfloat16". [O; R: bfloat16]
             tpu_compiler_options=dict(  # Of libtpu, for the train step; why each: experiments/LOG.md. [O]
                 xla_tpu_decompose_every_reduce_scatters_hlos="true",
                 xla_tpu_ars_combiner_threshold_in_bytes="0",

@@ -1,7 +1,7 @@
-"""Who may read whom, and the attention that obeys. B batch, Q queries, K keys, S sequence, D width, H heads, E head dim.
+"""Who may read whom, and the attention that obeys. B batch, Q queries, K keys, D width, H heads, E head dim.
 
-Every mask of the method has one form: query i reads key j iff (j <= i or j < prefix) and j is readable. A prefix of 0 is
-causal attention, a prefix of K full attention (RECIPE.md §2, §3).
+Every mask of the method has one form: query i reads key j iff (j <= i or j < prefix) and j is readable. A prefix of 0
+is causal attention, a prefix of K full attention (RECIPE.md §2, §3).
 """
 
 from __future__ import annotations

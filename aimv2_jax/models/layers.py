@@ -62,8 +62,8 @@ def project(
     """x · kernel, computed in x's type; the kernel's gradient leaves the matrix unit in the kernel's own type.
 
     So the sum over rows is float32 where parameters are, with bfloat16 operands; the one over devices is taken in
-    `reduce_dtype`. And the weight gradient is written as xᵀ · dy, where differentiation would write (dyᵀ · x)ᵀ: dy comes
-    out of a chain of elementwise operations, which a CPU would compute again in transposed order.
+    `reduce_dtype`. And the weight gradient is written as xᵀ · dy, where differentiation would write (dyᵀ · x)ᵀ: dy
+    comes out of a chain of elementwise operations, which a CPU would compute again in transposed order.
     """
     return _project_forward(x, kernel, axes, out_dtype, reduce_dtype)[0]
 

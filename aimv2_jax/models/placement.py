@@ -29,7 +29,7 @@ def by_device(run: Callable[..., Any], arrays: Sequence[tuple[Array, Axes]], out
 
 
 def whole(weight: Array, axes: Axes) -> Array:
-    """A weight as a device computes with it: gathered over the axes that split the batch, still split over the others."""
+    """A weight as a device computes with it: gathered over the axes that split the batch, split over the others."""
     parts = _batch_parts()
     if parts is None:
         return weight

@@ -1,8 +1,8 @@
 """The one place where a logical axis name becomes a mesh axis.
 
-A mesh has four axes: `slice` and `data` split the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden units
-and vocabulary. Slices are joined by the slow network between them: parameters are whole in each, and only sums of gradients
-and of losses cross it. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
+A mesh has four axes: `slice` and `data` split the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden
+units and vocabulary. Slices are joined by a slow network: parameters are whole in each, and only sums of gradients and
+of losses cross it. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
 """
 
 from __future__ import annotations

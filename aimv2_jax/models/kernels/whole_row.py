@@ -1,7 +1,7 @@
 """Attention for short sequences: the scores of a whole row of queries stand in VMEM, so softmax needs no second pass.
 
-B batch, S sequence, D = H·E width, E head dim. One program computes a few heads of one example. The reads are two numbers
-a key: query i reads key j iff (j <= i or j < prefix) and j is readable.
+B batch, S sequence, D = H·E width, E head dim. One program computes a few heads of one example. Query i reads key j iff
+(j <= i or j < prefix) and j is readable.
 """
 
 from __future__ import annotations
