@@ -19,8 +19,10 @@ _GOOGLE = "0x1ae0"  # Vendor on the PCI bus.
 # Classes of what else Google puts there: disks (01) and network cards (02). Anything new is taken for a TPU.
 _NO_TPU_CLASSES = ("0x01", "0x02")
 _NVIDIA = ("nvidia0", "nvidiactl", "dxg")  # Where JAX, too, looks for GPUs.
-# JAX itself sets the first where there is no TPU, and the others are about logs: they tell of no TPU.
-_TELL_NOTHING = ("TPU_SKIP_MDS_QUERY", "TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_LOG_DIR")
+# Set by the mere import of JAX and of libtpu, and for logs: they tell of no TPU.
+_TELL_NOTHING = (
+    "TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH", "TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_LOG_DIR",
+)  # fmt: skip
 
 
 def skip_absent_tpu() -> None:

@@ -128,6 +128,10 @@ finish() {
   esac
 }
 
+if [ "$command" = run ] || [ "$command" = copy ]; then
+  new=$(git -C "$root" ls-files --others --exclude-standard)
+  [ -z "$new" ] || echo "note: not copied, since git does not track it: ${new//$'\n'/, }" >&2
+fi
 case "$command" in
 create | copy | stop | delete) $command ;;
 start) start "$@" ;;

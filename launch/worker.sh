@@ -44,7 +44,7 @@ watch) # Runs the training, hands SIGTERM on to it, and leaves its exit code, wh
   mv "$run/code.part" "$run/code"
   ;;
 follow) # The log until the run is over.
-  tail -n 20 -F --pid="$(pid)" "$run/log"
+  tail -n 20 -F -s 0.2 --pid="$(pid)" "$run/log"
   ;;
 over) # Waits for the end of the run, which comes to all hosts within seconds.
   for ((waited_s = 0; waited_s < ${OVER_S:-600}; waited_s++)); do

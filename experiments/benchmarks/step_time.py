@@ -4,7 +4,7 @@
     python experiments/benchmarks/step_time.py --platform gpu --preset large_224 [--config.model.remat=full]
 
 Prints one JSON line. Presets: `reference` (what the PyTorch reference trainer was timed with), `tiny` (whether this
-program works), and the pre-training runs. Those have batches for a pod, so one chip gets the largest that fits, found by
+program works), and the pre-training runs, whose batches are for a pod: one chip gets the largest that fits, found by
 trying, or that of `--batch`. `mfu` is the model's FLOPs (train/flops.py) over the chip's dense bf16 peak.
 Timings are noisy: compare `images_per_gflop`, the rate over the matmul rate of the same run.
 Needs only jax, flax, optax, numpy, ml_collections, einops and jaxtyping.
