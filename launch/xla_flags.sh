@@ -12,12 +12,13 @@
 #
 # Not here, for all generations:
 # - What one train step wants (VMEM limit, fusions, reduce-scatters) is in its experiment, as compiler options of that step.
-# - What published lists (MaxText, AXLearn) set and libtpu 0.0.52 does anyway. Compiled for v5e, v5p and v6e, one slice
-#   and two, small sharded programs came out the same with and without: xla_tpu_enable_async_collective_fusion,
-#   ..._fuse_all_gather, ..._multiple_steps, xla_tpu_overlap_compute_collective_tc, xla_enable_async_all_gather,
-#   xla_tpu_enable_data_parallel_all_reduce_opt, xla_tpu_data_parallel_opt_different_sized_ops,
-#   xla_tpu_enable_latency_hiding_scheduler, xla_tpu_enable_megascale_barrier. So gradients cross slices beside the
-#   backward pass of the next layer without being told to.
+# - What published lists (MaxText, AXLearn) set and libtpu 0.0.52 does anyway: sharded matmuls, in a loop and in a scan,
+#   over one slice and two, came out of the compiler the same with and without xla_tpu_enable_data_parallel_all_reduce_opt,
+#   xla_tpu_data_parallel_opt_different_sized_ops (gradients cross slices beside the backward pass of the next layer),
+#   xla_tpu_enable_latency_hiding_scheduler, xla_tpu_overlap_compute_collective_tc, and on v5e
+#   xla_tpu_enable_async_collective_fusion, ..._multiple_steps, ..._fuse_all_gather and xla_enable_async_all_gather.
+# - ..._fuse_all_gather with xla_enable_async_all_gather on v5p and v6e: libtpu 0.0.52 refuses the pair on all but v5e
+#   ("might lead to incorrect results, hang").
 # - xla_tpu_enable_sunk_dcn_allreduce_done_with_host_reduction (AXLearn): the same programs, or no compiling at all.
 # - megascale_grpc_premap_memory_bytes (AXLearn: 16 GiB instead of 4): for hosts that send more between slices. Ours send
 #   their share of the gradients, 0.2 GB a host for the 3B model in float32 on slices of 256 chips.

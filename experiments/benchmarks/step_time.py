@@ -86,7 +86,7 @@ def preset_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
     """The config of a preset, for one device and without any data; overrides as on a command line."""
     config = PRESETS[name]()
     config.data.sources, config.data.mixture = {"synthetic": ""}, {"synthetic": {"alt": 1.0}}
-    config.mesh.update(data=1, fsdp=1, tensor=1)
+    config.mesh.update(dict.fromkeys(config.mesh, 1))
     for key, text in overrides:
         try:
             config.update_from_flattened_dict({key: _value(text)})
