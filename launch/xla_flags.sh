@@ -6,8 +6,8 @@
 # | flag | for | why |
 # |---|---|---|
 # | xla_enable_async_all_gather, xla_enable_async_collective_permute | v4 | gathers beside computing; from v5 on the default |
-# | megascale_error_reporter_abort_on_error, ..._on_hang | several slices | a slice that failed ends all processes, which can start again, instead of leaving the others to wait for it |
-# | megascale_graph_hang_threshold=10m (5m), ..._within_launch_... (1m) | several slices | not every wait is a hang: a first batch or a checkpoint may keep a slice for minutes, and now a hang costs a restart |
+# | megascale_error_reporter_abort_on_error, ..._on_hang | several slices | a slice that failed ends all processes, instead of leaving the others to wait for it |
+# | megascale_graph_hang_threshold=10m (5m), ..._within_launch_... (1m) | several slices | not every wait is a hang: a first batch or a checkpoint may keep a slice for minutes, and now a hang ends the run |
 # | xla_tpu_iova_dma_chunk_size_bytes=1 MiB | v6e, several slices | gradients that cross slices otherwise overload the host's PCIe bus; AXLearn's finding |
 #
 # Not here, for all generations:
