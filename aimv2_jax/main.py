@@ -12,6 +12,7 @@ from pathlib import Path
 from aimv2_jax.config import Config, load_config
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.flags import Parser, split_overrides
+from aimv2_jax.platforms import skip_absent_tpu
 
 _EPILOG = """\
 any key of the config can be set on the command line:
@@ -47,6 +48,7 @@ def _local_folder(workdir: str) -> Path:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    skip_absent_tpu()
     config, workdir = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     from aimv2_jax.data import pipeline
     from aimv2_jax.data.tokenizer import Tokenizer
