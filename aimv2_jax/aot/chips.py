@@ -1,7 +1,7 @@
 """The chips that can be described: peaks, memories and links, with their sources.
 
-Sources: "doc" is Google Cloud's public TPU documentation page of that generation (system architecture table); "compiler"
-is what libtpu itself says (its limit on HBM, its FLOPs in `optimal_seconds`); anything else is said beside the number.
+Sources: "doc" is Google Cloud's public documentation of that TPU generation (system architecture, read in 2026);
+"compiler" is what libtpu says (its limit on HBM, its estimates); anything else is said beside the number.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ class Chip:
     hbm_limit_bytes: int  # What the compiler lets a program use.
     link_bytes_per_s: float  # One link of the interconnect, one direction.
     ring_size: int  # A torus axis has wrap-around links where its size is a multiple of this; else it is a line.
-    host_bytes_per_s: float  # Data-centre network between slices, a host, one direction.
-    chips_per_host: int
+    dcn_bytes_per_s: float  # Data-centre network between slices, a chip's share of its host, one direction.
 
     @property
     def flops_per_cycle(self) -> float:
@@ -46,8 +45,7 @@ CHIPS = {
         hbm_limit_bytes=int(15.75 * _GIB),  # compiler, of 16 GB (doc)
         link_bytes_per_s=50e9,  # doc: 400 GB/s a chip, both directions, over 4 links
         ring_size=16,  # doc: only the full 16 x 16 pod has wrap-around links
-        host_bytes_per_s=25e9,  # assumed: 200 Gbit/s a host
-        chips_per_host=4,
+        dcn_bytes_per_s=6.4e12 / 8 / 256,  # doc: 6.4 Tbit/s a pod of 256
     ),
     "v5p": Chip(
         name="v5p",
@@ -59,23 +57,22 @@ CHIPS = {
         hbm_bytes_per_s=2765e9,  # doc
         hbm_limit_bytes=int(95.7 * _GIB),  # compiler, of 95 GB (doc)
         link_bytes_per_s=100e9,  # doc: 1200 GB/s a chip, both directions, over 6 links
-        ring_size=4,  # doc: axes that are multiples of 4 are wrapped
-        host_bytes_per_s=25e9,  # assumed: 200 Gbit/s a host
-        chips_per_host=4,
+        ring_size=4,  # doc: slices of 4 x 4 x 4 and larger are full tori
+        dcn_bytes_per_s=50e9 / 8,  # doc: 50 Gbit/s a chip
     ),
     "v6e": Chip(
         name="v6e",
         accelerator="v6e-{count}",
         cores_counted=1,
-        # 918 TFLOP/s (doc). The clock is assumed: 4 matrix units of 256 x 256, 524288 FLOPs a cycle, at 1.75 GHz.
+        # 918 TFLOP/s (doc). The clock is inferred: the compiler's best matmul does 408750 FLOPs in one of its cycles, so
+        # its peak is taken as the next power of two, 524288, which makes 1.75 GHz.
         peak_flops=524288 * 1.75e9,
         clock_hz=1.75e9,
         hbm_bytes_per_s=1640e9,  # doc
         hbm_limit_bytes=int(31.25 * _GIB),  # compiler, of 32 GB (doc)
-        link_bytes_per_s=100e9,  # doc: 800 GB/s a chip, both directions, over 4 links
+        link_bytes_per_s=100e9,  # doc: twice v5e's (3200 Gbit/s a chip against 1600), over 4 links
         ring_size=16,  # as v5e
-        host_bytes_per_s=25e9,  # assumed: 200 Gbit/s a host
-        chips_per_host=4,
+        dcn_bytes_per_s=25.6e12 / 8 / 256,  # doc: 25.6 Tbit/s a pod of 256
     ),
 }
 
