@@ -27,6 +27,8 @@ import ml_collections
 
 from aimv2_jax.errors import UserError
 
+Remat = Literal["none", "matmuls", "attention", "full"]  # As models/layers.py has them.
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -45,6 +47,7 @@ class DecoderConfig:
     hidden: int | None
     vocab_size: int
     text_length: int
+    remat: Remat | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,8 @@ class ModelConfig:
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     layers: Literal["scan", "loop"]
-    remat: Literal["none", "full"]
+    remat: Remat
+    attention: Literal["auto", "xla", "pallas"]
     compute_dtype: Literal["bfloat16", "float32"]
     param_dtype: Literal["float32"]
 
@@ -114,6 +118,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slices: int
     data: int
     fsdp: int
     tensor: int
@@ -127,6 +132,8 @@ class TrainConfig:
     save_every: int
     keep: int
     microbatches: int
+    reduce_dtype: Literal["float32", "bfloat16"]
+    tpu_compiler_options: Mapping[str, str]
     compilation_cache: str | None
     tensorboard: bool
     wandb_project: str | None
@@ -289,7 +296,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # always `X | None` here
+    if origin in (types.UnionType, typing.Union):  # always `X | None` here
         if value is None or (isinstance(value, _FlagText) and value.lower() == "none"):
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, key)
@@ -394,6 +401,7 @@ def _check(config: Config) -> None:
             f"{train.microbatches} microbatches, batch {data.batch_size}",
             "Choose a divisor of the batch",
         )
+    _at_least(1, mesh.slices, "mesh.slices")
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(

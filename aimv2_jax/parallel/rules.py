@@ -1,7 +1,8 @@
 """The one place where a logical axis name becomes a mesh axis.
 
-A mesh has three axes: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden units and
-vocabulary. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
+A mesh has four axes: `slice` and `data` split the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden
+units and vocabulary. Slices are joined by a slow network: parameters are whole in each, and only sums of gradients and
+of losses cross it. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from aimv2_jax.errors import UserError
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # Activations.
-    ("batch", ("data", "fsdp")),  # B of every batch array and of [B, L, D]
+    ("batch", ("slice", "data", "fsdp")),  # B of every batch array and of [B, L, D]
     ("length", None),  # L of [B, L, D]
     ("activation", None),  # D of [B, L, D]
     # Parameters.
@@ -33,14 +34,14 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),  # N, the stack of blocks
     ("positions", None),  # rows of position tables
     ("position_embed", None),  # D of position tables and of the begin vector
-    ("norm", None),  # gains [D]
+    ("norm", "fsdp"),  # gains [D], which are multiplied into rows of matrices
     ("bias", None),  # biases [D]
 )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows of a batch over slices, data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

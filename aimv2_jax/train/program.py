@@ -83,8 +83,7 @@ class Program:
     def init(self) -> TrainState:
         """The state before step 0, laid out as the rules say; the same numbers on any mesh."""
         build = partial(init_state, task=self.task, optimizer=self.optimizer)
-        with rules.scope(self.mesh):
-            return jax.jit(build, out_shardings=self.state_shardings)(self.rng)
+        return jax.jit(build, out_shardings=self.state_shardings)(self.rng)
 
     @cached_property
     def step(self) -> Any:
@@ -105,10 +104,22 @@ class Program:
             out_shardings=(self.state_shardings, whole),
         )
 
+    def lower_step(self) -> Any:
+        """The train step, traced for this run's shapes; the devices may be described ones."""
+        key = jax.eval_shape(run_key, 0)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(self.mesh))
+        with rules.scope(self.mesh):
+            return self.step.lower(self.abstract_state, self.abstract_batch, key)
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """What the config asks of the compiler for the devices of the mesh."""
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        return dict(self.config.train.tpu_compiler_options) if on_tpu else {}
+
     def compile_step(self) -> Any:
         """The train step, compiled for this run's shapes: calling it never compiles again."""
-        with rules.scope(self.mesh):
-            return self.step.lower(self.abstract_state, self.abstract_batch, self.rng).compile()
+        return self.lower_step().compile(compiler_options=self.compiler_options or None)
 
     def eval_sums(self, params: Any, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, tuple[float, int]]:
         """Sum and count of every loss of one held-out batch at the given prefix lengths, as numbers of the host."""
@@ -131,7 +142,8 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     Raises:
       UserError: where mesh, batch or parameters don't fit the devices.
     """
-    mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    sizes = config.mesh
+    mesh = build_mesh(sizes.slices, sizes.data, sizes.fsdp, sizes.tensor, devices)
     check_batch(config.data.batch_size, mesh, "data.batch_size", config.train.microbatches)
     if config.eval.sources:
         check_batch(config.eval.batch_size, mesh, "eval.batch_size")
@@ -151,4 +163,4 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
     )
-    return Program(config, build_task(config), optimizer, schedule, mesh)
+    return Program(config, build_task(config, mesh.devices.flat[0].platform), optimizer, schedule, mesh)

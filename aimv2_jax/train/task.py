@@ -16,11 +16,12 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Float, Int
 
-from aimv2_jax.config import Config
+from aimv2_jax.config import Config, DecoderConfig, EncoderConfig
 from aimv2_jax.models.aimv2 import AIMv2, Predictions
+from aimv2_jax.models.attention import choose_attention
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.layers import Precision
+from aimv2_jax.models.layers import Precision, Remat, Run
 from aimv2_jax.models.sizes import swiglu_hidden
 from aimv2_jax.train import losses
 
@@ -128,15 +129,15 @@ def purpose_key(rng: jax.Array, purpose: str) -> jax.Array:
     return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
-def build_task(config: Config) -> PretrainTask:
-    """The task a config describes: where the config and the model meet."""
+def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
+    """The task a config describes, for devices of a platform: where the config and the model meet."""
     model, loss = config.model, config.loss
-    shared = dict(
-        eps=model.norm_eps,
-        precision=Precision(jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)),
-        layers=model.layers,
-        remat=model.remat,
-    )
+    dtypes = (model.compute_dtype, model.param_dtype, config.train.reduce_dtype)
+    shared = dict(eps=model.norm_eps, precision=Precision(*map(jnp.dtype, dtypes)))
+
+    def run(trunk: EncoderConfig | DecoderConfig, remat: Remat) -> Run:
+        return Run(model.layers, remat, choose_attention(model.attention, trunk.width // trunk.heads, platform))
+
     encoder = Encoder(
         width=model.encoder.width,
         depth=model.encoder.depth,
@@ -144,6 +145,7 @@ def build_task(config: Config) -> PretrainTask:
         hidden=model.encoder.hidden or swiglu_hidden(model.encoder.width),
         num_patches=config.num_patches,
         position=model.encoder.position,
+        run=run(model.encoder, model.remat),
         **shared,
     )
     decoder = Decoder(
@@ -155,6 +157,7 @@ def build_task(config: Config) -> PretrainTask:
         pixels=model.patch_size**2 * len(model.pixel_mean),
         vocab_size=model.decoder.vocab_size,
         text_length=model.decoder.text_length,
+        run=run(model.decoder, model.decoder.remat or model.remat),
         **shared,
     )
     return PretrainTask(
