@@ -149,7 +149,7 @@ class Collectives:
         num_bytes = sum(array.bytes for array in parts)
         if kind == "reduce-scatter" and one.opcode.startswith("reduce-scatter"):
             num_bytes *= max(map(len, groups))
-        axes = self._layout.axes_of(groups)
+        axes = self._layout.axes_of(groups, pairs=kind == "collective-permute")
         return Collective(
             kind, num_bytes, axes, self._layout.route(kind, num_bytes, groups), asynchronous, op_name, _shown(one)
         )

@@ -42,14 +42,17 @@ class Layout:
     def num_partitions(self) -> int:
         return math.prod(self.sizes)
 
-    def axes_of(self, groups: Groups) -> tuple[str, ...]:
-        """The mesh axes along which the members of a group differ; "part of" where a group is not all of them."""
+    def axes_of(self, groups: Groups, pairs: bool = False) -> tuple[str, ...]:
+        """The mesh axes along which the members of a group differ; "part of" where a group is not all of them.
+
+        Of (source, target) `pairs`, just the axes.
+        """
         varying: set[int] = set()
         for group in groups:
             places = np.array(np.unravel_index(np.array(group), self.sizes))
             varying |= {axis for axis in range(len(self.sizes)) if len(set(places[axis])) > 1}
         whole = math.prod(self.sizes[axis] for axis in varying)
-        part = "" if all(len(group) == whole for group in groups) else "part of "
+        part = "" if pairs or all(len(group) == whole for group in groups) else "part of "
         return tuple(part + self.axes[axis] for axis in sorted(varying))
 
     def route(self, kind: str, num_bytes: int, groups: Groups) -> Route:

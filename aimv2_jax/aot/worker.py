@@ -45,8 +45,8 @@ def run(job: Job) -> None:
 
         config = build_config(job.config)
         program = build_program(config, devices)
-        facts = describe(program, config, topology)
-        lowered = lower(program)
+        facts = describe(program, config, topology)  # Before lowering: it says what is compiled.
+        lowered = program.lower_step()
     except UserError as error:
         write_whole(folder / "user_error.json", json.dumps([error.what, str(error.value), error.remedy]).encode())
         return
@@ -63,21 +63,6 @@ def run(job: Job) -> None:
         sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
         write_whole(folder / "compiled.txt", compiled.as_text().encode())
         write_whole(folder / "compiled.json", json.dumps({**sizes, "flops": cost.get("flops")}).encode())
-
-
-def lower(program: Any) -> Any:
-    """The step, traced for the described devices; nothing is put on them."""
-    import jax
-
-    from aimv2_jax.parallel import rules
-    from aimv2_jax.train.task import run_key
-
-    # The state's shapes and the step come first: in the scope, small computations would be sent to the devices.
-    state, batch, step = program.abstract_state, program.abstract_batch, program.step
-    key = jax.eval_shape(lambda: run_key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(program.mesh))
-    with rules.scope(program.mesh):
-        return step.lower(state, batch, key)
 
 
 def describe(program: Any, config: Config, topology: Topology) -> dict[str, Any]:
@@ -98,7 +83,7 @@ def describe(program: Any, config: Config, topology: Topology) -> dict[str, Any]
             for device in mesh.devices.flat
         ],
         "tensors": [*_tensors(program.abstract_state), *_tensors(program.abstract_batch, "batch")],
-        "compiler_options": dict(getattr(config.train, "compiler_options", None) or {}),
+        "compiler_options": program.compiler_options,
         "flops_per_example": flops_per_example(config),
         "flops_of_allowed_pairs": flops_of_allowed_pairs(config),
         "batch_size": config.data.batch_size,
