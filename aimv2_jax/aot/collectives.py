@@ -48,9 +48,15 @@ class Collectives:
 
     def __init__(self, module: Module, layout: Layout):
         self._module, self._layout = module, layout
+        self._marks: dict[str, dict[str, list[Mark]]] = {}
 
     def marks(self, computation: str) -> dict[str, list[Mark]]:
         """By instruction name, what the instructions of a scheduled computation do."""
+        if computation not in self._marks:
+            self._marks[computation] = self._read_all(computation)
+        return self._marks[computation]
+
+    def _read_all(self, computation: str) -> dict[str, list[Mark]]:
         found: dict[str, list[Mark]] = {}
         in_flight: set[str] = set()
         for one in self._module.computations[computation]:

@@ -45,7 +45,6 @@ class OwnCharges:
 
     def __init__(self, module: Module, collectives: Collectives, chip: Chip):
         self._module, self._collectives, self._chip = module, collectives, chip
-        self._marked = {}
 
     def of(self, one: Instruction, computation: str) -> Charge:
         if one.estimated_cycles is not None:
@@ -55,9 +54,7 @@ class OwnCharges:
         return Charge(rule_cycles(one, computation, self._module, self._chip), Source.KERNEL)
 
     def _talks(self, one: Instruction, computation: str) -> bool:
-        if computation not in self._marked:
-            self._marked[computation] = self._collectives.marks(computation)
-        return one.name in self._marked[computation]
+        return one.name in self._collectives.marks(computation)
 
 
 class TwinCharges:
@@ -71,6 +68,7 @@ class TwinCharges:
         self._module, self._rule, self._chip = module, charges, chip
         self._prints = Fingerprints(module, depths)
         twin_prints = Fingerprints(twin, depths)
+        self._charged: dict[tuple[str, str], Charge] = {}
         self._exact: dict[str, int] = {}
         self._without: set[str] = set()  # What the twin has, too, and without a figure.
         self._anywhere: dict[str, list[tuple[str, int]]] = {}
@@ -86,6 +84,12 @@ class TwinCharges:
             self._stacked[print_.stacked] = (one.estimated_cycles, moved_bytes(one, each.computation, twin))
 
     def of(self, one: Instruction, computation: str) -> Charge:
+        key = (computation, one.name)
+        if key not in self._charged:
+            self._charged[key] = self._look_up(one, computation)
+        return self._charged[key]
+
+    def _look_up(self, one: Instruction, computation: str) -> Charge:
         rule = self._rule.of(one, computation)
         if one.opcode in FREE_OPCODES or one.opcode == "custom-call" or one.opcode.endswith(("-start", "-done")):
             return rule

@@ -103,6 +103,7 @@ class Module:
 
     computations: dict[str, list[Instruction]]
     entry: str
+    _by_name: dict[str, dict[str, Instruction]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def entry_parameters(self) -> list[Instruction]:
@@ -110,7 +111,9 @@ class Module:
 
     def named(self, computation: str) -> dict[str, Instruction]:
         """The instructions of a computation by name."""
-        return {one.name: one for one in self.computations[computation]}
+        if computation not in self._by_name:
+            self._by_name[computation] = {one.name: one for one in self.computations[computation]}
+        return self._by_name[computation]
 
 
 def parse_module(text: str) -> Module:
@@ -137,7 +140,7 @@ def _whole_lines(text: str) -> Iterator[str]:
     """Lines, with what a kernel's metadata broke over several put together again."""
     held = ""
     for line in text.splitlines():
-        starts = line.startswith(("%", "ENTRY", "}")) or _INSTRUCTION.match(line)
+        starts = line == "}" or line.startswith(("%", "ENTRY")) or _INSTRUCTION.match(line)
         if starts:
             if held:
                 yield held

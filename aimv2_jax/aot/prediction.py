@@ -150,7 +150,7 @@ def _gradient_dtypes(played: Played) -> dict[str, int]:
         if one.kind.startswith(("reduce-scatter", "all-reduce")) and one.num_bytes > _SCALARS:
             for text in {text.partition("[")[0] for text in one.arrays}:
                 found[text] += times * one.num_bytes
-    return dict(found)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _between_slices(played: Played) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def report_lines(figures: dict[str, Any], topology: Topology, breakdown: bool) -
         f"{figures['predicted_mfu_without_overlap']:.3f} without any overlap)",
         f"predicted rate           {figures['images_per_s']:,.0f} images/s; {figures['steps']:,} steps take "
         f"{figures['days']:.1f} days, {figures['chip_hours']:,.0f} chip-hours",
-        f"gradients are reduced in {', '.join(figures['gradient_dtypes']) or 'no collective'}",
+        f"gradients are reduced in {_types(figures['gradient_dtypes'])}",
         *_beside(figures),
         "",
         *_sources(figures),
@@ -56,6 +56,11 @@ def report_lines(figures: dict[str, Any], topology: Topology, breakdown: bool) -
         *_top(figures),
     ]
     return lines + (["", *_breakdown(figures)] if breakdown else [])
+
+
+def _types(bytes_of: dict[str, int]) -> str:
+    total = sum(bytes_of.values())
+    return ", ".join(f"{name} ({size / total:.1%} of bytes)" for name, size in bytes_of.items()) or "no collective"
 
 
 def _beside(figures: dict[str, Any]) -> list[str]:
