@@ -64,8 +64,8 @@ CHIPS = {
         name="v6e",
         accelerator="v6e-{count}",
         cores_counted=1,
-        # 918 TFLOP/s (doc). The clock is inferred: the compiler's best matmul does 408750 FLOPs in one of its cycles, so
-        # its peak is taken as the next power of two, 524288, which makes 1.75 GHz.
+        # 918 TFLOP/s (doc). The clock is inferred: the compiler's best matmul does 408750 FLOPs in one of its cycles,
+        # so its peak is taken as the next power of two, 524288, which makes 1.75 GHz.
         peak_flops=524288 * 1.75e9,
         clock_hz=1.75e9,
         hbm_bytes_per_s=1640e9,  # doc

@@ -79,8 +79,7 @@ class Collectives:
                 "start" if asynchronous else "whole", one.name, self._build(one, kind, asynchronous, one.op_name)
             )
         elif one.opcode in ("async-done", "async-update"):
-            for mark in self._async(one, computation):
-                yield mark
+            yield from self._async(one, computation)
         elif one.calls:
             yield from self._called(one, in_flight)
 
@@ -150,7 +149,7 @@ class Collectives:
         parts = [array for array in one.arrays if array.dtype != "token"]
         if one.opcode == "collective-permute-start":
             parts = parts[:1]
-        elif one.opcode.endswith("-start") and one.shape.startswith("((") or one.opcode == "all-gather-start":
+        elif one.opcode == "all-gather-start" or (one.opcode.endswith("-start") and one.shape.startswith("((")):
             parts = parts[len(parts) // 2 :]  # (what goes in, what comes out)
         num_bytes = sum(array.bytes for array in parts)
         if kind == "reduce-scatter" and one.opcode.startswith("reduce-scatter"):

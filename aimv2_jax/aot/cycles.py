@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import Protocol
 
 from aimv2_jax.aot.chips import Chip
@@ -22,7 +23,7 @@ class Source(enum.StrEnum):
     TWIN_ELSEWHERE = "the same fusion in the shallow twin, operands in another memory"
     TWIN_SCALED = "the same fusion over a shallower stack, scaled by bytes"
     KERNEL = "the rule for kernels without a figure"
-    BYTES = "no such fusion in the twin: the rule for kernels"
+    BYTES = "no such fusion in the twin: its bytes by the rule for kernels, and what an instruction takes at least"
     NOTHING = "takes no time of its own"
 
 
@@ -73,15 +74,19 @@ class TwinCharges:
         self._without: set[str] = set()  # What the twin has, too, and without a figure.
         self._anywhere: dict[str, list[tuple[str, int]]] = {}
         self._stacked: dict[str, tuple[int, int]] = {}
+        least = [math.inf]  # Of what reads or writes HBM: the latency of a transfer.
         for each in scheduled(twin):
             one = each.instruction
             print_ = twin_prints.of(one, each.computation)
             if one.estimated_cycles is None:
                 self._without.add(print_.anywhere)
                 continue
+            if "H" in print_.places.partition(">")[2]:
+                least.append(one.estimated_cycles)
             self._exact[print_.exact] = one.estimated_cycles
             self._anywhere.setdefault(print_.anywhere, []).append((print_.places, one.estimated_cycles))
             self._stacked[print_.stacked] = (one.estimated_cycles, moved_bytes(one, each.computation, twin))
+        self._least = min(least) if len(least) > 1 else 0
 
     def of(self, one: Instruction, computation: str) -> Charge:
         key = (computation, one.name)
@@ -103,7 +108,7 @@ class TwinCharges:
             ratio = moved_bytes(one, computation, self._module) / max(num_bytes, 1)
             return Charge(cycles * ratio, Source.TWIN_SCALED)
         if rule.source is Source.KERNEL and print_.anywhere not in self._without:
-            return Charge(rule.cycles, Source.BYTES)
+            return Charge(rule.cycles + self._least, Source.BYTES)
         return rule
 
 

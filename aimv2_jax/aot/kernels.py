@@ -22,8 +22,10 @@ FREE_TARGETS = frozenset(
 )
 # What never computes: names for values, and starts and ends of what other units do beside the cores.
 FREE_OPCODES = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier domain "
-    "while call conditional send send-done recv recv-done".split()
+    [
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
+        *("partition-id", "replica-id", "while", "call", "conditional", "send", "send-done", "recv", "recv-done"),
+    ]
 )
 _SCALARS = 64  # Bytes: what lives in scalar memory is no kernel.
 

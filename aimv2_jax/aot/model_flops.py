@@ -9,7 +9,7 @@ from aimv2_jax.train.flops import flops_per_example
 def flops_of_allowed_pairs(config: Config) -> float:
     """`flops_per_example` with attention counted by the pairs of query and key that the mask allows.
 
-    The encoder's prefix is uniform on {1 … L-1} (`losses.draw_prefix`); this is the mean over it. The decoder is causal.
+    The encoder's prefix is uniform on {1 … L-1} (`losses.draw_prefix`): the mean over it. The decoder is causal.
     """
     encoder, decoder = config.model.encoder, config.model.decoder
     length = config.num_patches

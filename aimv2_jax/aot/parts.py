@@ -24,8 +24,10 @@ _PARTS = (
     (r"^jit\(\w+\)/", "optimiser"),
 )
 _MOVES = frozenset(
-    "parameter constant tuple get-tuple-element bitcast copy transpose reshape slice dynamic-slice concatenate pad "
-    "dynamic-update-slice broadcast convert iota fusion".split()
+    [
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy", "transpose", "reshape", "slice"),
+        *("dynamic-slice", "concatenate", "pad", "dynamic-update-slice", "broadcast", "convert", "iota", "fusion"),
+    ]
 )
 
 

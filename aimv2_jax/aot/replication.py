@@ -5,8 +5,8 @@ Read from the compiled module, where shapes are those of one device. The rules:
 * Parameters and optimiser: what the rule table splits must enter and leave the step as one part; and no tensor of
   `WHOLE` bytes or more may be without a rule that splits it, while the mesh has axes for it.
 * Gradients: a gradient is what a reduction over devices leaves. None may have as many entries as the whole parameter,
-  or one layer of its stack, where the parameter is split: it must be a reduce-scatter. (The sum over a device's own rows
-  has the whole shape before the reduction; that is not replication.)
+  or one layer of its stack, where the parameter is split: it must be a reduce-scatter. (The sum over a device's own
+  rows has the whole shape before the reduction; that is not replication.)
 * Activations: no result may have more rows than one device's share of the batch, with its tokens counted or not.
 * Master weights are gathered in the compute type: a float32 gather of a parameter's size is found where they differ.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aimv2_jax.aot.collectives import Collectives
@@ -74,6 +74,8 @@ def _gradients(
             whole[math.prod(tensor["shape"])] = tensor["name"]
             if "/blocks/" in tensor["name"]:
                 whole[math.prod(tensor["shape"][1:])] = tensor["name"] + " (one layer)"
+    # Of as many entries by chance, and as it should be.
+    parts = {_plain(shape) for tensor in program["tensors"] for shape in (tensor["part"], tensor["part"][1:])}
     rows = _rows_of_one_device(program, config)
     mixed = config.model.compute_dtype != config.model.param_dtype
     for computation in {each.computation for each in scheduled(module)}:
@@ -84,7 +86,9 @@ def _gradients(
                 for text in collective.arrays if reduced or gathered else ():
                     dtype, dims = re.match(r"(\w+)\[([\d,]*)\]", text).groups()
                     array = Array(dtype, tuple(int(size) for size in dims.split(",") if size))
-                    if array.size not in whole or array.bytes < large or array.dims[0] in rows:
+                    if array.size not in whole or array.bytes < large:
+                        continue
+                    if array.dims[0] in rows or _plain(array.dims) in parts:
                         continue
                     if reduced:
                         yield f"gradient of {whole[array.size]}: {text} is reduced to every device"
@@ -105,7 +109,7 @@ def _activations(module: Module, program: dict[str, Any], config: Config, large:
     flat = {rows * length for rows in more for length in lengths}
     unclear = more & _model_sizes(config)  # A width is no number of rows.
     parameters = {
-        tuple(sorted(size for size in shape if size > 1))
+        _plain(shape)
         for tensor in program["tensors"]
         if tensor["kind"] != "batch"
         for whole in (tensor["shape"], tensor["part"])
@@ -113,7 +117,7 @@ def _activations(module: Module, program: dict[str, Any], config: Config, large:
     }
     for each in scheduled(module):
         for array in each.instruction.arrays:
-            if array.bytes < large or tuple(sorted(size for size in array.dims if size > 1)) in parameters:
+            if array.bytes < large or _plain(array.dims) in parameters:
                 continue
             rows = (more - unclear) & set(array.dims) if len(array.dims) > 2 else set()
             if not rows and array.dims[0] in (more - unclear) | flat:
@@ -122,6 +126,11 @@ def _activations(module: Module, program: dict[str, Any], config: Config, large:
                 rows = {array.dims[0]}
             if rows:
                 yield _offender(each.instruction, array, rows.pop())
+
+
+def _plain(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without ones and without order: layouts are the compiler's."""
+    return tuple(sorted(size for size in shape if size > 1))
 
 
 def _offender(one: Instruction, array: Array, rows: int) -> str:

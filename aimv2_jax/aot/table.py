@@ -10,52 +10,80 @@ from aimv2_jax.aot.topology import Topology
 
 def report_lines(figures: dict[str, Any], topology: Topology, breakdown: bool) -> list[str]:
     """A report's lines, from the figures of `prediction.predict` or `refused`."""
-    chip = topology.chip
     several = f"{topology.slices} slices of " if topology.slices > 1 else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     lines = [
-        f"PREDICTION for {several}{topology.name} ({figures['num_chips']} chips), by the TPU compiler; not a measurement",
+        f"PREDICTION by the TPU compiler, not a measurement: {several}{topology.name}, {figures['num_chips']} chips",
         f"  {versions}; mesh {mesh}; batch {figures['batch_size']}",
+        "",
     ]
     if not figures["compiles"]:
-        return [*lines, "", f"does not compile: {figures['refusal']}"]
-    parts = figures["hbm_parts_gib"]
-    lines += [
-        "",
-        "compiles                 yes",
-        f"HBM a chip               {figures['hbm_gib']:.2f} of {figures['hbm_limit_gib']:.2f} GiB, "
-        f"{figures['hbm_spare']:.0%} to spare",
-        "  of which               " + ", ".join(f"{name} {size:.2f}" for name, size in parts.items()),
-        f"model FLOPs a chip       {figures['model_tflops_per_chip']:.3f} T a step (2 a multiply-add, backward = 2 x "
-        "forward, attention in full)",
-        f"  by allowed pairs       {figures['model_tflops_per_chip_of_allowed_pairs']:.3f} T (of attention, what the "
-        "masks let through)",
-        f"compiled FLOPs           {figures['compiled_tflops_per_chip']:.3f} T of matrix products, "
-        f"{figures['recompute']:+.1%}: recompute",
-        f"predicted compute        {figures['predicted_compute_ms']:.1f} ms, {figures['predicted_mcycles']:.1f} Mcycles at "
-        f"{chip.clock_hz / 1e9:.2f} GHz",
-        f"predicted step           {figures['predicted_ms']:.1f} ms, collectives hidden only by what is scheduled "
-        "between start and done",
-        f"  without any overlap    {figures['predicted_ms_without_overlap']:.1f} ms",
-        f"predicted MFU            {figures['predicted_mfu']:.3f} of compute alone ("
-        f"{figures['predicted_mfu_of_allowed_pairs']:.3f} by allowed pairs)",
-        f"  with collectives       {figures['predicted_mfu_with_comms']:.3f} ("
-        f"{figures['predicted_mfu_without_overlap']:.3f} without any overlap)",
-        f"predicted rate           {figures['images_per_s']:,.0f} images/s; {figures['steps']:,} steps take "
-        f"{figures['days']:.1f} days, {figures['chip_hours']:,.0f} chip-hours",
-        f"gradients are reduced in {_types(figures['gradient_dtypes'])}",
-        *_beside(figures),
-        "",
-        *_sources(figures),
-        "",
-        *_collectives(figures, topology),
-        "",
-        *_replicated(figures),
-        "",
-        *_top(figures),
+        return [*lines, f"does not compile: {figures['refusal']}"]
+    sections = [_summary(figures, topology), _sources(figures), _collectives(figures, topology)]
+    sections += [_replicated(figures), _top(figures)]
+    sections += [_breakdown(figures)] if breakdown else []
+    for section in sections:
+        lines += [*section, ""]
+    return lines[:-1]
+
+
+def _summary(figures: dict[str, Any], topology: Topology) -> list[str]:
+    ghz = topology.chip.clock_hz / 1e9
+    hbm = f"{figures['hbm_gib']:.2f} of {figures['hbm_limit_gib']:.2f} GiB, {figures['hbm_spare']:.0%} to spare"
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in figures["hbm_parts_gib"].items())
+    convention = "2 a multiply-add, backward = 2 x forward, attention in full"
+    rows = [
+        ("compiles", "yes"),
+        ("HBM a chip", hbm),
+        ("  of which", parts),
+        ("model FLOPs a chip", f"{figures['model_tflops_per_chip']:.3f} T a step ({convention})"),
+        (
+            "  by allowed pairs",
+            f"{figures['model_tflops_per_chip_of_allowed_pairs']:.3f} T (of attention, what the masks let through)",
+        ),
+        (
+            "compiled FLOPs",
+            f"{figures['compiled_tflops_per_chip']:.3f} T of products; recompute {figures['recompute']:+.1%}",
+        ),
+        (
+            "predicted compute",
+            f"{figures['predicted_compute_ms']:.1f} ms, {figures['predicted_mcycles']:.1f} Mcycles at {ghz:.2f} GHz",
+        ),
+        (
+            "predicted step",
+            f"{figures['predicted_ms']:.1f} ms, collectives hidden by what is scheduled between start and done",
+        ),
+        ("  without overlap", f"{figures['predicted_ms_without_overlap']:.1f} ms"),
+        (
+            "predicted MFU",
+            f"{figures['predicted_mfu']:.3f} of compute alone "
+            f"({figures['predicted_mfu_of_allowed_pairs']:.3f} by allowed pairs)",
+        ),
+        (
+            "  with collectives",
+            f"{figures['predicted_mfu_with_comms']:.3f} "
+            f"({figures['predicted_mfu_without_overlap']:.3f} without any overlap)",
+        ),
+        (
+            "predicted rate",
+            f"{figures['images_per_s']:,.0f} images/s; {figures['steps']:,} steps in {figures['days']:.1f} days, "
+            f"{figures['chip_hours']:,.0f} chip-hours",
+        ),
+        ("gradients reduced in", _types(figures["gradient_dtypes"])),
     ]
-    return lines + (["", *_breakdown(figures)] if breakdown else [])
+    other = figures.get("xla_attention")
+    if other and other["compiles"]:
+        rows.append(
+            (
+                "with XLA attention",
+                f"predicted MFU {other['predicted_mfu']:.3f}, with collectives "
+                f"{other['predicted_mfu_with_comms']:.3f}, {other['predicted_ms']:.1f} ms, {other['hbm_gib']:.2f} GiB",
+            )
+        )
+    elif other:
+        rows.append(("with XLA attention", f"does not compile: {other['refusal']}"))
+    return [f"{label:<25}{text}" for label, text in rows]
 
 
 def _types(bytes_of: dict[str, int]) -> str:
@@ -63,32 +91,16 @@ def _types(bytes_of: dict[str, int]) -> str:
     return ", ".join(f"{name} ({size / total:.1%} of bytes)" for name, size in bytes_of.items()) or "no collective"
 
 
-def _beside(figures: dict[str, Any]) -> list[str]:
-    other = figures.get("xla_attention")
-    if other is None:
-        return []
-    if not other["compiles"]:
-        return [f"with XLA attention       does not compile: {other['refusal']}"]
-    return [
-        f"with XLA attention       predicted MFU {other['predicted_mfu']:.3f}, with collectives "
-        f"{other['predicted_mfu_with_comms']:.3f}, {other['predicted_ms']:.1f} ms, {other['hbm_gib']:.2f} GiB"
-    ]
-
-
 def _sources(figures: dict[str, Any]) -> list[str]:
     lines = ["where the cycles come from"]
-    lines += [
-        f"  {share:7.2%}  {source}" for source, share in sorted(figures["cycles_from"].items(), key=lambda x: -x[1])
-    ]
+    for source, share in sorted(figures["cycles_from"].items(), key=lambda item: -item[1]):
+        lines.append(f"  {share:7.2%}  {source}")
     if figures["kernels"]:
-        lines.append(
-            f"  the rule for kernels: max(FLOPs at {FLOPS_SHARE:.0%} of peak, bytes at {BANDWIDTH_SHARE:.0%} of HBM's rate); for"
-        )
-        for kernel in figures["kernels"][:12]:
-            stated = "states its cost" if kernel["states_its_cost"] else "charged by its shapes"
-            lines.append(
-                f"    {kernel['name'][:44]:<44} x {kernel['count']:<4} {kernel['mcycles']:8.2f} Mcycles, {stated}"
-            )
+        rule = f"max(FLOPs at {FLOPS_SHARE:.0%} of peak, bytes at {BANDWIDTH_SHARE:.0%} of HBM's rate)"
+        lines.append(f"  the rule for kernels: {rule}; for")
+    for kernel in figures["kernels"][:12]:
+        stated = "states its cost" if kernel["states_its_cost"] else "charged by its shapes"
+        lines.append(f"    {kernel['name'][:44]:<44} x {kernel['count']:<4} {kernel['mcycles']:8.2f} Mcycles, {stated}")
     return lines
 
 

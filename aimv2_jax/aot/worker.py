@@ -1,7 +1,8 @@
 """The child that compiles: `python -m aimv2_jax.aot.worker JOB.json`. It may be stopped, or die, at any time.
 
 It leaves in the job's folder: `program.json` (what is compiled, before compiling starts); with `full`, `compiled.txt`
-and `compiled.json` (the module after code generation, its memory); `error.txt` where the compiler or the config says no.
+and `compiled.json` (the module after code generation, its memory); `error.txt` where the compiler says no;
+`user_error.json` where the config or the topology is at fault.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def test_arrays_when_a_tuple_with_layouts_then_types_sizes_and_bytes():
 def test_instruction_when_its_tuple_shape_nests_then_opcode_and_operands_are_found():
     parsed = module(
         "  %start = ((f32[1024]{0}), f32[512]{0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%double\n"
-        '  ROOT %y = f32[1024]{0} negate(%x), metadata={op_name="jit(step)/a[\\\'b\\\']"}, '
+        "  ROOT %y = f32[1024]{0} negate(%x), metadata={op_name=\"jit(step)/a[\\'b\\']\"}, "
         'backend_config={"window_config":{"estimated_cycles":"77"}}'
     )
     start, last = parsed.computations["main"][1:]
