@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         param = self.precision.param
         image_init = symmetric_uniform(self.encoder_width)
         self.image_embed = Linear(
-            self.width, ("features", "embed"), self.precision, kernel_init=image_init, bias_init=image_init
+            self.width, ("features", "output"), self.precision, kernel_init=image_init, bias_init=image_init
         )
         self.token_table = self.param(
             "token_table", named(nn.initializers.normal(0.02), *TABLE_AXES), (self.vocab_size, self.width), param

@@ -31,7 +31,7 @@ REMAT: dict[str, tuple[str, ...]] = {
     "full": (),  # Recomputes the block.
 }
 
-TABLE_AXES = ("vocab", "embed")  # Of the token table.
+TABLE_AXES = ("pieces", "output")  # Of the token table.
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -193,7 +193,7 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v, cache.index, axis=1)
             cache = Cache(k, v, cache.index + x.shape[1])
         out = checkpoint_name(attend(q, k, v, reads, self.heads, self.attention), "attended")
-        return Linear(width, ("heads", "embed"), self.precision, name="out")(out), cache
+        return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
 
 
 @jax.custom_vjp
@@ -223,7 +223,7 @@ class SwiGLU(nn.Module):
             checkpoint_name(Linear(self.hidden, ("embed", "mlp"), self.precision, name=name)(x, gain), name)
             for name in ("gate", "up")
         )
-        return Linear(x.shape[-1], ("mlp", "embed"), self.precision, name="down")(gated_silu(gate, up))
+        return Linear(x.shape[-1], ("hidden", "output"), self.precision, name="down")(gated_silu(gate, up))
 
 
 class Block(nn.Module):

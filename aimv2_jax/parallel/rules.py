@@ -24,12 +24,16 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("slice", "data", "fsdp")),  # B of every batch array and of [B, L, D]
     ("length", None),  # L of [B, L, D]
     ("activation", None),  # D of [B, L, D]
-    # Parameters.
-    ("heads", "tensor"),  # attention [D, H·E] out, and [H·E, D] in
-    ("mlp", "tensor"),  # SwiGLU [D, F] out, and [F, D] in
-    ("vocab", "tensor"),  # token table [V, D], text head [D, V]
-    ("embed", "fsdp"),  # D of every matrix
-    ("features", None),  # encoder width in the image projection [C, D]
+    # Parameters. Matrices are split by rows: a sixteenth of 1024 columns would fill half a tile of 128.
+    ("embed", "fsdp"),  # D rows of q, k, v, gate, up and of both heads; columns of the patch embedding [P, D]
+    ("heads", "tensor"),  # columns of q, k, v [D, H·E]
+    ("attended", ("fsdp", "tensor")),  # rows of attention's out [H·E, D]
+    ("mlp", "tensor"),  # columns of gate, up [D, F]
+    ("hidden", ("fsdp", "tensor")),  # rows of down [F, D]
+    ("features", "fsdp"),  # rows of the image projection [C, D]
+    ("pieces", ("fsdp", "tensor")),  # rows of the token table [V, D]
+    ("vocab", "tensor"),  # columns of the text head [D, V]
+    ("output", None),  # D columns of out, down, image projection, token table
     ("pixels", None),  # P of patch embedding [P, D] and pixel head [D, P]
     ("layers", None),  # N, the stack of blocks
     ("positions", None),  # rows of position tables

@@ -21,7 +21,7 @@ from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh, check_batch
 from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
 from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step
-from aimv2_jax.train.task import Batch, PretrainTask, build_task, run_key
+from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Program:
     @cached_property
     def state_shardings(self) -> TrainState:
         """Shardings of the whole state, by the rule table."""
-        abstract = jax.eval_shape(self.task.init, run_key(0))
+        abstract = jax.eval_shape(self.task.init, abstract_key())
         params = rules.param_shardings(self.task.logical_axes(), self.mesh)
         rules.check_divisible(abstract, params)
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
@@ -55,7 +55,7 @@ class Program:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without its memory."""
-        shapes = jax.eval_shape(partial(init_state, task=self.task, optimizer=self.optimizer), run_key(0))
+        shapes = jax.eval_shape(partial(init_state, task=self.task, optimizer=self.optimizer), abstract_key())
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -106,10 +106,11 @@ class Program:
 
     def lower_step(self) -> Any:
         """The train step, traced for this run's shapes; the devices may be described ones."""
-        key = jax.eval_shape(run_key, 0)
+        key = abstract_key()
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(self.mesh))
+        step, state = self.step, self.abstract_state  # Before the scope: described devices compute nothing.
         with rules.scope(self.mesh):
-            return self.step.lower(self.abstract_state, self.abstract_batch, key)
+            return step.lower(state, self.abstract_batch, key)
 
     @property
     def compiler_options(self) -> dict[str, str]:

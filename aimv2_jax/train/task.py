@@ -56,7 +56,7 @@ class PretrainTask:
 
     def logical_axes(self) -> Any:
         """The logical axis names of every parameter, as a tree of PartitionSpecs shaped like the parameters."""
-        return nn.get_partition_spec(jax.eval_shape(self._init_named, jax.random.key(0)))
+        return nn.get_partition_spec(jax.eval_shape(self._init_named, abstract_key()))
 
     def _init_named(self, rng: jax.Array) -> Params:
         encoder, decoder = self.model.encoder, self.model.decoder
@@ -122,6 +122,11 @@ class PretrainTask:
 def run_key(seed: int) -> jax.Array:
     """The key of a run. The generator is named, whatever jax's default is."""
     return jax.random.key(seed, impl="threefry2x32")
+
+
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """Shape and type of a run's key: for tracing, also where the devices are only described."""
+    return jax.eval_shape(lambda: run_key(0))
 
 
 def purpose_key(rng: jax.Array, purpose: str) -> jax.Array:
