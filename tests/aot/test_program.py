@@ -33,10 +33,7 @@ SMALL = {
     "data.batch_size": 64,
     "mesh.fsdp": 4,
 }
-KEYS = (
-    "compiles hbm_gib hbm_limit_gib model_tflops_per_chip predicted_ms predicted_mfu predicted_mfu_with_comms "
-    "collectives images_per_s"
-).split()
+KEYS = ["compiles", "hbm_gib", "hbm_limit_gib", "model_tflops_per_chip", "predicted_ms", "predicted_mfu", "predicted_mfu_with_comms", "collectives", "images_per_s"]
 
 
 def arguments(name: str, **changes: object) -> list[str]:
@@ -95,8 +92,9 @@ def test_command_when_it_does_not_fit_then_the_compilers_sentence_and_no_figures
     [
         ({}, "v5e:3x3", "--topology is not one that libtpu knows: 'v5e:3x3'"),
         ({"mesh__fsdp": 3}, "v5e:2x2", "does not fit the devices"),
+        ({"mesh__fsdp": 8}, "v5e:4x4", "does not lie along the axes of the topology: '-1 x 8 x 1 on v5e:4x4'"),
     ],
-    ids=["topology", "mesh"],
+    ids=["topology", "mesh", "torus"],
 )
 def test_command_when_topology_or_mesh_cannot_be_then_one_sentence(changes, name, said, capsys):
     assert main(arguments(name, **changes)) == 2
