@@ -120,6 +120,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    startup_timeout_s: int
+    heartbeat_timeout_s: int
+    barrier_timeout_s: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
     log_every: int
@@ -130,6 +137,7 @@ class TrainConfig:
     compilation_cache: str | None
     tensorboard: bool
     wandb_project: str | None
+    profile: tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +150,7 @@ class Config:
     tokenizer: TokenizerConfig
     eval: EvalConfig
     mesh: MeshConfig
+    processes: ProcessesConfig
     train: TrainConfig
 
     @property
@@ -394,6 +403,12 @@ def _check(config: Config) -> None:
             f"{train.microbatches} microbatches, batch {data.batch_size}",
             "Choose a divisor of the batch",
         )
+    if train.profile is not None and not 1 <= train.profile[0] < train.profile[1]:
+        raise UserError(
+            "config train.profile is not a range of steps", train.profile, "Give (first, end), 1 <= first < end"
+        )
+    for key in ("startup_timeout_s", "heartbeat_timeout_s", "barrier_timeout_s"):
+        _at_least(1, getattr(config.processes, key), f"processes.{key}")
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
