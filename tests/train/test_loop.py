@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import logging
@@ -21,14 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from runs import assert_bitwise, broken_source, saved_state
 from slow_reads import SlowSource
 from tiny import ROOT, tiny_arguments, tiny_config
 
 from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
-from aimv2_jax.data.datasets import write_dataset
-from aimv2_jax.data.records import Record
 from aimv2_jax.main import main
 from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
@@ -42,17 +39,6 @@ KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
     "images_per_s", "step_time_s", "data_wait_fraction", "data_queue_depth", "mfu",
 }  # fmt: skip
-
-
-def saved_state(workdir: Path, step: int, **changes):
-    """The leaves of a checkpoint's state, on one mesh."""
-    reader = CheckpointReader(workdir)
-    return jax.device_get(jax.tree.leaves(reader.restore(step, build_program(tiny_config(**changes)).abstract_state)))
-
-
-def assert_bitwise(one, other):
-    assert len(one) == len(other)
-    assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, other))
 
 
 @pytest.fixture(scope="module")
@@ -236,17 +222,6 @@ def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_th
     assert CheckpointReader(tmp_path).steps() == [10, 11]
     assert_bitwise(saved_state(tmp_path, 10), kept)
     assert all(line["step"] <= 11 for line in read_metrics(tmp_path)[0])
-
-
-def broken_source(folder: Path, good: int, bad: int) -> Path:
-    """A data set with `good` pictures and `bad` records that are none."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 40), (200, 30, 30)).save(buffer, "JPEG")
-    captions = {"alt": "a red square", "synthetic": "a picture of a red square"}
-    pictures = [Record(f"good-{i}", buffer.getvalue(), captions, {}) for i in range(good)]
-    rubbish = [Record(f"bad-{i}", b"not a picture", captions, {}) for i in range(bad)]
-    write_dataset(folder, pictures + rubbish)
-    return folder
 
 
 def test_run_when_some_records_are_bad_then_counted_named_and_replaced(tmp_path):
