@@ -137,6 +137,8 @@ def _gather(place: Place, me: Message, timeout_s: float) -> Team:
                 if link is not None and _gone(link):
                     del came[index]
                     link.close()
+    for link in unknown:
+        link.close()
     hosts = {index: name for index, (name, _) in sorted(came.items())}
     links = {index: link for index, (_, link) in came.items() if link is not None}
     for link in links.values():
@@ -160,7 +162,7 @@ def _listener(place: Place) -> socket.socket:
         name = "::" if every else host
         return socket.create_server((name, int(port)), family=family, backlog=place.count, dualstack_ipv6=every)
     except OSError as error:
-        remedy = "Give a port of process 0's host that is free, on all processes the same"
+        remedy = "Give a free port of that host, the same on all processes, and --process 0 to one of them only"
         raise UserError(f"--coordinator cannot be listened on ({error.strerror})", place.coordinator, remedy) from error
 
 
@@ -224,6 +226,7 @@ def _report(place: Place, me: Message, timeout_s: float) -> Team:
             selector.select(_RETRY_S)
         for message in link.receive():
             if "refused" in message:
+                link.close()
                 raise UserError(*message["refused"])
             if "hosts" in message:
                 return Team({int(index): name for index, name in message["hosts"].items()}, {0: link})
@@ -231,6 +234,8 @@ def _report(place: Place, me: Message, timeout_s: float) -> Team:
             link.close()
             link = None
             time.sleep(_RETRY_S)
+    if link is not None:
+        link.close()
     host = place.hosts.get(0, place.address[0])
     remedy = "Start the same command on process 0's host, too, and see that the hosts reach that port of it"
     what = f"process 0 on {host} has not been reached within {timeout_s:g} s (processes.startup_timeout_s) at"
