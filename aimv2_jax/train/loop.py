@@ -30,7 +30,7 @@ from etils import epath
 from aimv2_jax.config import Config, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop
+from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop, UserError
 from aimv2_jax.files import is_remote, write_whole
 from aimv2_jax.locks import claimed
 from aimv2_jax.models.aimv2 import count_parameters
@@ -106,11 +106,16 @@ def cache_folder(setting: str | None, workdir: epath.Path, platform: str) -> str
 @contextlib.contextmanager
 def _claimed(workdir: epath.Path) -> Iterator[None]:
     """Keeps a second trainer out of the workdir, which is made."""
-    workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except Exception as error:  # TensorFlow's and fsspec's own kinds.
+            remedy = "See that this machine reaches the bucket and may write there, or give another folder"
+            raise UserError(f"--workdir {workdir} cannot be used", str(error), remedy) from error
         _say(f"workdir {workdir} is in a bucket, which has no locks: see that no other run writes there")
         yield
         return
+    workdir.mkdir(parents=True, exist_ok=True)
     with claimed(Path(workdir) / "lock", "--workdir", workdir):
         yield
 
@@ -213,7 +218,8 @@ class _Run:
                 batch = put(host.arrays)
             counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
             self.bad_records.write(number, host.faults)
-            state, metrics = step(state, batch, program.rng)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):  # So that XProf knows of steps.
+                state, metrics = step(state, batch, program.rng)
             self._read(pending)
             pending = _Pending(number, metrics, counts)
             self.checkpointer.check_errors()
