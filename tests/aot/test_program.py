@@ -33,7 +33,17 @@ SMALL = {
     "data.batch_size": 64,
     "mesh.fsdp": 4,
 }
-KEYS = ["compiles", "hbm_gib", "hbm_limit_gib", "model_tflops_per_chip", "predicted_ms", "predicted_mfu", "predicted_mfu_with_comms", "collectives", "images_per_s"]
+KEYS = [
+    "compiles",
+    "hbm_gib",
+    "hbm_limit_gib",
+    "model_tflops_per_chip",
+    "predicted_ms",
+    "predicted_mfu",
+    "predicted_mfu_with_comms",
+    "collectives",
+    "images_per_s",
+]
 
 
 def arguments(name: str, **changes: object) -> list[str]:
