@@ -135,7 +135,9 @@ def test_slices_when_sent_through_the_host_then_between_send_and_receive():
         f"  %send = (f32[1000000]{{0}}, u32[], token[]) send(%b, %t), channel_id=4, {transfer}\n"
         f"{compute('a', 'x', 30 * MB)}\n"
         f"  %recv = (f32[1000000]{{0}}, u32[], token[]) recv(%t), channel_id=3, {transfer}\n"
-        "  %recv-done = (f32[1000000]{0}, token[]) recv-done(%recv), channel_id=3"
+        "  %recv-done = (f32[1000000]{0}, token[]) recv-done(%recv), channel_id=3, frontend_attributes={"
+        '_xla_host_transfer_handler_name="xla_megascale_runtime"}\n'
+        f"{compute('late', 'a', 30 * MB)}"
     )
     ((one, _, exposed),) = played(parsed, square(num_slices=2)).collectives
     assert (one.kind, one.num_bytes, one.axes) == ("all-reduce between slices", 4 * MB, ("slice",))
