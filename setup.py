@@ -34,6 +34,8 @@ REQUIRES = [
     "tqdm>=4.67",
 ]
 PARQUET = ["pyarrow>=18"]
+# Which libtpu goes with a jax, only jax knows. The tests compile for TPUs with it, on machines that have none.
+TPU = ["jax[tpu]>=0.10.0,<0.11"]
 # Beam holds pillow below 13 and protobuf below 7: the bounds above admit both.
 BEAM = ["apache-beam>=2.70,<3"]
 
@@ -49,7 +51,7 @@ setup(
     package_data={"aimv2_jax": ["data/sample/**/*"]},
     install_requires=REQUIRES,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.0,<0.11"],
+        "tpu": TPU,
         "gpu": ["jax[cuda12]>=0.10.0,<0.11"],
         "wandb": ["wandb>=0.20"],
         "parquet": PARQUET,
@@ -57,6 +59,7 @@ setup(
         "test": [
             *PARQUET,
             *BEAM,
+            *TPU,
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "beartype>=0.21",

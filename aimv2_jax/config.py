@@ -125,6 +125,13 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    startup_timeout_s: int
+    heartbeat_timeout_s: int
+    barrier_timeout_s: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
     log_every: int
@@ -137,6 +144,7 @@ class TrainConfig:
     compilation_cache: str | None
     tensorboard: bool
     wandb_project: str | None
+    profile: tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +157,7 @@ class Config:
     tokenizer: TokenizerConfig
     eval: EvalConfig
     mesh: MeshConfig
+    processes: ProcessesConfig
     train: TrainConfig
 
     @property
@@ -402,6 +411,12 @@ def _check(config: Config) -> None:
             "Choose a divisor of the batch",
         )
     _at_least(1, mesh.slices, "mesh.slices")
+    if train.profile is not None and not 1 <= train.profile[0] < train.profile[1]:
+        raise UserError(
+            "config train.profile is not a range of steps", train.profile, "Give (first, end), 1 <= first < end"
+        )
+    for key in ("startup_timeout_s", "heartbeat_timeout_s", "barrier_timeout_s"):
+        _at_least(1, getattr(config.processes, key), f"processes.{key}")
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(

@@ -12,6 +12,7 @@ EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
+EXIT_AGAIN = 75  # Stopped on request, with its state saved: the same command goes on. As sysexits.h has it: TEMPFAIL.
 EXIT_INTERRUPTED = 130  # As shells have it: 128 and the number of SIGINT.
 
 _MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.
@@ -59,31 +60,37 @@ class GuardStop(Exception):
     """The run stopped itself to protect what it has (non-finite loss, too much bad data)."""
 
 
-def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps a command's main: a `UserError` becomes one line and code 2, a `GuardStop` one line and code 3.
+def last_words(error: BaseException) -> tuple[int, str] | None:
+    """The exit code of a command that `error` ends, and the line about it; None where that is our bug.
 
     A file or folder that the operating system refuses (no room, no right, ...) is the user's to mend, too; Ctrl-C is no
     error, and its code is that of shells.
     """
+    if isinstance(error, UserError):
+        return EXIT_USER, f"error: {error}"
+    if isinstance(error, GuardStop):
+        return EXIT_GUARD, f"stopped: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        refusal = UserError(os.strerror(error.errno), error.filename, _REFUSALS[error.errno])
+        return EXIT_USER, f"error: {refusal}"
+    return None
+
+
+def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Wraps a command's main: what has `last_words` becomes that line and code."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_USER
-        except GuardStop as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return EXIT_GUARD
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        except OSError as error:
-            if error.errno not in _REFUSALS:
+        except BaseException as error:
+            words = last_words(error)
+            if words is None:
                 raise
-            refusal = UserError(os.strerror(error.errno), error.filename, _REFUSALS[error.errno])
-            print(f"error: {refusal}", file=sys.stderr)
-            return EXIT_USER
+            code, line = words
+            print(line, file=sys.stderr)
+            return code
 
     return wrapped

@@ -7,47 +7,80 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+
+from etils import epath
 
 from aimv2_jax.config import Config, load_config
-from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.flags import Parser, split_overrides
+from aimv2_jax.errors import UserError, reports_user_errors
+from aimv2_jax.files import is_remote
+from aimv2_jax.flags import Parser, positive, split_overrides
+from aimv2_jax.parallel.clusters import Launch, find_place
+from aimv2_jax.platforms import skip_absent_tpu
 
 _EPILOG = """\
 any key of the config can be set on the command line:
   --config.train.steps=20 --config.optimizer.betas="(0.9, 0.95)" --config.mesh.fsdp=4
 The keys and their meaning: experiments/base.py.
 
-A workdir that has checkpoints is continued from its newest one.
-exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (non-finite loss, too much bad data)
+A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, or Ctrl-C, saves the step that
+is being computed and ends the run; Ctrl-C again ends it without.
+Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
+elsewhere the flags do.
+exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (non-finite loss, too much bad data),
+75 stopped on request or another process went missing: start it again, 130 Ctrl-C without a save
 """
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Config, Path]:
-    """The checked config and the workdir of a command line."""
+def parse_arguments(arguments: Sequence[str]) -> tuple[Config, epath.Path, Launch]:
+    """The checked config, the workdir, and the flags about processes of a command line."""
     parser = Parser(prog="python -m aimv2_jax.main", description="Trains a config.", epilog=_EPILOG)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="an experiment, such as experiments/quickstart.py"
-    )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="an experiment, such as experiments/quickstart.py")
+    add("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go, a folder or gs://BUCKET/...")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where the others find it")
+    add("--processes", type=positive, metavar="N", help="of the run, all hosts together; 1: this one alone")
+    add("--process", type=_index, metavar="I", help="this one, counted from 0")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
-    return load_config(flags.config, overrides), _local_folder(flags.workdir)
+    config = load_config(flags.config, overrides)
+    return config, _folder(flags.workdir), Launch(flags.coordinator, flags.processes, flags.process)
 
 
-def _local_folder(workdir: str) -> Path:
+def _index(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def _folder(workdir: str) -> epath.Path:
     if not workdir:
         raise UserError("--workdir is empty", workdir, "Give a folder, such as runs/mine")
-    if "://" in workdir:
-        raise UserError("--workdir is no folder of this machine", workdir, "Mount the bucket, and give its folder")
-    if Path(workdir).exists() and not Path(workdir).is_dir():
-        raise UserError("--workdir is a file", workdir, "Give a folder")
-    return Path(workdir)
+    try:
+        path = epath.Path(workdir)
+        if not is_remote(workdir) and path.exists() and not path.is_dir():
+            raise UserError("--workdir is a file", workdir, "Give a folder")
+    except KeyError as error:  # What epath knows by its scheme, and nothing more of it.
+        raise UserError("no such kind of storage", workdir, "Give a folder, or gs://BUCKET/FOLDER") from error
+    return path
 
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
-    config, workdir = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    skip_absent_tpu()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config, workdir, launch = parse_arguments(arguments)
+    from aimv2_jax.parallel import processes
+
+    trainer = processes.trainer()
+    if trainer is not None:
+        return trainer.run(lambda: _train(config, workdir), config.processes)
+    place = find_place(launch, config.processes)
+    if place is None:
+        return _train(config, workdir)
+    from aimv2_jax.parallel.supervisor import supervise
+
+    return supervise(place, config, workdir, arguments)
+
+
+def _train(config: Config, workdir: epath.Path) -> int:
     from aimv2_jax.data import pipeline
     from aimv2_jax.data.tokenizer import Tokenizer
 
@@ -58,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     from aimv2_jax.train.loop import train
 
-    train(config, workdir, tokenizer)
-    return EXIT_FINISHED
+    return train(config, workdir, tokenizer)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,13 @@ def get_config() -> ConfigDict:
             tensor=1,  # Devices of a slice that split heads, hidden units and vocabulary. [O]
         )
     )
+    config.processes = ConfigDict(
+        dict(
+            startup_timeout_s=300,  # For all to come; then those that are missing are named, and none starts. [O]
+            heartbeat_timeout_s=100,  # From a process' death to the end of all others, which name it. [O: as jax's]
+            barrier_timeout_s=300,  # That they wait for one another: for what process 0 decides, and at the end. [O]
+        )
+    )
     config.train = _train()
     return config
 
@@ -143,10 +150,15 @@ def _train() -> ConfigDict:
                 xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter="true",
                 xla_tpu_scoped_vmem_limit_kib="65536",
             ),
-            compilation_cache=ml_collections.config_dict.placeholder(str),  # Folder of JAX's persistent cache. [O]
+            # JAX's persistent cache, by which a run that starts again compiles nothing: a folder, or "workdir" for
+            # WORKDIR/compiled on accelerators (not on CPUs: code for one need not run on the next); None: off. [O]
+            compilation_cache="workdir",
             tensorboard=True,  # Also write TensorBoard events to WORKDIR/tensorboard. [O]
             wandb_project=ml_collections.config_dict.placeholder(
                 str
             ),  # Also log to Weights & Biases (extra "wandb"). [O]
+            profile=ml_collections.config_dict.placeholder(
+                tuple
+            ),  # (first, end): XProf's trace of steps first to end - 1 goes to WORKDIR/profile; None: off. [O]
         )
     )

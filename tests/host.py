@@ -36,24 +36,6 @@ SETTINGS = {
 }
 
 
-class BytesTokenizer:
-    """Captions as their bytes: needs no tensorflow, which takes seconds to import."""
-
-    def __init__(self, length: int):
-        self._length = length
-
-    def encode(self, captions):
-        import numpy as np
-
-        tokens = np.zeros((len(captions), self._length), np.int32)
-        valid = np.zeros(tokens.shape, bool)
-        for row, caption in enumerate(captions):
-            text = caption[: self._length]
-            tokens[row, : len(text)] = np.frombuffer(text, np.uint8)
-            valid[row, : len(text)] = True
-        return tokens, valid
-
-
 def main() -> None:
     process, count, port = map(int, sys.argv[1:4])
     workdir = Path(sys.argv[4])
@@ -62,17 +44,20 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
     )
-    import jax
+    from tiny import tiny_config
 
-    if count > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"127.0.0.1:{port}", count, process)
+    from aimv2_jax.parallel import processes
+    from aimv2_jax.parallel.clusters import Place
+
+    processes.join(Place(f"127.0.0.1:{port}", count, process), tiny_config().processes)
     train(workdir, process, **changes)
+    processes.leave()
 
 
 def train(workdir: Path, process: int = 0, **changes: object) -> None:
     """Trains in this process, on all devices that jax knows."""
     import numpy as np
+    from bytes_tokenizer import BytesTokenizer
     from tiny import tiny_config
 
     from aimv2_jax.data import pipeline
@@ -96,7 +81,7 @@ def train(workdir: Path, process: int = 0, **changes: object) -> None:
 
     pipeline.to_devices = placed_and_written
     try:
-        loop.train(config, workdir, BytesTokenizer(config.model.decoder.text_length))
+        loop.train(config, workdir, BytesTokenizer("", config.model.decoder.text_length))
     finally:
         pipeline.to_devices = place
 

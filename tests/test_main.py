@@ -109,7 +109,7 @@ def test_main_when_the_workdir_is_a_file_then_refused(tmp_path, capsys):
         (["--config=experiments/quickstart.py"], "--workdir"),
         (["--config=nowhere.py", "--workdir=x"], "nowhere.py"),
         (["--config=experiments/quickstart.py", "--workdir="], "--workdir"),
-        (["--config=experiments/quickstart.py", "--workdir=gs://bucket/x"], "gs://bucket/x"),
+        (["--config=experiments/quickstart.py", "--workdir=nowhere://bucket/x"], "nowhere://bucket/x"),
         (["--config=experiments/quickstart.py", "--workdir=x", "--steps=3"], "--steps"),
         (["--config=experiments/quickstart.py", "--workdir=x", "--config.train.steps"], "train.steps"),
     ],

@@ -44,11 +44,26 @@ def causal_reads(valid_BS: Bool[Array, "B S"], first: Int[Array, ""] | int = 0) 
     return Reads(jnp.zeros((valid_BS.shape[0],), jnp.int32), valid_BS, first)
 
 
+@jax.custom_vjp
+def tell(outputs: tuple[Float[Array, "*rows _"], ...], told: Float[Array, "*rows"]) -> tuple[Array, ...]:
+    """`outputs` as they are; on the way back, the gradient of `told` is the sum of dy · y over all of them.
+
+    What that is for: `layers.normalise`.
+    """
+    return outputs
+
+
+tell.defvjp(
+    lambda outputs, told: (outputs, outputs), lambda outputs, gradients: (gradients, whole_row.dots(outputs, gradients))
+)
+
+
 def attend(
     q: Float[Array, "B Q D"],
     k: Float[Array, "B K D"],
     v: Float[Array, "B K D"],
     reads: Reads,
+    told: Float[Array, "B Q"] | None,
     heads: int,
     implementation: Implementation = "xla",
 ) -> Float[Array, "B Q D"]:
@@ -57,22 +72,25 @@ def attend(
     The mask is finite inside: a query that may read nothing averages all values and is not NaN.
 
     Args:
+      told: what is told of q, k and v on the way back (`tell`); None where it has been.
       implementation: "xla"; or the Pallas kernel that fits the length, for queries and keys of one sequence (no cache).
     """
     if implementation == "xla":
         split = lambda y: y.reshape(*y.shape[:-1], heads, -1)  # noqa: E731
         mask = reads.mask(q.shape[1])
+        if told is not None:
+            q, k, v = tell((q, k, v), told)
         return jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, implementation="xla").reshape(
             q.shape
         )
     kernel = whole_row if q.shape[1] <= whole_row.MOST_ROWS else online
     head_dim = q.shape[2] // heads
 
-    def run(q, k, v, prefix, readable):
-        return kernel.attend(q, k, v, prefix, readable, head_dim, implementation == "pallas_interpreted")
+    def run(q, k, v, prefix, readable, told):
+        return kernel.attend(q, k, v, prefix, readable, told, head_dim, implementation == "pallas_interpreted")
 
     rows, by_head = ("batch",), ("batch", "length", "heads")
-    arrays = ((q, by_head), (k, by_head), (v, by_head), (reads.prefix, rows), (reads.readable, rows))
+    arrays = ((q, by_head), (k, by_head), (v, by_head), (reads.prefix, rows), (reads.readable, rows), (told, rows))
     return placement.by_device(run, arrays, by_head)
 
 

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aimv2_jax.models import placement
-from aimv2_jax.models.attention import Implementation, Reads, attend, padded_rows
+from aimv2_jax.models.attention import Implementation, Reads, attend, padded_rows, tell
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
@@ -145,23 +145,64 @@ class Linear(nn.Module):
         return y
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def normalise(
+    x: Float[Array, "*rows D"], eps: float, compute: Any
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
+    """x / rms(x), statistics in float32, in the type `compute`; and zeros, to which `tell` adds a gradient.
+
+    With n = x · r and its gradient dn, dx = r · (dn - n · mean(dn · n)). Where n goes into matrices only, the sum of
+    dn · n over the width is that of dy · y over their outputs, and those are at hand before the products that make dn:
+    so dx is computed where dn leaves the matrix unit, in place of two more passes over all rows.
+    """
+    return _normalise_forward(x, eps, compute)[0]
+
+
+def _normalise_forward(x, eps, compute):
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+    normed = (x.astype(jnp.float32) * inverse).astype(compute)
+    return (normed, jnp.zeros(x.shape[:-1], jnp.float32)), (x, inverse)
+
+
+def _normalise_backward(eps, compute, saved, gradients):
+    x, inverse = saved
+    dnormed, dot = gradients
+    mean = dot[..., None] / x.shape[-1]
+    dx = inverse * (dnormed.astype(jnp.float32) - x.astype(jnp.float32) * (inverse * mean))
+    return (dx.astype(x.dtype),)
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class Normed(NamedTuple):
+    """Rows over their rms, the gain that they still lack, and where to tell of what is made of them (`normalise`)."""
+
+    rows: Float[Array, "B S D"]
+    gain: Float[Array, " D"]
+    told: Float[Array, "B S"]
+
+
 class RMSNorm(nn.Module):
     """x / rms(x), statistics in float32, cast to the compute type, times a gain (RECIPE.md §2)."""
 
     eps: float
     precision: Precision
 
-    @nn.compact
-    def parts(self, x: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows D"], Float[Array, " D"]]:
-        """x / rms(x) and the gain, for linear layers that take both (`Linear`)."""
-        gain = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), self.precision.param)
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        gain = placement.whole(self._gain(x.shape[-1]).astype(self.precision.compute), ("norm",))
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x.astype(self.precision.compute), gain
+        return x.astype(self.precision.compute) * gain
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        x, gain = self.parts(x)
-        return x * placement.whole(gain.astype(self.precision.compute), ("norm",))
+    def parts(self, x: Float[Array, "B S D"]) -> Normed:
+        """The same in parts, for rows that go into `Linear` layers only; all their outputs must be told."""
+        rows, told = normalise(x, self.eps, self.precision.compute)
+        return Normed(rows, self._gain(x.shape[-1]), told)
+
+    @nn.compact
+    def _gain(self, width: int) -> Float[Array, " D"]:
+        return self.param("scale", named(nn.initializers.ones, "norm"), (width,), self.precision.param)
 
 
 class Cache(NamedTuple):
@@ -181,18 +222,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], gain: Float[Array, " D"], reads: Reads, cache: Cache | None = None
+        self, normed: Normed, reads: Reads, cache: Cache | None = None
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        width = x.shape[-1]
-        q, k, v = (
-            checkpoint_name(Linear(width, ("embed", "heads"), self.precision, name=name)(x, gain), name)
+        width = normed.rows.shape[-1]
+        made = (
+            checkpoint_name(
+                Linear(width, ("embed", "heads"), self.precision, name=name)(normed.rows, normed.gain), name
+            )
             for name in ("query", "key", "value")
         )
+        q, k, v = made
+        told = normed.told
         if cache is not None:
+            (q, k, v), told = tell((q, k, v), told), None
             k = jax.lax.dynamic_update_slice_in_dim(cache.key, k, cache.index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v, cache.index, axis=1)
-            cache = Cache(k, v, cache.index + x.shape[1])
-        out = checkpoint_name(attend(q, k, v, reads, self.heads, self.attention), "attended")
+            cache = Cache(k, v, cache.index + normed.rows.shape[1])
+        out = checkpoint_name(attend(q, k, v, reads, told, self.heads, self.attention), "attended")
         return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
 
 
@@ -218,12 +264,15 @@ class SwiGLU(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"], gain: Float[Array, " D"]) -> Float[Array, "B S D"]:
-        gate, up = (
-            checkpoint_name(Linear(self.hidden, ("embed", "mlp"), self.precision, name=name)(x, gain), name)
+    def __call__(self, normed: Normed) -> Float[Array, "B S D"]:
+        made = (
+            checkpoint_name(
+                Linear(self.hidden, ("embed", "mlp"), self.precision, name=name)(normed.rows, normed.gain), name
+            )
             for name in ("gate", "up")
         )
-        return Linear(x.shape[-1], ("hidden", "output"), self.precision, name="down")(gated_silu(gate, up))
+        hidden = gated_silu(*tell(tuple(made), normed.told))
+        return Linear(normed.rows.shape[-1], ("hidden", "output"), self.precision, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -241,12 +290,10 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         x = nn.with_logical_constraint(x, ("batch", "length", "activation"))
         normed = RMSNorm(self.eps, self.precision, name="norm_1").parts(x)
-        attended, cache = Attention(self.heads, self.precision, self.attention, name="attention")(*normed, reads, cache)
+        attended, cache = Attention(self.heads, self.precision, self.attention, name="attention")(normed, reads, cache)
         x = checkpoint_name(x + attended, "middle")
-        x = x + SwiGLU(self.hidden, self.precision, name="mlp")(
-            *RMSNorm(self.eps, self.precision, name="norm_2").parts(x)
-        )
-        return x, cache
+        normed = RMSNorm(self.eps, self.precision, name="norm_2").parts(x)
+        return x + SwiGLU(self.hidden, self.precision, name="mlp")(normed), cache
 
 
 class Run(NamedTuple):

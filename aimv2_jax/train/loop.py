@@ -8,12 +8,16 @@ The order of a step is a contract:
    the run here;
 4. where step i is due to be evaluated or saved, its own metrics are read first (nothing that isn't finite is ever
    saved), then comes the evaluation, then the save, which records the evaluation of this very state.
+
+A run that is asked to stop (stopping.py) saves step i, the same on all processes, and ends. Whatever is decided here is
+decided alike on every process: from the step's number, from values that all have, or by `processes.agree`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,13 +25,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from aimv2_jax.config import Config, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import GuardStop
+from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop, UserError
+from aimv2_jax.files import is_remote, write_whole
 from aimv2_jax.locks import claimed
 from aimv2_jax.models.aimv2 import count_parameters
+from aimv2_jax.parallel import processes
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
 from aimv2_jax.train.checkpoint import Checkpointer, check_free_space, state_bytes
@@ -35,36 +42,45 @@ from aimv2_jax.train.evaluate import evaluate
 from aimv2_jax.train.flops import model_flops_utilisation
 from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch
 from aimv2_jax.train.optimizer import decay_report
+from aimv2_jax.train.profile import Profiler
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.resume import check_resumable
 from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import TrainState
+from aimv2_jax.train.stopping import StopRequests
 from aimv2_jax.train.tally import BadRecordFile, Tally
 
 
-def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
-    """Trains until `train.steps`, from the newest checkpoint of `workdir` where there is one.
+def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
+    """Trains until `train.steps`, from the newest checkpoint of `workdir` where there is one; the exit code.
+
+    Returns:
+      EXIT_FINISHED, or EXIT_AGAIN where it was asked to stop before, and has saved the step at which it did.
 
     Raises:
       UserError: before anything compiles, for what cannot work; later, when a checkpoint cannot be written.
       GuardStop: on a loss or gradient that isn't finite, and on too many bad records.
     """
-    if config.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
+    workdir = epath.Path(workdir)
+    cache = cache_folder(config.train.compilation_cache, workdir, jax.default_backend())
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", cache)
     program = build_program(config)
     size = state_bytes(program.abstract_state)
-    workdir.mkdir(parents=True, exist_ok=True)
+    timeout_s = config.processes.barrier_timeout_s
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_claimed(workdir))
+        if jax.process_index() == 0:
+            stack.enter_context(_claimed(workdir))
+        processes.agree("claimed", True, timeout_s)  # Until it is process 0's, nobody touches it.
         checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep))
-        latest = checkpointer.latest_step()
+        latest = processes.agree("latest step", checkpointer.latest_step(), timeout_s)
         if latest is not None:
             check_resumable(checkpointer.meta(latest)["config"], config)
             if latest >= config.train.steps:
                 _say(
                     f"already finished: {workdir} has step {latest} of {config.train.steps}; raise train.steps to go on"
                 )
-                return
+                return EXIT_FINISHED
         check_free_space(workdir, size)
         writer = stack.enter_context(
             MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
@@ -72,23 +88,39 @@ def train(config: Config, workdir: Path, tokenizer: Tokenizer) -> None:
         state = program.init() if latest is None else checkpointer.restore(latest, program.abstract_state)
         _introduce(program, workdir, latest, size)
         if jax.process_index() == 0:
-            (workdir / "config.txt").write_text(config_text(config))
+            write_whole(workdir / "config.txt", config_text(config).encode())
         writer.cut_after(latest or 0)
-        run = _Run(program, workdir, tokenizer, checkpointer, writer, latest or 0)
-        run.train(state)
+        bad_records = stack.enter_context(BadRecordFile(workdir, jax.process_index(), latest or 0))
+        profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
+        run = _Run(program, tokenizer, checkpointer, writer, bad_records, profiler, latest or 0)
+        return run.train(state)
+
+
+def cache_folder(setting: str | None, workdir: epath.Path, platform: str) -> str | None:
+    """Where jax keeps compiled code, by config train.compilation_cache; None: nowhere new."""
+    if setting != "workdir":
+        return setting
+    return None if platform == "cpu" else str(workdir / "compiled")
 
 
 @contextlib.contextmanager
-def _claimed(workdir: Path) -> Iterator[None]:
-    """Keeps a second trainer out of the workdir."""
-    if jax.process_index() != 0:
+def _claimed(workdir: epath.Path) -> Iterator[None]:
+    """Keeps a second trainer out of the workdir, which is made."""
+    if is_remote(workdir):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except Exception as error:  # TensorFlow's and fsspec's own kinds.
+            remedy = "See that this machine reaches the bucket and may write there, or give another folder"
+            raise UserError(f"--workdir {workdir} cannot be used", str(error), remedy) from error
+        _say(f"workdir {workdir} is in a bucket, which has no locks: see that no other run writes there")
         yield
         return
-    with claimed(workdir / "lock", "--workdir", workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    with claimed(Path(workdir) / "lock", "--workdir", workdir):
         yield
 
 
-def _introduce(program: Program, workdir: Path, latest: int | None, size: int) -> None:
+def _introduce(program: Program, workdir: epath.Path, latest: int | None, size: int) -> None:
     """Says what will be trained, where, and which tensors are decayed."""
     params = program.abstract_state.params
     devices = program.mesh.devices
@@ -121,10 +153,11 @@ class _Run:
     def __init__(
         self,
         program: Program,
-        workdir: Path,
         tokenizer: Tokenizer,
         checkpointer: Checkpointer,
         writer: MetricsWriter,
+        bad_records: BadRecordFile,
+        profiler: Profiler,
         start: int,
     ):
         config = program.config
@@ -133,9 +166,10 @@ class _Run:
         self.rows = local_rows(program.batch_sharding, config.data.batch_size)
         self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size)
         self.tally = Tally(list(config.data.sources), pipeline.REASONS, replicated(program.mesh))
-        self.bad_records = BadRecordFile(workdir, jax.process_index(), start)
+        self.bad_records, self.profiler, self.stop = bad_records, profiler, StopRequests()
         self.plan = pipeline.training_plan(config, pipeline.open_sources(config.data.sources))
         self.stopwatch = Stopwatch()
+        self.save_stall_s = 0.0  # That steps waited for saves since the last line of metrics.
         self.feed = FeedWatch(
             workers=config.data.workers,
             read_threads=config.data.read_threads,
@@ -145,18 +179,24 @@ class _Run:
         )
         self.progress = ProgressLine(config.train.steps)
 
-    def train(self, state: TrainState) -> None:
+    def train(self, state: TrainState) -> int:
         config = self.config
         with pipeline.training_batches(config, self.rows, self.start, self.tokenizer) as batches:
             _say("compiling the train step ...")
             step = self.program.compile_step()
-            with jax.transfer_guard("disallow"):
-                self._steps(step, state, batches)
-        self.checkpointer.wait()
+            with jax.transfer_guard("disallow"), self.stop:
+                stopped = self._steps(step, state, batches)
+                self.checkpointer.wait()
+        if stopped is not None:
+            _say(
+                f"stopped on request: step {stopped} of {config.train.steps} is saved; the same command goes on from it"
+            )
+            return EXIT_AGAIN
         _say(f"finished: step {config.train.steps}, best checkpoint at step {self.checkpointer.best_step()}")
+        return EXIT_FINISHED
 
-    def _steps(self, step: Callable[..., Any], state: TrainState, batches: pipeline.Batches) -> None:
-        """The contract at the head of this file."""
+    def _steps(self, step: Callable[..., Any], state: TrainState, batches: pipeline.Batches) -> int | None:
+        """The contract at the head of this file; the step at which it was asked to stop, or None."""
         config, program = self.config, self.program
         put = partial(
             pipeline.to_devices, sharding=program.batch_sharding, rows=self.rows, global_rows=config.data.batch_size
@@ -164,6 +204,11 @@ class _Run:
         pending = None  # The step that is dispatched and not yet read.
         self.stopwatch.lap()
         for number in range(self.start + 1, config.train.steps + 1):
+            if self.profiler.due(number):
+                self._read(pending)
+                pending = None
+                with self.stopwatch.pause():
+                    self.profiler.before(number)
             depth = batches.depth
             with self.stopwatch.waiting():
                 host = next(batches)
@@ -173,18 +218,31 @@ class _Run:
                 batch = put(host.arrays)
             counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
             self.bad_records.write(number, host.faults)
-            state, metrics = step(state, batch, program.rng)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):  # So that XProf knows of steps.
+                state, metrics = step(state, batch, program.rng)
             self._read(pending)
             pending = _Pending(number, metrics, counts)
             self.checkpointer.check_errors()
+            stopping = self.stop.reached(number) and number < config.train.steps
             evaluating, saving = self._due(number)
-            if evaluating or saving:
+            if evaluating or saving or stopping:
                 self._read(pending)
                 pending = None
                 with self.stopwatch.pause():
                     values = self._evaluate(number, state) if evaluating else {}
-                    if saving:
-                        self.checkpointer.save(number, state, config, eval_loss=values.get("eval_loss"))
+                    if saving or stopping:
+                        self._save(number, state, values.get("eval_loss"))
+            if stopping:
+                return number
+        return None
+
+    def _save(self, number: int, state: TrainState, eval_loss: float | None) -> None:
+        """Starts the save of a step, after what was told of the steps before is where it belongs."""
+        self.writer.flush()
+        self.bad_records.flush()
+        start_s = time.perf_counter()
+        self.checkpointer.save(number, state, self.config, eval_loss=eval_loss)
+        self.save_stall_s += time.perf_counter() - start_s
 
     def _due(self, number: int) -> tuple[bool, bool]:
         """Whether the state after step `number` is evaluated, and whether it is saved. The last one is both."""
@@ -205,6 +263,7 @@ class _Run:
             return
         values |= self.stopwatch.lap()
         devices = list(self.program.mesh.devices.flat)
+        values["save_stall_s"], self.save_stall_s = self.save_stall_s, 0.0
         values["mfu"] = model_flops_utilisation(self.config, values["images_per_s"], devices)
         feed, advice = self.feed.lap(values["step_time_s"], values["data_wait_fraction"])
         epochs = {f"epochs/{name}": passes for name, passes in self.plan.epochs(number).items()}

@@ -12,17 +12,19 @@ import math
 import numbers
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from etils import epath
 
 from aimv2_jax.config import Config, config_text, config_to_dict
 from aimv2_jax.errors import UserError
-from aimv2_jax.files import write_whole
+from aimv2_jax.files import is_remote, write_whole
+from aimv2_jax.growing import GrowingFile, Upload
 
 _FILE = "metrics.jsonl"
 
@@ -45,7 +47,7 @@ class MetricsWriter:
         if not self._active:
             return
         self._path = epath.Path(workdir) / _FILE
-        self._file: TextIO | None = None
+        self._file = GrowingFile(self._path)
         self._tensorboard = _TensorBoard(self._path.parent / "tensorboard", config) if tensorboard else None
         self._wandb = _start_wandb(self._path.parent, wandb_project, config) if wandb_project else None
         with _writing(self._path):
@@ -58,15 +60,21 @@ class MetricsWriter:
         plain = {name: _plain(value) for name, value in values.items()}
         line = json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n"
         with _writing(self._path):
-            if self._file is None:
-                self._file = self._path.open("a")
-            self._file.write(line)
-            self._file.flush()
+            self._file.write(line.encode())
         scalars = {name: value for name, value in plain.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:
             self._tensorboard.write(step, scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=int(step))
+
+    def flush(self) -> None:
+        """Returns when all that was written is in the workdir: of one in a bucket, that may take some seconds else."""
+        if not self._active:
+            return
+        with _writing(self._path):
+            self._file.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
 
     def cut_after(self, step: int) -> None:
         """Takes away what is beyond `step`, and a last line that a crash left unfinished: call it after a restore.
@@ -76,9 +84,8 @@ class MetricsWriter:
         """
         if not self._active:
             return
-        if self._file is not None:
+        with _writing(self._path):
             self._file.close()
-            self._file = None
         if self._tensorboard is not None:
             self._tensorboard.cut_after(step)
         cut_lines(self._path, step)
@@ -87,11 +94,10 @@ class MetricsWriter:
         """Flushes and closes everything."""
         if not self._active:
             return
-        if self._file is not None:
+        with _writing(self._path):
             self._file.close()
-            self._file = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -158,10 +164,13 @@ def _plain(value: Any) -> Any:
 def _writing(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written", error.strerror or str(error), "Make room, or give a --workdir that can be"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or is_remote(path):  # Of a bucket: TensorFlow's or fsspec's own kinds.
+            said = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{path} cannot be written", said, "Make room, or give a --workdir that can be") from error
+        raise
 
 
 class _TensorBoard:
@@ -172,28 +181,53 @@ class _TensorBoard:
         self._config = config
         self._purge_step: int | None = None
         self._writer: Any = None
+        self._scratch: tempfile.TemporaryDirectory | None = None  # For a bucket.
+        self._upload: Upload | None = None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._writer is None:
-            from tensorboardX import SummaryWriter
-
-            # tensorboardX names files by the second: without more, a quick restart would overwrite what it continues.
-            suffix = f".{step:09d}.{os.getpid()}"
-            self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, filename_suffix=suffix)
-            text = config_text(self._config).replace("\n", "\n    ")
-            self._writer.add_text("config", f"    {text}", step)  # Indented: Markdown for "as it is".
+            self._open(step)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+        if self._upload is not None:
+            self._upload.changed()
+
+    def _open(self, step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        folder = self._folder
+        if is_remote(folder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="tensorboard-")
+            folder = self._scratch.name
+        # tensorboardX names files by the second: without more, a quick restart would overwrite what it continues.
+        suffix = f".{step:09d}.{os.getpid()}"
+        self._writer = SummaryWriter(str(folder), purge_step=self._purge_step, filename_suffix=suffix)
+        text = config_text(self._config).replace("\n", "\n    ")
+        self._writer.add_text("config", f"    {text}", step)  # Indented: Markdown for "as it is".
+        if self._scratch is not None:
+            [local] = Path(folder).iterdir()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._upload = Upload(local, self._folder / local.name)
 
     def cut_after(self, step: int) -> None:
         self.close()
         self._purge_step = step + 1
 
+    def flush(self) -> None:
+        if self._upload is not None:
+            self._upload.flush()
+
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, upload, scratch = self._writer, self._upload, self._scratch
+        self._writer = self._upload = self._scratch = None
+        if writer is not None:
+            writer.close()
+        if upload is not None:
+            upload.changed()
+            upload.close()
+        if scratch is not None:
+            scratch.cleanup()
 
 
 def _start_wandb(workdir: epath.Path, project: str, config: Config) -> Any:
@@ -210,8 +244,9 @@ def _start_wandb(workdir: epath.Path, project: str, config: Config) -> Any:
     run_id = remembered.read_text() if remembered.exists() else secrets.token_hex(8)
     with _writing(remembered):
         workdir.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(run_id)
-    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=config_to_dict(config))
+        write_whole(remembered, run_id.encode())
+    folder = None if is_remote(workdir) else str(workdir)  # What it keeps on this machine.
+    return wandb.init(project=project, id=run_id, resume="allow", dir=folder, config=config_to_dict(config))
 
 
 class Stopwatch:

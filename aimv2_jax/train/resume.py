@@ -17,9 +17,11 @@ MAY_CHANGE = {
     "train.save_every": "how often it is saved",
     "train.keep": "which checkpoints stay on the disk",
     "train.microbatches": "parts of one and the same batch: rounding only, and fewer devices need more parts",
-    "train.compilation_cache": "a folder of this machine",
+    "train.compilation_cache": "where compiled code is kept",
     "train.tensorboard": "where metrics go",
     "train.wandb_project": "where metrics go",
+    "train.profile": "how it is looked at",
+    "processes.*": "how long they wait for one another",
     "mesh.*": "rounding only: examples, prefixes and the saved state are the same on any mesh",
     "model.layers": "one parameter tree, run in two ways: rounding only",
     "model.remat": "what is computed again in the backward pass: rounding only",
@@ -35,7 +37,7 @@ MAY_CHANGE = {
     "eval.*": "evaluation changes no parameter; the best is chosen among losses measured in the same way",
 }
 # Below these a key may also come and go; of the others only the value may change.
-_NAMES_MAY_CHANGE = ("eval.*", "train.tpu_compiler_options.*")
+_NAMES_MAY_CHANGE = ("eval.*", "processes.*", "train.profile", "train.tpu_compiler_options.*")
 
 _ABSENT = "absent"
 

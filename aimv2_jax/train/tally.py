@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from aimv2_jax.errors import GuardStop
+from aimv2_jax.growing import GrowingFile
 from aimv2_jax.train.metrics import cut_lines
 
 # A record without the asked caption kind is no damage: many sets have synthetic captions for some pictures only.
@@ -80,14 +80,24 @@ class BadRecordFile:
     Each process writes what it read itself; from the second on the file's name carries the process' number.
     """
 
-    def __init__(self, workdir: str | Path, process: int, last_step: int):
+    def __init__(self, workdir: epath.PathLike, process: int, last_step: int):
         """Opens the file; lines of steps beyond `last_step`, which will come again, are cut."""
-        self._path = epath.Path(workdir) / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
-        cut_lines(self._path, last_step)
+        path = epath.Path(workdir) / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
+        cut_lines(path, last_step)
+        self._file = GrowingFile(path)
 
     def write(self, step: int, faults: Sequence[Any]) -> None:
         """Appends the faults (dataclasses of data.pipeline) of the batch that made `step`."""
-        if faults:
-            with self._path.open("a") as file:
-                for fault in faults:
-                    file.write(json.dumps({"step": step, **vars(fault)}) + "\n")
+        lines = [json.dumps({"step": step, **vars(fault)}) + "\n" for fault in faults]
+        if lines:
+            self._file.write("".join(lines).encode())
+
+    def flush(self) -> None:
+        """Returns when all of it is in the workdir, which may be in a bucket."""
+        self._file.flush()
+
+    def __enter__(self) -> BadRecordFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()

@@ -41,7 +41,7 @@ def test_attention_when_masked_then_the_formula_and_finite_where_nothing_may_be_
     readable = VALID.copy()
     readable[1, 0] = False  # With a prefix of 1, query 0 of example 1 may read nothing.
     reads = Reads(jnp.asarray([2, 1]), jnp.asarray(readable))
-    ours = np.asarray(attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), reads, heads=3))
+    ours = np.asarray(attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), reads, None, heads=3))
     assert np.isfinite(ours).all()
     mask = np.asarray(reads.mask(6))
     split = lambda x: x.reshape(2, 6, 3, 4)  # noqa: E731

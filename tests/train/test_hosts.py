@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import host
 import numpy as np
 import pytest
+from several import free_port
 from tiny import ROOT
 
 from aimv2_jax.train.checkpoint import CheckpointReader
@@ -20,12 +20,6 @@ from aimv2_jax.train.metrics import read_metrics
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 
 STEPS = 10
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_hosts(count: int, workdir: Path, **changes: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import logging
@@ -21,19 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from runs import assert_bitwise, broken_source, saved_state
 from slow_reads import SlowSource
 from tiny import ROOT, tiny_arguments, tiny_config
 
+from aimv2_jax import errors
 from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
-from aimv2_jax.data.datasets import write_dataset
-from aimv2_jax.data.records import Record
 from aimv2_jax.main import main
 from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.tally import Tally
 
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
@@ -42,17 +41,6 @@ KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
     "images_per_s", "step_time_s", "data_wait_fraction", "data_queue_depth", "mfu",
 }  # fmt: skip
-
-
-def saved_state(workdir: Path, step: int, **changes):
-    """The leaves of a checkpoint's state, on one mesh."""
-    reader = CheckpointReader(workdir)
-    return jax.device_get(jax.tree.leaves(reader.restore(step, build_program(tiny_config(**changes)).abstract_state)))
-
-
-def assert_bitwise(one, other):
-    assert len(one) == len(other)
-    assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, other))
 
 
 @pytest.fixture(scope="module")
@@ -238,17 +226,6 @@ def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_th
     assert all(line["step"] <= 11 for line in read_metrics(tmp_path)[0])
 
 
-def broken_source(folder: Path, good: int, bad: int) -> Path:
-    """A data set with `good` pictures and `bad` records that are none."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 40), (200, 30, 30)).save(buffer, "JPEG")
-    captions = {"alt": "a red square", "synthetic": "a picture of a red square"}
-    pictures = [Record(f"good-{i}", buffer.getvalue(), captions, {}) for i in range(good)]
-    rubbish = [Record(f"bad-{i}", b"not a picture", captions, {}) for i in range(bad)]
-    write_dataset(folder, pictures + rubbish)
-    return folder
-
-
 def test_run_when_some_records_are_bad_then_counted_named_and_replaced(tmp_path):
     folder = broken_source(tmp_path / "data", good=50, bad=1)
     workdir = tmp_path / "run"
@@ -385,3 +362,61 @@ def test_run_when_some_held_out_records_are_bad_then_left_out_counted_and_named(
     assert line["eval_bad_records"] == 2  # once a caption kind
     names = [json.loads(line)["key"] for line in (tmp_path / "run/bad_records.jsonl").read_text().splitlines()]
     assert names == ["bad-0", "bad-0"]
+
+
+def signalled(monkeypatch, step: int, numbers: list[int]) -> None:
+    """Sends this process the signals while it is at that step of a run from the start."""
+    add, steps = Tally.add, itertools.count(1)
+
+    def counted(*args):
+        if next(steps) == step:
+            for number in numbers:
+                signal.raise_signal(number)
+        return add(*args)
+
+    monkeypatch.setattr(Tally, "add", counted)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_run_when_asked_to_stop_then_saves_that_step_ends_with_75_and_goes_on_exactly(
+    straight, tmp_path, monkeypatch, capsys, numbers
+):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        signalled(patched, 7, numbers)
+        assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == errors.EXIT_AGAIN
+    assert "stopped on request: step 7 of 20 is saved" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert CheckpointReader(tmp_path).steps() == [7]
+    assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == 0
+    assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
+
+
+def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeypatch):
+    signalled(monkeypatch, 7, [signal.SIGINT, signal.SIGINT])
+    assert main(tiny_arguments(tmp_path, train__save_every=100)) == errors.EXIT_INTERRUPTED
+    assert CheckpointReader(tmp_path).steps() == []
+
+
+def test_run_when_asked_to_stop_at_its_last_step_then_it_is_finished(tmp_path, monkeypatch):
+    signalled(monkeypatch, 4, [signal.SIGTERM])
+    assert main(tiny_arguments(tmp_path, train__steps=4, eval__sources={})) == 0
+
+
+def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(tmp_path, monkeypatch):
+    save = Checkpointer.save
+    monkeypatch.setattr(Checkpointer, "save", lambda *args, **kwargs: (time.sleep(0.5), save(*args, **kwargs)))
+    changes = dict(train__steps=9, train__save_every=3, train__log_every=2, eval__sources={})
+    assert main(tiny_arguments(tmp_path, **changes)) == 0
+    stalls = {line["step"]: line["save_stall_s"] for line in read_metrics(tmp_path)[0]}
+    assert stalls.keys() == {2, 4, 6, 8, 9}
+    assert stalls[2] == stalls[6] == stalls[9] == 0
+    assert stalls[4] >= 0.5 and stalls[8] >= 0.5  # Of the saves of steps 3 and 6.
+
+
+@pytest.mark.parametrize(
+    ("setting", "platform", "folder"),
+    [("workdir", "tpu", "/w/compiled"), ("workdir", "cpu", None), ("/c", "cpu", "/c"), (None, "tpu", None)],
+)
+def test_compiled_code_when_it_is_kept_then_in_its_folder(setting, platform, folder):
+    assert loop.cache_folder(setting, Path("/w"), platform) == folder

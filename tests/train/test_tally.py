@@ -46,12 +46,13 @@ def test_check_when_only_caption_kinds_are_missing_then_goes_on(tally):
 
 def test_bad_record_file_when_continued_then_later_and_half_lines_are_cut(tmp_path):
     faults = [Fault(example=7, source="a", record=3, key="k", reason="corrupt_record")]
-    first = BadRecordFile(tmp_path, 0, 0)
-    for step in (1, 2, 3):
-        first.write(step, faults)
+    with BadRecordFile(tmp_path, 0, 0) as first:
+        for step in (1, 2, 3):
+            first.write(step, faults)
     path = tmp_path / "bad_records.jsonl"
     path.write_text(path.read_text() + '{"step": 1, "half')
-    BadRecordFile(tmp_path, 0, 2).write(3, faults)
+    with BadRecordFile(tmp_path, 0, 2) as second:
+        second.write(3, faults)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0] == {"step": 1, "example": 7, "source": "a", "record": 3, "key": "k", "reason": "corrupt_record"}

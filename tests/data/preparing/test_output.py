@@ -1,9 +1,9 @@
 """Output: in a bucket as on the disk."""
 
 import contextlib
-import shutil
 
 import pytest
+from bucket import stand_in
 
 import aimv2_jax
 from aimv2_jax.data.books import Books
@@ -18,38 +18,8 @@ from aimv2_jax.errors import UserError
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket as etils reaches it, kept in a local folder; it can copy files to itself, and rename none."""
-    from etils.epath import backend, gpath
-
-    root = tmp_path / "bucket"
-    root.mkdir()
-
-    class Bucket(backend._OsPathBackend):
-        def copy(self, path, dst, overwrite):
-            assert str(dst).startswith("gs://")
-            shutil.copyfile(path, local(dst))
-
-        def rename(self, path, dst):
-            raise AssertionError("a bucket can't rename")
-
-        replace = rename
-
-    def local(path):
-        return str(path).replace("gs://bucket", str(root))
-
-    for name in ("open", "exists", "isdir", "listdir", "stat", "mkdir", "makedirs", "remove", "rmtree", "glob"):
-        original = getattr(backend._OsPathBackend, name)
-        setattr(Bucket, name, lambda self, path, *args, _call=original, **kw: _call(self, local(path), *args, **kw))
-    fake = Bucket()
-    chosen = gpath._get_backend
-
-    def choose(*paths):
-        return fake if any(path._uri_scheme == "gs" for path in paths) else chosen(*paths)
-
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
-    monkeypatch.setattr(gpath, "_get_backend", choose)
-    return root
+    """gs://bucket, kept in a local folder."""
+    return stand_in(tmp_path / "bucket", monkeypatch)
 
 
 FLAGS = ["--caption", "alt=json:alt", "--shard-size", "30KB"]

@@ -1,0 +1,115 @@
+"""Files that grow while a run goes on: in place on a disk; in a bucket, which cannot append, by uploads."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+from pathlib import Path
+
+from etils import epath
+
+from aimv2_jax.files import is_remote, write_whole
+
+_BETWEEN_S = 10.0  # Uploads of one file: each is of the whole file, and a bucket takes one a second at most.
+
+
+class Upload:
+    """Keeps the file `path` of a bucket like the local file `local`, from a thread.
+
+    What a bucket refuses once, it may take the next time: only `flush` raises it.
+    """
+
+    def __init__(self, local: Path, path: epath.PathLike, between_s: float = _BETWEEN_S):
+        self._local, self._path, self._between_s = local, path, between_s
+        self._changed, self._ending = threading.Event(), threading.Event()
+        self._lock = threading.Lock()  # Held by who uploads.
+        self._thread = threading.Thread(target=self._run, name=f"upload of {local.name}", daemon=True)
+        self._thread.start()
+
+    def changed(self) -> None:
+        """The local file has grown: it is uploaded soon."""
+        self._changed.set()
+
+    def flush(self) -> None:
+        """Returns when the bucket has all of it; raises what the bucket raises."""
+        with self._lock:
+            if self._changed.is_set():
+                self._changed.clear()
+                try:
+                    write_whole(self._path, self._local.read_bytes())
+                except Exception:
+                    self._changed.set()
+                    raise
+
+    def close(self) -> None:
+        """Uploads what is left, and ends the thread."""
+        self._ending.set()
+        self._changed_wakes()
+        self._thread.join()
+        self.flush()
+
+    def _changed_wakes(self) -> None:
+        """The thread waits for a change: it looks whether it is to end then, and leaves the rest to `flush`."""
+        self._changed.set()
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            self._changed.wait()
+            if self._ending.wait(0):
+                return
+            with contextlib.suppress(Exception):  # Tried again, and told by `flush`.
+                self.flush()
+            self._ending.wait(self._between_s)
+
+
+class GrowingFile:
+    """A file at whose end is written; what `path` holds before stays. It is made at the first write.
+
+    Args:
+      path: local, or in a bucket; its folder is made.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self._path = epath.Path(path)
+        self._file = None
+        self._upload: Upload | None = None
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def write(self, data: bytes) -> None:
+        """Writes at the end: on a disk when this returns, in a bucket some seconds later."""
+        if self._file is None:
+            self._open()
+        self._file.write(data)
+        if self._upload is not None:
+            self._upload.changed()
+
+    def flush(self) -> None:
+        """Returns when all is where it belongs; an OSError, or the bucket's own, where that cannot be."""
+        if self._upload is not None:
+            self._upload.flush()
+
+    def close(self) -> None:
+        """Flushes and closes it; a later write opens it again."""
+        file, upload, folder = self._file, self._upload, self._folder
+        self._file = self._upload = self._folder = None
+        try:
+            if upload is not None:
+                upload.close()
+        finally:
+            if file is not None:
+                file.close()
+            if folder is not None:
+                folder.cleanup()
+
+    def _open(self) -> None:
+        if not is_remote(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = Path(self._path).open("ab", buffering=0)  # noqa: SIM115
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix="upload-")
+        local = Path(self._folder.name) / self._path.name
+        if self._path.exists():
+            local.write_bytes(self._path.read_bytes())
+        self._file = local.open("ab", buffering=0)
+        self._upload = Upload(local, self._path)

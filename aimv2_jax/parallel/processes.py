@@ -1,0 +1,157 @@
+"""A trainer that is one of several: how it joins the others, and what they agree on.
+
+The processes of a run are started alike, one a host. Each is a pair: the one that was started keeps watch
+(`supervisor.py`) over the trainer that it starts, and tells the other hosts' watchers when that ends (`links.py`). This
+module is the trainer's side; a run of one process needs none of it. It imports jax in functions only, so that a watcher
+stays small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from aimv2_jax.config import ProcessesConfig
+from aimv2_jax.errors import EXIT_BUG, UserError, last_words
+from aimv2_jax.parallel.clusters import Place
+
+_TRAINER = "AIMV2_JAX_TRAINER"  # Of the environment of a trainer that has a watcher: its `Place`, and its channel.
+_STORE = "aimv2_jax"  # Above our keys in the coordination store.
+_Value = TypeVar("_Value")
+
+
+# --- the trainer, which has a watcher ------------------------------------------------------------------------------
+
+
+def trainer_environment(place: Place, channel: int) -> dict[str, str]:
+    """The environment of the trainer of `place`; `channel` is the descriptor by which it reaches its watcher."""
+    mine = json.dumps({"place": dataclasses.asdict(place), "channel": channel, "watcher": os.getpid()})
+    return os.environ | {_TRAINER: mine, "PYTHONUNBUFFERED": "1"}
+
+
+def trainer() -> Trainer | None:
+    """This process as a trainer that has a watcher, or None."""
+    mine = os.environ.pop(_TRAINER, None)  # Not for data workers.
+    if mine is None:
+        return None
+    known = json.loads(mine)
+    fields = known["place"]
+    local = fields["local_devices"]
+    hosts = {int(index): host for index, host in fields["hosts"].items()}
+    place = Place(**fields | {"local_devices": None if local is None else tuple(local), "hosts": hosts})
+    _end_with(known["watcher"])
+    return Trainer(place, socket.socket(fileno=known["channel"]))
+
+
+def _end_with(watcher: int) -> None:
+    """Lets the system kill this process when its watcher is, by kill -9 too."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux's alone.
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != watcher:  # It died before.
+        os._exit(EXIT_BUG)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The process that trains."""
+
+    place: Place
+    channel: socket.socket
+
+    def run(self, work: Callable[[], int], settings: ProcessesConfig) -> int:
+        """Joins the others, and does `work`, whose code it returns.
+
+        What ends it otherwise is told to the watcher, who knows whether it was the others' end; then this process ends
+        at once: jax would wait for processes that don't end, and the watchers see to those.
+        """
+        try:
+            join(self.place, settings)
+            code = work()
+            leave()
+            return code
+        except BaseException as error:
+            words = last_words(error)
+            code, text = (EXIT_BUG, traceback.format_exc()) if words is None else words
+            with contextlib.suppress(OSError):
+                self.channel.sendall(json.dumps({"code": code, "text": text}).encode() + b"\n")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def join(place: Place, settings: ProcessesConfig) -> None:
+    """Makes the devices of all processes this one's jax, and leaves its host in the coordination store.
+
+    Raises:
+      UserError: if the others cannot be reached in time.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.index,
+            local_device_ids=place.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=settings.startup_timeout_s,
+            # The watchers are to find out first, and to name who it is. This one is for when they cannot.
+            heartbeat_timeout_seconds=2 * settings.heartbeat_timeout_s,
+            shutdown_timeout_seconds=settings.barrier_timeout_s,
+            coordinator_bind_address=place.bind_address,
+        )
+    except RuntimeError as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "See that the hosts reach that port of process 0, and that nothing else listens there"
+        raise UserError(f"the processes cannot meet at {place.coordinator}", said, remedy) from error
+    _client().key_value_set(f"{_STORE}/host/{place.index}", socket.gethostname())
+
+
+def leave() -> None:
+    """Waits for all processes to come here, and ends what `join` began."""
+    import jax
+
+    jax.distributed.shutdown()
+
+
+def hosts() -> dict[int, str]:
+    """process -> host, of all that have joined; empty in a run of one process."""
+    client = _client()
+    if client is None:
+        return {}
+    found = client.key_value_dir_get(f"{_STORE}/host/")
+    return {int(key.rpartition("/")[2]): host for key, host in sorted(found)}
+
+
+def agree(name: str, value: _Value, timeout_s: int) -> _Value:
+    """What process 0 gave as `value`, which is JSON; every process asks once for each `name`, and waits for process 0.
+
+    Decisions that follow from what lies in a folder are taken so: hosts may see it at different moments.
+    """
+    client = _client()
+    if client is None:
+        return value
+    key = f"{_STORE}/agreed/{name}"
+    import jax
+
+    if jax.process_index() == 0:
+        client.key_value_set(key, json.dumps(value))
+    return json.loads(client.blocking_key_value_get(key, timeout_s * 1000))
+
+
+def _client() -> Any:
+    """jax's client of the coordination store, or None in a run of one process."""
+    from jax._src import distributed
+
+    return distributed.global_state.client

@@ -1,0 +1,301 @@
+"""The watcher of a trainer, one of several: it starts it, writes its log, and ends it when another process is missing.
+
+A trainer cannot do that itself. When a process dies, the collectives of the others hang or fail, and where it was
+process 0 jax's runtime ends them from C++ within milliseconds, with a page that names nobody. A watcher has no jax that
+could fail: its word is the last one.
+
+Each watcher tells how its trainer ended. Process 0's hears all of them, decides whose end it was that ended the run,
+and tells that. When process 0 is missing, each of the others knows by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TextIO
+
+from etils import epath
+
+import aimv2_jax
+from aimv2_jax.config import Config, ProcessesConfig, config_text
+from aimv2_jax.errors import EXIT_AGAIN, EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER
+from aimv2_jax.growing import GrowingFile
+from aimv2_jax.parallel.clusters import Place
+from aimv2_jax.parallel.links import Team, call_roll
+from aimv2_jax.parallel.processes import trainer_environment
+
+_SILENT = 0.7  # Share of the heartbeat time-out after which a silent process is missing: the rest is for ending.
+_BEATS = 10  # In a heartbeat time-out.
+_CRASH_S = 3.0  # After a trainer crashed: maybe since another process is missing, whose watcher then tells so.
+_UNWIND_S = 30.0  # After one ended for a reason that it tells: others may end for the same, and see a save through.
+_LAST_WORDS_S = 1.0  # For pipes of an ended trainer: its data workers hold them, too, until they end.
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a process ended.
+
+    Args:
+      code: its exit code, which becomes that of all.
+      text: what it said of it.
+      well: whether it came to its end together with all others: finished, or stopped on request.
+      lost: why it is missing, if it could not say anything.
+    """
+
+    index: int
+    code: int
+    text: str = ""
+    well: bool = False
+    lost: str | None = None
+
+
+class Watcher:
+    """Watches over the trainer of `place` until all is over.
+
+    Args:
+      team: from the roll call.
+      log: where all that the trainer says goes; on process 0 it goes to this process' output, too.
+    """
+
+    def __init__(self, place: Place, team: Team, settings: ProcessesConfig, log: GrowingFile):
+        self._place, self._team, self._log = place, team, log
+        self._timeout_s, self._barrier_s = settings.heartbeat_timeout_s, settings.barrier_timeout_s
+        self._first = place.index == 0
+        self._ends: dict[int, End] = {}
+        self._verdict: End | None = None
+        self._decide_s: float | None = None  # When it will be decided whose end it was.
+        self._wait_s = 0.0  # Until when others are waited for, once this trainer has ended.
+        self._told = b""  # By the trainer, of its end.
+        self._words = ""
+        self._ended_s: float | None = None
+        self._beat_s = 0.0
+
+    def run(self, command: Sequence[str]) -> int:
+        """Starts the trainer by `command`; the exit code of this process, when it is over."""
+        mine, its = socket.socketpair()
+        # In a session of its own: Ctrl-C of a terminal comes to it through this process, once.
+        self._trainer = subprocess.Popen(
+            command,
+            env=trainer_environment(self._place, its.fileno()),
+            pass_fds=[its.fileno()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        its.close()
+        with self._signals_passed_on(), selectors.DefaultSelector() as self._selector:
+            self._open = {mine: self._hear_trainer}
+            self._open[self._trainer.stdout] = lambda: self._pass_on(self._trainer.stdout, sys.stdout)
+            self._open[self._trainer.stderr] = lambda: self._pass_on(self._trainer.stderr, sys.stderr)
+            self._channel = mine
+            for file in self._open:
+                os.set_blocking(file.fileno(), False)
+                self._selector.register(file, selectors.EVENT_READ, self._open[file])
+            for index, link in self._team.links.items():
+                self._selector.register(link, selectors.EVENT_READ, lambda index=index: self._hear_watcher(index))
+            try:
+                while not self._over():
+                    self._turn()
+            finally:
+                self._trainer.kill()
+                self._trainer.wait()
+            deadline_s = time.monotonic() + _LAST_WORDS_S
+            while time.monotonic() < deadline_s and (self._open or self._unheard()):
+                self._turn()
+        for file in (mine, self._trainer.stdout, self._trainer.stderr, *self._team.links.values()):
+            file.close()
+        return self._conclude()
+
+    def _unheard(self) -> bool:
+        """Whether others may not yet have heard process 0's verdict: those that have, end."""
+        return self._first and self._verdict is not None and not all(link.closed for link in self._team.links.values())
+
+    @contextlib.contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        def pass_on(number: int, _: object) -> None:
+            self._trainer.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _turn(self) -> None:
+        """Takes what has come, or waits a little for it; then looks at the clock."""
+        for key, _ in self._selector.select(min(0.2, self._timeout_s / (2 * _BEATS))):
+            if not key.data():
+                self._selector.unregister(key.fileobj)
+                self._open.pop(key.fileobj, None)
+        now_s = time.monotonic()
+        if now_s >= self._beat_s + self._timeout_s / _BEATS:
+            self._beat_s = now_s
+            self._send({"beat": True})
+        for index, link in self._team.links.items():
+            link.flush()
+            silence_s = now_s - link.heard_s
+            if index not in self._ends and silence_s > _SILENT * self._timeout_s:
+                self._record(End(index, EXIT_BUG, lost=f"no sign of life for {silence_s:.0f} s"))
+        if self._trainer.poll() is not None and self._place.index not in self._ends:
+            self._ended_s = self._ended_s or now_s
+            if not self._open or now_s > self._ended_s + _LAST_WORDS_S:
+                self._end_of_trainer()
+        if self._decide_s is not None and (now_s >= self._decide_s or len(self._ends) == self._place.count):
+            self._decide(next(end for end in self._ends.values() if not end.well))
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        for link in self._team.links.values():
+            link.send(message)
+
+    def _over(self) -> bool:
+        if self._verdict is not None:
+            return True
+        mine = self._ends.get(self._place.index)
+        if mine is None:
+            return False
+        if mine.well and not self._first:
+            return True
+        return len(self._ends) == self._place.count or time.monotonic() > self._wait_s
+
+    # --- what comes in: each returns False when nothing more will ----------------------------------------------------
+
+    def _pass_on(self, pipe: BinaryIO, output: TextIO) -> bool:
+        """What came through a pipe of the trainer: to the log, and on process 0 to its output."""
+        try:
+            data = os.read(pipe.fileno(), 1 << 16)
+        except BlockingIOError:
+            return True
+        self._write_log(data)
+        if self._first:
+            _write(output, data)
+        return bool(data)
+
+    def _hear_trainer(self) -> bool:
+        """What the trainer tells of its end: process 0 says it to people only if it was nobody else's."""
+        try:
+            data = self._channel.recv(1 << 20)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        self._told += data
+        if data.endswith(b"\n"):
+            self._words = json.loads(self._told)["text"].rstrip()
+            self._write_log(self._words.encode() + b"\n")
+        return bool(data)
+
+    def _hear_watcher(self, index: int) -> bool:
+        link = self._team.links[index]
+        for message in link.receive():
+            if "end" in message:
+                self._record(End(**message["end"]))
+            if "verdict" in message:
+                self._verdict = self._verdict or End(**message["verdict"])
+        if link.closed and index not in self._ends:
+            self._record(End(index, EXIT_BUG, lost="its connection broke"))
+        return not link.closed
+
+    def _write_log(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # What ends a run is a checkpoint that cannot be written, not a log.
+            self._log.write(data)
+
+    # --- whose end it was --------------------------------------------------------------------------------------------
+
+    def _end_of_trainer(self) -> None:
+        code, text = self._trainer.returncode, self._words
+        well = code in (EXIT_FINISHED, EXIT_AGAIN)
+        lost = None
+        if code < 0:
+            number = signal.Signals(-code)
+            text = f"its trainer was ended by {number.name}"
+            # SIGABRT is mostly jax's, whose own watch found another process missing; SIGTERM came before any training.
+            lost = None if number in (signal.SIGABRT, signal.SIGTERM) else text
+            code = EXIT_AGAIN if number == signal.SIGTERM else 128 + number
+        end = End(self._place.index, code, text, well, lost)
+        self._wait_s = time.monotonic() + (self._barrier_s if well else _UNWIND_S + self._timeout_s)
+        self._send({"end": dataclasses.asdict(end)})
+        self._record(end)
+
+    def _record(self, end: End) -> None:
+        """Notes how a process ended; what follows, process 0 decides, or each where it is process 0 that is missing."""
+        self._ends.setdefault(end.index, end)
+        if end.lost is not None and (self._first or end.index == 0):
+            self._decide(end)
+        elif not end.well and self._first:
+            reason = end.code in (EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED)
+            deadline_s = time.monotonic() + (_UNWIND_S if reason else _CRASH_S)
+            self._decide_s = min(deadline_s, self._decide_s or deadline_s)
+
+    def _decide(self, end: End) -> None:
+        self._decide_s = None
+        if self._verdict is None:
+            self._verdict = end
+            if self._first:
+                self._send({"verdict": dataclasses.asdict(end)})
+
+    def _conclude(self) -> int:
+        """Says the last words; the exit code."""
+        mine = self._ends.get(self._place.index)
+        verdict = self._verdict or mine
+        assert verdict is not None
+        host = self._team.hosts[verdict.index]
+        if verdict.lost is not None:
+            self._say(
+                f"error: process {verdict.index} on {host} is missing ({verdict.lost}); this ends the run. The same "
+                "command on all hosts goes on from the newest checkpoint",
+                to_people=True,
+            )
+            code = verdict.code if verdict.index == self._place.index else EXIT_AGAIN
+        elif mine is not None and mine.code == verdict.code:
+            if self._first and mine.text:  # It is in the log.
+                _write(sys.stderr, mine.text.encode() + b"\n")
+            code = mine.code
+        else:
+            said = (verdict.text.splitlines() or ["see its log"])[-1]
+            line = f"error: process {verdict.index} on {host} ended with code {verdict.code}: {said}"
+            self._say(line, to_people=self._first)
+            code = verdict.code
+        return mine.code if mine is not None and mine.well else code
+
+    def _say(self, line: str, to_people: bool) -> None:
+        self._write_log(line.encode() + b"\n")
+        if to_people:
+            _write(sys.stderr, line.encode() + b"\n")
+
+
+def _write(output: TextIO, data: bytes) -> None:
+    with contextlib.suppress(OSError, ValueError):  # Nobody reads any more.
+        output.flush()
+        output.buffer.write(data)
+        output.buffer.flush()
+
+
+def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: Sequence[str]) -> int:
+    """Trains as one of several processes, by `python -m aimv2_jax.main` with `arguments`; the exit code.
+
+    Raises:
+      UserError: if the others don't come, or were started otherwise.
+    """
+    digest = hashlib.sha256(config_text(config).encode()).hexdigest()[:8]
+    command = f"aimv2_jax {aimv2_jax.__version__}, workdir {os.fspath(workdir)}, config {digest}"
+    team = call_roll(place, socket.gethostname(), command, config.processes.startup_timeout_s)
+    with contextlib.closing(GrowingFile(log_file(workdir, place.index))) as log:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        log.write(f"--- {now}: process {place.index} of {place.count} on {team.hosts[place.index]}\n".encode())
+        return Watcher(place, team, config.processes, log).run([sys.executable, "-m", "aimv2_jax.main", *arguments])
+
+
+def log_file(workdir: epath.PathLike, index: int) -> epath.Path:
+    """Where process `index` of several logs."""
+    return epath.Path(workdir) / "logs" / f"process_{index:05d}.log"

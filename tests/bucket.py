@@ -1,0 +1,63 @@
+"""gs://bucket on a local disk, as etils and Orbax reach it: it can copy files to itself, and append and rename none."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+NAME = "gs://bucket"
+
+
+def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keeps what is in gs://bucket in the folder `root`, which is made."""
+    from etils.epath import backend, gpath
+
+    root.mkdir()
+
+    def local(path):
+        return str(path).replace(NAME, str(root))
+
+    class Bucket(backend._OsPathBackend):
+        def open(self, path, mode):
+            if not set(mode) <= set("rwbt"):
+                raise AssertionError(f"a bucket can't open files as {mode}")
+            if "w" in mode:
+                Path(local(path)).parent.mkdir(parents=True, exist_ok=True)  # It has no folders.
+            return super().open(local(path), mode)
+
+        def copy(self, path, dst, overwrite):
+            assert str(dst).startswith("gs://")
+            shutil.copyfile(path, local(dst))
+
+        def rename(self, path, dst):
+            raise AssertionError("a bucket can't rename")
+
+        replace = rename
+
+    for name in ("exists", "isdir", "listdir", "stat", "mkdir", "makedirs", "remove", "rmtree", "glob"):
+        original = getattr(backend._OsPathBackend, name)
+        setattr(Bucket, name, lambda self, path, *args, _call=original, **kw: _call(self, local(path), *args, **kw))
+    fake = Bucket()
+    chosen = gpath._get_backend
+
+    def choose(*paths):
+        return fake if any(path._uri_scheme == "gs" for path in paths) else chosen(*paths)
+
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", fake)
+    monkeypatch.setattr(gpath, "_get_backend", choose)
+    return root
+
+
+def stand_in_for_arrays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Orbax read and write arrays in gs://bucket, too, which is `root`: TensorStore has its own way there."""
+    from orbax.checkpoint._src.path import gcs_utils
+
+    def kvstore(path):
+        assert path.startswith(NAME)
+        return {"driver": "file", "path": path.replace(NAME, str(root))}
+
+    monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", kvstore)
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)

@@ -1,0 +1,144 @@
+"""Several real processes train as one: the same losses, one checkpoint for any number of them, and one end for all."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import assert_bitwise, saved_state
+from several import HOST, Several
+from tiny import QUICKSTART, ROOT, tiny_arguments
+
+from aimv2_jax.errors import EXIT_AGAIN
+from aimv2_jax.train.checkpoint import CheckpointReader
+from aimv2_jax.train.metrics import read_metrics
+
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
+
+HEARTBEAT_S = 10
+TINY = dict(
+    eval__sources={},
+    model__layers="scan",
+    train__tensorboard=False,
+    train__log_every=1,
+    processes__heartbeat_timeout_s=HEARTBEAT_S,
+)
+
+
+def quickstart(workdir: Path) -> list[str]:
+    settings = {"data.workers": 0, "eval.sources": {}, "model.layers": "scan", "train.tensorboard": False}
+    settings |= {"train.steps": 4, "train.log_every": 1, "train.save_every": 0}
+    keys = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={QUICKSTART}", f"--workdir={workdir}", *keys]
+
+
+def test_losses_when_2_and_4_processes_train_the_quickstart_then_those_of_one(tmp_path):
+    losses, counts = {}, {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / f"run{count}"
+        with Several(count, tmp_path / f"out{count}", quickstart(workdir), devices=4 if count == 1 else 2) as several:
+            several.finish()
+            if count > 1:  # Process 0 alone talks; all have a log.
+                assert f"{count} process(es)" in several.said(0)[0] and "finished: step 4" in several.said(0)[0]
+                assert not any(several.said(index)[0] for index in range(1, count))
+                logs = [(workdir / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
+                assert "finished: step 4" in logs[0]
+                assert all(f"process {index} of {count} on {HOST}" in log for index, log in enumerate(logs))
+        lines, _ = read_metrics(workdir)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        losses[count] = [line["loss"] for line in lines]
+        counts[count] = [line["count_image"] for line in lines]
+    for count in (2, 4):
+        assert counts[count] == counts[1]
+        # float32 over two to eight devices: sums come in another order.
+        np.testing.assert_allclose(losses[count], losses[1], rtol=2e-6)
+
+
+def run_script(count: int, folder: Path, *arguments: str) -> None:
+    """Runs `tests/state_of.py` on `count` processes."""
+    from several import free_port
+
+    port, running = str(free_port()), []
+    try:
+        for index in range(count):
+            command = [sys.executable, str(ROOT / "tests/state_of.py"), str(index), str(count), port, *arguments]
+            with (folder / f"script{index}.log").open("w") as log:
+                running.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
+        for index, one in enumerate(running):
+            assert one.wait(240) == 0, (folder / f"script{index}.log").read_text()[-3000:]
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+
+
+def test_checkpoint_when_saved_by_4_processes_then_bitwise_on_1_on_2_and_on_other_meshes(tmp_path):
+    run_script(4, tmp_path, "save", str(tmp_path / "run"), str(tmp_path / "saved.npz"), "mesh__data=2", "mesh__fsdp=4")
+    run_script(2, tmp_path, "restore", str(tmp_path / "run"), str(tmp_path / "two.npz"), "mesh__data=1", "mesh__fsdp=4")
+    with np.load(tmp_path / "saved.npz") as saved, np.load(tmp_path / "two.npz") as two:
+        saved, two = ([arrays[name] for name in sorted(arrays)] for arrays in (saved, two))
+    assert any(array.std() > 0 for array in saved)
+    assert_bitwise(two, saved)
+    for mesh in (dict(mesh__data=8), dict(mesh__data=1, mesh__fsdp=2, mesh__tensor=4)):
+        assert_bitwise(saved_state(tmp_path / "run", 1, **mesh), saved)
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_its_host(tmp_path, victim):
+    workdir = tmp_path / "run"
+    arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **TINY)
+    with Several(2, tmp_path / "out", arguments) as several:
+        several.wait_for(lambda: "step       2/" in several.said(0)[0])
+        killed_s = several.kill(victim)
+        [other] = {0, 1} - {victim}
+        assert several.processes[other].wait(HEARTBEAT_S) == EXIT_AGAIN
+        assert time.monotonic() - killed_s < HEARTBEAT_S
+        said = several.said(other)[1]
+        assert f"process {victim} on {HOST} is missing" in said
+        assert said.count("\n") == 1, said
+        assert said in (workdir / "logs" / f"process_{other:05d}.log").read_text()
+        deadline_s = time.monotonic() + HEARTBEAT_S
+        while running_in(workdir):
+            assert time.monotonic() < deadline_s, "a trainer has outlived its watcher"
+            time.sleep(0.1)
+
+
+def running_in(workdir: Path) -> list[str]:
+    """Processes of the machine with that workdir."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"--workdir={workdir}".encode() in file.read_bytes().split(b"\0"):
+                found.append(file.parent.name)
+        except OSError:  # Has ended.
+            continue
+    return found
+
+
+def test_run_when_one_process_gets_sigterm_then_all_save_one_step_end_with_75_and_go_on_exactly(tmp_path):
+    workdir, straight = tmp_path / "run", tmp_path / "straight"
+    arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, data__workers=1, **TINY)
+    with Several(2, tmp_path / "out1", arguments) as several:
+        several.wait_for(lambda: "step       2/" in several.said(0)[0])
+        several.kill(1, signal.SIGTERM)
+        time.sleep(0.3)
+        several.kill(1, signal.SIGTERM)  # Again, which changes nothing.
+        assert several.wait(60) == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
+        said, errors = several.said(0)
+        stopped = int(re.search(r"stopped on request: step (\d+) of 100000 is saved", said)[1])
+        assert not errors and several.said(1) == ("", "")
+    assert CheckpointReader(workdir).steps() == [stopped]
+    steps = stopped + 3
+    for place in (workdir, straight):
+        with Several(2, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **TINY)) as several:
+            several.finish()
+    assert_bitwise(saved_state(workdir, steps), saved_state(straight, steps))
+    ours, theirs = ([(line["step"], line["loss"]) for line in read_metrics(path)[0]] for path in (workdir, straight))
+    assert ours == theirs and [step for step, _ in ours] == list(range(1, steps + 1))

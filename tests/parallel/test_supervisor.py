@@ -1,0 +1,160 @@
+"""Watchers, with trainers that only sleep, fail and end: whose end it was is told once, and all end for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from several import free_port
+from tiny import ROOT
+
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
+COUNT = 3
+SLEEP = "time.sleep(60)"
+
+
+class Watched:
+    """Three watchers; the trainer of each does `code`."""
+
+    def __init__(self, folder: Path, code: str, timeout_s: int = 10):
+        self.folder = folder
+        # Each says so when it trains, so that nothing is done to one that is not yet there.
+        code = f"open({str(folder)!r} + f'/at-work-{{index}}', 'w').write(str(__import__('os').getpid()))\n{code}"
+        rest = [str(COUNT), str(free_port()), str(folder), str(timeout_s), code]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/watcher.py"), str(index), *rest],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(COUNT)
+        ]
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def trainers(self) -> list[int]:
+        """Their process ids, when all are at work."""
+        files = [self.folder / f"at-work-{index}" for index in range(COUNT)]
+        deadline_s = time.monotonic() + 60
+        while not all(file.exists() and file.read_text() for file in files):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        return [int(file.read_text()) for file in files]
+
+    def ends(self) -> tuple[list[int], list[str]]:
+        """Exit codes, and what each said on its error output."""
+        said = [process.communicate(timeout=60)[1] for process in self.processes]
+        return [process.returncode for process in self.processes], said
+
+    def log(self, index: int) -> str:
+        return (self.folder / f"logs/process_{index:05d}.log").read_text()
+
+
+def test_end_when_all_finish_then_code_0_and_nothing_is_said(tmp_path):
+    with Watched(tmp_path, "print('done', index)\nprint('aside', file=sys.stderr)") as watched:
+        assert watched.ends() == ([0, 0, 0], ["aside\n", "", ""])
+        for index in range(COUNT):
+            assert f"done {index}\n" in watched.log(index) and "aside\n" in watched.log(index)
+
+
+def test_end_when_all_stop_on_request_then_code_75_and_nothing_is_said(tmp_path):
+    with Watched(tmp_path, "code = 75") as watched:
+        assert watched.ends() == ([75, 75, 75], ["", "", ""])
+
+
+def test_process_when_it_gives_no_sign_of_life_then_the_others_end_in_time_and_name_it(tmp_path):
+    with Watched(tmp_path, SLEEP, timeout_s=4) as watched:
+        watched.trainers()
+        watched.processes[2].send_signal(signal.SIGSTOP)
+        start_s = time.monotonic()
+        for process in watched.processes[:2]:
+            assert process.wait(20) == 75
+        assert 1 < time.monotonic() - start_s < 4 + 1  # A busy machine is given a second.
+        watched.processes[2].kill()
+        for said in watched.ends()[1][:2]:
+            assert said.startswith("error: process 2 on host-2 is missing (no sign of life for")
+            assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_trainer_when_it_is_killed_then_all_end_and_name_it(tmp_path, victim):
+    with Watched(tmp_path, SLEEP) as watched:
+        os.kill(watched.trainers()[victim], signal.SIGKILL)
+        codes, said = watched.ends()
+    assert [code == (137 if index == victim else 75) for index, code in enumerate(codes)] == [True] * COUNT
+    for line in said:
+        assert f"process {victim} on host-{victim} is missing (its trainer was ended by SIGKILL)" in line
+
+
+def test_trainer_when_others_fail_because_a_process_is_killed_then_that_one_is_named_and_no_failure(tmp_path):
+    fail = "time.sleep(60 if index == 2 else 0)\nraise RuntimeError('Connection closed by peer')"
+    with Watched(tmp_path, fail) as watched:
+        watched.trainers()
+        time.sleep(1)  # Two have failed.
+        watched.processes[2].kill()
+        codes, said = watched.ends()
+    assert codes[:2] == [75, 75]
+    assert all(line.startswith("error: process 2 on host-2 is missing") and line.count("\n") == 1 for line in said[:2])
+    assert "RuntimeError: Connection closed by peer" in watched.log(1)  # With its traceback.
+
+
+def test_end_when_one_process_meets_what_the_user_can_mend_then_process_0_tells_it_and_all_have_its_code(tmp_path):
+    fail = "if index == 1:\n    raise UserError('data lost', '/there', 'Find it')\ntime.sleep(60)"
+    with Watched(tmp_path, fail) as watched:
+        codes, said = watched.ends()
+    line = "error: process 1 on host-1 ended with code 2: error: data lost: '/there'. Find it.\n"
+    assert codes == [2, 2, 2] and said == [line, "", ""]
+    assert watched.log(1).endswith("error: data lost: '/there'. Find it.\n") and line in watched.log(2)
+
+
+def test_end_when_a_guard_stops_all_then_process_0_tells_it_once(tmp_path):
+    with Watched(tmp_path, "time.sleep(0.3 * (2 - index))\nraise GuardStop('loss is nan')") as watched:
+        assert watched.ends() == ([3, 3, 3], ["stopped: loss is nan\n", "", ""])
+        assert all("stopped: loss is nan" in watched.log(index) for index in range(COUNT))
+
+
+def test_end_when_one_process_has_a_bug_then_process_0_says_which_and_its_log_has_the_traceback(tmp_path):
+    with Watched(tmp_path, "if index == 2:\n    {}['key']\ntime.sleep(60)") as watched:
+        codes, said = watched.ends()
+    assert codes == [1, 1, 1]
+    assert said == ["error: process 2 on host-2 ended with code 1: KeyError: 'key'\n", "", ""]
+    assert "Traceback" in watched.log(2)
+
+
+def test_end_when_process_0_has_the_bug_then_its_traceback_is_shown(tmp_path):
+    with Watched(tmp_path, "if index == 0:\n    {}['key']\ntime.sleep(60)") as watched:
+        codes, said = watched.ends()
+    assert codes == [1, 1, 1] and said[1:] == ["", ""]
+    assert said[0].startswith("Traceback") and said[0].endswith("KeyError: 'key'\n")
+
+
+def test_trainer_when_its_watcher_is_killed_then_it_ends_too(tmp_path):
+    with Watched(tmp_path, SLEEP) as watched:
+        trainer = watched.trainers()[0]
+        watched.processes[0].kill()
+        deadline_s = time.monotonic() + 10
+        while Path(f"/proc/{trainer}").exists() and "Z" not in Path(f"/proc/{trainer}/stat").read_text().split()[2]:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+
+
+def test_interrupt_when_it_comes_to_one_watcher_then_its_trainer_gets_it_once_and_all_end(tmp_path):
+    with Watched(tmp_path, SLEEP) as watched:
+        watched.trainers()
+        watched.processes[1].send_signal(signal.SIGINT)
+        codes, said = watched.ends()
+    assert codes == [130, 130, 130]
+    assert said[0] == "error: process 1 on host-1 ended with code 130: interrupted\n"

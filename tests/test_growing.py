@@ -1,0 +1,67 @@
+"""Files that grow: at once on a disk, soon in a bucket, and whole when asked."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from bucket import NAME, stand_in
+
+from aimv2_jax import growing
+from aimv2_jax.growing import GrowingFile
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    return stand_in(tmp_path / "bucket", monkeypatch)
+
+
+def test_file_on_a_disk_when_written_then_there_at_once_after_what_was_there(tmp_path):
+    path = tmp_path / "folder/file"
+    with_more = GrowingFile(path)
+    assert not path.parent.exists()
+    with_more.write(b"one\n")
+    assert path.read_bytes() == b"one\n"
+    with_more.close()
+    with_more.write(b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
+    with_more.close()
+
+
+def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_there(bucket, monkeypatch):
+    (bucket / "folder").mkdir()
+    (bucket / "folder/file").write_bytes(b"zero\n")
+    file = GrowingFile(f"{NAME}/folder/file")
+    for number in range(3):
+        file.write(b"%d\n" % number)
+    file.flush()
+    assert (bucket / "folder/file").read_bytes() == b"zero\n0\n1\n2\n"
+    file.write(b"last\n")
+    file.close()
+    assert (bucket / "folder/file").read_bytes() == b"zero\n0\n1\n2\nlast\n"
+
+
+def test_file_in_a_bucket_when_nobody_flushes_then_there_soon(bucket, monkeypatch):
+    file = GrowingFile(f"{NAME}/file")
+    file.write(b"one\n")
+    deadline_s = time.monotonic() + 10
+    while not (bucket / "file").exists() or (bucket / "file").read_bytes() != b"one\n":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    file.close()
+
+
+def test_file_in_a_bucket_when_that_refuses_once_then_told_by_flush_and_nothing_is_lost(bucket, monkeypatch):
+    write_whole = growing.write_whole
+
+    def refuse(path, data):
+        raise RuntimeError("503 Service Unavailable")
+
+    monkeypatch.setattr(growing, "write_whole", refuse)
+    file = GrowingFile(f"{NAME}/file")
+    file.write(b"one\n")
+    with pytest.raises(RuntimeError, match="503"):
+        file.flush()
+    monkeypatch.setattr(growing, "write_whole", write_whole)
+    file.close()
+    assert (bucket / "file").read_bytes() == b"one\n"

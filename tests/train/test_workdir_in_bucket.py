@@ -1,0 +1,59 @@
+"""A workdir in a bucket: the same run as on a disk, stopped and continued, and all of its files there."""
+
+from __future__ import annotations
+
+import pytest
+from bucket import NAME, stand_in, stand_in_for_arrays
+from etils import epath
+from runs import assert_bitwise, broken_source, saved_state
+from tiny import tiny_arguments
+
+from aimv2_jax.main import main
+from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    root = stand_in(tmp_path / "bucket", monkeypatch)
+    stand_in_for_arrays(root, monkeypatch)
+    return root
+
+
+def test_run_when_its_workdir_is_in_a_bucket_then_that_of_a_disk_and_goes_on_exactly(bucket, tmp_path, capsys):
+    data = broken_source(tmp_path / "data", good=50, bad=1)
+    changes = dict(data__sources__photo=data, data__max_bad_fraction=0.5, eval__max_examples=8, model__layers="scan")
+    workdir, disk = f"{NAME}/runs/one", tmp_path / "disk"
+    assert main(tiny_arguments(workdir, train__steps=10, train__save_every=5, train__keep=1, **changes)) == 0
+    assert "in a bucket, which has no locks" in capsys.readouterr().out
+    assert CheckpointReader(workdir).steps() == [10]
+    assert main(tiny_arguments(workdir, train__profile="(12, 14)", **changes)) == 0
+    assert "continuing from step 10" in capsys.readouterr().out
+    assert main(tiny_arguments(disk, train__profile="(12, 14)", train__eval_every=10, **changes)) == 0
+    assert CheckpointReader(workdir).steps() == CheckpointReader(disk).steps() == [10, 20]
+    assert CheckpointReader(workdir).best_step() == parse_spec(workdir)[1] == CheckpointReader(disk).best_step()
+    assert_bitwise(saved_state(workdir, 20), saved_state(disk, 20))
+    here = bucket / "runs/one"
+    assert (here / "bad_records.jsonl").read_bytes() == (disk / "bad_records.jsonl").read_bytes()
+    assert "train.steps = 20" in (here / "config.txt").read_text()
+    for ours, theirs in zip(read_metrics(workdir), read_metrics(disk)):
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        for name in ("loss", "eval_loss"):
+            assert [line.get(name) for line in ours] == [line.get(name) for line in theirs]
+    events = list((here / "tensorboard").iterdir())
+    assert len(events) == 2 and all(file.stat().st_size > 1000 for file in events)
+    [trace] = (here / "profile/plugins/profile/steps_12_to_13").glob("*.xplane.pb")
+    assert trace.stat().st_size > 10_000
+    assert not (here / "lock").exists() and not list(here.rglob("*.part"))
+
+
+def test_run_when_the_bucket_cannot_be_reached_then_one_line(bucket, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("Error executing an HTTP request:\n could not resolve host")
+
+    monkeypatch.setattr(type(epath.Path(NAME)), "mkdir", refuse)
+    assert main(tiny_arguments(f"{NAME}/runs/one")) == 2
+    said = capsys.readouterr().err
+    assert "--workdir gs://bucket/runs/one cannot be used" in said and said.count("\n") == 1
