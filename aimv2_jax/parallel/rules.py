@@ -83,7 +83,7 @@ def check_divisible(abstract_params: Any, shardings: Any) -> None:
             parts = math.prod(sharding.mesh.shape[name] for name in names)
             if size % parts:
                 raise UserError(
-                    f"parameter {'/'.join(key.key for key in path)} cannot be split over mesh.{'/'.join(names)}",
+                    f"parameter {'/'.join(key.key for key in path)} cannot be split over {' x '.join(f'mesh.{name}' for name in names)}",
                     f"{size} entries, {parts} devices",
                     "Choose sizes of mesh.fsdp and mesh.tensor that divide widths, hidden units and vocabulary",
                 )
