@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -58,16 +59,16 @@ class Collectives:
 
     def _read_all(self, computation: str) -> dict[str, list[Mark]]:
         found: dict[str, list[Mark]] = {}
-        in_flight: set[str] = set()
+        in_flight: Counter[str] = Counter()
         for one in self._module.computations[computation]:
             marks = list(self._read(one, computation, in_flight))
             for mark in marks:
-                (in_flight.add if mark.role == "start" else in_flight.discard)(mark.key)
+                in_flight[mark.key] += {"start": 1, "done": -1, "whole": 0}[mark.role]
             if marks:
                 found[one.name] = marks
         return found
 
-    def _read(self, one: Instruction, computation: str, in_flight: set[str]) -> Iterator[Mark]:
+    def _read(self, one: Instruction, computation: str, in_flight: Counter[str]) -> Iterator[Mark]:
         kind = next((kind for kind in KINDS if one.opcode.startswith(kind)), None)
         if one.opcode in ("send", "recv-done") and "megascale" in one.rest:
             yield from self._between_slices(one, computation)
@@ -83,7 +84,7 @@ class Collectives:
         elif one.calls:
             yield from self._called(one, in_flight)
 
-    def _called(self, one: Instruction, in_flight: set[str]) -> Iterator[Mark]:
+    def _called(self, one: Instruction, in_flight: Counter[str]) -> Iterator[Mark]:
         """Collectives inside a fusion or an asynchronous wrapper."""
         inner = list(self._inside(one.calls))
         if not inner:
@@ -101,7 +102,7 @@ class Collectives:
                 yield Mark("done", key, None)
             elif "AsyncCollectiveStart" in targets or one.opcode == "async-start":
                 yield Mark("start", key, self._build(operation, kind, True, op_name))
-            elif key not in in_flight:
+            elif in_flight[key] < 1:
                 yield Mark("whole", one.name, self._build(operation, kind, False, op_name))
 
     def _inside(self, computation: str) -> Iterator[tuple[Instruction, str]]:

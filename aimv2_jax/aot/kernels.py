@@ -84,29 +84,44 @@ def moved_bytes(one: Instruction, computation: str, module: Module) -> int:
 
 def _fused_bytes(computation: str, module: Module) -> int:
     lines = module.named(computation)
-    users: dict[str, list[Instruction]] = {}
-    for line in lines.values():
-        for operand in line.operands:
-            users.setdefault(operand, []).append(line)
-    total = 0
-    for line in lines.values():
-        if line.opcode != "parameter":
-            continue
-        using = users.get(line.name, [])
-        if using and all(user.opcode in ("slice", "dynamic-slice") for user in using):
-            total += sum(_size(user) for user in using)
-        elif not (using and all(_is_updated(user, line) for user in using)):
-            total += _size(line) if using else 0
-    root = next(line for line in lines.values() if line.root)
+    reads = sum(_read_of(one, computation, module) for one in lines.values() if one.opcode == "parameter")
+    root = next(one for one in lines.values() if one.root)
     results = [lines[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    for result in results:
-        update = result.opcode == "dynamic-update-slice"
-        total += _size(lines[result.operands[1]]) if update else _size(result) if result.opcode != "parameter" else 0
-    return total
+    return reads + sum(_written_of(result, computation, module) for result in results)
 
 
-def _is_updated(user: Instruction, operand: Instruction) -> bool:
-    return user.opcode == "dynamic-update-slice" and user.operands[0] == operand.name
+def _read_of(value: Instruction, computation: str, module: Module) -> int:
+    """Bytes of a fused computation's value that its users read: of what is only sliced, the slices."""
+    total = 0
+    for user in module.computations[computation]:
+        if value.name not in user.operands or user.opcode == "tuple":
+            continue
+        if user.opcode in ("slice", "dynamic-slice"):
+            total += _size(user)
+        elif user.opcode == "bitcast":
+            total += _read_of(user, computation, module)
+        elif user.calls in module.computations:
+            number = user.operands.index(value.name)
+            inner = [one for one in module.computations[user.calls] if one.opcode == "parameter"]
+            total += sum(_read_of(one, user.calls, module) for one in inner if one.rest.startswith(f"({number})"))
+        elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
+            total += _size(value)
+    return min(total, _size(value))
+
+
+def _written_of(result: Instruction, computation: str, module: Module) -> int:
+    """Bytes of a fused computation's result that are written: of an operand with a part written anew, the part."""
+    lines = module.named(computation)
+    while result.opcode == "bitcast" and result.operands[0] in lines:
+        result = lines[result.operands[0]]
+    if result.opcode == "parameter":
+        return 0
+    if result.opcode == "dynamic-update-slice":
+        return _size(lines[result.operands[1]])
+    if result.calls in module.computations:
+        root = next(one for one in module.computations[result.calls] if one.root)
+        return _written_of(root, result.calls, module) if root.opcode != "tuple" else _size(result)
+    return _size(result)
 
 
 def _size(one: Instruction) -> int:

@@ -1,7 +1,7 @@
 """Many reports as one table: `python -m aimv2_jax.aot.summary FOLDER --output experiments/results/aot.md`.
 
-FOLDER holds the files that `python -m aimv2_jax.aot --json` wrote. exit codes: 0 all compile and split what they should;
-2 you can mend it; 3 the table is written, and something in it does not compile, fit or split.
+FOLDER holds the files that `python -m aimv2_jax.aot --json` wrote. exit codes: 0 all compile and split what they
+should; 2 you can mend it; 3 the table is written, and something in it does not compile, fit or split.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from aimv2_jax.flags import Parser, check_output
 
 LEAST_SPARE = 0.05  # Of a chip's memory: what a prediction should leave for what it does not know.
 _COLUMNS = (
-    "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms | "
-    "MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | days | chip-hours"
+    "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms "
+    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | days | chip-hours"
 )
 
 
@@ -30,9 +30,9 @@ def summary_text(reports: Sequence[dict[str, Any]], date: str) -> str:
     lines = [
         "# Ahead-of-time predictions",
         "",
-        "**Every figure here is a prediction by the TPU compiler, made without hardware; none is a measurement.** Cycles "
-        "are the compiler's cost model; they leave out contention for HBM and waits between instructions. Expect hardware "
-        "to be slower, and trust the order of variants more than the values.",
+        "**Every figure here is a prediction by the TPU compiler, made without hardware; none is a measurement.** "
+        "Cycles are the compiler's cost model; they leave out contention for HBM and waits between instructions. "
+        "Expect hardware to be slower, and trust the order of variants more than the values.",
         "",
         f'{date}; {"; ".join(versions)}. Made by `launch/aot_check.sh`; README, "Ahead of time", says what each means.',
         "",

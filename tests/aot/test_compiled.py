@@ -64,6 +64,13 @@ def test_matmul_when_alone_then_the_share_of_the_peak_that_was_counted_by_hand(c
     assert round(flops / cycles / CHIPS[chip].flops_per_cycle, 2) == of_peak
 
 
+def test_flops_when_a_product_is_batched_then_positions_that_meet_nothing_do_not_count(compiled):
+    rows, queries, heads, channels = toys.BATCHED
+    text = str(compiled["batched"].computations)
+    assert "lhs_dilate" in text or "pad=" in text  # Else this tests nothing.
+    assert compiled_flops(compiled["batched"]) == 2 * rows * heads * queries**2 * channels
+
+
 def test_scan_when_of_seven_matmuls_then_its_products_and_cycles_count_seven_times(compiled):
     module = compiled["scan"]
     assert compiled_flops(module) == toys.TRIPS * 2 * 512**3

@@ -33,17 +33,10 @@ SMALL = {
     "data.batch_size": 64,
     "mesh.fsdp": 4,
 }
-KEYS = [
-    "compiles",
-    "hbm_gib",
-    "hbm_limit_gib",
-    "model_tflops_per_chip",
-    "predicted_ms",
-    "predicted_mfu",
-    "predicted_mfu_with_comms",
-    "collectives",
-    "images_per_s",
-]
+KEYS = {
+    *("compiles", "hbm_gib", "hbm_limit_gib", "model_tflops_per_chip", "predicted_ms", "predicted_mfu"),
+    *("predicted_mfu_with_comms", "collectives", "images_per_s"),
+}
 
 
 def arguments(name: str, **changes: object) -> list[str]:
@@ -93,7 +86,7 @@ def test_command_when_it_does_not_fit_then_the_compilers_sentence_and_no_figures
     assert main([*arguments("v5e:2x2", data__batch_size=2**19), *flags]) == 0
     shown, figures = capsys.readouterr().out, json.loads(report.read_text())
     assert "does not compile" in shown and "exceeds available HBM (15.75G)" in shown
-    assert not figures["compiles"] and figures["predicted_mfu"] is None and set(KEYS) <= set(figures)
+    assert not figures["compiles"] and figures["predicted_mfu"] is None and set(figures) >= KEYS
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ from aot.modules import CHIP, collectives, compute, milliseconds, module, row_gr
 from aimv2_jax.aot.collectives import Collectives
 from aimv2_jax.aot.cycles import OwnCharges, Source
 from aimv2_jax.aot.hlo import Module
+from aimv2_jax.aot.kernels import moved_bytes
 from aimv2_jax.aot.schedule import scheduled, trip_count
 from aimv2_jax.aot.timeline import Played, play
 
@@ -135,7 +136,9 @@ def test_slices_when_sent_through_the_host_then_between_send_and_receive():
         f"  %send = (f32[1000000]{{0}}, u32[], token[]) send(%b, %t), channel_id=4, {transfer}\n"
         f"{compute('a', 'x', 30 * MB)}\n"
         f"  %recv = (f32[1000000]{{0}}, u32[], token[]) recv(%t), channel_id=3, {transfer}\n"
-        "  %recv-done = (f32[1000000]{0}, token[]) recv-done(%recv), channel_id=3"
+        "  %recv-done = (f32[1000000]{0}, token[]) recv-done(%recv), channel_id=3, frontend_attributes={"
+        '_xla_host_transfer_handler_name="xla_megascale_runtime"}\n'
+        f"{compute('late', 'a', 30 * MB)}"
     )
     ((one, _, exposed),) = played(parsed, square(num_slices=2)).collectives
     assert (one.kind, one.num_bytes, one.axes) == ("all-reduce between slices", 4 * MB, ("slice",))
@@ -195,3 +198,28 @@ def test_charges_when_a_kernel_states_nothing_then_its_operands_and_results_coun
     parsed = module('  %online-softmax.1 = f32[1024]{0} custom-call(%x), custom_call_target="tpu_custom_call"')
     charge = OwnCharges(parsed, Collectives(parsed, square()), CHIP).of(parsed.computations["main"][-1], "main")
     assert charge.cycles / CHIP.clock_hz == pytest.approx(2 * 4096 / 0.8 / CHIP.hbm_bytes_per_s)
+
+
+STACK = """\
+%pick (s: f32[24,512,1024], i: s32[]) -> f32[1,512,1024] {
+  %s = f32[24,512,1024]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %slice = f32[1,512,1024]{2,1,0} dynamic-slice(%s, %i, %i, %i), dynamic_slice_sizes={1,512,1024}
+}
+%layer (i: s32[], s: f32[24,512,1024]) -> (f32[24,512,1024], f32[512,1024]) {
+  %i = s32[] parameter(0)
+  %s = f32[24,512,1024]{2,1,0} parameter(1)
+  %one = f32[1,512,1024]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%pick
+  %flat = f32[512,1024]{1,0} bitcast(%one)
+  %twice = f32[512,1024]{1,0} add(%flat, %flat)
+  %back = f32[1,512,1024]{2,1,0} bitcast(%twice)
+  %new = f32[24,512,1024]{2,1,0} dynamic-update-slice(%s, %back, %i, %i, %i)
+  ROOT %both = (f32[24,512,1024]{2,1,0}, f32[512,1024]{1,0}) tuple(%new, %twice)
+}
+"""
+
+
+def test_bytes_when_one_layer_of_a_stack_is_read_and_written_in_place_then_the_layer_counts():
+    parsed = module("  %f = (f32[24,512,1024]{2,1,0}, f32[512,1024]{1,0}) fusion(%x, %x), calls=%layer", STACK)
+    layer = 4 * 512 * 1024
+    assert moved_bytes(parsed.computations["main"][-1], "main", parsed) == 3 * layer + 4  # And the index.

@@ -12,6 +12,7 @@ from aimv2_jax.aot.topology import described_devices, parse_topology
 
 SIDE = 8192  # Of the lone matmul.
 TRIPS = 7  # Of the scan.
+BATCHED = (6, 320, 5, 128)  # Rows, queries, heads, channels of a product that the compiler writes with dilation.
 ROWS, WIDTH = 4096, 1024  # Of what the collectives carry, bfloat16.
 KERNEL_FLOPS, KERNEL_BYTES = 12_345_678, 87_654_321  # What the toy kernel says of itself.
 HIDDEN = 2048  # Of the toy layer, whose weights are split over fsdp.
@@ -40,6 +41,12 @@ def main(folder: Path) -> None:
 
     for chip, device in (("v5e", square[0]), ("v5p", cube[0])):
         leave(f"matmul_{chip}", jnp.matmul, on(device, SIDE, SIDE), on(device, SIDE, SIDE))
+
+    def scores(q, k):
+        return jnp.einsum("bqhe,bkhe->bhqk", q, k)
+
+    heads = on(square[0], *BATCHED)
+    leave("batched", scores, heads, heads)
 
     def scan(x, weights):
         return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
