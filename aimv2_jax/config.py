@@ -27,6 +27,7 @@ import ml_collections
 
 from aimv2_jax.errors import UserError
 
+TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
 Remat = Literal["none", "matmuls", "attention", "full"]  # As models/layers.py has them.
 
 
@@ -140,7 +141,7 @@ class TrainConfig:
     keep: int
     microbatches: int
     reduce_dtype: Literal["float32", "bfloat16"]
-    tpu_compiler_options: Mapping[str, str]
+    tpu_compiler_options: Mapping[str, Mapping[str, str]]
     compilation_cache: str | None
     tensorboard: bool
     wandb_project: str | None
@@ -404,6 +405,13 @@ def _check(config: Config) -> None:
         _at_least(1, getattr(train, key), f"train.{key}")
     for key in ("eval_every", "save_every"):
         _at_least(0, getattr(train, key), f"train.{key}")
+    for generation in train.tpu_compiler_options:
+        if generation not in TPU_OPTION_GROUPS:
+            raise UserError(
+                "config train.tpu_compiler_options has an unknown group",
+                generation,
+                f"Put options below one of {', '.join(TPU_OPTION_GROUPS)}",
+            )
     if data.batch_size % train.microbatches:
         raise UserError(
             "config train.microbatches does not divide data.batch_size",

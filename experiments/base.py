@@ -143,12 +143,14 @@ def _train() -> ConfigDict:
             keep=3,  # Newest checkpoints kept, beside the best. [O]
             microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]
             reduce_dtype="float32",  # Of gradients on their way between devices, or "bfloat16". [O; R: bfloat16]
-            tpu_compiler_options=dict(  # Of libtpu, for the train step; why each: experiments/LOG.md. [O]
-                xla_tpu_decompose_every_reduce_scatters_hlos="true",
-                xla_tpu_ars_combiner_threshold_in_bytes="0",
-                xla_enable_async_reduce_scatter_fusion="true",
-                xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter="true",
-                xla_tpu_scoped_vmem_limit_kib="65536",
+            tpu_compiler_options=dict(  # Of libtpu, for the train step, by generation; why: experiments/LOG.md. [O]
+                all=dict(xla_tpu_scoped_vmem_limit_kib="65536"),
+                v5e=dict(
+                    xla_tpu_decompose_every_reduce_scatters_hlos="true",
+                    xla_tpu_ars_combiner_threshold_in_bytes="0",
+                    xla_enable_async_reduce_scatter_fusion="true",
+                    xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter="true",
+                ),
             ),
             # JAX's persistent cache, by which a run that starts again compiles nothing: a folder, or "workdir" for
             # WORKDIR/compiled on accelerators (not on CPUs: code for one need not run on the next); None: off. [O]

@@ -21,8 +21,6 @@ predict() { # NAME EXPERIMENT TOPOLOGY FLAGS...
   mv "$folder/$name.part.json" "$folder/$name.json"
 }
 
-# The compiler allows the asynchronous reduce-scatter on v5e only: elsewhere it warns of wrong results and stops.
-elsewhere=--config.train.tpu_compiler_options.xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false
 trap 'rm -f "$folder"/*.part.json' EXIT
 for size in base large huge 1b 3b; do
   predict "1_v5e_$size" "$size" v5e:16x16
@@ -34,8 +32,8 @@ for size in ${FULL:-}; do
   predict "3_v5e_${size}_full" "$size" v5e:16x16 --full --no-xla-attention
 done
 for size in large huge 1b 3b; do
-  predict "4_v5p_$size" "$size" v5p:4x4x16 --no-xla-attention "$elsewhere"
-  predict "5_v6e_$size" "$size" v6e:16x16 --no-xla-attention "$elsewhere"
+  predict "4_v5p_$size" "$size" v5p:4x4x16 --no-xla-attention
+  predict "5_v6e_$size" "$size" v6e:16x16 --no-xla-attention
 done
 predict 6_v5e_large_two_slices large v5e:16x16 --slices 2 --no-xla-attention
 
