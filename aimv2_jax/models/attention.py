@@ -45,7 +45,7 @@ def causal_reads(valid_BS: Bool[Array, "B S"], first: Int[Array, ""] | int = 0) 
 
 
 @jax.custom_vjp
-def tell(outputs: tuple[Float[Array, "*rows _"], ...], told: Float[Array, "*rows"]) -> tuple[Array, ...]:
+def tell(outputs: tuple[Float[Array, "*rows D"], ...], told: Float[Array, "*rows"]) -> tuple[Array, ...]:
     """`outputs` as they are; on the way back, the gradient of `told` is the sum of dy · y over all of them.
 
     What that is for: `layers.normalise`.

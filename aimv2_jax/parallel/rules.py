@@ -82,8 +82,9 @@ def check_divisible(abstract_params: Any, shardings: Any) -> None:
             names = (axes,) if isinstance(axes, str) else axes or ()
             parts = math.prod(sharding.mesh.shape[name] for name in names)
             if size % parts:
+                keys = " x ".join(f"mesh.{name}" for name in names)
                 raise UserError(
-                    f"parameter {'/'.join(key.key for key in path)} cannot be split over {' x '.join(f'mesh.{name}' for name in names)}",
+                    f"parameter {'/'.join(key.key for key in path)} cannot be split over {keys}",
                     f"{size} entries, {parts} devices",
                     "Choose sizes of mesh.fsdp and mesh.tensor that divide widths, hidden units and vocabulary",
                 )

@@ -149,7 +149,7 @@ def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def dots(outputs: Sequence[Float[Array, "*rows _"]], gradients: Sequence[Array]) -> Float[Array, "*rows"]:
-    """The sum of dy · y over the last dimension of all arrays, float32."""
+def dots(outputs: Sequence[Float[Array, "*rows D"]], gradients: Sequence[Array]) -> Float[Array, "*rows"]:
+    """The sum of dy · y over the last dimension of all arrays, float32: one sum along rows, not one an array."""
     products = (y.astype(jnp.float32) * dy.astype(jnp.float32) for y, dy in zip(outputs, gradients))
-    return sum(jnp.sum(product, axis=-1) for product in products)
+    return jnp.sum(sum(products), axis=-1)
