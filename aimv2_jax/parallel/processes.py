@@ -49,7 +49,9 @@ def trainer() -> Trainer | None:
     hosts = {int(index): host for index, host in fields["hosts"].items()}
     place = Place(**fields | {"local_devices": None if local is None else tuple(local), "hosts": hosts})
     _end_with(known["watcher"])
-    return Trainer(place, socket.socket(fileno=known["channel"]))
+    channel = socket.socket(fileno=known["channel"])
+    channel.set_inheritable(False)
+    return Trainer(place, channel)
 
 
 def _end_with(watcher: int) -> None:
