@@ -29,9 +29,6 @@ _STORE = "aimv2_jax"  # Above our keys in the coordination store.
 _Value = TypeVar("_Value")
 
 
-# --- the trainer, which has a watcher ------------------------------------------------------------------------------
-
-
 def trainer_environment(place: Place, channel: int) -> dict[str, str]:
     """The environment of the trainer of `place`; `channel` is the descriptor by which it reaches its watcher."""
     mine = json.dumps({"place": dataclasses.asdict(place), "channel": channel, "watcher": os.getpid()})
