@@ -34,6 +34,9 @@ REQUIRES = [
     "tqdm>=4.67",
 ]
 PARQUET = ["pyarrow>=18"]
+# jax 0.10.2 asks for libtpu 0.0.42; what we predict and pick options by is 0.0.52, so that one is installed. The tests
+# compile for TPUs with it, on machines that have none. (requests: jax asks the metadata server by it.)
+TPU = ["libtpu>=0.0.52,<0.0.53", "requests>=2.32"]
 # Beam holds pillow below 13 and protobuf below 7: the bounds above admit both.
 BEAM = ["apache-beam>=2.70,<3"]
 
@@ -49,7 +52,7 @@ setup(
     package_data={"aimv2_jax": ["data/sample/**/*"]},
     install_requires=REQUIRES,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.0,<0.11"],
+        "tpu": TPU,
         "gpu": ["jax[cuda12]>=0.10.0,<0.11"],
         "wandb": ["wandb>=0.20"],
         "parquet": PARQUET,
@@ -57,6 +60,7 @@ setup(
         "test": [
             *PARQUET,
             *BEAM,
+            *TPU,
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "beartype>=0.21",

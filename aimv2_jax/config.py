@@ -27,6 +27,9 @@ import ml_collections
 
 from aimv2_jax.errors import UserError
 
+TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
+Remat = Literal["none", "matmuls", "attention", "full"]  # As models/layers.py has them.
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -45,6 +48,7 @@ class DecoderConfig:
     hidden: int | None
     vocab_size: int
     text_length: int
+    remat: Remat | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,8 @@ class ModelConfig:
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     layers: Literal["scan", "loop"]
-    remat: Literal["none", "full"]
+    remat: Remat
+    attention: Literal["auto", "xla", "pallas"]
     compute_dtype: Literal["bfloat16", "float32"]
     param_dtype: Literal["float32"]
 
@@ -114,6 +119,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slices: int
     data: int
     fsdp: int
     tensor: int
@@ -134,6 +140,8 @@ class TrainConfig:
     save_every: int
     keep: int
     microbatches: int
+    reduce_dtype: Literal["float32", "bfloat16"]
+    tpu_compiler_options: Mapping[str, Mapping[str, str]]
     compilation_cache: str | None
     tensorboard: bool
     wandb_project: str | None
@@ -298,7 +306,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # always `X | None` here
+    if origin in (types.UnionType, typing.Union):  # always `X | None` here
         if value is None or (isinstance(value, _FlagText) and value.lower() == "none"):
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, key)
@@ -397,12 +405,20 @@ def _check(config: Config) -> None:
         _at_least(1, getattr(train, key), f"train.{key}")
     for key in ("eval_every", "save_every"):
         _at_least(0, getattr(train, key), f"train.{key}")
+    for generation in train.tpu_compiler_options:
+        if generation not in TPU_OPTION_GROUPS:
+            raise UserError(
+                "config train.tpu_compiler_options has an unknown group",
+                generation,
+                f"Put options below one of {', '.join(TPU_OPTION_GROUPS)}",
+            )
     if data.batch_size % train.microbatches:
         raise UserError(
             "config train.microbatches does not divide data.batch_size",
             f"{train.microbatches} microbatches, batch {data.batch_size}",
             "Choose a divisor of the batch",
         )
+    _at_least(1, mesh.slices, "mesh.slices")
     if train.profile is not None and not 1 <= train.profile[0] < train.profile[1]:
         raise UserError(
             "config train.profile is not a range of steps", train.profile, "Give (first, end), 1 <= first < end"

@@ -15,6 +15,7 @@ from aimv2_jax.errors import UserError, reports_user_errors
 from aimv2_jax.files import is_remote
 from aimv2_jax.flags import Parser, positive, split_overrides
 from aimv2_jax.parallel.clusters import Launch, find_place
+from aimv2_jax.platforms import skip_absent_tpu
 
 _EPILOG = """\
 any key of the config can be set on the command line:
@@ -63,6 +64,7 @@ def _folder(workdir: str) -> epath.Path:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    skip_absent_tpu()
     arguments = sys.argv[1:] if arguments is None else arguments
     config, workdir, launch = parse_arguments(arguments)
     from aimv2_jax.parallel import processes

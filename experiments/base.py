@@ -22,9 +22,10 @@ def get_config() -> ConfigDict:
     config.eval = _eval()
     config.mesh = ConfigDict(
         dict(
-            data=-1,  # Devices that split the batch and hold whole parameters; -1: all that are left. [O]
-            fsdp=1,  # Devices that split the batch and the parameters. [O]
-            tensor=1,  # Devices that split heads, hidden units and vocabulary. [O]
+            slices=1,  # Slices of a pod job: parameters are whole in each, gradients are summed over them last. [O]
+            data=-1,  # Devices of a slice that split the batch and hold whole parameters; -1: all that are left. [O]
+            fsdp=1,  # Devices of a slice that split the batch and the parameters. [O]
+            tensor=1,  # Devices of a slice that split heads, hidden units and vocabulary. [O]
         )
     )
     config.processes = ConfigDict(
@@ -58,12 +59,16 @@ def _model() -> ConfigDict:
                 hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's. [R]
                 vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
                 text_length=77,  # Tokens of a caption, its end included. [R]
+                remat=ml_collections.config_dict.placeholder(str),  # The decoder's own; None: as model.remat. [O]
             ),
             norm_eps=1e-5,  # RMSNorm. [R]
             pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, of pixels in [0, 1]. [R]
             pixel_std=(0.229, 0.224, 0.225),  # [R]
             layers="loop",  # Blocks by "scan" (quick to compile) or "loop" (faster on TPU); one parameter tree. [O]
-            remat="none",  # What the backward pass recomputes: "none", or "full" blocks (less memory). [O]
+            # What the backward pass recomputes: "none", "matmuls" (all but matrix products), "attention" (also gate and
+            # up), or "full" blocks; each needs less memory than the one before. [O]
+            remat="none",
+            attention="auto",  # "xla", "pallas" (our kernels), or "auto": kernels on TPU with 128 channels a head. [O]
             compute_dtype="bfloat16",  # Activations and matrix products; norms, softmax, losses are float32. [R]
             param_dtype="float32",  # Parameters and Adam's moments. [R]
         )
@@ -137,6 +142,16 @@ def _train() -> ConfigDict:
             save_every=5_000,  # Steps between checkpoints; 0: at the end only. [O]
             keep=3,  # Newest checkpoints kept, beside the best. [O]
             microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]
+            reduce_dtype="float32",  # Of gradients on their way between devices, or "bfloat16". [O; R: bfloat16]
+            tpu_compiler_options=dict(  # Of libtpu, for the train step, by generation; why: experiments/LOG.md. [O]
+                all=dict(xla_tpu_scoped_vmem_limit_kib="65536"),
+                v5e=dict(
+                    xla_tpu_decompose_every_reduce_scatters_hlos="true",
+                    xla_tpu_ars_combiner_threshold_in_bytes="0",
+                    xla_enable_async_reduce_scatter_fusion="true",
+                    xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter="true",
+                ),
+            ),
             # JAX's persistent cache, by which a run that starts again compiles nothing: a folder, or "workdir" for
             # WORKDIR/compiled on accelerators (not on CPUs: code for one need not run on the next); None: off. [O]
             compilation_cache="workdir",

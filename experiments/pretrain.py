@@ -6,15 +6,20 @@ from aimv2_jax.models.sizes import ENCODER_SIZES
 from experiments import base, mixtures
 
 
-def pretrain_config(size: str, *, peak_lr: float, fsdp: int) -> ConfigDict:
+def pretrain_config(
+    size: str, *, peak_lr: float, fsdp: int, remat: str = "none", decoder_remat: str | None = None
+) -> ConfigDict:
     """The run of an encoder of `size` at 224 px: 12 billion pairs of the paper's mixture in batches of 8192 [P].
 
     `fsdp` is ours: parameters and moments are split over so many chips, one ring of a pod whose gathers are cheap.
+    `remat`, too: the least recomputation with which 32 pictures a chip fit a v5e (`experiments/results/aot.md`).
     """
     config = base.get_config()
     encoder = ENCODER_SIZES[size]
     config.model.encoder.update(width=encoder.width, depth=encoder.depth, heads=encoder.heads)
     config.optimizer.peak_lr = peak_lr
     config.mesh.fsdp = fsdp
+    config.model.remat = remat
+    config.model.decoder.remat = decoder_remat
     mixtures.use_paper_mixture(config)
     return config

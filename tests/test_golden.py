@@ -22,9 +22,10 @@ from golden_names import APPLE_PRETRAIN, HF_ENCODER, nested, paths, to_ours
 from safetensors.numpy import load_file
 
 from aimv2_jax.models.aimv2 import AIMv2
-from aimv2_jax.models.attention import prefix_mask
+from aimv2_jax.models.attention import Reads
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
+from aimv2_jax.models.layers import Run
 from aimv2_jax.models.positions import sincos_positions
 from aimv2_jax.train import losses
 from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
@@ -34,7 +35,7 @@ from aimv2_jax.train.task import PretrainTask, run_key
 LARGEST_ENTRY = 2e-5
 LOSS_RELATIVE = 5e-6
 PARAMETER_ABSOLUTE = 3e-5
-WAYS = [(layers, remat) for layers in ("scan", "loop") for remat in ("none", "full")]
+WAYS = [(layers, remat) for layers in ("scan", "loop") for remat in ("none", "attention", "full")]
 
 
 def read_json(path: Path) -> dict:
@@ -114,7 +115,7 @@ class Pretrain:
 
     def task(self, layers: str, remat: str, predict_eos: bool = False) -> PretrainTask:
         config, sizes = self.config, self.sizes
-        shared = {"eps": config["rms_norm_eps"], "layers": layers, "remat": remat}
+        shared = {"eps": config["rms_norm_eps"], "run": Run(layers, remat)}
         trunk = lambda size: {  # noqa: E731
             "width": size["width"],
             "depth": size["depth"],
@@ -182,7 +183,7 @@ def test_activations_when_run_as_in_training_then_equal(pretrain, way):
     theirs = read_tensors(pretrain.directory / "activations.safetensors", expected)
     variables = {part: {"params": pretrain.params[part]} for part in ("encoder", "decoder")}
 
-    mask = prefix_mask(prefix, jnp.asarray(batch["valid"]))
+    mask = Reads(prefix, jnp.asarray(batch["valid"])).mask(batch["valid"].shape[1])
     np.testing.assert_array_equal(mask[:, 0], theirs["encoder.attention_mask"])
     (features, every), captured = encoder.apply(
         variables["encoder"],
@@ -366,8 +367,7 @@ def test_hugging_face_encoder_when_weights_are_mapped_then_hidden_states_equal(g
         num_patches=rows * columns,
         eps=config["rms_norm_eps"],
         position="sincos" if config["is_native"] else "learned",
-        layers=way[0],
-        remat=way[1],
+        run=Run(*way),
     )
     for suffix, (rows, columns) in suffixes.items():
         images = inputs[f"image_uint8_bhwc{suffix}"]

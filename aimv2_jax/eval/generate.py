@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.models.aimv2 import AIMv2
-from aimv2_jax.models.attention import causal_mask
+from aimv2_jax.models.attention import causal_reads
 from aimv2_jax.models.layers import Cache
 
 Params = Any
@@ -114,13 +114,12 @@ def _read_pictures(model: AIMv2, pixels, coords, valid, max_tokens):
     readable = jnp.concatenate([valid, jnp.ones((pixels.shape[0], max_tokens), bool)], axis=1)
     empty = jnp.zeros((decoder.depth, *readable.shape, decoder.width), decoder.precision.compute)
     cache = Cache(empty, empty, jnp.zeros(decoder.depth, jnp.int32))
-    rows, _, cache = decoder.trunk(rows, causal_mask(readable)[:, :, : rows.shape[1]], cache)
+    rows, _, cache = decoder.trunk(rows, causal_reads(readable), cache)
     return decoder.predict_tokens(rows[:, -1:])[:, 0], Context(cache, readable)
 
 
 def _read_token(model: AIMv2, context, token_B, index):
     decoder, (cache, readable) = model.decoder, context
-    written = jnp.arange(readable.shape[1]) <= cache.index[0]
-    mask = (readable & written)[:, None, None, :]
-    rows, _, cache = decoder.trunk(decoder.embed_token(token_B, index), mask, cache)
+    reads = causal_reads(readable, first=cache.index[0])
+    rows, _, cache = decoder.trunk(decoder.embed_token(token_B, index), reads, cache)
     return decoder.predict_tokens(rows)[:, 0], Context(cache, readable)

@@ -39,6 +39,7 @@ from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.entropy import entropy, token_frequencies
 from aimv2_jax.eval.load import Loaded, check_held_out, load
 from aimv2_jax.flags import Parser, positive
+from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.train import losses
 from aimv2_jax.train.evaluate import Totals, fixed_prefixes
 from aimv2_jax.train.task import Batch, Params, PretrainTask, SumCount
@@ -211,6 +212,7 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    skip_absent_tpu()
     parser = Parser(prog="python -m aimv2_jax.eval.heldout", description=__doc__)
     add_checkpoint(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written, beside the screen")

@@ -39,6 +39,7 @@ from aimv2_jax.eval.generate import greedy
 from aimv2_jax.eval.load import Loaded, check_held_out, load
 from aimv2_jax.eval.patches import completed, denormalise, seen
 from aimv2_jax.flags import Parser, make_output_folder, positive
+from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.train.evaluate import fixed_prefixes
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.task import PretrainTask
@@ -196,6 +197,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    skip_absent_tpu()
     parser = Parser(prog="python -m aimv2_jax.eval.show", description=__doc__)
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the PNGs are written")

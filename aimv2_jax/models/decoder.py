@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.attention import causal_mask
+from aimv2_jax.models.attention import causal_reads
 from aimv2_jax.models.layers import (
-    LayerRun,
+    TABLE_AXES,
     Linear,
     Precision,
-    Remat,
+    Run,
     Trunk,
+    look_up,
     named,
     symmetric_uniform,
 )
@@ -38,17 +39,16 @@ class Decoder(nn.Module):
     text_length: int
     eps: float = 1e-5
     precision: Precision = Precision()
-    layers: LayerRun = "scan"
-    remat: Remat = "none"
+    run: Run = Run()
 
     def setup(self):
         param = self.precision.param
         image_init = symmetric_uniform(self.encoder_width)
         self.image_embed = Linear(
-            self.width, ("features", "embed"), self.precision, kernel_init=image_init, bias_init=image_init
+            self.width, ("features", "output"), self.precision, kernel_init=image_init, bias_init=image_init
         )
         self.token_table = self.param(
-            "token_table", named(nn.initializers.normal(0.02), "vocab", "embed"), (self.vocab_size, self.width), param
+            "token_table", named(nn.initializers.normal(0.02), *TABLE_AXES), (self.vocab_size, self.width), param
         )
         self.begin = self.param("begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param)
         self.position = self.param(
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
             (self.text_length + 1, self.width),
             param,
         )
-        self.trunk = Trunk(self.depth, self.heads, self.hidden, self.eps, self.precision, self.layers, self.remat)
+        self.trunk = Trunk(self.depth, self.heads, self.hidden, self.eps, self.precision, self.run)
         # Variance 1 / ((1 + blocks) · in): the reference's heads start small in proportion to their depth.
         head_init = nn.initializers.variance_scaling(1 / (1 + self.depth), "fan_in", "truncated_normal")
         self.pixel_head = Linear(
@@ -75,24 +75,18 @@ class Decoder(nn.Module):
         """[begin | tokens] plus their positions."""
         compute = self.precision.compute
         rows = self._look_up(tokens)
-        begin = jnp.broadcast_to(self.begin, (rows.shape[0], 1, self.width))
+        begin = jnp.broadcast_to(self.begin.astype(compute), (rows.shape[0], 1, self.width))
         rows = jnp.concatenate([begin, rows], axis=1)
-        return rows.astype(compute) + self.position[: rows.shape[1]].astype(compute)
+        return rows + self.position[: rows.shape[1]].astype(compute)
 
     def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """The row of text token number `index`, for generation."""
         compute = self.precision.compute
-        rows = self._look_up(token_B[:, None])[:, 0].astype(compute)
+        rows = self._look_up(token_B[:, None])[:, 0]
         return (rows + jnp.take(self.position, index + 1, axis=0).astype(compute))[:, None]
 
     def _look_up(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The table's rows of `tokens`.
-
-        The table is made whole over fsdp first, so that the gradient's scatter stays with the batch's rows; else the
-        compiler replicates the rows of the whole batch on every device.
-        """
-        table = nn.with_logical_constraint(self.token_table, ("vocab", "activation"))
-        return nn.with_logical_constraint(jnp.take(table, tokens, axis=0), ("batch", "length", "activation"))
+        return look_up(self.token_table, tokens, self.precision.compute, self.precision.reduce)
 
     def predict_pixels(self, rows: Float[Array, "B R D"]) -> Float[Array, "B R P"]:
         """Normalised next patches, float32."""
@@ -119,5 +113,5 @@ class Decoder(nn.Module):
             text = self.embed_text(tokens)
             rows = jnp.concatenate([rows, text], axis=1)
             valid = jnp.concatenate([valid, jnp.ones(text.shape[:2], bool)], axis=1)
-        rows, every, _ = self.trunk(rows, causal_mask(valid), collect=collect)
+        rows, every, _ = self.trunk(rows, causal_reads(valid), collect=collect)
         return rows, every

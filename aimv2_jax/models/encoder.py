@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.attention import full_mask, prefix_mask
+from aimv2_jax.models.attention import Reads, full_reads
 from aimv2_jax.models.layers import (
-    LayerRun,
     Linear,
     Precision,
-    Remat,
     RMSNorm,
+    Run,
     Trunk,
     named,
     symmetric_uniform,
@@ -38,8 +37,7 @@ class Encoder(nn.Module):
     eps: float = 1e-5
     position: Literal["learned", "sincos"] = "learned"
     precision: Precision = Precision()
-    layers: LayerRun = "scan"
-    remat: Remat = "none"
+    run: Run = Run()
 
     @nn.compact
     def __call__(
@@ -59,7 +57,7 @@ class Encoder(nn.Module):
           prefix: patches that all may read, by example; None for full attention (inference).
           collect: also return [depth + 1, B, L, D].
         """
-        compute, param = self.precision
+        compute, param = self.precision.compute, self.precision.param
         x = Linear(
             self.width,
             ("pixels", "embed"),
@@ -79,15 +77,8 @@ class Encoder(nn.Module):
             x += table.astype(compute)
         else:
             x += sincos_positions(coords, self.width).astype(compute)
-        mask = full_mask(valid) if prefix is None else prefix_mask(prefix, valid)
+        reads = full_reads(valid) if prefix is None else Reads(prefix, valid)
         features, every, _ = Trunk(
-            self.depth,
-            self.heads,
-            self.hidden,
-            self.eps,
-            self.precision,
-            self.layers,
-            self.remat,
-            name="trunk",
-        )(x, mask, collect=collect)
+            self.depth, self.heads, self.hidden, self.eps, self.precision, self.run, name="trunk"
+        )(x, reads, collect=collect)
         return features, jnp.concatenate([x[None], every]) if collect else None

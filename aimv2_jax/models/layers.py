@@ -14,13 +14,24 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from jaxtyping import Array, Bool, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
-from aimv2_jax.models.attention import attend
+from aimv2_jax.models import placement
+from aimv2_jax.models.attention import Implementation, Reads, attend, padded_rows, tell
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
-Remat = Literal["none", "full"]
+Remat = Literal["none", "matmuls", "attention", "full"]
+
+# What a block keeps for the backward pass, besides its input, by the name of the policy. "none" keeps everything.
+REMAT: dict[str, tuple[str, ...]] = {
+    "matmuls": ("query", "key", "value", "attended", "middle", "gate", "up"),  # Recomputes norms and SwiGLU's product.
+    "attention": ("query", "key", "value", "attended", "middle"),  # Recomputes gate and up, too.
+    "full": (),  # Recomputes the block.
+}
+
+TABLE_AXES = ("pieces", "output")  # Of the token table.
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -37,43 +48,80 @@ def named(init: Initializer, *axes: str) -> Initializer:
 
 
 class Precision(NamedTuple):
-    """Type of activations and matrix products, and of parameters."""
+    """Type of activations and matrix products, of parameters, and of gradients on their way between devices."""
 
     compute: Any = jnp.float32
     param: Any = jnp.float32
+    reduce: Any = jnp.float32
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], out_dtype: Any) -> Float[Array, "*rows O"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def project(
+    x: Float[Array, "B *rows I"], kernel: Float[Array, "I O"], axes: placement.Axes, out_dtype: Any, reduce_dtype: Any
+) -> Float[Array, "B *rows O"]:
     """x · kernel, computed in x's type; the kernel's gradient leaves the matrix unit in the kernel's own type.
 
-    So the sum over rows, and the one over devices that follows, are float32 where parameters are, with bfloat16
-    operands. And the weight gradient is written as xᵀ · dy, where differentiation would write (dyᵀ · x)ᵀ: dy comes out
-    of a chain of elementwise operations, which a CPU would compute again in transposed order.
+    So the sum over rows is float32 where parameters are, with bfloat16 operands; the one over devices is taken in
+    `reduce_dtype`. And the weight gradient is written as xᵀ · dy, where differentiation would write (dyᵀ · x)ᵀ: dy
+    comes out of a chain of elementwise operations, which a CPU would compute again in transposed order.
     """
-    return jax.lax.dot_general(
-        x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype
-    )
+    return _project_forward(x, kernel, axes, out_dtype, reduce_dtype)[0]
 
 
-def _project_forward(x, kernel, out_dtype):
-    return project(x, kernel, out_dtype), (x, kernel)
+def _project_forward(x, kernel, axes, out_dtype, reduce_dtype):
+    weight = placement.whole(kernel.astype(x.dtype), axes)
+    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+    return y, (x, weight, jnp.zeros((0,), kernel.dtype))
 
 
-def _project_backward(out_dtype, saved, dy):
-    x, kernel = saved
+def _project_backward(axes, out_dtype, reduce_dtype, saved, dy):
+    x, weight, empty = saved
     dy = dy.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
-    dkernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    return dx, dkernel
+    dx = jax.lax.dot_general(dy, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+    def partial_sum(x, dy):
+        return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=empty.dtype)
+
+    return dx, placement.sum_over_batch(partial_sum, (x, dy), axes, reduce_dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], compute: Any, reduce_dtype: Any
+) -> Float[Array, "B T D"]:
+    """The table's rows of `tokens` in the type `compute`; the table's gradient is summed like that of a projection."""
+    rows = jnp.take(placement.whole(table.astype(compute), TABLE_AXES), tokens, axis=0)
+    return nn.with_logical_constraint(rows, ("batch", "length", "activation"))
+
+
+def _look_up_backward(compute, reduce_dtype, saved, drows):
+    tokens, empty = saved
+
+    def partial_sum(tokens, drows):
+        return jnp.zeros((empty.shape[1], drows.shape[-1]), empty.dtype).at[tokens].add(drows.astype(empty.dtype))
+
+    return placement.sum_over_batch(partial_sum, (tokens, drows), TABLE_AXES, reduce_dtype), None
+
+
+look_up.defvjp(
+    lambda table, tokens, compute, reduce_dtype: (
+        look_up(table, tokens, compute, reduce_dtype),
+        (tokens, jnp.zeros((0, table.shape[0]), table.dtype)),
+    ),
+    _look_up_backward,
+)
+
+
 class Linear(nn.Module):
-    """x W (+ b), computed in the compute type. `axes` are the logical names of W's [in, out]."""
+    """x W (+ b), computed in the compute type. `axes` are the logical names of W's [in, out].
+
+    A `gain` of the inputs (the norm before) is multiplied into W: on a mesh each device does so for its own rows of W,
+    where multiplying x and summing the gain's gradient would be two passes over all activations.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -83,14 +131,56 @@ class Linear(nn.Module):
     out_dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*rows I"]) -> Float[Array, "*rows O"]:
-        compute, param = self.precision
+    def __call__(
+        self, x: Float[Array, "B *rows I"], gain: Float[Array, " I"] | None = None
+    ) -> Float[Array, "B *rows O"]:
+        compute, param, reduce = self.precision
         kernel = self.param("kernel", named(self.kernel_init, *self.axes), (x.shape[-1], self.features), param)
-        y = project(x.astype(compute), kernel, self.out_dtype or compute)
+        if gain is not None:
+            kernel = kernel * gain[:, None]
+        y = project(x.astype(compute), kernel, self.axes, self.out_dtype or compute, reduce)
         if self.bias_init is not None:
             bias = self.param("bias", named(self.bias_init, "bias"), (self.features,), param)
             y += bias.astype(y.dtype)
         return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def normalise(
+    x: Float[Array, "*rows D"], eps: float, compute: Any
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
+    """x / rms(x), statistics in float32, in the type `compute`; and zeros, to which `tell` adds a gradient.
+
+    With n = x · r and its gradient dn, dx = r · (dn - n · mean(dn · n)). Where n goes into matrices only, the sum of
+    dn · n over the width is that of dy · y over their outputs, and those are at hand before the products that make dn:
+    so dx is computed where dn leaves the matrix unit, in place of two more passes over all rows.
+    """
+    return _normalise_forward(x, eps, compute)[0]
+
+
+def _normalise_forward(x, eps, compute):
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
+    normed = (x.astype(jnp.float32) * inverse).astype(compute)
+    return (normed, jnp.zeros(x.shape[:-1], jnp.float32)), (x, inverse)
+
+
+def _normalise_backward(eps, compute, saved, gradients):
+    x, inverse = saved
+    dnormed, dot = gradients
+    mean = dot[..., None] / x.shape[-1]
+    dx = inverse * (dnormed.astype(jnp.float32) - x.astype(jnp.float32) * (inverse * mean))
+    return (dx.astype(x.dtype),)
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+class Normed(NamedTuple):
+    """Rows over their rms, the gain that they still lack, and where to tell of what is made of them (`normalise`)."""
+
+    rows: Float[Array, "B S D"]
+    gain: Float[Array, " D"]
+    told: Float[Array, "B S"]
 
 
 class RMSNorm(nn.Module):
@@ -99,13 +189,20 @@ class RMSNorm(nn.Module):
     eps: float
     precision: Precision
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        compute, param = self.precision
-        gain = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), param)
+        gain = placement.whole(self._gain(x.shape[-1]).astype(self.precision.compute), ("norm",))
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x.astype(compute) * gain.astype(compute)
+        return x.astype(self.precision.compute) * gain
+
+    def parts(self, x: Float[Array, "B S D"]) -> Normed:
+        """The same in parts, for rows that go into `Linear` layers only; all their outputs must be told."""
+        rows, told = normalise(x, self.eps, self.precision.compute)
+        return Normed(rows, self._gain(x.shape[-1]), told)
+
+    @nn.compact
+    def _gain(self, width: int) -> Float[Array, " D"]:
+        return self.param("scale", named(nn.initializers.ones, "norm"), (width,), self.precision.param)
 
 
 class Cache(NamedTuple):
@@ -121,22 +218,28 @@ class Attention(nn.Module):
 
     heads: int
     precision: Precision
+    attention: Implementation
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], mask: Bool[Array, "#B 1 #Q K"], cache: Cache | None = None
+        self, normed: Normed, reads: Reads, cache: Cache | None = None
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        width = x.shape[-1]
-        q, k, v = (
-            Linear(width, ("embed", "heads"), self.precision, name=name)(x) for name in ("query", "key", "value")
+        width = normed.rows.shape[-1]
+        made = (
+            checkpoint_name(
+                Linear(width, ("embed", "heads"), self.precision, name=name)(normed.rows, normed.gain), name
+            )
+            for name in ("query", "key", "value")
         )
+        q, k, v = made
+        told = normed.told
         if cache is not None:
+            (q, k, v), told = tell((q, k, v), told), None
             k = jax.lax.dynamic_update_slice_in_dim(cache.key, k, cache.index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v, cache.index, axis=1)
-            cache = Cache(k, v, cache.index + x.shape[1])
-        split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)  # noqa: E731
-        out = attend(split(q), split(k), split(v), mask).reshape(x.shape)
-        return Linear(width, ("heads", "embed"), self.precision, name="out")(out), cache
+            cache = Cache(k, v, cache.index + normed.rows.shape[1])
+        out = checkpoint_name(attend(q, k, v, reads, told, self.heads, self.attention), "attended")
+        return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
 
 
 @jax.custom_vjp
@@ -161,10 +264,15 @@ class SwiGLU(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        gate = Linear(self.hidden, ("embed", "mlp"), self.precision, name="gate")(x)
-        up = Linear(self.hidden, ("embed", "mlp"), self.precision, name="up")(x)
-        return Linear(x.shape[-1], ("mlp", "embed"), self.precision, name="down")(gated_silu(gate, up))
+    def __call__(self, normed: Normed) -> Float[Array, "B S D"]:
+        made = (
+            checkpoint_name(
+                Linear(self.hidden, ("embed", "mlp"), self.precision, name=name)(normed.rows, normed.gain), name
+            )
+            for name in ("gate", "up")
+        )
+        hidden = gated_silu(*tell(tuple(made), normed.told))
+        return Linear(normed.rows.shape[-1], ("hidden", "output"), self.precision, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -174,40 +282,48 @@ class Block(nn.Module):
     hidden: int
     eps: float
     precision: Precision
+    attention: Implementation
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], mask: Bool[Array, "#B 1 #S K"], cache: Cache | None = None
+        self, x: Float[Array, "B S D"], reads: Reads, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         x = nn.with_logical_constraint(x, ("batch", "length", "activation"))
-        attended, cache = Attention(self.heads, self.precision, name="attention")(
-            RMSNorm(self.eps, self.precision, name="norm_1")(x), mask, cache
-        )
-        x = x + attended
-        x = x + SwiGLU(self.hidden, self.precision, name="mlp")(RMSNorm(self.eps, self.precision, name="norm_2")(x))
-        return x, cache
+        normed = RMSNorm(self.eps, self.precision, name="norm_1").parts(x)
+        attended, cache = Attention(self.heads, self.precision, self.attention, name="attention")(normed, reads, cache)
+        x = checkpoint_name(x + attended, "middle")
+        normed = RMSNorm(self.eps, self.precision, name="norm_2").parts(x)
+        return x + SwiGLU(self.hidden, self.precision, name="mlp")(normed), cache
+
+
+class Run(NamedTuple):
+    """How the blocks of a trunk are run; none of it changes a number but by rounding.
+
+    layers: "scan" compiles one block, "loop" lets the compiler schedule across them.
+    remat: which activations the backward pass finds saved (`REMAT`); the others are computed again.
+    attention: XLA's, or our kernels.
+    """
+
+    layers: LayerRun = "scan"
+    remat: Remat = "none"
+    attention: Implementation = "xla"
 
 
 class Trunk(nn.Module):
-    """`depth` blocks and a final norm. The blocks' parameters are one tree, stacked over layers on the leading axis.
-
-    `layers` says how they run over that tree: "scan" compiles one block, "loop" lets the compiler schedule across them.
-    `remat="full"` keeps only the blocks' inputs for the backward pass.
-    """
+    """`depth` blocks and a final norm. The blocks' parameters are one tree, stacked over layers on the leading axis."""
 
     depth: int
     heads: int
     hidden: int
     eps: float
     precision: Precision
-    layers: LayerRun = "scan"
-    remat: Remat = "none"
+    run: Run = Run()
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        mask: Bool[Array, "#B 1 #S K"],
+        reads: Reads,
         cache: Cache | None = None,
         collect: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "N B S D"] | None, Cache | None]:
@@ -215,23 +331,41 @@ class Trunk(nn.Module):
 
         `cache` holds one cache a layer, stacked like the parameters.
         """
-        block = Block(self.heads, self.hidden, self.eps, self.precision, parent=None)
-        stacked = self.param("blocks", _init_stacked, block, self.depth, x[:1, :1], mask[:1, :, :1, :1])
+        layers, remat, attention = self.run
+        if cache is not None or self.is_initializing():
+            attention = "xla"  # The kernels read whole sequences of whole tiles.
+        block = Block(self.heads, self.hidden, self.eps, self.precision, attention, parent=None)
+        one_row = Reads(reads.prefix[:1], reads.readable[:1, :1])
+        plain = block.clone(attention="xla")
+        stacked = self.param("blocks", _init_stacked, plain, self.depth, x[:1, :1], one_row)
+        length = x.shape[1]
+        x, reads = _pad_rows(x, reads, padded_rows(length, attention))
 
         def run(x, layer):
             params, cache = layer
-            x, cache = block.apply({"params": params}, x, mask, cache)
+            x, cache = block.apply({"params": params}, x, reads, cache)
             return x, (x if collect else None, cache)
 
-        if self.remat == "full":
-            run = jax.checkpoint(run, prevent_cse=self.layers == "loop")
-        x, (every, cache) = run_layers(run, x, (stacked, cache), self.depth, self.layers)
-        return RMSNorm(self.eps, self.precision, name="norm")(x), every, cache
+        if remat != "none":
+            saved = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
+            run = jax.checkpoint(run, prevent_cse=layers == "loop", policy=saved)
+        x, (every, cache) = run_layers(run, x, (stacked, cache), self.depth, layers)
+        every = every[:, :, :length] if collect else None
+        return RMSNorm(self.eps, self.precision, name="norm")(x[:, :length]), every, cache
 
 
-def _init_stacked(rng: jax.Array, block: Block, depth: int, x: jax.Array, mask: jax.Array) -> Any:
+def _pad_rows(x: Float[Array, "B S D"], reads: Reads, length: int) -> tuple[Float[Array, "B R D"], Reads]:
+    """`length` rows: those of `x`, and rows of zeros that nobody reads."""
+    missing = length - x.shape[1]
+    if not missing:
+        return x, reads
+    rows = ((0, 0), (0, missing))
+    return jnp.pad(x, (*rows, (0, 0))), reads._replace(readable=jnp.pad(reads.readable, rows))
+
+
+def _init_stacked(rng: jax.Array, block: Block, depth: int, x: jax.Array, reads: Reads) -> Any:
     """Parameters of `depth` blocks, each drawn with its own key, stacked on a leading axis named "layers"."""
-    params = jax.vmap(lambda key: block.init(key, x, mask)["params"])(jax.random.split(rng, depth))
+    params = jax.vmap(lambda key: block.init(key, x, reads)["params"])(jax.random.split(rng, depth))
     return meta.add_axis(params, 0, {meta.PARTITION_NAME: "layers"})
 
 

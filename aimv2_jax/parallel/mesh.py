@@ -11,36 +11,65 @@ from jax.sharding import Mesh, NamedSharding
 
 from aimv2_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "tensor")
+
+# The start of jax's `device_kind` -> what everybody calls it. Longest match wins.
+_TPU_GENERATIONS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
 
-def build_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what is left.
+def tpu_generation(device: jax.Device) -> str | None:
+    """The generation, such as "v5e"; None where the device is no TPU, or one that is not known here."""
+    known = [kind for kind in _TPU_GENERATIONS if device.platform == "tpu" and device.device_kind.startswith(kind)]
+    return _TPU_GENERATIONS[max(known, key=len)] if known else None
+
+
+def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, slices outermost; one of the sizes within a slice may be -1 and takes what is left.
 
     Raises:
-      UserError: where the sizes don't multiply to the number of devices.
+      UserError: where the sizes don't multiply to the number of devices, or slices are not those of the hardware.
     """
     devices = list(jax.devices() if devices is None else devices)
+    by_slice: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(by_slice) == 1:  # One slice, or devices that know of none: any split of them will do.
+        share = len(devices) // slices if len(devices) % slices == 0 else len(devices)
+        by_slice = {i: devices[i * share : (i + 1) * share] for i in range(len(devices) // share)}
+    if len(by_slice) != slices:
+        raise UserError(
+            "config mesh.slices does not fit the devices",
+            f"{slices} for {len(devices)} devices in {len(by_slice)} slices",
+            f"Set mesh.slices={len(by_slice)}",
+        )
+    share = len(devices) // slices
     sizes = [data, fsdp, tensor]
     fixed = -np.prod(sizes) if -1 in sizes else np.prod(sizes)
-    if -1 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // int(fixed)
-    elif fixed != len(devices):
+    if -1 in sizes and share % fixed == 0:
+        sizes[sizes.index(-1)] = share // int(fixed)
+    elif fixed != share:
         raise UserError(
             "config mesh.data x mesh.fsdp x mesh.tensor does not fit the devices",
-            f"{data} x {fsdp} x {tensor} for {len(devices)} devices",
+            f"{data} x {fsdp} x {tensor} for {share} devices" + (" of each slice" if slices > 1 else ""),
             "Choose sizes whose product is the number of devices, or set one of them to -1",
         )
-    return Mesh(mesh_utils.create_device_mesh(sizes, devices), AXES)
+    try:
+        return Mesh(np.stack([mesh_utils.create_device_mesh(sizes, by_slice[i]) for i in sorted(by_slice)]), AXES)
+    except NotImplementedError as error:  # Sizes that cut across the rings of the torus.
+        raise UserError(
+            "config mesh.data x mesh.fsdp x mesh.tensor does not fit the torus of the chips",
+            " x ".join(map(str, sizes)),
+            "Choose sizes that are products of whole axes of the topology, or another topology",
+        ) from error
 
 
 def check_batch(size: int, mesh: Mesh, key: str, microbatches: int = 1) -> None:
     """Raises UserError where `size` rows, the value of config `key`, don't divide evenly over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
     if size % (shards * microbatches):
         parts = f"{shards} devices" + (f" x {microbatches} microbatches" if microbatches > 1 else "")
         raise UserError(
-            f"config {key} does not divide over the devices of mesh.data x mesh.fsdp",
+            f"config {key} does not divide over the devices of mesh.slices x mesh.data x mesh.fsdp",
             f"{size} rows, {parts}",
             f"Use a multiple of {shards * microbatches}",
         )

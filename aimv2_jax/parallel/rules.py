@@ -1,7 +1,8 @@
 """The one place where a logical axis name becomes a mesh axis.
 
-A mesh has three axes: `data` splits the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden units and
-vocabulary. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
+A mesh has four axes: `slice` and `data` split the batch, `fsdp` the batch and the parameters, `tensor` heads, hidden
+units and vocabulary. Slices are joined by a slow network: parameters are whole in each, and only sums of gradients and
+of losses cross it. B batch, L length, D width, F hidden, V vocabulary, P pixels a patch, N layers.
 """
 
 from __future__ import annotations
@@ -20,27 +21,31 @@ from aimv2_jax.errors import UserError
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # Activations.
-    ("batch", ("data", "fsdp")),  # B of every batch array and of [B, L, D]
+    ("batch", ("slice", "data", "fsdp")),  # B of every batch array and of [B, L, D]
     ("length", None),  # L of [B, L, D]
     ("activation", None),  # D of [B, L, D]
-    # Parameters.
-    ("heads", "tensor"),  # attention [D, H·E] out, and [H·E, D] in
-    ("mlp", "tensor"),  # SwiGLU [D, F] out, and [F, D] in
-    ("vocab", "tensor"),  # token table [V, D], text head [D, V]
-    ("embed", "fsdp"),  # D of every matrix
-    ("features", None),  # encoder width in the image projection [C, D]
+    # Parameters. Matrices are split by rows: a sixteenth of 1024 columns would fill half a tile of 128.
+    ("embed", "fsdp"),  # D rows of q, k, v, gate, up and of both heads; columns of the patch embedding [P, D]
+    ("heads", "tensor"),  # columns of q, k, v [D, H·E]
+    ("attended", ("fsdp", "tensor")),  # rows of attention's out [H·E, D]
+    ("mlp", "tensor"),  # columns of gate, up [D, F]
+    ("hidden", ("fsdp", "tensor")),  # rows of down [F, D]
+    ("features", "fsdp"),  # rows of the image projection [C, D]
+    ("pieces", ("fsdp", "tensor")),  # rows of the token table [V, D]
+    ("vocab", "tensor"),  # columns of the text head [D, V]
+    ("output", None),  # D columns of out, down, image projection, token table
     ("pixels", None),  # P of patch embedding [P, D] and pixel head [D, P]
     ("layers", None),  # N, the stack of blocks
     ("positions", None),  # rows of position tables
     ("position_embed", None),  # D of position tables and of the begin vector
-    ("norm", None),  # gains [D]
+    ("norm", "fsdp"),  # gains [D], which are multiplied into rows of matrices
     ("bias", None),  # biases [D]
 )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows of a batch over slices, data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -78,7 +83,7 @@ def check_divisible(abstract_params: Any, shardings: Any) -> None:
             parts = math.prod(sharding.mesh.shape[name] for name in names)
             if size % parts:
                 raise UserError(
-                    f"parameter {'/'.join(key.key for key in path)} cannot be split over mesh.{'/'.join(names)}",
+                    f"parameter {'/'.join(key.key for key in path)} cannot be split over {' x '.join(f'mesh.{name}' for name in names)}",
                     f"{size} entries, {parts} devices",
                     "Choose sizes of mesh.fsdp and mesh.tensor that divide widths, hidden units and vocabulary",
                 )

@@ -18,10 +18,10 @@ from jaxtyping import Array, Int
 
 from aimv2_jax.config import Config
 from aimv2_jax.parallel import rules
-from aimv2_jax.parallel.mesh import build_mesh, check_batch
+from aimv2_jax.parallel.mesh import build_mesh, check_batch, tpu_generation
 from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
 from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step
-from aimv2_jax.train.task import Batch, PretrainTask, build_task, run_key
+from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Program:
     @cached_property
     def state_shardings(self) -> TrainState:
         """Shardings of the whole state, by the rule table."""
-        abstract = jax.eval_shape(self.task.init, run_key(0))
+        abstract = jax.eval_shape(self.task.init, abstract_key())
         params = rules.param_shardings(self.task.logical_axes(), self.mesh)
         rules.check_divisible(abstract, params)
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
@@ -55,7 +55,7 @@ class Program:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without its memory."""
-        shapes = jax.eval_shape(partial(init_state, task=self.task, optimizer=self.optimizer), run_key(0))
+        shapes = jax.eval_shape(partial(init_state, task=self.task, optimizer=self.optimizer), abstract_key())
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -83,8 +83,7 @@ class Program:
     def init(self) -> TrainState:
         """The state before step 0, laid out as the rules say; the same numbers on any mesh."""
         build = partial(init_state, task=self.task, optimizer=self.optimizer)
-        with rules.scope(self.mesh):
-            return jax.jit(build, out_shardings=self.state_shardings)(self.rng)
+        return jax.jit(build, out_shardings=self.state_shardings)(self.rng)
 
     @cached_property
     def step(self) -> Any:
@@ -105,10 +104,25 @@ class Program:
             out_shardings=(self.state_shardings, whole),
         )
 
+    def lower_step(self) -> Any:
+        """The train step, traced for this run's shapes; the devices may be described ones."""
+        key = abstract_key()
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(self.mesh))
+        step, state = self.step, self.abstract_state  # Before the scope: described devices compute nothing.
+        with rules.scope(self.mesh):
+            return step.lower(state, self.abstract_batch, key)
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """What the config asks of the compiler for the devices of the mesh."""
+        generation = tpu_generation(self.mesh.devices.flat[0])
+        groups = ("all", generation) if generation else ()
+        wanted = self.config.train.tpu_compiler_options
+        return {name: value for group in groups for name, value in wanted.get(group, {}).items()}
+
     def compile_step(self) -> Any:
         """The train step, compiled for this run's shapes: calling it never compiles again."""
-        with rules.scope(self.mesh):
-            return self.step.lower(self.abstract_state, self.abstract_batch, self.rng).compile()
+        return self.lower_step().compile(compiler_options=self.compiler_options or None)
 
     def eval_sums(self, params: Any, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, tuple[float, int]]:
         """Sum and count of every loss of one held-out batch at the given prefix lengths, as numbers of the host."""
@@ -131,7 +145,8 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     Raises:
       UserError: where mesh, batch or parameters don't fit the devices.
     """
-    mesh = build_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    sizes = config.mesh
+    mesh = build_mesh(sizes.slices, sizes.data, sizes.fsdp, sizes.tensor, devices)
     check_batch(config.data.batch_size, mesh, "data.batch_size", config.train.microbatches)
     if config.eval.sources:
         check_batch(config.eval.batch_size, mesh, "eval.batch_size")
@@ -151,4 +166,4 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
     )
-    return Program(config, build_task(config), optimizer, schedule, mesh)
+    return Program(config, build_task(config, mesh.devices.flat[0].platform), optimizer, schedule, mesh)

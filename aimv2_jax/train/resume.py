@@ -25,6 +25,9 @@ MAY_CHANGE = {
     "mesh.*": "rounding only: examples, prefixes and the saved state are the same on any mesh",
     "model.layers": "one parameter tree, run in two ways: rounding only",
     "model.remat": "what is computed again in the backward pass: rounding only",
+    "model.decoder.remat": "what is computed again in the backward pass: rounding only",
+    "model.attention": "who computes one and the same attention: rounding only",
+    "train.tpu_compiler_options.*": "how the step is compiled: rounding only",
     "data.workers": "who reads a batch; what is in it follows from the step",
     "data.read_threads": "when a record is read",
     "data.prefetch": "when a batch is read",
@@ -34,7 +37,7 @@ MAY_CHANGE = {
     "eval.*": "evaluation changes no parameter; the best is chosen among losses measured in the same way",
 }
 # Below these a key may also come and go; of the others only the value may change.
-_NAMES_MAY_CHANGE = ("eval.*", "processes.*", "train.profile")
+_NAMES_MAY_CHANGE = ("eval.*", "processes.*", "train.profile", "train.tpu_compiler_options.*")
 
 _ABSENT = "absent"
 

@@ -16,11 +16,12 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Float, Int
 
-from aimv2_jax.config import Config
+from aimv2_jax.config import Config, DecoderConfig, EncoderConfig
 from aimv2_jax.models.aimv2 import AIMv2, Predictions
+from aimv2_jax.models.attention import choose_attention
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.layers import Precision
+from aimv2_jax.models.layers import Precision, Remat, Run
 from aimv2_jax.models.sizes import swiglu_hidden
 from aimv2_jax.train import losses
 
@@ -55,7 +56,7 @@ class PretrainTask:
 
     def logical_axes(self) -> Any:
         """The logical axis names of every parameter, as a tree of PartitionSpecs shaped like the parameters."""
-        return nn.get_partition_spec(jax.eval_shape(self._init_named, jax.random.key(0)))
+        return nn.get_partition_spec(jax.eval_shape(self._init_named, abstract_key()))
 
     def _init_named(self, rng: jax.Array) -> Params:
         encoder, decoder = self.model.encoder, self.model.decoder
@@ -123,20 +124,25 @@ def run_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """Shape and type of a run's key: for tracing, also where the devices are only described."""
+    return jax.eval_shape(lambda: run_key(0))
+
+
 def purpose_key(rng: jax.Array, purpose: str) -> jax.Array:
     """A key for one use of randomness, so that no two uses share numbers."""
     return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
-def build_task(config: Config) -> PretrainTask:
-    """The task a config describes: where the config and the model meet."""
+def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
+    """The task a config describes, for devices of a platform: where the config and the model meet."""
     model, loss = config.model, config.loss
-    shared = dict(
-        eps=model.norm_eps,
-        precision=Precision(jnp.dtype(model.compute_dtype), jnp.dtype(model.param_dtype)),
-        layers=model.layers,
-        remat=model.remat,
-    )
+    dtypes = (model.compute_dtype, model.param_dtype, config.train.reduce_dtype)
+    shared = dict(eps=model.norm_eps, precision=Precision(*map(jnp.dtype, dtypes)))
+
+    def run(trunk: EncoderConfig | DecoderConfig, remat: Remat) -> Run:
+        return Run(model.layers, remat, choose_attention(model.attention, trunk.width // trunk.heads, platform))
+
     encoder = Encoder(
         width=model.encoder.width,
         depth=model.encoder.depth,
@@ -144,6 +150,7 @@ def build_task(config: Config) -> PretrainTask:
         hidden=model.encoder.hidden or swiglu_hidden(model.encoder.width),
         num_patches=config.num_patches,
         position=model.encoder.position,
+        run=run(model.encoder, model.remat),
         **shared,
     )
     decoder = Decoder(
@@ -155,6 +162,7 @@ def build_task(config: Config) -> PretrainTask:
         pixels=model.patch_size**2 * len(model.pixel_mean),
         vocab_size=model.decoder.vocab_size,
         text_length=model.decoder.text_length,
+        run=run(model.decoder, model.decoder.remat or model.remat),
         **shared,
     )
     return PretrainTask(

@@ -1,19 +1,26 @@
-"""Times the train step (forward, backward, clip, update) on a synthetic batch, beside this machine's own matmul rate.
+"""Times the train step (forward, backward, clip, update) on a synthetic batch, on one chip, beside its own matmul rate.
 
-    python experiments/benchmarks/step_time.py --json FILE [--preset reference] [--platform cpu|gpu]
+    python experiments/benchmarks/step_time.py --json FILE [--preset reference] [--platform cpu|gpu|tpu]
+    python experiments/benchmarks/step_time.py --platform gpu --preset large_224 [--config.model.remat=full]
 
-Prints one JSON line. Timings are noisy: compare `images_per_gflop`, the rate over the matmul rate of the same run.
+Prints one JSON line. Presets: `reference` (what the PyTorch reference trainer was timed with), `tiny` (whether this
+program works), and the pre-training runs, whose batches are for a pod: one chip gets the largest that fits, found by
+trying, or that of `--batch`. `mfu` is the model's FLOPs (train/flops.py) over the chip's dense bf16 peak.
+Timings are noisy: compare `images_per_gflop`, the rate over the matmul rate of the same run.
 Needs only jax, flax, optax, numpy, ml_collections, einops and jaxtyping.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import importlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +28,31 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from aimv2_jax.config import Config, build_config  # noqa: E402
-from aimv2_jax.errors import UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
+from aimv2_jax.flags import Parser, positive, split_overrides  # noqa: E402
+from aimv2_jax.platforms import may_have_gpu, may_have_tpu  # noqa: E402
 from experiments import base  # noqa: E402
 
-MATMUL_SIDE = 1024
+MOST_EXAMPLES = 8192  # Where the search for the largest batch ends.
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """Where to run: JAX's name of it, the side of the matmul that stands for it, and whether there may be one."""
+
+    jax_name: str
+    matmul_side: int
+    is_here: Callable[[], bool]
+    what: str
+    searches: bool  # Whether too large a batch is refused; a CPU would swap.
+
+
+PLATFORMS = {
+    "cpu": Platform("cpu", 1024, lambda: True, "CPU", searches=False),
+    "gpu": Platform("cuda", 8192, may_have_gpu, "NVIDIA GPU", searches=True),
+    "tpu": Platform("tpu", 8192, may_have_tpu, "TPU", searches=True),
+}
 
 
 def reference() -> Any:
@@ -47,16 +74,59 @@ def tiny() -> Any:
     return config
 
 
-PRESETS = {"reference": reference, "tiny": tiny}
+def _experiment(name: str) -> Callable[[], Any]:
+    return lambda: importlib.import_module(f"experiments.pretrain_{name}").get_config()
 
 
-def preset_config(name: str, overrides: dict[str, Any]) -> Config:
-    """The config of a preset, for one device and without any data."""
+PRETRAIN = ["base_224", "large_224", "huge_224", "1b_224", "3b_224"]
+PRESETS = {"reference": reference, "tiny": tiny} | {name: _experiment(name) for name in PRETRAIN}
+
+
+def preset_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """The config of a preset, for one device and without any data; overrides as on a command line."""
     config = PRESETS[name]()
     config.data.sources, config.data.mixture = {"synthetic": ""}, {"synthetic": {"alt": 1.0}}
-    config.mesh.data = 1
-    config.update_from_flattened_dict({key: value for key, value in overrides.items() if value is not None})
+    config.mesh.update(dict.fromkeys(config.mesh, 1))
+    for key, text in overrides:
+        try:
+            config.update_from_flattened_dict({key: _value(text)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"--config.{key} cannot be set", text, "The keys: experiments/base.py") from error
     return build_config(config.to_dict())
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def largest_batch(fits: Callable[[int], bool], first: int = 8, most: int = MOST_EXAMPLES) -> int:
+    """The largest batch that fits, to an eighth of it: doubled from `first` until one doesn't, then halved in between.
+
+    Raises:
+      UserError: where not even `first` examples fit.
+    """
+    if not fits(first):
+        raise UserError("not enough memory for the model", f"{first} examples", "Try --config.model.remat=full")
+    good = first
+    while 2 * good <= most and fits(2 * good):
+        good *= 2
+    if 2 * good > most:
+        return good
+    step = good // 2
+    floor = max(first, good // 8)
+    while step >= floor:
+        if fits(good + step):
+            good += step
+        step //= 2
+    return good
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA refused for want of memory, while it compiled or while it ran."""
+    return any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory"))
 
 
 def synthetic_batch(program: Any) -> dict[str, Any]:
@@ -91,76 +161,138 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
+class Trainer:
+    """The train step of a config on the first device, compiled, with its state and one batch."""
+
+    def __init__(self, config: Config):
+        import jax
+
+        from aimv2_jax.train.program import build_program
+
+        self.program = build_program(config, jax.devices()[:1])
+        self.batch = synthetic_batch(self.program)
+        start = time.perf_counter()
+        self.step = self.program.compile_step()
+        self.compile_s = time.perf_counter() - start
+        self.state = self.program.init()
+
+    def train(self) -> Any:
+        self.state, metrics = self.step(self.state, self.batch, self.program.rng)
+        return metrics
+
+    @property
+    def memory_gib(self) -> float:
+        """What the compiled step holds at its peak: state, batch and what it computes in between."""
+        memory = self.step.memory_analysis()
+        used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return (used + memory.temp_size_in_bytes) / GIB
+
+
+def fits(config: Config) -> bool:
+    """Whether a step of this config runs in the device's memory."""
+    import jax
+
+    try:
+        jax.block_until_ready(Trainer(config).train())
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def measure(config: Config, rounds: int, steps: int, matmul_side: int) -> dict[str, Any]:
     """Alternates matmuls and steps for `rounds` rounds; the medians, and the model's cost."""
     import jax
     import jax.numpy as jnp
 
     from aimv2_jax.models.aimv2 import count_parameters
-    from aimv2_jax.train.flops import flops_per_example
-    from aimv2_jax.train.program import build_program
+    from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
 
-    program = build_program(config, jax.devices()[:1])
-    batch = synthetic_batch(program)
-    start = time.perf_counter()
-    step = program.compile_step()
-    compile_s = time.perf_counter() - start
-    state = program.init()
-
-    def train() -> Any:
-        nonlocal state
-        state, metrics = step(state, batch, program.rng)
-        return metrics
-
+    trainer = Trainer(config)
     dtype = jnp.dtype(config.model.compute_dtype)
-    matrix = jax.random.normal(jax.random.key(0), (MATMUL_SIDE, MATMUL_SIDE), dtype)
+    matrix = jax.random.normal(jax.random.key(0), (matmul_side, matmul_side), dtype)
     multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-    seconds(train, 1), seconds(lambda: multiply(matrix, matrix), 3)
+    seconds(trainer.train, 1), seconds(lambda: multiply(matrix, matrix), 3)
     step_s, matmul_s = [], []
     for _ in range(rounds):
         matmul_s.append(seconds(lambda: multiply(matrix, matrix), 20))
-        step_s.append(seconds(train, steps))
-    gflop_per_s = 2 * MATMUL_SIDE**3 / statistics.median(matmul_s) / 1e9
+        step_s.append(seconds(trainer.train, steps))
+    gflop_per_s = 2 * matmul_side**3 / statistics.median(matmul_s) / 1e9
     images_per_s = config.data.batch_size / statistics.median(step_s)
     gflop_per_image = flops_per_example(config) / 1e9
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
     return {
         "images_per_s": images_per_s,
         "matmul_gflop_per_s": gflop_per_s,
         "images_per_gflop": images_per_s / gflop_per_s,
         "gflop_per_image": gflop_per_image,
         "fraction_of_matmul_rate": images_per_s * gflop_per_image / gflop_per_s,
+        "mfu": model_flops_utilisation(config, images_per_s, [device]),
+        "memory_gib": round(trainer.memory_gib, 3),
+        "memory_limit_gib": None if limit is None else round(limit / GIB, 3),
         "step_s": [round(value, 4) for value in step_s],
-        "compile_s": compile_s,
-        "parameters": count_parameters(program.abstract_state.params),
-        "device": jax.devices()[0].device_kind,
+        "compile_s": trainer.compile_s,
+        "parameters": count_parameters(trainer.program.abstract_state.params),
+        "device": device.device_kind,
         "jax": jax.__version__,
     }
 
 
+def start_platform(name: str) -> None:
+    """Binds JAX to the platform; raises `UserError` where there is none."""
+    platform = PLATFORMS[name]
+    remedy = f"Run it on a machine that has one, with the extra {name} installed"
+    if not platform.is_here():
+        raise UserError(f"no {platform.what} is at hand", f"--platform {name}", remedy)
+    os.environ["JAX_PLATFORMS"] = platform.jax_name
+    if name == "gpu":  # JAX takes three quarters unless told; the largest batch is to have what there is.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that some platform came up.
+        raise UserError(f"no {platform.what} could be started", str(error), remedy) from error
+
+
 @reports_user_errors
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the line to this file")
     parser.add_argument("--preset", default="reference", choices=sorted(PRESETS))
-    parser.add_argument("--platform", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--batch", type=int, help="examples a step, instead of the preset's")
+    parser.add_argument("--platform", choices=sorted(PLATFORMS), default="cpu")
+    parser.add_argument("--batch", type=positive, metavar="N", help="examples a step, instead of the preset's")
     parser.add_argument("--layers", choices=["scan", "loop"], help="how the blocks run, instead of the preset's")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations of matmuls and steps; the median counts")
-    parser.add_argument("--steps", type=int, default=3, help="steps a round")
-    flags = parser.parse_args()
-    for name in ("rounds", "steps"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} is too small", getattr(flags, name), "Give at least 1")
-    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[flags.platform]
-    config = preset_config(flags.preset, {"data.batch_size": flags.batch, "model.layers": flags.layers})
-    line = measure(config, flags.rounds, flags.steps)
-    line |= {"preset": flags.preset, "platform": flags.platform, "batch": config.data.batch_size}
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="alternations of matmuls and steps; the median counts"
+    )
+    parser.add_argument("--steps", type=positive, default=3, help="steps a round")
+    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    flags = parser.parse_args(rest)
+    platform = PLATFORMS[flags.platform]
+    if flags.layers:
+        overrides.append(("model.layers", flags.layers))
+
+    def config(batch: int | None) -> Config:
+        return preset_config(flags.preset, overrides + ([("data.batch_size", str(batch))] if batch else []))
+
+    config(flags.batch)  # Mistakes are told before anything starts.
+    batch, pods = flags.batch, flags.preset in PRETRAIN
+    if batch is None and pods and not platform.searches:
+        raise UserError(f"preset {flags.preset} has a batch for a pod", f"--platform {flags.platform}", "Give --batch")
+    start_platform(flags.platform)
+    if batch is None and pods:
+        batch = largest_batch(lambda size: fits(config(size)))
+    line = measure(config(batch), flags.rounds, flags.steps, platform.matmul_side)
+    line |= {"preset": flags.preset, "platform": flags.platform, "batch": config(batch).data.batch_size}
     text = json.dumps(line)
     print(text)
     if flags.json:
         Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
         Path(flags.json).write_text(text + "\n")
-    return 0
+    return EXIT_FINISHED
 
 
 if __name__ == "__main__":

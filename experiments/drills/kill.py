@@ -37,6 +37,7 @@ if _NAME:
 
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, check_output  # noqa: E402
+from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
 
 QUICKSTART = ROOT / "experiments/quickstart.py"
 SETTINGS = {
@@ -188,6 +189,7 @@ def compare(workdir: Path, straight: Path, steps: int) -> int:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    skip_absent_tpu()
     parser = Parser(prog="python experiments/drills/kill.py", description="Kills a run at random moments.")
     parser.add_argument("--kills", type=int, default=20, help="how often (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")

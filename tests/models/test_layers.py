@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from aimv2_jax.models.layers import Cache, Precision, RMSNorm, Trunk, project, unstack
+from aimv2_jax.models.attention import causal_reads
+from aimv2_jax.models.layers import REMAT, Cache, Precision, RMSNorm, Run, Trunk, project, unstack
 
 TRUNK = dict(depth=3, heads=2, hidden=24, eps=1e-5, precision=Precision())
 
@@ -21,7 +22,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def test_projection_when_differentiated_then_the_rule_of_a_plain_product(sizes):
     inputs, outputs = sizes
     x, kernel, weight = normal(0, 2, 5, inputs), normal(1, inputs, outputs), normal(2, 2, 5, outputs)
-    ours = jax.grad(lambda x, k: jnp.sum(project(x, k, jnp.float32) * weight), (0, 1))(x, kernel)
+    ours = jax.grad(lambda x, k: jnp.sum(project(x, k, ("embed", "mlp"), jnp.float32, jnp.float32) * weight), (0, 1))(
+        x, kernel
+    )
     plain = jax.grad(lambda x, k: jnp.sum((x @ k) * weight), (0, 1))(x, kernel)
     for one, other in zip(ours, plain):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)  # sums of ten products in another order
@@ -32,7 +35,7 @@ def test_projection_when_rows_are_bfloat16_then_the_kernel_gradient_is_summed_in
     rows = 4099  # bfloat16 has 4096 and 4128, and nothing between
     x = jnp.ones((rows, sizes[0]), jnp.bfloat16)
     kernel = normal(1, *sizes)
-    gradient = jax.grad(lambda k: jnp.sum(project(x, k, jnp.float32)))(kernel)
+    gradient = jax.grad(lambda k: jnp.sum(project(x, k, ("embed", "mlp"), jnp.float32, jnp.float32)))(kernel)
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, np.full(sizes, rows))
 
@@ -40,22 +43,22 @@ def test_projection_when_rows_are_bfloat16_then_the_kernel_gradient_is_summed_in
 @pytest.fixture(scope="module")
 def stream():
     trunk = Trunk(**TRUNK)
-    x, mask = normal(0, 2, 5, 12), jnp.tril(jnp.ones((5, 5), bool))[None, None]
-    params = meta.unbox(trunk.init(jax.random.key(1), x, mask))
-    return params, x, mask
+    x, reads = normal(0, 2, 5, 12), causal_reads(jnp.ones((2, 5), bool))
+    params = meta.unbox(trunk.init(jax.random.key(1), x, reads))
+    return params, x, reads
 
 
 @pytest.mark.parametrize("layers", ["scan", "loop"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", *REMAT])
 def test_trunk_when_run_in_any_way_then_one_tree_and_the_same_numbers(stream, layers, remat):
-    params, x, mask = stream
+    params, x, reads = stream
 
     def loss(trunk, params):
-        out, every, _ = trunk.apply(params, x, mask, collect=True)
+        out, every, _ = trunk.apply(params, x, reads, collect=True)
         return jnp.sum(out**2) + jnp.sum(every), (out, every)
 
-    plain, ours = Trunk(**TRUNK), Trunk(**TRUNK, layers=layers, remat=remat)
-    assert jax.tree.structure(params) == jax.tree.structure(meta.unbox(ours.init(jax.random.key(1), x, mask)))
+    plain, ours = Trunk(**TRUNK), Trunk(**TRUNK, run=Run(layers, remat))
+    assert jax.tree.structure(params) == jax.tree.structure(meta.unbox(ours.init(jax.random.key(1), x, reads)))
     grads, (out, every) = jax.jit(jax.grad(lambda p: loss(ours, p), has_aux=True))(params)
     expected_grads, (expected, expected_every) = jax.jit(jax.grad(lambda p: loss(plain, p), has_aux=True))(params)
     assert every.shape == (3, 2, 5, 12)
@@ -66,26 +69,26 @@ def test_trunk_when_run_in_any_way_then_one_tree_and_the_same_numbers(stream, la
 
 
 def test_trunk_when_rematerialised_then_fewer_numbers_are_kept_for_the_backward_pass(stream):
-    params, x, mask = stream
+    params, x, reads = stream
 
     def kept(remat: str) -> int:
-        trunk = Trunk(**TRUNK, layers="loop", remat=remat)
-        _, pullback = jax.vjp(lambda x: trunk.apply(params, x, mask)[0], x)
+        trunk = Trunk(**TRUNK, run=Run("loop", remat))
+        _, pullback = jax.vjp(lambda x: trunk.apply(params, x, reads)[0], x)
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
-    assert kept("full") < kept("none") / 2
+    sizes = [kept(remat) for remat in ("full", "attention", "matmuls", "none")]
+    assert sizes == sorted(set(sizes)) and sizes[0] < sizes[-1] / 2
 
 
 def test_trunk_when_rows_come_one_by_one_with_a_cache_then_equals_the_whole(stream):
-    params, x, mask = stream
+    params, x, reads = stream
     trunk = Trunk(**TRUNK)
-    whole, _, none = trunk.apply(params, x, mask)
+    whole, _, none = trunk.apply(params, x, reads)
     assert none is None
     zeros = jnp.zeros((3, *x.shape))
     cache = Cache(zeros, zeros, jnp.zeros(3, jnp.int32))
     for row in range(x.shape[1]):
-        seen = (jnp.arange(x.shape[1]) <= row)[None, None, None]
-        out, _, cache = trunk.apply(params, x[:, row : row + 1], seen, cache)
+        out, _, cache = trunk.apply(params, x[:, row : row + 1], causal_reads(reads.readable, row), cache)
         np.testing.assert_allclose(out[:, 0], whole[:, row], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(cache.index, [5, 5, 5])
 

@@ -87,6 +87,42 @@ def test_step_when_on_eight_devices_then_the_numbers_of_one_device(mesh, one_dev
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
+WAYS = {
+    "slices, a loop, recomputation": dict(
+        mesh__slices=2, mesh__data=2, mesh__fsdp=2, model__layers="loop", model__remat="attention"
+    ),
+    "slices and all others": dict(mesh__slices=2, mesh__fsdp=2, mesh__tensor=2, model__remat="matmuls"),
+    "kernels on every axis": dict(
+        mesh__slices=2, mesh__fsdp=2, mesh__tensor=2, model__attention="pallas", model__decoder__remat="full"
+    ),
+    "kernels on one device": dict(mesh__data=1, model__attention="pallas", model__layers="loop"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_step_when_run_in_any_way_then_the_numbers_of_the_plain_one(way, one_device, tokenizer):
+    config = tiny_config(**SIZES, **WAYS[way])
+    program = build_program(config, jax.devices()[: 1 if config.mesh.data == 1 and config.mesh.slices == 1 else 8])
+    assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))
+
+
+@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
+def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(reduce_dtype, one_device, tokenizer):
+    config = tiny_config(
+        **SIZES, mesh__data=4, mesh__fsdp=2, model__compute_dtype="bfloat16", train__reduce_dtype=reduce_dtype
+    )
+    (_, _, _, grads), _, metrics = run(build_program(config), host_batch(range(BATCH), tokenizer))
+    (_, _, _, expected), _, plain = one_device
+    assert metrics["loss"] != plain["loss"]
+    assert metrics["loss"] == pytest.approx(plain["loss"], rel=5e-3)
+    for path, leaf in paths(grads).items():
+        assert leaf.dtype == np.float32
+        # bfloat16 has eight bits, and a gradient passes some ten roundings.
+        np.testing.assert_allclose(
+            leaf, paths(expected)[path], rtol=0, atol=5e-2 * np.abs(paths(expected)[path]).max(), err_msg=path
+        )
+
+
 def test_step_when_microbatched_on_eight_devices_then_the_numbers_of_one_device(one_device, tokenizer):
     program = build_program(tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, train__microbatches=2))
     assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))

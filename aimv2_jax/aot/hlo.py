@@ -1,0 +1,164 @@
+"""The text of a compiled module, as computations of instructions.
+
+Read from the text because that is what the compiler leaves behind before code generation; the text after it has the
+same form, with `estimated_cycles` added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+# Bits of an element; what isn't here counts as 32.
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
+_BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "token": 0}
+_ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"([a-z][\w\-]*)\(")
+_CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Type, sizes and layout of one array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str = ""  # "1,0:T(8,128)(2,1)S(1)": minor to major, tiles, memory space.
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * _BITS.get(self.dtype, 32) // 8
+
+
+def arrays(text: str) -> list[Array]:
+    """Every array named in a shape as it is written, tuples flattened."""
+    return [
+        Array(dtype, tuple(int(size) for size in dims.split(",") if size), layout or "")
+        for dtype, dims, layout in _ARRAY.findall(text)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: %name = shape opcode(operands), attributes."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # What follows the opcode: "(operands), attributes".
+    root: bool
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        return arrays(self.shape)
+
+    @cached_property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self._parenthesised)
+
+    @cached_property
+    def _parenthesised(self) -> str:
+        depth = 0
+        for place, letter in enumerate(self.rest):
+            depth += (letter == "(") - (letter == ")")
+            if depth == 0:
+                return self.rest[: place + 1]
+        return self.rest
+
+    @cached_property
+    def attributes(self) -> str:
+        return self.rest[len(self._parenthesised) :]
+
+    @cached_property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from; empty where the compiler made it up."""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
+        return match[1].replace("\\'", "'") if match else ""
+
+    @cached_property
+    def calls(self) -> str | None:
+        """The computation that a fusion or an asynchronous wrapper runs."""
+        match = _CALLS.search(self.rest)
+        return match[1] if match else None
+
+    @cached_property
+    def estimated_cycles(self) -> int | None:
+        """The compiler's figure, which code generation writes."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(match[1]) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module's computations by name, in the order of the text; scheduled ones list their instructions in order."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    _by_name: dict[str, dict[str, Instruction]] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def entry_parameters(self) -> list[Instruction]:
+        return [one for one in self.computations[self.entry] if one.opcode == "parameter"]
+
+    def named(self, computation: str) -> dict[str, Instruction]:
+        """The instructions of a computation by name."""
+        if computation not in self._by_name:
+            self._by_name[computation] = {one.name: one for one in self.computations[computation]}
+        return self._by_name[computation]
+
+
+def parse_module(text: str) -> Module:
+    """The module of a text as the compiler writes it."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in _whole_lines(text):
+        head = _HEAD.match(line)
+        if head:
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+            continue
+        match = _INSTRUCTION.match(line)
+        if match and current is not None:
+            shape, rest = _split_shape(match[3])
+            opcode = _OPCODE.match(rest)
+            if opcode:
+                after = rest[len(opcode[1]) :]
+                current.append(Instruction(match[2], shape, opcode[1], after, bool(match[1])))
+    return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, with what a kernel's metadata broke over several put together again."""
+    held = ""
+    for line in text.splitlines():
+        starts = line == "}" or line.startswith(("%", "ENTRY")) or _INSTRUCTION.match(line)
+        if starts:
+            if held:
+                yield held
+            held = line
+        elif held and line:
+            held += line
+    if held:
+        yield held
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """ "shape opcode(...)" in two; a tuple's shape nests."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: place + 1], text[place + 2 :]
+    return text, ""

@@ -1,0 +1,132 @@
+"""The child that compiles: `python -m aimv2_jax.aot.worker JOB.json`. It may be stopped, or die, at any time.
+
+It leaves in the job's folder: `program.json` (what is compiled, before compiling starts); with `full`, `compiled.txt`
+and `compiled.json` (the module after code generation, its memory); `error.txt` where the compiler says no;
+`user_error.json` where the config or the topology is at fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from aimv2_jax.aot.topology import Topology, described_devices, parse_topology
+from aimv2_jax.config import Config, build_config
+from aimv2_jax.errors import UserError
+from aimv2_jax.files import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker is asked. Everything in it is plain JSON."""
+
+    config: dict[str, Any]
+    topology: str
+    slices: int
+    full: bool  # Code generation too, not only until it is killed.
+    folder: str
+
+    def write(self) -> Path:
+        file = Path(self.folder) / "job.json"
+        write_whole(file, json.dumps(dataclasses.asdict(self)).encode())
+        return file
+
+
+def run(job: Job) -> None:
+    """Describes, lowers and compiles."""
+    folder = Path(job.folder)
+    topology = parse_topology(job.topology, job.slices)
+    try:
+        devices = described_devices(topology)
+        from aimv2_jax.train.program import build_program
+
+        config = build_config(job.config)
+        try:
+            program = build_program(config, devices)
+        except NotImplementedError as error:  # jax's word for a mesh that does not lie along the torus.
+            raise UserError(
+                "config mesh.data x mesh.fsdp x mesh.tensor does not lie along the axes of the topology",
+                f"{config.mesh.data} x {config.mesh.fsdp} x {config.mesh.tensor} on {topology.name}",
+                "Choose sizes that are products of whole axes, such as fsdp=16 on v5e:16x16 or v5p:4x4x16",
+            ) from error
+        facts = describe(program, config, topology)  # Before lowering: it says what is compiled.
+        lowered = program.lower_step()
+    except UserError as error:
+        write_whole(folder / "user_error.json", json.dumps([error.what, str(error.value), error.remedy]).encode())
+        return
+    write_whole(folder / "program.json", json.dumps(facts).encode())
+    import jax
+
+    try:
+        compiled = lowered.compile(compiler_options=facts["compiler_options"] or None)
+    except jax.errors.JaxRuntimeError as error:
+        write_whole(folder / "error.txt", str(error).encode())
+        return
+    if job.full:
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
+        write_whole(folder / "compiled.txt", compiled.as_text().encode())
+        write_whole(folder / "compiled.json", json.dumps({**sizes, "flops": cost.get("flops")}).encode())
+
+
+def describe(program: Any, config: Config, topology: Topology) -> dict[str, Any]:
+    """What a reader of the compiled module needs to know about the program."""
+    import flax
+    import jax
+    import libtpu
+
+    from aimv2_jax.aot.model_flops import flops_of_allowed_pairs
+    from aimv2_jax.train.flops import flops_per_example
+
+    mesh = program.mesh
+    return {
+        "axes": list(mesh.axis_names),
+        "shape": list(mesh.devices.shape),
+        "devices": [
+            {"coords": list(device.coords), "slice": getattr(device, "slice_index", None) or 0}
+            for device in mesh.devices.flat
+        ],
+        "tensors": [*_tensors(program.abstract_state), *_tensors(program.abstract_batch, "batch")],
+        "compiler_options": program.compiler_options,
+        "flops_per_example": flops_per_example(config),
+        "flops_of_allowed_pairs": flops_of_allowed_pairs(config),
+        "batch_size": config.data.batch_size,
+        "steps": config.train.steps,
+        "num_chips": topology.num_chips,
+        "versions": {"jax": jax.__version__, "flax": flax.__version__, "libtpu": libtpu.__version__},
+    }
+
+
+def _tensors(tree: Any, kind: str | None = None) -> list[dict[str, Any]]:
+    """Name, kind, type, whole shape, one device's shape and mesh axes of every leaf."""
+    import jax
+
+    found = []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        part = leaf.sharding.shard_shape(leaf.shape)
+        axes = [axis for entry in leaf.sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+        found.append(
+            {
+                "name": name,
+                "kind": kind or ("parameter" if name.startswith("params/") else "optimiser"),
+                "dtype": leaf.dtype.name,
+                "shape": list(leaf.shape),
+                "part": list(part),
+                "axes": axes,
+                "bytes": math.prod(part) * leaf.dtype.itemsize,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    run(Job(**json.loads(Path(sys.argv[1]).read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Attention for short sequences: the scores of a whole row of queries stand in VMEM, so softmax needs no second pass.
+
+B batch, S sequence, D = H·E width, E head dim. One program computes a few heads of one example. Query i reads key j iff
+(j <= i or j < prefix) and j is readable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+MOST_ROWS = (
+    704  # Scores, probabilities and their gradients, 2 MB each in float32, fit in 16 MB of VMEM beside the rows.
+)
+MULTIPLE = 16  # Rows of a bfloat16 tile.
+
+_MOST_HEADS = 4  # Of one program: more would only make its blocks larger.
+UNREAD = -0.7 * float(jnp.finfo(jnp.float32).max)  # As XLA's attention: finite, so that nothing read is no NaN.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def attend(
+    q: Float[Array, "B S D"],
+    k: Float[Array, "B S D"],
+    v: Float[Array, "B S D"],
+    prefix: Int[Array, " B"],
+    readable: Bool[Array, "B S"],
+    told: Float[Array, "B S"],
+    head_dim: int,
+    interpret: bool,
+) -> Float[Array, "B S D"]:
+    """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 16 and at most `MOST_ROWS`.
+
+    The gradient of `told` is the sum of dy · y over q, k and v (`layers.tell`).
+    """
+    return _call(_forward, (q, k, v), prefix, readable, head_dim, interpret)[0]
+
+
+def _attend_forward(q, k, v, prefix, readable, told, head_dim, interpret):
+    return attend(q, k, v, prefix, readable, told, head_dim, interpret), (q, k, v, prefix, readable)
+
+
+def _attend_backward(head_dim, interpret, saved, dout):
+    q, k, v, prefix, readable = saved
+    dq, dk, dv, told = _call(_backward, (q, k, v, dout), prefix, readable, head_dim, interpret)
+    return dq, dk, dv, None, None, jnp.sum(told, axis=(1, 3))
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _call(
+    kernel: Callable[..., None],
+    rows: tuple[jax.Array, ...],
+    prefix: jax.Array,
+    readable: jax.Array,
+    head_dim: int,
+    interpret: bool,
+) -> Sequence[jax.Array]:
+    batch, length, width = rows[0].shape
+    heads = width // head_dim
+    group = next(n for n in range(min(_MOST_HEADS, heads), 0, -1) if heads % n == 0)
+    row_block = pl.BlockSpec((1, length, group * head_dim), lambda b, h, *_: (b, 0, h))
+    key_block = pl.BlockSpec((1, 1, length), lambda b, h, *_: (b, 0, 0))
+    pairs = batch * heads * length * length
+    shape = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
+    outputs, blocks, num_matmuls, name = [shape], [row_block], 2, "forward"
+    if kernel is _backward:
+        told = jax.ShapeDtypeStruct((batch, heads // group, length, 1), jnp.float32)
+        told_block = pl.BlockSpec((1, 1, length, 1), lambda b, h, *_: (b, h, 0, 0))
+        outputs, blocks, num_matmuls, name = [shape] * 3 + [told], [row_block] * 3 + [told_block], 5, "backward"
+    return pl.pallas_call(
+        partial(kernel, head_dim=head_dim),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads // group),
+            in_specs=[key_block] + [row_block] * len(rows),
+            out_specs=blocks,
+        ),
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(
+            flops=num_matmuls * 2 * pairs * head_dim,
+            transcendentals=pairs,
+            bytes_accessed=(len(rows) + len(outputs)) * rows[0].size * rows[0].dtype.itemsize,
+        ),
+        interpret=interpret,
+        name=f"whole_row_attention_{name}",
+    )(prefix, readable.astype(jnp.int32)[:, None], *rows)
+
+
+def _heads(block: Any, head_dim: int) -> list[tuple]:
+    """Index of each head's columns in a block [1, S, heads·E]."""
+    return [(0, slice(None), pl.ds(i * head_dim, head_dim)) for i in range(block.shape[2] // head_dim)]
+
+
+def _forward(prefix_ref, readable_ref, q_ref, k_ref, v_ref, out_ref, *, head_dim: int):
+    read = _read(prefix_ref, readable_ref)
+    for head in _heads(q_ref, head_dim):
+        probabilities = _probabilities(q_ref[head], k_ref[head], read)
+        v = v_ref[head]
+        out_ref[head] = matmul(probabilities.astype(v.dtype), v, (1, 0)).astype(out_ref.dtype)
+
+
+def _backward(
+    prefix_ref, readable_ref, q_ref, k_ref, v_ref, dout_ref, dq_ref, dk_ref, dv_ref, told_ref, *, head_dim: int
+):
+    read = _read(prefix_ref, readable_ref)
+    told = jnp.zeros(told_ref.shape[2:], jnp.float32)
+    for head in _heads(q_ref, head_dim):
+        q, k, v, dout = q_ref[head], k_ref[head], v_ref[head], dout_ref[head]
+        probabilities = _probabilities(q, k, read)
+        dv = matmul(probabilities.astype(v.dtype), dout, (0, 0))
+        dprobabilities = matmul(dout, v, (1, 1))
+        mean = jnp.sum(probabilities * dprobabilities, axis=1, keepdims=True)
+        # Where nothing is read the probabilities are constants of the mask.
+        dscores = jnp.where(read, probabilities * (dprobabilities - mean) / math.sqrt(head_dim), 0).astype(q.dtype)
+        dq, dk = matmul(dscores, k, (1, 0)), matmul(dscores, q, (0, 0))
+        told += jnp.sum(dq * q + dk * k + dv * v, axis=1, keepdims=True)
+        for ref, gradient in ((dq_ref, dq), (dk_ref, dk), (dv_ref, dv)):
+            ref[head] = gradient.astype(ref.dtype)
+    told_ref[0, 0] = told
+
+
+def _read(prefix_ref, readable_ref) -> jax.Array:
+    """Who reads whom, bool [S, S]."""
+    length = readable_ref.shape[2]
+    query, key = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    return ((key <= query) | (key < prefix_ref[pl.program_id(0)])) & (readable_ref[0] != 0)
+
+
+def _probabilities(q: jax.Array, k: jax.Array, read: jax.Array) -> jax.Array:
+    """Softmax of the scores of one head, float32 [S, S]."""
+    scores = jnp.where(read, matmul(q, k, (1, 1)) / math.sqrt(q.shape[1]), UNREAD)
+    weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """a · b over the given dimension of each, summed in float32."""
+    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def dots(outputs: Sequence[Float[Array, "*rows _"]], gradients: Sequence[Array]) -> Float[Array, "*rows"]:
+    """The sum of dy · y over the last dimension of all arrays, float32."""
+    products = (y.astype(jnp.float32) * dy.astype(jnp.float32) for y, dy in zip(outputs, gradients))
+    return sum(jnp.sum(product, axis=-1) for product in products)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Predicts every pre-training experiment on its topologies, without a TPU: experiments/results/aot.md. Takes hours.
+# What stands in the folder of reports is not done again: stop it and start it as you like; delete a report to renew it.
+# Usage: launch/aot_check.sh [FOLDER]      FULL="large huge" also generates the code of these whole on v5e (long).
+set -euo pipefail
+EXTRAS=tpu
+. "$(dirname "$0")/environment.sh"
+folder=${1:-experiments/results/aot}
+mkdir -p "$folder"
+
+predict() { # NAME EXPERIMENT TOPOLOGY FLAGS...
+  local name=$1 config=experiments/pretrain_$2_224.py topology=$3
+  shift 3
+  if [ -f "$folder/$name.json" ]; then
+    echo "$name: there"
+    return
+  fi
+  echo "$name: predicting ($(date +%H:%M))"
+  .venv/bin/python -m aimv2_jax.aot --config="$config" --topology="$topology" --json "$folder/$name.part.json" \
+    --breakdown "$@" > "$folder/$name.txt"
+  mv "$folder/$name.part.json" "$folder/$name.json"
+}
+
+trap 'rm -f "$folder"/*.part.json' EXIT
+for size in base large huge 1b 3b; do
+  predict "1_v5e_$size" "$size" v5e:16x16
+done
+for size in large huge 1b 3b; do # The reference's type of gradients between devices.
+  predict "2_v5e_${size}_bf16" "$size" v5e:16x16 --no-xla-attention --config.train.reduce_dtype=bfloat16
+done
+for size in ${FULL:-}; do
+  predict "3_v5e_${size}_full" "$size" v5e:16x16 --full --no-xla-attention
+done
+for size in large huge 1b 3b; do
+  predict "4_v5p_$size" "$size" v5p:4x4x16 --no-xla-attention
+  predict "5_v6e_$size" "$size" v6e:16x16 --no-xla-attention
+done
+predict 6_v5e_large_two_slices large v5e:16x16 --slices 2 --no-xla-attention
+
+.venv/bin/python -m aimv2_jax.aot.summary "$folder" --output experiments/results/aot.md

@@ -1,0 +1,174 @@
+#!/usr/bin/env bash
+# A run on Cloud TPU VMs, one slice or several, from renting them to giving them back. Works through gcloud.
+#
+#   bash launch/tpu_vm.sh COMMAND --name NAME --zone ZONE [FLAGS] [-- ARGUMENTS of aimv2_jax.main]
+#
+# Commands:
+#   run      create, copy, start and follow; rents anew after a preemption, starts again on exit code 75 only
+#   create   asks for the TPU (a queued resource), and waits until it is there
+#   copy     copies what git tracks here to every host, and makes the environment there
+#   start    starts `python -m aimv2_jax.main ARGUMENTS` on every host
+#   follow   shows the log of process 0 until the run is over; exits with the run's code
+#   stop     SIGTERM to every host: the run saves and exits with 75
+#   delete   gives the TPU back, with the disks of its hosts
+# Flags:
+#   --type TYPE        v5litepod-256 (the default), v5p-512, v6e-256, ...
+#   --runtime VERSION  the hosts' image; unless given, the one for TYPE
+#   --slices N         so many slices of TYPE (default 1)
+#   --spot             cheaper, and taken away at any time; --reserved: from your reservation
+#   --project PROJECT  unless it is gcloud's own
+#   --flag FLAG        for gcloud's create, as in --flag --service-account=...; may be repeated
+#   --dry-run          prints the commands and runs none
+# For pods, run `ssh-add ~/.ssh/google_compute_engine` before: gcloud connects to many hosts at a time.
+set -euo pipefail
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+case "${1:-}" in
+run | create | copy | start | follow | stop | delete) command=$1 ;;
+-h | --help) usage && exit 0 ;;
+*) fail "no such command: '${1:-}'. See --help." ;;
+esac
+shift
+name='' zone='' project='' type=v5litepod-256 runtime='' slices=1 dry=false
+create_flags=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+  --name | --zone | --project | --type | --runtime | --slices | --flag)
+    [ $# -ge 2 ] || fail "$1 needs a value."
+    if [ "$1" = --flag ]; then create_flags+=("$2"); else printf -v "${1#--}" %s "$2"; fi
+    shift 2
+    ;;
+  --spot | --reserved) create_flags+=("$1") && shift ;;
+  --dry-run) dry=true && shift ;;
+  --) shift && break ;;
+  *) fail "no such flag: '$1'. See --help." ;;
+  esac
+done
+[ -n "$name" ] || fail "--name is missing: what the TPU is or will be called."
+[ -n "$zone" ] || fail "--zone is missing, such as us-west4-a."
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices is no number above zero: '$slices'."
+case "$type" in
+v4-*) generation=v4 image=tpu-ubuntu2204-base ;;
+v5litepod-*) generation=v5e image=v2-alpha-tpuv5-lite ;;
+v5p-*) generation=v5p image=v2-alpha-tpuv5 ;;
+v6e-*) generation=v6e image=v2-alpha-tpuv6e ;;
+*) fail "--type is of no generation known here: '$type'. Give v4-*, v5litepod-*, v5p-* or v6e-*." ;;
+esac
+if [ "$command" = run ] || [ "$command" = start ]; then
+  [ $# -gt 0 ] || fail "nothing to start: give the arguments of aimv2_jax.main after --."
+fi
+
+poll_s=${POLL_S:-30}
+root=$(dirname "$0")/..
+worker=aimv2_jax/launch/worker.sh # On the hosts, from their home.
+
+shown() { # A command as a shell would take it.
+  local word
+  for word in "$@"; do
+    if [[ "$word" =~ ^[A-Za-z0-9_./:=@,-]+$ ]]; then printf '%s ' "$word"; else printf "'%s' " "${word//\'/\'\\\'\'}"; fi
+  done
+  echo
+}
+do_() { if $dry; then shown "$@"; else "$@"; fi; }
+tpu() { do_ gcloud compute tpus queued-resources "$@" --zone="$zone" ${project:+--project="$project"}; }
+everywhere() { tpu ssh "$name" --node=all --worker=all --command="$1"; }
+first() { tpu ssh "$name" --node=0 --worker=0 --command="$1"; }
+state() { tpu describe "$name" --format='value(state.state)'; }
+settled() { # Waits while the state is one that passes; leaves it in `now`.
+  until now=$(state) && [[ "$now" =~ ^(ACTIVE|SUSPENDED|FAILED)$ ]]; do sleep "$poll_s"; done
+}
+
+create() {
+  local nodes=(--node-id="$name")
+  [ "$slices" -eq 1 ] || nodes=(--node-count="$slices" --node-prefix="$name")
+  tpu create "$name" --accelerator-type="$type" --runtime-version="${runtime:-$image}" "${nodes[@]}" \
+    ${create_flags[@]+"${create_flags[@]}"}
+  if $dry; then return; fi
+  settled
+  [ "$now" = ACTIVE ] || fail "the TPU was not given, its state is $now. Delete it, and ask again."
+}
+copy() {
+  local archive=${TMPDIR:-/tmp}/aimv2_jax-$name.tar.gz
+  do_ git -C "$root" archive --format=tar.gz --output="$archive" "$(tracked)"
+  tpu scp "$archive" "$name:aimv2_jax.tar.gz" --node=all --worker=all
+  everywhere "mkdir -p aimv2_jax && tar -xzf aimv2_jax.tar.gz -C aimv2_jax && bash $worker install"
+}
+tracked() { # A commit, on no branch, of the files as they are here; new ones after `git add`.
+  local changed
+  changed=$(git -C "$root" -c user.name=launch -c user.email=launch stash create)
+  echo "${changed:-HEAD}"
+}
+start() { everywhere "bash $worker start $generation $slices$(printf ' %q' "$@")"; }
+stop() { everywhere "bash $worker stop"; }
+delete() { tpu delete "$name" --force --quiet; }
+follow() { first "bash $worker follow" || true; } # A lost connection is no verdict: `code` gives it.
+code() { first "bash $worker code"; }
+ended() { # Asks for the code of process 0 and leaves it in `verdict`; fails where it cannot be had, or is none yet.
+  verdict=$(code | tail -n 1 | tr -d '\r') && [[ "$verdict" =~ ^([0-9]+|lost)$ ]]
+}
+watch() { # Follows until there is a verdict: an exit code, "lost", or "preempted" where the TPU is gone.
+  while :; do
+    follow
+    settled
+    if [ "$now" != ACTIVE ]; then verdict=preempted && return; fi
+    if ended; then return; fi
+    sleep "$poll_s"
+  done
+}
+finish() {
+  case "$verdict" in
+  preempted) echo "The TPU was taken away; the command run rents a new one and goes on." >&2 && exit 75 ;;
+  lost) echo "error: process 0 ended without an exit code; see aimv2_jax_run/log on its host." >&2 && exit 1 ;;
+  *) exit "$verdict" ;;
+  esac
+}
+
+if [ "$command" = run ] || [ "$command" = copy ]; then
+  new=$(git -C "$root" ls-files --others --exclude-standard)
+  [ -z "$new" ] || echo "note: not copied, since git does not track it: ${new//$'\n'/, }" >&2
+fi
+case "$command" in
+create | copy | stop | delete) $command ;;
+start) start "$@" ;;
+follow)
+  if $dry; then follow && code && exit; fi
+  watch
+  finish
+  ;;
+run)
+  if ! $dry && state >/dev/null 2>&1; then # It is rented: go on with it.
+    settled
+    if [ "$now" != ACTIVE ]; then
+      delete
+      create
+    fi
+    if ended || [ "$verdict" != running ]; then
+      copy
+      start "$@"
+    fi
+  else
+    create
+    copy
+    start "$@"
+  fi
+  if $dry; then follow && code && exit; fi
+  while watch; do
+    case "$verdict" in
+    75) everywhere "bash $worker over" ;;
+    preempted)
+      delete
+      create
+      copy
+      ;;
+    *) finish ;;
+    esac
+    echo "starting the run again"
+    start "$@"
+  done
+  ;;
+esac

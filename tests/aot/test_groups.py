@@ -1,0 +1,73 @@
+"""The ways of writing groups, and what a group is on the mesh and on the torus."""
+
+from __future__ import annotations
+
+import pytest
+from aot.modules import milliseconds, row_groups, square
+
+from aimv2_jax.aot.groups import groups_of
+
+ROWS = tuple(tuple(range(4 * row, 4 * row + 4)) for row in range(4))
+COLUMNS = tuple(tuple(range(column, 16, 4)) for column in range(4))
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        (f"replica_groups={row_groups()}, use_global_device_ids=true", ROWS),
+        ("replica_groups=[4,4]<=[16]", ROWS),
+        ("replica_groups=[4,4]<=[4,4]T(1,0), dimensions={0}", COLUMNS),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", ROWS),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_0'}", COLUMNS),
+        ("replica_groups=mesh['axis_0'=16] {'axis_0'}", (tuple(range(16)),)),
+        ("replica_groups=mesh['a'=16] {'a':(4)4}", ROWS),
+        ("replica_groups=mesh['a'=16] {'a':(1)4}", COLUMNS),
+        ("replica_groups={}, to_apply=%sum", (tuple(range(16)),)),
+        ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
+    ],
+)
+def test_groups_when_written_in_any_notation_then_the_same_devices(written, groups):
+    assert groups_of(f", channel_id=3, {written}", 16) == groups
+
+
+def test_groups_when_the_notation_is_new_then_it_is_not_guessed():
+    with pytest.raises(ValueError, match="not known"):
+        groups_of("replica_groups=hypercube<4>", 16)
+
+
+def test_axes_when_groups_are_rows_columns_all_or_halves_then_named_so():
+    layout = square()
+    assert layout.axes_of(ROWS) == ("fsdp",)
+    assert layout.axes_of(COLUMNS) == ("data",)
+    assert layout.axes_of((tuple(range(16)),)) == ("data", "fsdp")
+    assert layout.axes_of(((0, 1), (2, 3))) == ("part of fsdp",)
+    assert layout.axes_of(((0, 1), (1, 2)), pairs=True) == ("fsdp",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "ring_size", "ms"),
+    [
+        ("all-gather", ROWS, 4, milliseconds(8e6, links=2)),  # A ring: both directions.
+        ("all-gather", ROWS, 16, milliseconds(8e6, links=1)),  # No wrap-around: a line.
+        ("reduce-scatter", COLUMNS, 4, milliseconds(8e6, links=2)),
+        ("all-reduce", ROWS, 4, 2 * milliseconds(8e6, links=2)),
+        ("all-gather", (tuple(range(16)),), 4, 8 * 15 / 16 / 4),  # Two rings, four links, 8 MB.
+        ("all-to-all", ROWS, 4, 8 / 2),  # Half of the bytes on one link: 4 devices / 8.
+        ("collective-permute", ((0, 1), (1, 2), (2, 3), (3, 0)), 4, 8.0),  # A link in one direction.
+        ("collective-permute", ((0, 1), (1, 2), (2, 3), (3, 0)), 16, 24.0),  # The last goes back three hops.
+    ],
+)
+def test_time_when_eight_megabytes_at_a_gigabyte_a_second_then_as_counted_by_hand(kind, groups, ring_size, ms):
+    assert square(ring_size=ring_size).route(kind, 8_000_000, groups).seconds * 1e3 == pytest.approx(ms)
+
+
+def test_links_when_permutes_go_opposite_ways_then_they_do_not_share():
+    layout = square()
+    there = layout.route("collective-permute", 1, ((0, 1), (1, 2), (2, 3), (3, 0)))
+    back = layout.route("collective-permute", 1, ((0, 3), (3, 2), (2, 1), (1, 0)))
+    assert there.links == {"1+"} and back.links == {"1-"}
+    assert layout.route("all-gather", 1, ROWS).links == {"1+", "1-"}
+
+
+def test_time_between_slices_when_three_then_four_thirds_of_the_bytes_at_the_networks_rate():
+    assert square(num_slices=3).between_slices(10**8).seconds == pytest.approx(4 / 3)

@@ -1,0 +1,41 @@
+"""Reading the text of modules."""
+
+from __future__ import annotations
+
+from aot.modules import module
+
+from aimv2_jax.aot.hlo import arrays, parse_module
+
+
+def test_arrays_when_a_tuple_with_layouts_then_types_sizes_and_bytes():
+    found = arrays("(bf16[8,128,64]{1,2,0:T(8,128)(2,1)S(1)}, /*index=1*/u32[]{:S(2)}, pred[3]{0}, s4[16]{0})")
+    assert [(array.dtype, array.dims, array.bytes) for array in found] == [
+        ("bf16", (8, 128, 64), 131072),
+        ("u32", (), 4),
+        ("pred", (3,), 3),
+        ("s4", (16,), 8),
+    ]
+    assert "S(1)" in found[0].layout
+
+
+def test_instruction_when_its_tuple_shape_nests_then_opcode_and_operands_are_found():
+    parsed = module(
+        "  %start = ((f32[1024]{0}), f32[512]{0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%double\n"
+        "  ROOT %y = f32[1024]{0} negate(%x), metadata={op_name=\"jit(step)/a[\\'b\\']\"}, "
+        'backend_config={"window_config":{"estimated_cycles":"77"}}'
+    )
+    start, last = parsed.computations["main"][1:]
+    assert (start.opcode, start.operands, start.calls) == ("async-start", ["x"], "double")
+    assert (last.op_name, last.estimated_cycles, last.root) == ("jit(step)/a['b']", 77, True)
+
+
+def test_module_when_a_kernels_metadata_breaks_its_line_then_it_is_one_instruction():
+    text = (
+        "ENTRY %main (x: f32[4]) -> f32[4] {\n"
+        "  %x = f32[4]{0} parameter(0)\n"
+        '  ROOT %k = f32[4]{0} custom-call(%x), custom_call_target="tpu_custom_call", kernel_metadata={\n'
+        ' "a": "b"\n}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"8"}}}\n'
+        "}\n"
+    )
+    (_, kernel) = parse_module(text).computations["main"]
+    assert kernel.opcode == "custom-call" and '"flops":"8"' in kernel.rest

@@ -1,0 +1,141 @@
+"""The run's own step, small, compiled for described topologies."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from tiny import QUICKSTART
+
+from aimv2_jax.aot import topology
+from aimv2_jax.aot.__main__ import main
+from aimv2_jax.aot.compiling import compile_step
+from aimv2_jax.aot.prediction import predict
+from aimv2_jax.aot.topology import parse_topology
+from aimv2_jax.config import load_config
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed: pip install -e .[tpu]",
+)
+# 128 channels a head, so that the kernels of real runs are in it.
+SMALL = {
+    "model.encoder.width": 128,
+    "model.encoder.heads": 1,
+    "model.encoder.hidden": 256,
+    "model.encoder.depth": 2,
+    "model.decoder.width": 128,
+    "model.decoder.heads": 1,
+    "model.decoder.hidden": 256,
+    "model.decoder.depth": 2,
+    "model.compute_dtype": "bfloat16",
+    "data.batch_size": 64,
+    "mesh.fsdp": 4,
+}
+KEYS = {
+    *("compiles", "hbm_gib", "hbm_limit_gib", "model_tflops_per_chip", "predicted_ms", "predicted_mfu"),
+    *("predicted_mfu_with_comms", "collectives", "images_per_s"),
+}
+
+
+def arguments(name: str, **changes: object) -> list[str]:
+    """A command line over the small run; `changes` are keys with `__` for the dot."""
+    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--config={QUICKSTART}", f"--topology={name}", *(f"--config.{k}={v}" for k, v in settings.items())]
+
+
+def scheduled_figures(name: str, slices: int, **changes: object) -> dict:
+    """Figures of a compile up to the schedule, without a twin: all but the cycles."""
+    settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = [("mesh.slices", str(slices)), *((key, str(value)) for key, value in settings.items())]
+    config, described = load_config(QUICKSTART, overrides), parse_topology(name, slices)
+    return predict(config, described, compile_step(config, described, full=False), None)
+
+
+@needs_compiler
+def test_step_when_on_a_mesh_of_sixteen_then_nothing_is_replicated_and_the_parts_add_up():
+    figures = scheduled_figures("v5e:4x4", 1)
+    assert figures["replicated"] == []
+    assert figures["mesh"] == {"slice": 1, "data": 4, "fsdp": 4, "tensor": 1}
+    assert sum(figures["hbm_parts_gib"].values()) == pytest.approx(figures["hbm_gib"])
+    assert figures["hbm_parts_gib"]["optimiser"] == pytest.approx(2 * figures["hbm_parts_gib"]["parameters"], rel=0.01)
+    assert -0.05 < figures["recompute"] < 0.15  # Attention's backward kernel computes the scores again.
+    by = {(row["kind"], row["axis"]) for row in figures["collectives"] if row["bytes"] > 2**16}
+    assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "data")} <= by
+    assert figures["between_slices"] == []
+    kernels = {row["name"]: row for row in figures["kernels"]}
+    for direction in ("forward", "backward"):
+        assert kernels[f"whole_row_attention_{direction}"]["states_its_cost"]
+        assert kernels[f"whole_row_attention_{direction}"]["count"] == 4
+
+
+@needs_compiler
+def test_step_when_on_two_slices_then_only_gradients_and_sums_cross():
+    figures = scheduled_figures("v5e:2x2", 2)
+    crossing = {row["carries"]: row["bytes"] for row in figures["between_slices"]}
+    assert set(crossing) == {"gradients", "losses, counts and norms"}
+    parts = figures["hbm_parts_gib"]["parameters"] * 2**30
+    assert crossing["gradients"] == pytest.approx(parts, rel=0.05)  # Each chip sends its part, in float32.
+
+
+@needs_compiler
+def test_command_when_it_does_not_fit_then_the_compilers_sentence_and_no_figures(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    flags = ["--no-xla-attention", f"--json={report}"]
+    assert main([*arguments("v5e:2x2", data__batch_size=2**19), *flags]) == 0
+    shown, figures = capsys.readouterr().out, json.loads(report.read_text())
+    assert "does not compile" in shown and "exceeds available HBM (15.75G)" in shown
+    assert not figures["compiles"] and figures["predicted_mfu"] is None and set(figures) >= KEYS
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("changes", "name", "said"),
+    [
+        ({}, "v5e:3x3", "--topology is not one that libtpu knows: 'v5e:3x3'"),
+        ({"mesh__fsdp": 3}, "v5e:2x2", "does not fit the devices"),
+        ({"mesh__fsdp": 8}, "v5e:4x4", "does not lie along the axes of the topology: '-1 x 8 x 1 on v5e:4x4'"),
+    ],
+    ids=["topology", "mesh", "torus"],
+)
+def test_command_when_topology_or_mesh_cannot_be_then_one_sentence(changes, name, said, capsys):
+    assert main(arguments(name, **changes)) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["v9x:2x2", "v5e", "v5e:0x4", "16x16"])
+def test_command_when_the_topology_is_no_name_then_an_example_is_given(name, capsys):
+    assert main(arguments(name)) == 2
+    assert "v5e:16x16" in capsys.readouterr().err
+
+
+def test_command_when_the_compiler_is_not_installed_then_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    assert main(arguments("v5e:2x2")) == 2
+    assert "pip install -e .[tpu]" in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_default_way_when_deeper_than_its_twin_then_it_agrees_with_the_full_compile(tmp_path, capsys):
+    deep = arguments("v5e:2x2", model__encoder__depth=5, model__decoder__depth=4, mesh__fsdp=2)
+    figures = []
+    for way in ([], ["--full", "--breakdown"]):
+        report = tmp_path / "report.json"
+        assert main([*deep, *way, "--no-xla-attention", f"--json={report}"]) == 0
+        shown = capsys.readouterr().out
+        assert "PREDICTION" in shown and ("by part of the model" in shown) == bool(way)
+        figures.append(json.loads(report.read_text()))
+    default, full = figures
+    assert default["predicted_mcycles"] == pytest.approx(full["predicted_mcycles"], rel=0.03)
+    for key in ("hbm_gib", "compiled_tflops_per_chip", "model_tflops_per_chip"):
+        assert default[key] == pytest.approx(full[key], rel=1e-3)
+    counted = [
+        [(row["kind"], row["axis"], row["count"], row["bytes"]) for row in each["collectives"]] for each in figures
+    ]
+    assert sorted(counted[0]) == sorted(counted[1])
+    assert default["cycles_from"]["the same fusion in the shallow twin"] > 0.5
+    assert full["predicted_mfu"] > full["predicted_mfu_with_comms"] > full["predicted_mfu_without_overlap"]
+    shares = sum(sum(v for k, v in row.items() if k != "exposed collectives") for row in full["breakdown"].values())
+    assert shares == pytest.approx(full["predicted_mcycles"])

@@ -1,0 +1,80 @@
+"""Many reports as one table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from aimv2_jax.aot.summary import main
+
+GOOD = {
+    "config": "experiments/pretrain_large_224.py",
+    "topology": "v5e:16x16",
+    "slices": 1,
+    "full": False,
+    "compiles": True,
+    "mesh": {"slice": 1, "data": 16, "fsdp": 16},
+    "hbm_gib": 9.0,
+    "hbm_limit_gib": 15.75,
+    "hbm_spare": 0.43,
+    "model_tflops_per_chip": 26.745,
+    "recompute": 0.02,
+    "predicted_mcycles": 270.0,
+    "predicted_compute_ms": 180.0,
+    "predicted_ms": 190.0,
+    "predicted_mfu": 0.77,
+    "predicted_mfu_with_comms": 0.74,
+    "gradient_dtypes": {"f32": 100, "bf16": 1},
+    "images_per_s": 43000.0,
+    "days": 3.2,
+    "chip_hours": 19000.0,
+    "between_slices": [],
+    "replicated": [],
+    "versions": {"jax": "0.10.2", "libtpu": "0.0.52"},
+}
+REFUSED = {key: GOOD[key] for key in ("config", "topology", "slices", "full", "mesh", "versions")}
+REFUSED |= {"compiles": False, "refusal": "exceeds available HBM (15.75G)"}
+
+
+def table(tmp_path, *reports) -> tuple[int, str]:
+    for number, report in enumerate(reports):
+        (tmp_path / f"{number}.json").write_text(json.dumps(report))
+    page = tmp_path / "aot.md"
+    return main([str(tmp_path), f"--output={page}"]), page.read_text()
+
+
+def test_table_when_all_is_well_then_it_says_prediction_and_both_ways_are_compared(tmp_path):
+    beside = {"compiles": True, "predicted_mfu": 0.66, "predicted_mfu_with_comms": 0.63}
+    full = GOOD | {"full": True, "predicted_mcycles": 272.0}
+    code, page = table(tmp_path, GOOD | {"xla_attention": beside}, full)
+    assert code == 0
+    assert "prediction by the TPU compiler" in page and "libtpu 0.0.52" in page
+    assert "| pretrain_large_224 | v5e:16x16 | data 16, fsdp 16 | twin | 9.00 of 15.75 (43%) |" in page
+    assert "| 0.770 | 0.740 | 0.660, 0.630 | f32 |" in page
+    assert "270.0 Mcycles by the twin, 272.0 in full, -0.74%" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (REFUSED, "does not compile: exceeds available HBM (15.75G)"),
+        (GOOD | {"hbm_spare": 0.04}, "leaves 4.0% of the memory"),
+        (GOOD | {"replicated": ["gradient of w: f32[8] is reduced to every device"]}, "replicates gradient of w"),
+        (
+            GOOD | {"between_slices": [{"carries": "other: all-gather", "count": 1, "bytes": 9}]},
+            "sends other: all-gather between slices",
+        ),
+    ],
+    ids=["refused", "full memory", "replicated", "crossing"],
+)
+def test_table_when_something_is_wrong_then_it_stands_there_and_the_code_is_3(bad, said, tmp_path, capsys):
+    code, page = table(tmp_path, GOOD, bad)
+    assert code == 3 and said in page and said in capsys.readouterr().err
+
+
+def test_table_when_there_are_no_reports_then_where_to_get_them(tmp_path, capsys):
+    assert main([str(tmp_path), f"--output={tmp_path / 'aot.md'}"]) == 2
+    assert "--json" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""The JobSet: fields and values that its API has, restarts for code 75 alone, and a command that starts the trainer."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+
+import pytest
+import yaml
+from launching import LAUNCH, environment, stand_in
+from tiny import ROOT
+
+WORDS = {"$IMAGE": "image", "$CONFIG": "experiments/pretrain_large_224.py", "$WORKDIR": "gs://bucket/run"}
+# Fields of jobset.x-k8s.io/v1alpha2 (api/jobset/v1alpha2/jobset_types.go) and of batch/v1, as far as they are used.
+FIELDS = {
+    "spec": {"replicatedJobs", "network", "successPolicy", "failurePolicy", "suspend", "ttlSecondsAfterFinished"},
+    "network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},
+    "failurePolicy": {"maxRestarts", "restartStrategy", "rules"},
+    "rule": {"name", "action", "onJobFailureReasons", "onJobFailureMessagePatterns", "targetReplicatedJobs"},
+    "replicatedJob": {"name", "groupName", "template", "replicas", "dependsOn"},
+    "job": {"completionMode", "parallelism", "completions", "backoffLimit", "podFailurePolicy", "template"},
+}
+JOBSET_ACTIONS = {"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"}
+JOB_FAILURE_REASONS = {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "PodFailurePolicy"}
+POD_ACTIONS = {"FailJob", "Ignore", "Count", "FailIndex"}
+
+
+@pytest.fixture(scope="module")
+def jobset() -> dict:
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+    for word, value in WORDS.items():
+        assert body.count(word) == 1
+        text = text.replace(word, value)
+    return yaml.safe_load(text)
+
+
+@pytest.fixture(scope="module")
+def job(jobset) -> dict:
+    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def container(job) -> dict:
+    [container] = job["template"]["spec"]["containers"]
+    return container
+
+
+def test_jobset_when_read_then_its_fields_and_values_are_those_of_the_api(jobset, job, container):
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    spec = jobset["spec"]
+    [replicated] = spec["replicatedJobs"]
+    parts = {"spec": spec, "network": spec["network"], "failurePolicy": spec["failurePolicy"]}
+    parts |= {"replicatedJob": replicated, "job": job}
+    for name, part in parts.items():
+        assert set(part) <= FIELDS[name], name
+    for rule in spec["failurePolicy"]["rules"]:
+        assert set(rule) <= FIELDS["rule"] and rule["action"] in JOBSET_ACTIONS
+        assert set(rule["onJobFailureReasons"]) <= JOB_FAILURE_REASONS
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert rule["action"] in POD_ACTIONS
+        codes = rule.get("onExitCodes", {"containerName": container["name"], "operator": "In", "values": [1]})
+        assert codes["containerName"] == container["name"] and codes["operator"] in {"In", "NotIn"}
+    # What Kubernetes asks of a Job with a podFailurePolicy, and GKE of one on TPUs.
+    assert job["template"]["spec"]["restartPolicy"] == "Never" and job["completionMode"] == "Indexed"
+
+
+def test_jobset_when_read_then_a_slice_has_a_pod_for_each_of_its_hosts(job, container):
+    topology = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = math.prod(map(int, topology.split("x")))
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+
+
+def outcome(jobset: dict, job: dict, code: int, disrupted: bool) -> str:
+    """What becomes of the JobSet when one pod ends so, by the rules in their order."""
+    reason = "BackoffLimitExceeded"
+    for rule in job["podFailurePolicy"]["rules"]:
+        if "onPodConditions" in rule:
+            matches = disrupted and rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+        else:
+            inside = code in rule["onExitCodes"]["values"]
+            matches = inside == (rule["onExitCodes"]["operator"] == "In")
+        if matches:
+            reason = "PodFailurePolicy" if rule["action"] == "FailJob" else reason
+            break
+    assert job["backoffLimit"] == 0  # So one counted pod fails its Job.
+    for rule in jobset["spec"]["failurePolicy"]["rules"]:
+        if reason in rule["onJobFailureReasons"]:
+            return rule["action"]
+    return "RestartJobSet"
+
+
+@pytest.mark.parametrize(
+    ("code", "disrupted", "expected"),
+    [
+        (75, False, "RestartJobSetAndIgnoreMaxRestarts"),
+        (75, True, "RestartJobSetAndIgnoreMaxRestarts"),
+        (137, True, "RestartJobSetAndIgnoreMaxRestarts"),  # Its host was taken away before it could save.
+        (137, False, "FailJobSet"),
+        (1, False, "FailJobSet"),
+        (2, False, "FailJobSet"),
+        (3, False, "FailJobSet"),
+    ],
+)
+def test_jobset_when_a_pod_ends_then_started_again_for_code_75_or_a_lost_host_only(
+    code, disrupted, expected, jobset, job
+):
+    assert outcome(jobset, job, code, disrupted) == expected
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_container_when_started_then_it_becomes_the_trainer_with_the_flags_of_its_generation(
+    slices, container, tmp_path
+):
+    stand_in(tmp_path, "python", 'echo $$; echo "$@"; echo "$LIBTPU_INIT_ARGS"')
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    if slices > 1:
+        variables["MEGASCALE_NUM_SLICES"] = slices  # GKE sets it in pods of several slices.
+    command = [*container["command"], *container["args"]]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path, **variables), stdout=subprocess.PIPE, text=True
+    ) as process:
+        pid, arguments, flags = process.stdout.read().splitlines()
+    assert int(pid) == process.pid  # So that SIGTERM reaches it.
+    assert arguments == f"-m aimv2_jax.main --config={WORDS['$CONFIG']} --workdir={WORDS['$WORKDIR']}"
+    assert ("megascale" in flags) == (slices > 1)

@@ -1,0 +1,82 @@
+"""The Slurm script, with an srun that starts real processes and an scontrol that writes down what it is asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import LAUNCH, environment, run, stand_in
+
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
+# Starts SLURM_NTASKS processes and exits with the highest of their codes, as srun does.
+SRUN = """
+while [[ $1 == --* ]]; do echo "$1" >>"$RECORD/srun"; shift; done
+trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task "$@" & tasks+=($!); done
+highest=0
+for task in "${tasks[@]}"; do
+  until wait "$task"; code=$?; ! kill -0 "$task" 2>/dev/null; do :; done
+  ((code > highest)) && highest=$code
+done
+exit "$highest"
+"""
+SCONTROL = 'echo "$@" >>"$RECORD/scontrol"\n'
+TRAINER = """
+trap 'exit 75' TERM
+echo "$@" >>"$RECORD/process$SLURM_PROCID"
+[ "$CODE" = wait ] || exit "$CODE"
+for ((i = 0; i < 600; i++)); do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The environment of a job of two processes whose trainers exit with the given code."""
+    programs = tmp_path / "programs"
+    stand_in(programs, "srun", SRUN), stand_in(programs, "scontrol", SCONTROL)
+    trainer = stand_in(programs, "trainer", TRAINER)
+
+    def made(code: object) -> dict[str, str]:
+        slurm = {"SLURM_SUBMIT_DIR": tmp_path, "SLURM_JOB_ID": 1234, "SLURM_NTASKS": 2}
+        return environment(programs, PYTHON=trainer, RECORD=tmp_path, CODE=code, **slurm)
+
+    return made
+
+
+def record(folder: Path, name: str) -> list[str]:
+    return (folder / name).read_text().splitlines() if (folder / name).exists() else []
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(0, []), (1, []), (2, []), (75, ["requeue 1234"])])
+def test_job_when_the_run_ends_then_only_code_75_puts_it_back_into_the_queue(code, requeues, job, tmp_path):
+    done = run(["bash", LAUNCH / "slurm.sbatch", "--config=a.py", "--workdir=a b"], job(code), cwd="/")
+    assert done.returncode == code, done.stderr
+    assert record(tmp_path, "scontrol") == requeues
+    for process in range(2):
+        assert record(tmp_path, f"process{process}") == ["-m aimv2_jax.main --config=a.py --workdir=a b"]
+    assert "--kill-on-bad-exit=0" in record(tmp_path, "srun")
+
+
+def test_job_when_slurm_sends_sigterm_then_it_waits_for_the_processes_and_goes_back_into_the_queue(job, tmp_path):
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), "--config=a.py"]
+    with subprocess.Popen(command, env=job("wait"), start_new_session=True, stdout=subprocess.DEVNULL) as shell:
+        deadline = time.monotonic() + 20
+        while not all(record(tmp_path, f"process{process}") for process in range(2)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(shell.pid, signal.SIGTERM)  # Slurm signals the shell and all that it started.
+        assert shell.wait(20) == 75
+    assert record(tmp_path, "scontrol") == ["requeue 1234"]
+
+
+def test_job_when_sbatch_reads_it_then_one_process_a_node_and_time_to_save():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    assert {"--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=TERM@600"} <= set(options)
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))

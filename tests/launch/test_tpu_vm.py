@@ -1,0 +1,217 @@
+"""The TPU VM script: its commands word by word, and runs with preemptions on hosts that are folders of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launching import LAUNCH, environment, run, stand_in
+from tiny import ROOT
+
+pytestmark = pytest.mark.xdist_group("shared-memory")
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkout's history")
+
+NAMED = ["--name", "mine", "--zone", "us-west4-a"]
+TRAIN = ["--", "--config=experiments/pretrain_large_224.py", "--workdir=gs://bucket/a b"]
+QUEUED = "gcloud compute tpus queued-resources"
+WORKER = "bash aimv2_jax/launch/worker.sh"
+DRY_RUN = f"""\
+{QUEUED} create mine --accelerator-type=v5litepod-256 --runtime-version=v2-alpha-tpuv5-lite NODES --zone=us-west4-a
+git -C CHECKOUT archive --format=tar.gz --output=/archives/aimv2_jax-mine.tar.gz COMMIT
+{QUEUED} scp /archives/aimv2_jax-mine.tar.gz mine:aimv2_jax.tar.gz --node=all --worker=all --zone=us-west4-a
+{QUEUED} ssh mine --node=all --worker=all '--command=mkdir -p aimv2_jax && tar -xzf aimv2_jax.tar.gz -C aimv2_jax && {WORKER} install' --zone=us-west4-a
+{QUEUED} ssh mine --node=all --worker=all '--command={WORKER} start v5e SLICES --config=experiments/pretrain_large_224.py --workdir=gs://bucket/a\\ b' --zone=us-west4-a
+{QUEUED} ssh mine --node=0 --worker=0 '--command={WORKER} follow' --zone=us-west4-a
+{QUEUED} ssh mine --node=0 --worker=0 '--command={WORKER} code' --zone=us-west4-a
+"""  # noqa: E501
+
+
+def tpu_vm(*words: object, **variables: object):
+    return run(["bash", LAUNCH / "tpu_vm.sh", *words], os.environ | {k: str(v) for k, v in variables.items()})
+
+
+@needs_git
+@pytest.mark.parametrize(
+    ("flags", "slices", "nodes"),
+    [
+        ([], 1, "--node-id=mine"),
+        (["--slices", 2, "--spot", "--flag", "--network=a"], 2, "--node-count=2 --node-prefix=mine --spot --network=a"),
+    ],
+)
+def test_run_when_dry_then_the_commands_are_printed_and_none_is_run(flags, slices, nodes):
+    done = tpu_vm("run", *NAMED, *flags, "--dry-run", *TRAIN, TMPDIR="/archives", PATH="/usr/bin:/bin")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = re.sub(r" (HEAD|[0-9a-f]{40}) ?\n", " COMMIT\n", done.stdout.replace(f"{LAUNCH}/..", "CHECKOUT"))
+    said = re.sub(r" +\n", "\n", said)
+    assert said == DRY_RUN.replace("NODES", nodes).replace("SLICES", str(slices))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["delete", *NAMED], f"{QUEUED} delete mine --force --quiet --zone=us-west4-a"),
+        (["stop", *NAMED], f"{QUEUED} ssh mine --node=all --worker=all '--command={WORKER} stop' --zone=us-west4-a"),
+        (
+            ["create", *NAMED, "--type", "v6e-256", "--reserved", "--project", "p"],
+            f"{QUEUED} create mine --accelerator-type=v6e-256 --runtime-version=v2-alpha-tpuv6e --node-id=mine"
+            " --reserved --zone=us-west4-a --project=p",
+        ),
+    ],
+)
+def test_command_when_dry_then_printed(words, expected):
+    done = tpu_vm(*words, "--dry-run")
+    assert (done.returncode, done.stdout.strip()) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "no such command"),
+        (["rent"], "rent"),
+        (["run", "--zone", "a", *TRAIN], "--name is missing"),
+        (["run", "--name", "a", *TRAIN], "--zone is missing"),
+        (["run", *NAMED], "nothing to start"),
+        (["create", *NAMED, "--slices", "0"], "'0'"),
+        (["create", *NAMED, "--type", "v9-8"], "v9-8"),
+        (["create", *NAMED, "--chips", "8"], "--chips"),
+        (["create", "--name"], "--name needs a value"),
+    ],
+)
+def test_command_when_its_flags_are_wrong_then_one_line_and_code_2(words, expected):
+    done = tpu_vm(*words, "--dry-run") if words != ["create", "--name"] else tpu_vm(*words)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+
+
+# Stands in for Google's cloud: a queued resource whose two hosts are folders, with a state in a file.
+GCLOUD = """
+shift 3
+echo "$1 ${*: -2:1}" >>"$CLOUD/calls"
+hosts() { if [[ "$*" == *--worker=all* ]]; then echo "$CLOUD"/host*; else echo "$CLOUD/host0"; fi; }
+case "$1" in
+create) mkdir -p "$CLOUD/host0" "$CLOUD/host1"; echo ACTIVE >"$CLOUD/state" ;;
+delete) rm -rf "$CLOUD"/host* "$CLOUD/state" ;;
+describe) cat "$CLOUD/state" 2>/dev/null ;;
+scp) for host in $(hosts "$@"); do cp "$2" "$host/aimv2_jax.tar.gz"; done ;;
+ssh)
+  for word in "$@"; do [[ $word == --command=* ]] && order=${word#--command=}; done
+  order=${order% && *install} # This machine has its Python.
+  if [[ $order == *code && -f "$CLOUD/unreachable" ]]; then rm "$CLOUD/unreachable"; exit 255; fi
+  for host in $(hosts "$@"); do (cd "$host" && HOST=${host##*/host} bash -c "$order") || exit; done
+  ;;
+esac
+"""
+# A trainer whose runs end as the words in a file say, one a start: a code, or "preempted" with all its hosts.
+TRAINER = """
+echo "$*" >>"$CLOUD/started$HOST"
+words=($ENDS)
+end=${words[$(($(wc -l <"$CLOUD/started$HOST") - 1))]}
+sleep 0.3
+if [ "$end" = preempted ]; then
+  echo SUSPENDED >"$CLOUD/state"
+  kill -KILL $PPID
+  exit 1
+fi
+exit "$end"
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """Runs the script in a cloud where the runs end as told: the result, and gcloud's calls with the last words."""
+    programs = tmp_path / "programs"
+    stand_in(programs, "gcloud", GCLOUD)
+    trainer = stand_in(programs, "trainer", TRAINER)
+
+    def ran(command: str, ends: str, *words: object):
+        variables = {"CLOUD": tmp_path, "PYTHON": trainer, "ENDS": ends, "POLL_S": 0.1, "TMPDIR": tmp_path}
+        done = run(["bash", LAUNCH / "tpu_vm.sh", command, *NAMED, *words], environment(programs, **variables))
+        return done, (tmp_path / "calls").read_text()
+
+    return ran
+
+
+def starts(folder: Path, host: int) -> list[str]:
+    return (folder / f"started{host}").read_text().splitlines()
+
+
+@needs_git
+@pytest.mark.parametrize(("ends", "code", "count"), [("75 2 0", 2, 2), ("1 0", 1, 1)])
+def test_run_when_the_trainer_ends_then_started_again_on_code_75_only(ends, code, count, cloud, tmp_path):
+    (tmp_path / "unreachable").touch()  # One question goes unanswered: no verdict, so it is asked again.
+    done, calls = cloud("run", ends, *TRAIN)
+    assert done.returncode == code, done.stderr
+    command = "-m aimv2_jax.main --config=experiments/pretrain_large_224.py --workdir=gs://bucket/a b"
+    for host in range(2):
+        assert starts(tmp_path, host) == [command] * count
+    assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (1, 0, 1)
+
+
+@needs_git
+def test_run_when_the_tpu_is_preempted_then_it_is_rented_anew_and_the_run_goes_on(cloud, tmp_path):
+    done, calls = cloud("run", "75 preempted 0", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert [len(starts(tmp_path, host)) for host in range(2)] == [3, 3]
+    assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (2, 1, 2)
+    assert calls.index("delete") < calls.rindex("create") < calls.rindex("scp")
+
+
+@needs_git
+def test_run_when_called_again_then_it_goes_on_with_what_is_rented(cloud, tmp_path):
+    cloud("run", "1 0", *TRAIN)
+    done, calls = cloud("run", "1 0", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert calls.count("create") == 1 and len(starts(tmp_path, 0)) == 2
+
+
+@needs_git
+def test_follow_when_the_tpu_is_preempted_then_code_75_and_nothing_is_rented(cloud):
+    _, before = cloud("run", "1 preempted", *TRAIN)
+    cloud("start", "1 preempted", *TRAIN)
+    done, calls = cloud("follow", "1 preempted")
+    assert done.returncode == 75 and "taken away" in done.stderr
+    assert calls.count("create") == before.count("create") == 1
+
+
+@pytest.fixture
+def host(tmp_path):
+    """Calls worker.sh in a checkout of one host, whose trainer saves and exits with 75 when told to stop."""
+    checkout = tmp_path / "aimv2_jax/launch"
+    checkout.mkdir(parents=True)
+    for script in ("worker.sh", "xla_flags.sh"):
+        (checkout / script).write_text((LAUNCH / script).read_text())
+    body = 'echo "$* $LIBTPU_INIT_ARGS"; trap "exit 75" TERM; touch ready; while :; do sleep 0.05; done'
+    variables = environment(tmp_path, PYTHON=stand_in(tmp_path, "trainer", body), OVER_S=20, LIBTPU_INIT_ARGS="--mine")
+    yield lambda *words: run(["bash", checkout / "worker.sh", *words], variables)
+    run(["bash", checkout / "worker.sh", "stop"], variables)
+
+
+def start_one(host, folder: Path) -> None:
+    assert host("start", "v6e", 2, "--config=a.py", "--workdir=a b").returncode == 0
+    deadline = time.monotonic() + 20
+    while not (folder / "aimv2_jax/ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_worker_when_stopped_then_the_run_saves_and_its_code_is_kept(host, tmp_path):
+    start_one(host, tmp_path)
+    assert host("code").stdout == "running\n"
+    again = host("start", "v6e", 2)
+    assert again.returncode == 2 and "is going on" in again.stderr
+    assert host("stop").returncode == host("over").returncode == 0
+    assert host("code").stdout == "75\n"
+    log = (tmp_path / "aimv2_jax_run/log").read_text()
+    assert log.startswith("-m aimv2_jax.main --config=a.py --workdir=a b --megascale") and log.endswith("--mine\n")
+    assert "--config=a.py" in host("follow").stdout  # Which ends, since the run is over.
+
+
+def test_worker_when_its_host_crashed_then_the_run_is_lost(host, tmp_path):
+    start_one(host, tmp_path)
+    pid = int((tmp_path / "aimv2_jax_run/pid").read_text())
+    os.killpg(pid, signal.SIGKILL)
+    assert host("over").returncode == 0
+    assert host("code").stdout == "lost\n"

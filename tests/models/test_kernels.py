@@ -1,0 +1,98 @@
+"""The kernels in Pallas's interpreter against XLA's attention: results and gradients.
+
+Both compute in float32 and sum in another order; in bfloat16 the probabilities are rounded alike, sums are not.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aimv2_jax.models.attention import Reads, attend, choose_attention, padded_rows
+from aimv2_jax.models.kernels import online, whole_row
+
+HEAD_DIM, HEADS = 128, 2
+# (rows, prefix of each example, valid rows of each example); none is at a block's edge but by intention.
+CASES = {
+    "encoder, prefixes from 1 to all but one": (256, (1, 255), (256, 256)),
+    "decoder": (336, (0, 0), (336, 333)),
+    "padding": (48, (5, 48), (33, 20)),
+    "long": (1152, (0, 700), (1152, 1152)),
+    "long, padding and a prefix at a block's edge": (768, (384, 1), (500, 767)),
+}
+
+
+def arrays(rows: int, dtype) -> list[jax.Array]:
+    shape = (2, rows, HEADS * HEAD_DIM)
+    return [jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i in range(4)]
+
+
+def results(implementation: str, reads: Reads, rows: int, dtype):
+    """Output and gradients of q, k, v where only rows that read something have a gradient."""
+    q, k, v, weight = arrays(rows, dtype)
+    weight = jnp.where(reads.readable[..., None], weight, 0)
+
+    def loss(q, k, v, told):
+        out = attend(q, k, v, reads, told, HEADS, implementation)
+        return jnp.sum((out * weight).astype(jnp.float32)), out
+
+    grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, jnp.zeros(q.shape[:2]))
+    return [jnp.where(reads.readable[..., None], out, 0), *grads]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_when_given_prefixes_and_padding_then_the_numbers_of_xla(case, dtype):
+    rows, prefix, valid = CASES[case]
+    readable = np.arange(rows) < np.asarray(valid)[:, None]
+    reads = Reads(jnp.asarray(prefix, jnp.int32), jnp.asarray(readable))
+    assert padded_rows(rows, "pallas") == rows
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2  # bfloat16 has eight bits; of each tensor's largest entry.
+    ours, xla = (results(name, reads, rows, dtype) for name in ("pallas_interpreted", "xla"))
+    for name, one, other in zip(("out", "dq", "dk", "dv", "told"), ours, xla):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("kernel", [whole_row, online], ids=["whole_row", "online"])
+def test_kernel_when_a_query_may_read_nothing_then_finite(kernel):
+    q, k, v, _ = arrays(128, jnp.float32)
+    readable = jnp.zeros((2, 128), bool).at[1, 64:].set(True)
+    run = partial(
+        kernel.attend,
+        prefix=jnp.zeros(2, jnp.int32),
+        readable=readable,
+        told=jnp.zeros((2, 128)),
+        head_dim=HEAD_DIM,
+        interpret=True,
+    )
+    grads = jax.grad(lambda q, k, v: jnp.sum(run(q, k, v) ** 2), (0, 1, 2))(q, k, v)
+    assert all(np.isfinite(x).all() for x in (run(q, k, v), *grads))
+
+
+@pytest.mark.parametrize(
+    ("length", "rows"), [(256, 256), (333, 336), (653, 656), (704, 704), (1024, 1024), (1101, 1152), (4173, 4224)]
+)
+def test_rows_when_kernels_run_then_padded_to_whole_tiles_and_left_alone_under_xla(length, rows):
+    assert padded_rows(length, "pallas") == rows
+    assert padded_rows(length, "xla") == length
+
+
+@pytest.mark.parametrize(
+    ("wanted", "head_dim", "platform", "chosen"),
+    [
+        ("auto", 128, "tpu", "pallas"),
+        ("auto", 64, "tpu", "xla"),
+        ("auto", 128, "cpu", "xla"),
+        ("auto", 128, "gpu", "xla"),
+        ("pallas", 128, "tpu", "pallas"),
+        ("pallas", 64, "cpu", "pallas_interpreted"),
+        ("xla", 128, "tpu", "xla"),
+    ],
+)
+def test_attention_when_chosen_then_kernels_run_where_they_can(wanted, head_dim, platform, chosen):
+    assert choose_attention(wanted, head_dim, platform) == chosen
