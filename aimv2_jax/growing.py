@@ -20,9 +20,9 @@ class Upload:
     What a bucket refuses once, it may take the next time: only `flush` raises it.
     """
 
-    def __init__(self, local: Path, path: epath.PathLike, between_s: float = _BETWEEN_S):
-        self._local, self._path, self._between_s = local, path, between_s
-        self._changed, self._ending = threading.Event(), threading.Event()
+    def __init__(self, local: Path, path: epath.PathLike):
+        self._local, self._path = local, path
+        self._changed, self._ended = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # Held by who uploads.
         self._thread = threading.Thread(target=self._run, name=f"upload of {local.name}", daemon=True)
         self._thread.start()
@@ -34,33 +34,25 @@ class Upload:
     def flush(self) -> None:
         """Returns when the bucket has all of it; raises what the bucket raises."""
         with self._lock:
-            if self._changed.is_set():
-                self._changed.clear()
-                try:
-                    write_whole(self._path, self._local.read_bytes())
-                except Exception:
-                    self._changed.set()
-                    raise
+            if not self._changed.is_set():
+                return
+            self._changed.clear()  # Before it is read: what is written meanwhile will be uploaded again.
+            try:
+                write_whole(self._path, self._local.read_bytes())
+            except Exception:
+                self._changed.set()
+                raise
 
     def close(self) -> None:
-        """Uploads what is left, and ends the thread."""
-        self._ending.set()
-        self._changed_wakes()
+        """Ends the thread, and flushes."""
+        self._ended.set()
         self._thread.join()
         self.flush()
 
-    def _changed_wakes(self) -> None:
-        """The thread waits for a change: it looks whether it is to end then, and leaves the rest to `flush`."""
-        self._changed.set()
-
     def _run(self) -> None:
-        while not self._ending.is_set():
-            self._changed.wait()
-            if self._ending.wait(0):
-                return
+        while not self._ended.wait(_BETWEEN_S):
             with contextlib.suppress(Exception):  # Tried again, and told by `flush`.
                 self.flush()
-            self._ending.wait(self._between_s)
 
 
 class GrowingFile:

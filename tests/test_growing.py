@@ -28,7 +28,7 @@ def test_file_on_a_disk_when_written_then_there_at_once_after_what_was_there(tmp
     with_more.close()
 
 
-def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_there(bucket, monkeypatch):
+def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_there(bucket):
     (bucket / "folder").mkdir()
     (bucket / "folder/file").write_bytes(b"zero\n")
     file = GrowingFile(f"{NAME}/folder/file")
@@ -42,6 +42,7 @@ def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_t
 
 
 def test_file_in_a_bucket_when_nobody_flushes_then_there_soon(bucket, monkeypatch):
+    monkeypatch.setattr(growing, "_BETWEEN_S", 0.05)
     file = GrowingFile(f"{NAME}/file")
     file.write(b"one\n")
     deadline_s = time.monotonic() + 10

@@ -25,9 +25,11 @@ def start_worker(index: int, count: int) -> None:
     """Grain's `worker_init_fn`.
 
     The worker ends when the trainer does, by kill -9 too; the resource tracker then unlinks the shared memory, since
-    nobody holds its pipe any more. Ctrl-C is the trainer's to handle. No backend of jax may start here.
+    nobody holds its pipe any more. Ctrl-C and SIGTERM, which some send to all processes, are the trainer's to handle:
+    it needs batches until it has come to the step that it saves. No backend of jax may start here.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _announce_segments()
     _keep_memory()
     os.environ["JAX_PLATFORMS"] = "cpu"

@@ -29,9 +29,6 @@ _STORE = "aimv2_jax"  # Above our keys in the coordination store.
 _Value = TypeVar("_Value")
 
 
-# --- the trainer, which has a watcher ------------------------------------------------------------------------------
-
-
 def trainer_environment(place: Place, channel: int) -> dict[str, str]:
     """The environment of the trainer of `place`; `channel` is the descriptor by which it reaches its watcher."""
     mine = json.dumps({"place": dataclasses.asdict(place), "channel": channel, "watcher": os.getpid()})
@@ -49,7 +46,9 @@ def trainer() -> Trainer | None:
     hosts = {int(index): host for index, host in fields["hosts"].items()}
     place = Place(**fields | {"local_devices": None if local is None else tuple(local), "hosts": hosts})
     _end_with(known["watcher"])
-    return Trainer(place, socket.socket(fileno=known["channel"]))
+    channel = socket.socket(fileno=known["channel"])
+    channel.set_inheritable(False)
+    return Trainer(place, channel)
 
 
 def _end_with(watcher: int) -> None:

@@ -15,20 +15,23 @@ import dataclasses
 import hashlib
 import json
 import os
+import queue
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, BinaryIO, TextIO
 
 from etils import epath
 
 import aimv2_jax
 from aimv2_jax.config import Config, ProcessesConfig, config_text
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER
+from aimv2_jax.errors import EXIT_AGAIN, EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, UserError
 from aimv2_jax.growing import GrowingFile
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.parallel.links import Team, call_roll
@@ -38,6 +41,7 @@ _SILENT = 0.7  # Share of the heartbeat time-out after which a silent process is
 _BEATS = 10  # In a heartbeat time-out.
 _CRASH_S = 3.0  # After a trainer crashed: maybe since another process is missing, whose watcher then tells so.
 _UNWIND_S = 30.0  # After one ended for a reason that it tells: others may end for the same, and see a save through.
+_WRITTEN_S = 5.0  # For what is yet to be written in the end.
 _LAST_WORDS_S = 1.0  # For pipes of an ended trainer: its data workers hold them, too, until they end.
 
 
@@ -71,14 +75,14 @@ class Watcher:
         self._place, self._team, self._log = place, team, log
         self._timeout_s, self._barrier_s = settings.heartbeat_timeout_s, settings.barrier_timeout_s
         self._first = place.index == 0
+        self._writer = _Writer()
         self._ends: dict[int, End] = {}
         self._verdict: End | None = None
         self._decide_s: float | None = None  # When it will be decided whose end it was.
         self._wait_s = 0.0  # Until when others are waited for, once this trainer has ended.
-        self._told = b""  # By the trainer, of its end.
-        self._words = ""
-        self._ended_s: float | None = None
-        self._beat_s = 0.0
+        self._told, self._words = b"", ""  # By the trainer, of its end.
+        self._ended_s: float | None = None  # When it ended.
+        self._beat_s = 0.0  # When the others were last told that this process lives.
 
     def run(self, command: Sequence[str]) -> int:
         """Starts the trainer by `command`; the exit code of this process, when it is over."""
@@ -93,16 +97,19 @@ class Watcher:
             start_new_session=True,
         )
         its.close()
+        out, err = self._trainer.stdout, self._trainer.stderr
+        assert out is not None and err is not None
         with self._signals_passed_on(), selectors.DefaultSelector() as self._selector:
-            self._open = {mine: self._hear_trainer}
-            self._open[self._trainer.stdout] = lambda: self._pass_on(self._trainer.stdout, sys.stdout)
-            self._open[self._trainer.stderr] = lambda: self._pass_on(self._trainer.stderr, sys.stderr)
-            self._channel = mine
-            for file in self._open:
+            self._pipes = {
+                mine: lambda: self._hear_trainer(mine),
+                out: lambda: self._pass_on(out, sys.stdout),
+                err: lambda: self._pass_on(err, sys.stderr),
+            }
+            for file, hear in self._pipes.items():
                 os.set_blocking(file.fileno(), False)
-                self._selector.register(file, selectors.EVENT_READ, self._open[file])
+                self._selector.register(file, selectors.EVENT_READ, hear)
             for index, link in self._team.links.items():
-                self._selector.register(link, selectors.EVENT_READ, lambda index=index: self._hear_watcher(index))
+                self._selector.register(link, selectors.EVENT_READ, partial(self._hear_watcher, index))
             try:
                 while not self._over():
                     self._turn()
@@ -110,11 +117,13 @@ class Watcher:
                 self._trainer.kill()
                 self._trainer.wait()
             deadline_s = time.monotonic() + _LAST_WORDS_S
-            while time.monotonic() < deadline_s and (self._open or self._unheard()):
+            while time.monotonic() < deadline_s and (self._pipes or self._unheard()):
                 self._turn()
-        for file in (mine, self._trainer.stdout, self._trainer.stderr, *self._team.links.values()):
+        for file in (mine, out, err, *self._team.links.values()):
             file.close()
-        return self._conclude()
+        code = self._conclude()
+        self._writer.close()
+        return code
 
     def _unheard(self) -> bool:
         """Whether others may not yet have heard process 0's verdict: those that have, end."""
@@ -137,7 +146,7 @@ class Watcher:
         for key, _ in self._selector.select(min(0.2, self._timeout_s / (2 * _BEATS))):
             if not key.data():
                 self._selector.unregister(key.fileobj)
-                self._open.pop(key.fileobj, None)
+                self._pipes.pop(key.fileobj, None)
         now_s = time.monotonic()
         if now_s >= self._beat_s + self._timeout_s / _BEATS:
             self._beat_s = now_s
@@ -149,7 +158,7 @@ class Watcher:
                 self._record(End(index, EXIT_BUG, lost=f"no sign of life for {silence_s:.0f} s"))
         if self._trainer.poll() is not None and self._place.index not in self._ends:
             self._ended_s = self._ended_s or now_s
-            if not self._open or now_s > self._ended_s + _LAST_WORDS_S:
+            if not self._pipes or now_s > self._ended_s + _LAST_WORDS_S:
                 self._end_of_trainer()
         if self._decide_s is not None and (now_s >= self._decide_s or len(self._ends) == self._place.count):
             self._decide(next(end for end in self._ends.values() if not end.well))
@@ -176,15 +185,13 @@ class Watcher:
             data = os.read(pipe.fileno(), 1 << 16)
         except BlockingIOError:
             return True
-        self._write_log(data)
-        if self._first:
-            _write(output, data)
+        self._write(data, output if self._first else None)
         return bool(data)
 
-    def _hear_trainer(self) -> bool:
+    def _hear_trainer(self, channel: socket.socket) -> bool:
         """What the trainer tells of its end: process 0 says it to people only if it was nobody else's."""
         try:
-            data = self._channel.recv(1 << 20)
+            data = channel.recv(1 << 20)
         except BlockingIOError:
             return True
         except OSError:
@@ -192,7 +199,7 @@ class Watcher:
         self._told += data
         if data.endswith(b"\n"):
             self._words = json.loads(self._told)["text"].rstrip()
-            self._write_log(self._words.encode() + b"\n")
+            self._write_line(self._words, to_people=False)
         return bool(data)
 
     def _hear_watcher(self, index: int) -> bool:
@@ -206,9 +213,16 @@ class Watcher:
             self._record(End(index, EXIT_BUG, lost="its connection broke"))
         return not link.closed
 
-    def _write_log(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # What ends a run is a checkpoint that cannot be written, not a log.
-            self._log.write(data)
+    # --- what goes out -----------------------------------------------------------------------------------------------
+
+    def _write(self, data: bytes, output: TextIO | None, logged: bool = True) -> None:
+        if logged and data:
+            self._writer.put(self._log.write, data)
+        if output is not None and data:
+            self._writer.put(partial(_write, output), data)
+
+    def _write_line(self, line: str, to_people: bool, logged: bool = True) -> None:
+        self._write(line.encode(errors="replace") + b"\n", sys.stderr if to_people else None, logged)
 
     # --- whose end it was --------------------------------------------------------------------------------------------
 
@@ -251,34 +265,51 @@ class Watcher:
         assert verdict is not None
         host = self._team.hosts[verdict.index]
         if verdict.lost is not None:
-            self._say(
+            self._write_line(
                 f"error: process {verdict.index} on {host} is missing ({verdict.lost}); this ends the run. The same "
                 "command on all hosts goes on from the newest checkpoint",
                 to_people=True,
             )
             code = verdict.code if verdict.index == self._place.index else EXIT_AGAIN
         elif mine is not None and mine.code == verdict.code:
-            if self._first and mine.text:  # It is in the log.
-                _write(sys.stderr, mine.text.encode() + b"\n")
+            if mine.text:
+                self._write_line(mine.text, to_people=self._first, logged=False)  # It is in the log.
             code = mine.code
         else:
             said = (verdict.text.splitlines() or ["see its log"])[-1]
             line = f"error: process {verdict.index} on {host} ended with code {verdict.code}: {said}"
-            self._say(line, to_people=self._first)
+            self._write_line(line, to_people=self._first)
             code = verdict.code
         return mine.code if mine is not None and mine.well else code
 
-    def _say(self, line: str, to_people: bool) -> None:
-        self._write_log(line.encode() + b"\n")
-        if to_people:
-            _write(sys.stderr, line.encode() + b"\n")
+
+class _Writer:
+    """Writes in a thread: a terminal that is held up (Ctrl-S), or a disk, must not keep a watcher from watching."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[Callable[[bytes], Any], bytes] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def put(self, write: Callable[[bytes], Any], data: bytes) -> None:
+        self._queue.put((write, data))
+
+    def close(self) -> None:
+        """Returns when all is written, or cannot be."""
+        self._queue.put(None)
+        self._thread.join(_WRITTEN_S)
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            write, data = item
+            with contextlib.suppress(Exception):  # No room, or nobody reads: what ends a run is a lost checkpoint.
+                write(data)
 
 
 def _write(output: TextIO, data: bytes) -> None:
-    with contextlib.suppress(OSError, ValueError):  # Nobody reads any more.
-        output.flush()
-        output.buffer.write(data)
-        output.buffer.flush()
+    output.flush()
+    output.buffer.write(data)
+    output.buffer.flush()
 
 
 def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: Sequence[str]) -> int:
@@ -290,10 +321,27 @@ def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: 
     digest = hashlib.sha256(config_text(config).encode()).hexdigest()[:8]
     command = f"aimv2_jax {aimv2_jax.__version__}, workdir {os.fspath(workdir)}, config {digest}"
     team = call_roll(place, socket.gethostname(), command, config.processes.startup_timeout_s)
-    with contextlib.closing(GrowingFile(log_file(workdir, place.index))) as log:
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
+    file = log_file(workdir, place.index)
+    log, now = GrowingFile(file), time.strftime("%Y-%m-%d %H:%M:%S")
+    with _asking_for(file):
         log.write(f"--- {now}: process {place.index} of {place.count} on {team.hosts[place.index]}\n".encode())
-        return Watcher(place, team, config.processes, log).run([sys.executable, "-m", "aimv2_jax.main", *arguments])
+    code = Watcher(place, team, config.processes, log).run([sys.executable, "-m", "aimv2_jax.main", *arguments])
+    try:
+        with _asking_for(file):
+            log.close()
+    except UserError as error:  # The run has ended as it has.
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _asking_for(file: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # OSError, and of a bucket TensorFlow's and fsspec's own kinds.
+        said = getattr(error, "strerror", None) or str(error)
+        remedy = "Give a --workdir that all hosts reach and can write to"
+        raise UserError(f"the log {file} cannot be written", said, remedy) from error
 
 
 def log_file(workdir: epath.PathLike, index: int) -> epath.Path:

@@ -50,6 +50,8 @@ from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.stopping import StopRequests
 from aimv2_jax.train.tally import BadRecordFile, Tally
 
+_LOCK = "lock"
+
 
 def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
     """Trains until `train.steps`, from the newest checkpoint of `workdir` where there is one; the exit code.
@@ -72,6 +74,9 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
         if jax.process_index() == 0:
             stack.enter_context(_claimed(workdir))
         processes.agree("claimed", True, timeout_s)  # Until it is process 0's, nobody touches it.
+        if not is_remote(workdir) and not (workdir / _LOCK).exists():
+            remedy = "Give a folder on a disk that all hosts share, or gs://BUCKET/FOLDER"
+            raise UserError("--workdir is another folder here than on process 0's host", str(workdir), remedy)
         checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep))
         latest = processes.agree("latest step", checkpointer.latest_step(), timeout_s)
         if latest is not None:
@@ -116,7 +121,7 @@ def _claimed(workdir: epath.Path) -> Iterator[None]:
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with claimed(Path(workdir) / "lock", "--workdir", workdir):
+    with claimed(Path(workdir) / _LOCK, "--workdir", workdir):
         yield
 
 

@@ -41,7 +41,8 @@ class Program:
     @cached_property
     def rng(self) -> jax.Array:
         """The run's key, whole on every device of the mesh."""
-        return jax.device_put(run_key(self.config.seed), rules.replicated(self.mesh))
+        # By a computation: `device_put` refuses keys where other processes have part of the mesh.
+        return jax.jit(partial(run_key, self.config.seed), out_shardings=rules.replicated(self.mesh))()
 
     @cached_property
     def state_shardings(self) -> TrainState:

@@ -157,6 +157,9 @@ def test_workers_when_closed_then_gone_at_once_and_batches_in_hand_stay(start):
 
 def test_worker_when_killed_then_the_trainer_is_told_and_nothing_is_left(start):
     trainer = start("go on")
+    for number in (signal.SIGTERM, signal.SIGINT):  # Which some send to all processes: the trainer's to handle.
+        os.kill(trainer.workers[1], number)
+    time.sleep(0.5)
     os.kill(trainer.workers[1], signal.SIGKILL)
     said = trainer.process.stdout.readline()
     assert said.startswith(

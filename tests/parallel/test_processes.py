@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -110,6 +111,12 @@ def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_
             time.sleep(0.1)
 
 
+def trainer_of(watcher: int) -> int:
+    """The process that a watcher has started."""
+    [trainer] = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+    return int(trainer)
+
+
 def running_in(workdir: Path) -> list[str]:
     """Processes of the machine with that workdir."""
     found = []
@@ -124,21 +131,25 @@ def running_in(workdir: Path) -> list[str]:
 
 def test_run_when_one_process_gets_sigterm_then_all_save_one_step_end_with_75_and_go_on_exactly(tmp_path):
     workdir, straight = tmp_path / "run", tmp_path / "straight"
-    arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, data__workers=1, **TINY)
+    settings = TINY | dict(data__workers=1, train__compilation_cache=tmp_path / "compiled")
+    arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **settings)
     with Several(2, tmp_path / "out1", arguments) as several:
         several.wait_for(lambda: "step       2/" in several.said(0)[0])
         several.kill(1, signal.SIGTERM)
-        time.sleep(0.3)
-        several.kill(1, signal.SIGTERM)  # Again, which changes nothing.
+        time.sleep(0.3)  # More of them change nothing, nor do those that come to its data workers, too.
+        several.kill(1, signal.SIGINT)
+        os.killpg(trainer_of(several.processes[1].pid), signal.SIGTERM)
         assert several.wait(60) == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
         said, errors = several.said(0)
         stopped = int(re.search(r"stopped on request: step (\d+) of 100000 is saved", said)[1])
         assert not errors and several.said(1) == ("", "")
     assert CheckpointReader(workdir).steps() == [stopped]
-    steps = stopped + 3
+    steps, compiled = stopped + 3, set((tmp_path / "compiled").iterdir())
+    assert any("train_step" in file.name for file in compiled)
     for place in (workdir, straight):
-        with Several(2, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **TINY)) as several:
+        with Several(2, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
             several.finish()
+    assert set((tmp_path / "compiled").iterdir()) == compiled
     assert_bitwise(saved_state(workdir, steps), saved_state(straight, steps))
     ours, theirs = ([(line["step"], line["loss"]) for line in read_metrics(path)[0]] for path in (workdir, straight))
     assert ours == theirs and [step for step, _ in ours] == list(range(1, steps + 1))

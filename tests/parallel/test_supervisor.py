@@ -99,6 +99,15 @@ def test_trainer_when_it_is_killed_then_all_end_and_name_it(tmp_path, victim):
         assert f"process {victim} on host-{victim} is missing (its trainer was ended by SIGKILL)" in line
 
 
+def test_trainer_when_it_is_told_to_stop_before_it_listens_then_all_end_with_75(tmp_path):
+    with Watched(tmp_path, SLEEP) as watched:
+        watched.trainers()
+        watched.processes[1].send_signal(signal.SIGTERM)
+        codes, said = watched.ends()
+    assert codes == [75, 75, 75]
+    assert said == ["error: process 1 on host-1 ended with code 75: its trainer was ended by SIGTERM\n", "", ""]
+
+
 def test_trainer_when_others_fail_because_a_process_is_killed_then_that_one_is_named_and_no_failure(tmp_path):
     fail = "time.sleep(60 if index == 2 else 0)\nraise RuntimeError('Connection closed by peer')"
     with Watched(tmp_path, fail) as watched:
@@ -158,3 +167,12 @@ def test_interrupt_when_it_comes_to_one_watcher_then_its_trainer_gets_it_once_an
         codes, said = watched.ends()
     assert codes == [130, 130, 130]
     assert said[0] == "error: process 1 on host-1 ended with code 130: interrupted\n"
+
+
+def test_output_when_nobody_reads_it_then_the_watcher_watches_on(tmp_path):
+    code = "if index == 0:\n    print('x' * 1_000_000)\ntime.sleep(6)"
+    with Watched(tmp_path, code, timeout_s=3) as watched:
+        for process in watched.processes[1:]:
+            assert process.wait(60) == 0
+        out, err = watched.processes[0].communicate(timeout=60)
+    assert out == "x" * 1_000_000 + "\n" and not err and watched.processes[0].returncode == 0

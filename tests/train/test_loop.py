@@ -27,6 +27,7 @@ from tiny import ROOT, tiny_arguments, tiny_config
 from aimv2_jax import errors
 from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
+from aimv2_jax.errors import UserError
 from aimv2_jax.main import main
 from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
@@ -420,3 +421,10 @@ def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(t
 )
 def test_compiled_code_when_it_is_kept_then_in_its_folder(setting, platform, folder):
     assert loop.cache_folder(setting, Path("/w"), platform) == folder
+
+
+def test_run_when_the_workdir_is_not_that_of_process_0_then_refused(tmp_path, monkeypatch):
+    """Of process 1 of two whose hosts share no disk."""
+    monkeypatch.setattr(jax, "process_index", lambda *args: 1)
+    with pytest.raises(UserError, match="--workdir is another folder here than on process 0's host"):
+        loop.train(tiny_config(), tmp_path, None)

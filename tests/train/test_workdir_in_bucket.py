@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from bucket import NAME, stand_in, stand_in_for_arrays
 from etils import epath
 from runs import assert_bitwise, broken_source, saved_state
 from tiny import tiny_arguments
 
+from aimv2_jax import growing
 from aimv2_jax.main import main
-from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, parse_spec
 from aimv2_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.xdist_group("shared-memory")
@@ -22,11 +25,29 @@ def bucket(tmp_path, monkeypatch):
     return root
 
 
-def test_run_when_its_workdir_is_in_a_bucket_then_that_of_a_disk_and_goes_on_exactly(bucket, tmp_path, capsys):
+def written_at_saves(file, monkeypatch) -> dict[int, list[int]]:
+    """The steps in the metrics, as they are in the bucket when a save starts, by its step."""
+    save, written = Checkpointer.save, {}
+    monkeypatch.setattr(growing, "_BETWEEN_S", 1000.0)
+
+    def watched(self, step, *args, **kwargs):
+        if str(self._folder).startswith(NAME):
+            written[step] = [line["step"] for line in map(json.loads, file.read_text().splitlines())]
+        save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, "save", watched)
+    return written
+
+
+def test_run_when_its_workdir_is_in_a_bucket_then_that_of_a_disk_and_goes_on_exactly(
+    bucket, tmp_path, capsys, monkeypatch
+):
     data = broken_source(tmp_path / "data", good=50, bad=1)
     changes = dict(data__sources__photo=data, data__max_bad_fraction=0.5, eval__max_examples=8, model__layers="scan")
     workdir, disk = f"{NAME}/runs/one", tmp_path / "disk"
+    written = written_at_saves(bucket / "runs/one/metrics.jsonl", monkeypatch)
     assert main(tiny_arguments(workdir, train__steps=10, train__save_every=5, train__keep=1, **changes)) == 0
+    assert written == {5: [5], 10: [5, 10, 10]}  # Else a crash after a save would leave metrics with a hole.
     assert "in a bucket, which has no locks" in capsys.readouterr().out
     assert CheckpointReader(workdir).steps() == [10]
     assert main(tiny_arguments(workdir, train__profile="(12, 14)", **changes)) == 0
