@@ -21,5 +21,9 @@ def pretrain_config(
     config.mesh.fsdp = fsdp
     config.model.remat = remat
     config.model.decoder.remat = decoder_remat
+    if remat != "none":
+        # Weights that are gathered twice need the same matmuls to hide behind as gradients do. Not for all: without
+        # the attention weights that these policies keep, libtpu 0.0.52 dies of it.
+        config.train.tpu_compiler_options.v5e.xla_tpu_async_collective_fusion_fuse_multiple_collectives = "true"
     mixtures.use_paper_mixture(config)
     return config

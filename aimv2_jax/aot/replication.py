@@ -23,6 +23,7 @@ from aimv2_jax.aot.collectives import Collectives
 from aimv2_jax.aot.hlo import Array, Instruction, Module
 from aimv2_jax.aot.schedule import scheduled
 from aimv2_jax.config import Config
+from aimv2_jax.models.sizes import swiglu_hidden
 
 LARGE = 2**20  # Bytes: what is smaller is not worth splitting.
 WHOLE = 4 * 2**20  # Bytes: what the rules may leave whole. The widest position table has 3 MiB.
@@ -116,6 +117,8 @@ def _activations(module: Module, program: dict[str, Any], config: Config, large:
         for shape in (whole, whole[1:])
     }
     for each in scheduled(module):
+        if each.instruction.name.startswith("slice-"):
+            continue  # A piece, on its way to VMEM, of an array that is looked at itself.
         for array in each.instruction.arrays:
             if array.bytes < large or _plain(array.dims) in parameters or _is_scratch(array):
                 continue
@@ -157,5 +160,11 @@ def _lengths(config: Config) -> set[int]:
 def _model_sizes(config: Config) -> set[int]:
     sizes = {config.model.decoder.vocab_size, *_lengths(config)}
     for trunk in (config.model.encoder, config.model.decoder):
-        sizes |= {trunk.width, trunk.heads, trunk.depth, trunk.width // trunk.heads, trunk.hidden or 0}
+        sizes |= {
+            trunk.width,
+            trunk.heads,
+            trunk.depth,
+            trunk.width // trunk.heads,
+            trunk.hidden or swiglu_hidden(trunk.width),
+        }
     return sizes

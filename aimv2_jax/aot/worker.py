@@ -45,14 +45,7 @@ def run(job: Job) -> None:
         from aimv2_jax.train.program import build_program
 
         config = build_config(job.config)
-        try:
-            program = build_program(config, devices)
-        except NotImplementedError as error:  # jax's word for a mesh that does not lie along the torus.
-            raise UserError(
-                "config mesh.data x mesh.fsdp x mesh.tensor does not lie along the axes of the topology",
-                f"{config.mesh.data} x {config.mesh.fsdp} x {config.mesh.tensor} on {topology.name}",
-                "Choose sizes that are products of whole axes, such as fsdp=16 on v5e:16x16 or v5p:4x4x16",
-            ) from error
+        program = build_program(config, devices)
         facts = describe(program, config, topology)  # Before lowering: it says what is compiled.
         lowered = program.lower_step()
     except UserError as error:

@@ -62,7 +62,7 @@ def load(spec: str) -> Loaded:
     reader = CheckpointReader(workdir)
     config = _config(reader.meta(step)["config"], f"{workdir}:{step}")
     task = build_task(config)
-    mesh = build_mesh(-1, 1, 1, jax.local_devices())
+    mesh = build_mesh(1, -1, 1, 1, jax.local_devices())
     shapes = jax.eval_shape(task.init, run_key(0))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes

@@ -25,12 +25,14 @@ LayerRun = Literal["scan", "loop"]
 Remat = Literal["none", "matmuls", "attention", "full"]
 
 # What a block keeps for the backward pass, besides its input, by the name of the policy. "none" keeps everything.
+# Weights that are kept as gathered need not be gathered again beside the gradients that travel the other way.
+_ATTENTION_WEIGHTS = ("embed-heads", "attended-output")
+_ATTENTION = ("query", "key", "value", "attended", "middle", *_ATTENTION_WEIGHTS)
 REMAT: dict[str, tuple[str, ...]] = {
-    "matmuls": ("query", "key", "value", "attended", "middle", "gate", "up"),  # Recomputes norms and SwiGLU's product.
-    "attention": ("query", "key", "value", "attended", "middle"),  # Recomputes gate and up, too.
+    "matmuls": (*_ATTENTION, "gate", "up"),  # Recomputes norms and SwiGLU's product.
+    "attention": _ATTENTION,  # Recomputes gate and up, too.
     "full": (),  # Recomputes the block.
 }
-
 TABLE_AXES = ("pieces", "output")  # Of the token table.
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -69,7 +71,7 @@ def project(
 
 
 def _project_forward(x, kernel, axes, out_dtype, reduce_dtype):
-    weight = placement.whole(kernel.astype(x.dtype), axes)
+    weight = checkpoint_name(placement.whole(kernel.astype(x.dtype), axes), "-".join(axes))
     y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
     return y, (x, weight, jnp.zeros((0,), kernel.dtype))
 

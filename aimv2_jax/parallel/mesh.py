@@ -57,9 +57,9 @@ def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence
         return Mesh(np.stack([mesh_utils.create_device_mesh(sizes, by_slice[i]) for i in sorted(by_slice)]), AXES)
     except NotImplementedError as error:  # Sizes that cut across the rings of the torus.
         raise UserError(
-            "config mesh.data x mesh.fsdp x mesh.tensor does not fit the torus of the chips",
+            "config mesh.data x mesh.fsdp x mesh.tensor does not lie along the axes of the topology",
             " x ".join(map(str, sizes)),
-            "Choose sizes that are products of whole axes of the topology, or another topology",
+            "Choose sizes that are products of whole axes, such as mesh.fsdp=16 on v5e:16x16 or v5p:4x4x16",
         ) from error
 
 

@@ -95,7 +95,7 @@ def test_command_when_it_does_not_fit_then_the_compilers_sentence_and_no_figures
     [
         ({}, "v5e:3x3", "--topology is not one that libtpu knows: 'v5e:3x3'"),
         ({"mesh__fsdp": 3}, "v5e:2x2", "does not fit the devices"),
-        ({"mesh__fsdp": 8}, "v5e:4x4", "does not lie along the axes of the topology: '-1 x 8 x 1 on v5e:4x4'"),
+        ({"mesh__fsdp": 8}, "v5e:4x4", "does not lie along the axes of the topology: '2 x 8 x 1'"),
     ],
     ids=["topology", "mesh", "torus"],
 )

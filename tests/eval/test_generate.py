@@ -12,13 +12,14 @@ from aimv2_jax.eval.generate import greedy, read_pictures, read_token
 from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
+from aimv2_jax.models.layers import Run
 
 B, L, P, T, V, END = 5, 9, 12, 8, 40, 3
 WIDTH, DEPTH, HIDDEN = 32, 2, 64
 
 
 def build(layers: str = "scan") -> AIMv2:
-    trunk = {"width": WIDTH, "depth": DEPTH, "heads": 2, "hidden": HIDDEN, "layers": layers}
+    trunk = {"width": WIDTH, "depth": DEPTH, "heads": 2, "hidden": HIDDEN, "run": Run(layers)}
     return AIMv2(
         Encoder(num_patches=L, position="sincos", **trunk),
         Decoder(encoder_width=WIDTH, pixels=P, vocab_size=V, text_length=T, **trunk),

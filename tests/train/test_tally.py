@@ -20,7 +20,7 @@ REASONS = ("corrupt_record", "missing_caption")
 
 @pytest.fixture
 def tally():
-    return Tally(["a", "b"], REASONS, replicated(build_mesh(-1, 1, 1)))
+    return Tally(["a", "b"], REASONS, replicated(build_mesh(1, -1, 1, 1)))
 
 
 def test_tally_when_batches_are_added_then_laps_count_each_once(tally):
