@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from aimv2_jax.config import ProcessesConfig
@@ -146,7 +146,36 @@ def agree(name: str, value: _Value, timeout_s: int) -> _Value:
 
     if jax.process_index() == 0:
         client.key_value_set(key, json.dumps(value))
-    return json.loads(client.blocking_key_value_get(key, timeout_s * 1000))
+    try:
+        return json.loads(client.blocking_key_value_get(key, timeout_s * 1000))
+    except RuntimeError as error:
+        raise _late({0: hosts()[0]}, name, timeout_s) from error
+
+
+def meet(name: str, timeout_s: int) -> None:
+    """Waits until all processes have come here, once for each `name`.
+
+    Raises:
+      UserError: after `timeout_s`, naming those that have not.
+    """
+    client = _client()
+    if client is None:
+        return
+    import jax
+
+    key = f"{_STORE}/met/{name}"
+    client.key_value_set(f"{key}/{jax.process_index()}", "here")
+    try:
+        client.wait_at_barrier(key, timeout_s * 1000)
+    except RuntimeError as error:
+        here = {int(one.rpartition("/")[2]) for one, _ in client.key_value_dir_get(f"{key}/")}
+        raise _late({i: host for i, host in hosts().items() if i not in here}, name, timeout_s) from error
+
+
+def _late(late: Mapping[int, str], name: str, timeout_s: int) -> UserError:
+    who = ", ".join(f"process {index} on {host}" for index, host in late.items())
+    remedy = "Look into their logs, or raise processes.barrier_timeout_s"
+    return UserError(f"others have waited {timeout_s} s for the {name} of", who, remedy)
 
 
 def _client() -> Any:

@@ -73,7 +73,7 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(_claimed(workdir))
-        processes.agree("claimed", True, timeout_s)  # Until it is process 0's, nobody touches it.
+        processes.agree("claim of the workdir", True, timeout_s)  # Until it is process 0's, nobody touches it.
         if not is_remote(workdir) and not (workdir / _LOCK).exists():
             remedy = "Give a folder on a disk that all hosts share, or gs://BUCKET/FOLDER"
             raise UserError("--workdir is another folder here than on process 0's host", str(workdir), remedy)
@@ -218,6 +218,8 @@ class _Run:
             with self.stopwatch.waiting():
                 host = next(batches)
             assert host.step == number - 1
+            if number == self.start + 1:  # The first collective waits less long for others than their workers may need.
+                processes.meet("first batch", config.processes.barrier_timeout_s)
             self.feed.add(host.seconds, depth)
             with self.feed.transferring():
                 batch = put(host.arrays)

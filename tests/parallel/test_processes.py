@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import assert_bitwise, saved_state
-from several import HOST, Several
+from several import HOST, Several, free_port
 from tiny import QUICKSTART, ROOT, tiny_arguments
 
 from aimv2_jax.errors import EXIT_AGAIN
@@ -64,8 +64,6 @@ def test_losses_when_2_and_4_processes_train_the_quickstart_then_those_of_one(tm
 
 def run_script(count: int, folder: Path, *arguments: str) -> None:
     """Runs `tests/state_of.py` on `count` processes."""
-    from several import free_port
-
     port, running = str(free_port()), []
     try:
         for index in range(count):
@@ -89,6 +87,50 @@ def test_checkpoint_when_saved_by_4_processes_then_bitwise_on_1_on_2_and_on_othe
     assert_bitwise(two, saved)
     for mesh in (dict(mesh__data=8), dict(mesh__data=1, mesh__fsdp=2, mesh__tensor=4)):
         assert_bitwise(saved_state(tmp_path / "run", 1, **mesh), saved)
+
+
+MEETING = """
+import sys, time
+from aimv2_jax.config import ProcessesConfig
+from aimv2_jax.errors import UserError
+from aimv2_jax.parallel import processes
+from aimv2_jax.parallel.clusters import Place
+
+index = int(sys.argv[1])
+processes.join(Place(f"127.0.0.1:{sys.argv[2]}", 2, index), ProcessesConfig(60, 100, 60))
+print(processes.hosts())
+print(processes.agree("colour", ["red", "blue"][index], 60))
+processes.meet("lunch", 60)
+for wait in (processes.meet, lambda name, timeout_s: processes.agree(name, 1, timeout_s)):
+    try:
+        if index:
+            wait(f"{wait is processes.meet}", 1)
+        else:
+            time.sleep(3)
+    except UserError as error:
+        print(error)
+processes.meet("end", 60)
+processes.leave()
+"""
+
+
+def test_processes_when_they_have_joined_then_know_all_hosts_agree_with_process_0_and_name_who_is_late():
+    command = [sys.executable, "-c", MEETING]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    port = str(free_port())
+    running = [subprocess.Popen([*command, str(index), port], **options) for index in range(2)]
+    try:
+        said = [one.communicate(timeout=120) for one in running]
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+    assert [one.returncode for one in running] == [0, 0], said
+    lines = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in said]
+    assert lines[0] == [str({0: HOST, 1: HOST}), "red"]
+    late = f"of: 'process 0 on {HOST}'. Look into their logs, or raise processes.barrier_timeout_s."
+    assert lines[1] == [*lines[0], *(f"others have waited 1 s for the {name} {late}" for name in (True, False))]
 
 
 @pytest.mark.parametrize("victim", [1, 0])
