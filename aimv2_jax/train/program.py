@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from aimv2_jax.config import Config
+from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh, check_batch, tpu_generation
 from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
@@ -148,6 +149,13 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     """
     sizes = config.mesh
     mesh = build_mesh(sizes.slices, sizes.data, sizes.fsdp, sizes.tensor, devices)
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu" and config.train.reduce_dtype == "bfloat16" and mesh.size > 1:
+        raise UserError(
+            "config train.reduce_dtype cannot be had on several CPU devices, whose compiler dies of such sums",
+            config.train.reduce_dtype,
+            "Set train.reduce_dtype=float32",
+        )
     check_batch(config.data.batch_size, mesh, "data.batch_size", config.train.microbatches)
     if config.eval.sources:
         check_batch(config.eval.batch_size, mesh, "eval.batch_size")
@@ -167,4 +175,4 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
     )
-    return Program(config, build_task(config, mesh.devices.flat[0].platform), optimizer, schedule, mesh)
+    return Program(config, build_task(config, platform), optimizer, schedule, mesh)

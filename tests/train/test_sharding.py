@@ -16,6 +16,7 @@ from tiny import tiny_config
 
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.train.program import Program, build_program
@@ -106,11 +107,13 @@ def test_step_when_run_in_any_way_then_the_numbers_of_the_plain_one(way, one_dev
     assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))
 
 
-@pytest.mark.parametrize("reduce_dtype", ["float32", "bfloat16"])
-def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(reduce_dtype, one_device, tokenizer):
-    config = tiny_config(
-        **SIZES, mesh__data=4, mesh__fsdp=2, model__compute_dtype="bfloat16", train__reduce_dtype=reduce_dtype
-    )
+def test_program_when_gradients_are_to_be_summed_in_bfloat16_on_cpus_then_refused():
+    with pytest.raises(UserError, match=r"reduce_dtype.*'bfloat16'\. Set train\.reduce_dtype=float32"):
+        build_program(tiny_config(train__reduce_dtype="bfloat16"))
+
+
+def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(one_device, tokenizer):
+    config = tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, model__compute_dtype="bfloat16")
     (_, _, _, grads), _, metrics = run(build_program(config), host_batch(range(BATCH), tokenizer))
     (_, _, _, expected), _, plain = one_device
     assert metrics["loss"] != plain["loss"]
