@@ -25,7 +25,7 @@ from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.readahead import QUICK_S, ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.workers import cores, start_worker
+from aimv2_jax.data.workers import cores, start_reader
 from aimv2_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def _read_ahead(
     # A worker builds one batch after another: parallelism is the number of workers, memory the batches they hold.
     steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-    return steps.mp_prefetch(options, worker_init_fn=start_worker)
+    return steps.mp_prefetch(options, worker_init_fn=start_reader)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,15 +21,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_worker(index: int, count: int) -> None:
-    """Grain's `worker_init_fn`.
+def start_reader(index: int, count: int) -> None:
+    """Grain's `worker_init_fn`: a worker that SIGTERM, which some send to all processes, does not end either.
 
-    The worker ends when the trainer does, by kill -9 too; the resource tracker then unlinks the shared memory, since
-    nobody holds its pipe any more. Ctrl-C and SIGTERM, which some send to all processes, are the trainer's to handle:
-    it needs batches until it has come to the step that it saves. No backend of jax may start here.
+    That is the trainer's to handle: it needs batches until it has come to the step that it saves.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    start_worker(index, count)
+
+
+def start_worker(index: int, count: int) -> None:
+    """What a worker of anybody's begins with.
+
+    It ends when its starter does, by kill -9 too; the resource tracker then unlinks the shared memory, since
+    nobody holds its pipe any more. Ctrl-C is not its to handle. No backend of jax may start here.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _announce_segments()
     _keep_memory()
     os.environ["JAX_PLATFORMS"] = "cpu"
