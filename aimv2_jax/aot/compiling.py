@@ -72,7 +72,7 @@ def _run_worker(job: Path, folder: Path, full: bool) -> None:
 def _is_scheduled(dump: Path) -> bool:
     """Whether schedule and memory report stand there, and grow no more."""
     files = [file for pattern in (_MODULE, _MEMORY) for file in dump.glob(pattern) if ".cpu_" not in file.name]
-    if len({_MODULE for file in files if file.match(_MODULE)}) < 1 or not any(file.match(_MEMORY) for file in files):
+    if not all(any(file.match(pattern) for file in files) for pattern in (_MODULE, _MEMORY)):
         return False
     sizes = [file.stat().st_size for file in files]
     time.sleep(0.5)

@@ -37,7 +37,7 @@ def attend(
 ) -> Float[Array, "B S D"]:
     """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 128.
 
-    The gradient of `told` is the sum of dy · y over q, k and v (`layers.tell`).
+    The gradient of `told` is the sum of dy · y over q, k and v (`attention.tell`).
     """
     return _attend_forward(q, k, v, prefix, readable, told, head_dim, interpret)[0]
 

@@ -39,7 +39,7 @@ def attend(
 ) -> Float[Array, "B S D"]:
     """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 16 and at most `MOST_ROWS`.
 
-    The gradient of `told` is the sum of dy · y over q, k and v (`layers.tell`).
+    The gradient of `told` is the sum of dy · y over q, k and v (`attention.tell`).
     """
     return _call(_forward, (q, k, v), prefix, readable, head_dim, interpret)[0]
 
