@@ -28,7 +28,7 @@ import ml_collections
 from aimv2_jax.errors import UserError
 
 TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
-Remat = Literal["none", "matmuls", "attention", "full"]  # As models/layers.py has them.
+Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # What each keeps: models/layers.py.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,8 +65,8 @@ def _model() -> ConfigDict:
             pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, of pixels in [0, 1]. [R]
             pixel_std=(0.229, 0.224, 0.225),  # [R]
             layers="loop",  # Blocks by "scan" (quick to compile) or "loop" (faster on TPU); one parameter tree. [O]
-            # What the backward pass recomputes: "none", "matmuls" (all but matrix products), "attention" (also gate and
-            # up), or "full" blocks; each needs less memory than the one before. [O]
+            # What the backward pass recomputes: "none", "matmuls" (all but matrix products), "gate" (also up),
+            # "attention" (also gate), or "full" blocks; each needs less memory than the one before. [O]
             remat="none",
             attention="auto",  # "xla", "pallas" (our kernels), or "auto": kernels on TPU with 128 channels a head. [O]
             compute_dtype="bfloat16",  # Activations and matrix products; norms, softmax, losses are float32. [R]

@@ -128,7 +128,7 @@ REFUSED = {
     "fraction for a whole number": (("data.batch_size", "1.5"), ["data.batch_size", "1.5"]),
     "truth for a number": (("train.steps", "True"), ["train.steps"]),
     "number for truth": (("loss.image", "1"), ["loss.image", "true or false"]),
-    "unknown choice": (("model.remat", "some"), ["model.remat", "some", "none, matmuls, attention, full"]),
+    "unknown choice": (("model.remat", "some"), ["model.remat", "some", "none, matmuls, gate, attention, full"]),
     "wrong length": (("optimizer.betas", "(0.9,)"), ["optimizer.betas", "2 values"]),
     "not finite": (("optimizer.peak_lr", "1e999"), ["optimizer.peak_lr", "inf"]),
     "too large for float32": (("loss.alpha", "1e39"), ["loss.alpha", "float32"]),

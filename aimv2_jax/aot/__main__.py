@@ -24,7 +24,7 @@ from aimv2_jax.flags import Parser, check_output, positive, split_overrides
 
 _EPILOG = """\
 Any key of the config can be set: --config.mesh.fsdp=32 --config.train.reduce_dtype=bfloat16.
-The default way compiles the whole step up to its schedule (memory, collectives), and a twin with three layers of each
+The default way compiles the whole step up to its schedule (memory, collectives), and a twin with two layers of each
 kind to the end (cycles); --full compiles the whole step to the end, which takes many minutes.
 exit codes: 0 reported, also where it does not compile; 1 our bug; 2 you can mend it
 """

@@ -17,19 +17,21 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from aimv2_jax.config import Remat
 from aimv2_jax.models import placement
 from aimv2_jax.models.attention import Implementation, Reads, attend, padded_rows, tell
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
-Remat = Literal["none", "matmuls", "attention", "full"]
 
 # What a block keeps for the backward pass, besides its input, by the name of the policy. "none" keeps everything.
-# Weights that are kept as gathered need not be gathered again beside the gradients that travel the other way.
-_ATTENTION_WEIGHTS = ("embed-heads", "attended-output")
-_ATTENTION = ("query", "key", "value", "attended", "middle", *_ATTENTION_WEIGHTS)
+# Weights that are kept as gathered need not be gathered again beside the gradients that travel the other way. What
+# attention makes is always computed again: jax rounds all that is kept (`reduce_precision`), and behind a kernel that
+# is a pass of its own over all rows, dearer than the kernel.
+_ATTENTION = ("query", "key", "value", "middle", "embed-heads", "attended-output")
 REMAT: dict[str, tuple[str, ...]] = {
-    "matmuls": (*_ATTENTION, "gate", "up"),  # Recomputes norms and SwiGLU's product.
+    "matmuls": (*_ATTENTION, "gate", "up"),  # Recomputes norms, the attention of q, k and v, and SwiGLU's product.
+    "gate": (*_ATTENTION, "gate"),  # Recomputes up, too.
     "attention": _ATTENTION,  # Recomputes gate and up, too.
     "full": (),  # Recomputes the block.
 }
@@ -240,7 +242,7 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.key, k, cache.index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v, cache.index, axis=1)
             cache = Cache(k, v, cache.index + normed.rows.shape[1])
-        out = checkpoint_name(attend(q, k, v, reads, told, self.heads, self.attention), "attended")
+        out = attend(q, k, v, reads, told, self.heads, self.attention)
         return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
 
 

@@ -13,15 +13,6 @@ from aimv2_jax.errors import UserError
 
 AXES = ("slice", "data", "fsdp", "tensor")
 
-# The start of jax's `device_kind` -> what everybody calls it. Longest match wins.
-_TPU_GENERATIONS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-
-
-def tpu_generation(device: jax.Device) -> str | None:
-    """The generation, such as "v5e"; None where the device is no TPU, or one that is not known here."""
-    known = [kind for kind in _TPU_GENERATIONS if device.platform == "tpu" and device.device_kind.startswith(kind)]
-    return _TPU_GENERATIONS[max(known, key=len)] if known else None
-
 
 def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, slices outermost; one of the sizes within a slice may be -1 and takes what is left.

@@ -115,6 +115,7 @@ def join(place: Place, settings: ProcessesConfig) -> None:
         remedy = "See that the hosts reach that port of process 0, and that nothing else listens there"
         raise UserError(f"the processes cannot meet at {place.coordinator}", said, remedy) from error
     _client().key_value_set(f"{_STORE}/host/{place.index}", socket.gethostname())
+    meet("hosts", settings.startup_timeout_s)
 
 
 def leave() -> None:

@@ -10,17 +10,7 @@ import jax
 
 from aimv2_jax.config import Config
 from aimv2_jax.models.sizes import swiglu_hidden
-
-# Dense bf16 peak of one chip, by the start of jax's `device_kind`; from the makers' data sheets. Longest match wins.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from aimv2_jax.parallel.chips import chip_kind
 
 
 def flops_per_example(config: Config) -> float:
@@ -43,8 +33,7 @@ def _trunk(trunk, rows: int) -> int:
 
 def model_flops_utilisation(config: Config, images_per_s: float | None, devices: list[jax.Device]) -> float | None:
     """Model FLOP/s over the devices' bfloat16 peak; None where peak or rate are unknown, or it computes otherwise."""
-    kind = devices[0].device_kind
-    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    if images_per_s is None or not known or config.model.compute_dtype != "bfloat16":
+    chip = chip_kind(devices[0])
+    if images_per_s is None or chip is None or config.model.compute_dtype != "bfloat16":
         return None
-    return flops_per_example(config) * images_per_s / (len(devices) * PEAK_FLOPS[max(known, key=len)])
+    return flops_per_example(config) * images_per_s / (len(devices) * chip.peak_flops)

@@ -19,7 +19,8 @@ from jaxtyping import Array, Int
 from aimv2_jax.config import Config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
-from aimv2_jax.parallel.mesh import build_mesh, check_batch, tpu_generation
+from aimv2_jax.parallel.chips import chip_kind
+from aimv2_jax.parallel.mesh import build_mesh, check_batch
 from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
 from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step
 from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
@@ -117,8 +118,9 @@ class Program:
     @property
     def compiler_options(self) -> dict[str, str]:
         """What the config asks of the compiler for the devices of the mesh."""
-        generation = tpu_generation(self.mesh.devices.flat[0])
-        groups = ("all", generation) if generation else ()
+        device = self.mesh.devices.flat[0]
+        chip = chip_kind(device)
+        groups = ("all", chip.name) if chip and device.platform == "tpu" else ()
         wanted = self.config.train.tpu_compiler_options
         return {name: value for group in groups for name, value in wanted.get(group, {}).items()}
 

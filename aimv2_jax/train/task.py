@@ -16,12 +16,12 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Float, Int
 
-from aimv2_jax.config import Config, DecoderConfig, EncoderConfig
+from aimv2_jax.config import Config, DecoderConfig, EncoderConfig, Remat
 from aimv2_jax.models.aimv2 import AIMv2, Predictions
 from aimv2_jax.models.attention import choose_attention
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.layers import Precision, Remat, Run
+from aimv2_jax.models.layers import Precision, Run
 from aimv2_jax.models.sizes import swiglu_hidden
 from aimv2_jax.train import losses
 
