@@ -101,6 +101,8 @@ class DataConfig:
     sources: Mapping[str, str]
     mixture: Mapping[str, Mapping[str, float]]
     max_bad_fraction: float
+    areas: tuple[int, ...]
+    upscale: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ class EvalConfig:
     batch_size: int
     prefixes: tuple[float, ...]
     max_examples: int | None
+    area: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +151,13 @@ class TrainConfig:
     profile: tuple[int, int] | None
 
 
+class BatchShape(typing.NamedTuple):
+    """Examples of a batch, and patches of each, padding included."""
+
+    examples: int
+    patches: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
@@ -170,6 +180,14 @@ class Config:
     @property
     def num_patches(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def batch_shapes(self) -> tuple[BatchShape, ...]:
+        """The shapes of training batches: one; or at native resolution one an area, all of as many patches."""
+        data = self.data
+        if not data.areas:
+            return (BatchShape(data.batch_size, self.num_patches),)
+        return tuple(BatchShape(data.batch_size * max(data.areas) // area, area) for area in data.areas)
 
 
 # --- from text and ConfigDict to dataclasses ---------------------------------------------------------------------
@@ -412,12 +430,13 @@ def _check(config: Config) -> None:
                 generation,
                 f"Put options below one of {', '.join(TPU_OPTION_GROUPS)}",
             )
-    if data.batch_size % train.microbatches:
-        raise UserError(
-            "config train.microbatches does not divide data.batch_size",
-            f"{train.microbatches} microbatches, batch {data.batch_size}",
-            "Choose a divisor of the batch",
-        )
+    for shape in config.batch_shapes:
+        if shape.examples % train.microbatches:
+            raise UserError(
+                "config train.microbatches does not divide data.batch_size",
+                f"{train.microbatches} microbatches, batch {shape.examples}",
+                "Choose a divisor of the batch",
+            )
     _at_least(1, mesh.slices, "mesh.slices")
     if train.profile is not None and not 1 <= train.profile[0] < train.profile[1]:
         raise UserError(
@@ -481,6 +500,16 @@ def _check_data(config: Config) -> None:
     for key in ("flip", "max_bad_fraction"):
         if not 0 <= getattr(data, key) <= 1:
             raise UserError(f"config data.{key} is out of range", getattr(data, key), "Give a number from 0 to 1")
+    _check_areas(config)
+    if config.eval.area is not None:
+        _at_least(2, config.eval.area, "eval.area")
+    for key, value in (("data.areas", data.areas), ("eval.area", config.eval.area)):
+        if value and config.model.encoder.position != "sincos":
+            raise UserError(
+                f"config {key} needs positions for any grid",
+                f"model.encoder.position={config.model.encoder.position}",
+                f"Set model.encoder.position=sincos, or leave {key} out",
+            )
     for name in data.mixture:
         if name not in data.sources:
             raise UserError(
@@ -516,6 +545,21 @@ def _check_data(config: Config) -> None:
         raise UserError("config eval.kinds names a caption kind twice", evaluation.kinds, "Name each once")
     if evaluation.sources and not (evaluation.kinds and evaluation.prefixes):
         raise UserError("config eval.kinds or eval.prefixes is empty", (), "Name caption kinds and prefix fractions")
+
+
+def _check_areas(config: Config) -> None:
+    areas, data = config.data.areas, config.data
+    if not areas:
+        return
+    if min(areas) < 2 or list(areas) != sorted(set(areas)):
+        raise UserError("config data.areas is not a rising list", areas, "Give areas in patches, such as (128, 256)")
+    for area in areas:
+        if data.batch_size * max(areas) % area:
+            raise UserError(
+                "config data.areas has an area that does not divide the patches of a batch",
+                f"{area}, of {data.batch_size} x {max(areas)} patches",
+                "Give areas whose multiples data.batch_size x the largest is, such as powers of two",
+            )
 
 
 def mixture_counts(mixture: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:

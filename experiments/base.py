@@ -106,7 +106,7 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     return ConfigDict(
         dict(
-            batch_size=8192,  # Examples a step, over all devices and hosts. [P]
+            batch_size=8192,  # Examples a step, over all devices and hosts (see also areas). [P]
             workers=8,  # Processes that read and decode, on each host; 0: threads of the trainer. [O]
             read_threads=32,  # Records that each worker reads at a time, ahead of decoding. [O: 50 ms a read is 640/s]
             prefetch=2,  # Batches that each worker keeps ready. [O]
@@ -117,6 +117,11 @@ def _data() -> ConfigDict:
             sources={},  # Name -> folder of prepared records; "package:..." is inside the package. [P]
             mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights. [P]
             max_bad_fraction=0.01,  # Records that may be unusable before the run stops. [O]
+            # Native resolution: areas, in patches, of which every step draws one (RECIPE.md §9), and to which pictures
+            # are resized whole, with their aspect. Batches have batch_size examples at the largest area, and at others
+            # as many more as fit in as many patches. Empty: a fixed resolution, crops of image_size. [P]
+            areas=(),
+            upscale=True,  # At native resolution, whether smaller pictures are enlarged to the area. [O: utilisation]
         )
     )
 
@@ -129,6 +134,8 @@ def _eval() -> ConfigDict:
             batch_size=1024,  # Examples at a time. [O]
             prefixes=(0.25, 0.5, 0.75),  # Fixed prefix lengths, as shares of a picture's patches. [O]
             max_examples=ml_collections.config_dict.placeholder(int),  # Pictures of each source; None: all. [O]
+            # None: centre squares of data.image_size; or whole pictures with their aspect in so many patches. [O]
+            area=ml_collections.config_dict.placeholder(int),
         )
     )
 

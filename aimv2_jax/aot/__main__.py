@@ -18,7 +18,7 @@ from aimv2_jax.aot.table import report_lines
 from aimv2_jax.aot.topology import Topology, parse_topology, require_libtpu
 from aimv2_jax.aot.twin import stack_depths, twin_config
 from aimv2_jax.config import Config, load_config
-from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors
+from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.files import write_whole
 from aimv2_jax.flags import Parser, check_output, positive, split_overrides
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="an experiment")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x16, v6e:16x16, ...")
     parser.add_argument("--slices", type=positive, default=1, metavar="N", help="so many of them, joined by a network")
+    parser.add_argument("--area", type=positive, metavar="A", help="one of data.areas; the largest, unless given")
     parser.add_argument("--full", action="store_true", help="generate the code of the whole step, not of a twin")
     parser.add_argument("--breakdown", action="store_true", help="show where the cycles go by part of the model")
     parser.add_argument("--no-xla-attention", action="store_true", help="leave out the figures with XLA attention")
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     topology = parse_topology(flags.topology, flags.slices)
     if topology.slices > 1:
         overrides = [("mesh.slices", str(topology.slices)), *overrides]
-    config = load_config(flags.config, overrides)
+    config = at_one_area(load_config(flags.config, overrides), flags.area)
     require_libtpu()
     figures = {"topology": topology.name, "slices": topology.slices, "config": flags.config, "full": flags.full}
     figures |= run(config, topology, flags.full)
@@ -58,6 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.json:
         write_whole(flags.json, (json.dumps(figures, indent=1) + "\n").encode())
     return EXIT_FINISHED
+
+
+def at_one_area(config: Config, area: int | None) -> Config:
+    """A native-resolution config with one of its areas, the largest unless said; others as they are."""
+    areas = {shape.patches: shape for shape in config.batch_shapes}
+    if area is not None and (area not in areas or not config.data.areas):
+        known = ", ".join(map(str, config.data.areas)) or "none: it has a fixed resolution"
+        raise UserError("--area is none of the config's", area, f"Give one of data.areas ({known})")
+    if not config.data.areas:
+        return config
+    shape = areas[area or max(areas)]
+    data = dataclasses.replace(config.data, areas=(shape.patches,), batch_size=shape.examples)
+    return dataclasses.replace(config, data=data)
 
 
 def run(config: Config, topology: Topology, full: bool) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from aimv2_jax.train.flops import flops_per_example
 def flops_of_allowed_pairs(config: Config) -> float:
     """`flops_per_example` with attention counted by the pairs of query and key that the mask allows.
 
-    The encoder's prefix is uniform on {1 … L-1} (`losses.draw_prefix`): the mean over it. The decoder is causal.
+    Of the first of the config's batch shapes, without padding. The encoder's prefix is uniform on {1 … L-1}
+    (`losses.draw_prefix`): the mean over it. The decoder is causal.
     """
     encoder, decoder = config.model.encoder, config.model.decoder
-    length = config.num_patches
+    length = config.batch_shapes[0].patches
     rows = length + (decoder.text_length if config.loss.text else 0)
     # Σ_p p (p - 1) / 2 over p = 1 … L-1, divided by L - 1, is L (L - 2) / 6: the pairs above the diagonal.
     encoder_pairs = length * (length + 1) / 2 + length * (length - 2) / 6
@@ -20,4 +21,4 @@ def flops_of_allowed_pairs(config: Config) -> float:
     forbidden = encoder.depth * encoder.width * (length**2 - encoder_pairs)
     forbidden += decoder.depth * decoder.width * (rows**2 - decoder_pairs)
     # Two products, 2 FLOPs a multiply-add, forward and twice that backward.
-    return flops_per_example(config) - 3 * 2 * 2 * forbidden
+    return flops_per_example(config, length) - 3 * 2 * 2 * forbidden

@@ -89,6 +89,7 @@ def predict(config: Config, topology: Topology, compiled: Compiled, twin: Twin |
         "mesh": dict(zip(program["axes"], program["shape"])),
         "num_chips": program["num_chips"],
         "batch_size": program["batch_size"],
+        "patches": program["patches"],
         "compile_s": compiled.seconds + (twin.compiled.seconds if twin else 0),
     }
 
@@ -111,6 +112,7 @@ def refused(compiled: Compiled, topology: Topology) -> dict[str, Any]:
         "mesh": dict(zip(program["axes"], program["shape"])),
         "num_chips": program["num_chips"],
         "batch_size": program["batch_size"],
+        "patches": program["patches"],
     }
 
 

@@ -153,7 +153,7 @@ def _rows_of_one_device(program: dict[str, Any], config: Config) -> set[int]:
 
 
 def _lengths(config: Config) -> set[int]:
-    image, text = config.num_patches, config.model.decoder.text_length
+    image, text = config.batch_shapes[0].patches, config.model.decoder.text_length
     return {image - 1, image, text - 1, text, image + text - 1, image + text}
 
 

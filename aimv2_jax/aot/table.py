@@ -15,7 +15,7 @@ def report_lines(figures: dict[str, Any], topology: Topology, breakdown: bool) -
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     lines = [
         f"PREDICTION by the TPU compiler, not a measurement: {several}{topology.name}, {figures['num_chips']} chips",
-        f"  {versions}; mesh {mesh}; batch {figures['batch_size']}",
+        f"  {versions}; mesh {mesh}; batch {figures['batch_size']} x {figures['patches']} patches",
         "",
     ]
     if not figures["compiles"]:

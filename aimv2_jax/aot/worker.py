@@ -47,7 +47,7 @@ def run(job: Job) -> None:
         config = build_config(job.config)
         program = build_program(config, devices)
         facts = describe(program, config, topology)  # Before lowering: it says what is compiled.
-        lowered = program.lower_step()
+        lowered = program.lower_step(config.batch_shapes[0])
     except UserError as error:
         write_whole(folder / "user_error.json", json.dumps([error.what, str(error.value), error.remedy]).encode())
         return
@@ -75,7 +75,7 @@ def describe(program: Any, config: Config, topology: Topology) -> dict[str, Any]
     from aimv2_jax.aot.model_flops import flops_of_allowed_pairs
     from aimv2_jax.train.flops import flops_per_example
 
-    mesh = program.mesh
+    mesh, shape = program.mesh, config.batch_shapes[0]
     return {
         "axes": list(mesh.axis_names),
         "shape": list(mesh.devices.shape),
@@ -83,11 +83,12 @@ def describe(program: Any, config: Config, topology: Topology) -> dict[str, Any]
             {"coords": list(device.coords), "slice": getattr(device, "slice_index", None) or 0}
             for device in mesh.devices.flat
         ],
-        "tensors": [*_tensors(program.abstract_state), *_tensors(program.abstract_batch, "batch")],
+        "tensors": [*_tensors(program.abstract_state), *_tensors(program.abstract_batch(shape), "batch")],
         "compiler_options": program.compiler_options,
-        "flops_per_example": flops_per_example(config),
+        "flops_per_example": flops_per_example(config, shape.patches),
         "flops_of_allowed_pairs": flops_of_allowed_pairs(config),
-        "batch_size": config.data.batch_size,
+        "batch_size": shape.examples,
+        "patches": shape.patches,
         "steps": config.train.steps,
         "num_chips": topology.num_chips,
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "libtpu": libtpu.__version__},

@@ -34,22 +34,23 @@ def batch_sheet(config: Config, name: str, step: int, most_pictures: int) -> Fig
     pipeline.check_sources(config)
     decoder = config.model.decoder
     tokenizer = Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
-    rows = min(MOST_ROWS, config.data.batch_size)
     # Threads of this process: a batch is the same however it is built, and workers would take seconds to start.
     single = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0, prefetch=1))
     plan = pipeline.training_plan(config, pipeline.open_sources(config.data.sources))
-    with pipeline.training_batches(single, np.arange(rows), step, tokenizer) as batches:
+    size = plan.steps.shape(step).examples
+    rows = min(MOST_ROWS, size)
+    with pipeline.training_batches(single, lambda _: range(rows), step, tokenizer) as batches:
         batch = next(batches)
     count = min(most_pictures, rows)
     factor = _factor(batch, count, config.model.patch_size)
     tiles = [_row_tile(config, plan, tokenizer, batch, row, factor) for row in range(count)]
-    note = f"Rows 0 to {count - 1:,} of {config.data.batch_size:,}, as the model gets them"
+    note = f"Rows 0 to {count - 1:,} of {size:,}, as the model gets them"
     note += {0: ", reduced to fit", 1: ""}.get(factor, f", every pixel drawn as {factor} × {factor}")
     note += "; below them, what their tokens decode to."
-    if rows < config.data.batch_size:
+    if rows < size:
         note += f" Counts are of the first {rows:,} rows."
     return contact_sheet(
-        tiles, _batch_facts(config, batch), _batch_charts(config, batch), f"{name}, step {step:,}", note
+        tiles, _batch_facts(config, plan, batch), _batch_charts(config, batch), f"{name}, step {step:,}", note
     )
 
 
@@ -96,9 +97,11 @@ def _row_tile(config: Config, plan: Plan, tokenizer: Tokenizer, batch: HostBatch
     return Tile(f"example {example:,}", subtitle, texts, picture)
 
 
-def _batch_facts(config: Config, batch: HostBatch) -> dict[str, str]:
-    first = batch.step * config.data.batch_size
-    facts = {"batch": f"examples {first:,} to {first + config.data.batch_size - 1:,}"}
+def _batch_facts(config: Config, plan: Plan, batch: HostBatch) -> dict[str, str]:
+    first, end = (plan.steps.first_example(step) for step in (batch.step, batch.step + 1))
+    facts = {"batch": f"examples {first:,} to {end - 1:,}"}
+    if config.data.areas:
+        facts["patches"] = f"at most {batch.arrays['valid'].shape[1]:,} each, {batch.arrays['valid'].mean():.1%} used"
     counts = mixture_counts(config.data.mixture)
     total = sum(count for kinds in counts.values() for count in kinds.values())
     facts["mixture asked"] = "\n".join(

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from aimv2_jax.data import captions, records, transforms
+from aimv2_jax.data.chance import example_rng
 from aimv2_jax.data.clock import StageClock
 from aimv2_jax.data.pictures import Picture, open_picture
-from aimv2_jax.data.plan import Plan, example_rng
+from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.readahead import ReadAhead
 from aimv2_jax.data.records import REASONS, BadRecord, Record
 from aimv2_jax.data.sources import Source
@@ -56,11 +57,10 @@ class TrainingView:
     ratio: tuple[float, float]
     flip: float
 
-    def __call__(self, picture: Picture, example: int, clock: StageClock) -> np.ndarray:
+    def __call__(self, picture: Picture, example: int, most_patches: int, clock: StageClock) -> np.ndarray:
         crop_rng = example_rng(self.seed, "crop", example)
         box = transforms.crop_box(crop_rng, *picture.size, self.area, self.ratio)
-        flipped = example_rng(self.seed, "flip", example).random() < self.flip
-        return _look(picture, box, self.size, flipped, clock)
+        return _look(picture, box, self.size, is_flipped(self.seed, example, self.flip), clock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,39 @@ class CenterView:
 
     size: int
 
-    def __call__(self, picture: Picture, example: int, clock: StageClock) -> np.ndarray:
+    def __call__(self, picture: Picture, example: int, most_patches: int, clock: StageClock) -> np.ndarray:
         return _look(picture, transforms.center_box(*picture.size), self.size, False, clock)
 
 
-def _look(picture: Picture, box: transforms.Box, size: int, flipped: bool, clock: StageClock) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class NativeView:
+    """How an example sees its picture at native resolution: whole, with its aspect, in as many patches as there may be.
+
+    `flip` is the probability of a flip that the example's number decides.
+    """
+
+    seed: int
+    patch_size: int
+    upscale: bool
+    flip: float = 0.0
+
+    def __call__(self, picture: Picture, example: int, most_patches: int, clock: StageClock) -> np.ndarray:
+        width, height = picture.size
+        if not self.upscale:
+            most_patches = min(most_patches, max(1, width * height // self.patch_size**2))
+        rows, columns = transforms.fit_grid(width, height, most_patches)
+        size = (columns * self.patch_size, rows * self.patch_size)
+        return _look(picture, (0, 0, width, height), size, is_flipped(self.seed, example, self.flip), clock)
+
+
+def is_flipped(seed: int, example: int, probability: float) -> bool:
+    """Whether an example sees its picture with left and right exchanged."""
+    return example_rng(seed, "flip", example).random() < probability
+
+
+def _look(
+    picture: Picture, box: transforms.Box, size: int | tuple[int, int], flipped: bool, clock: StageClock
+) -> np.ndarray:
     image, box = picture.decode(box, size)
     clock.lap("decode")
     pixels = transforms.resize(image, box, size, flipped)
@@ -81,8 +109,8 @@ def _look(picture: Picture, box: transforms.Box, size: int, flipped: bool, clock
     return pixels
 
 
-View = Callable[[Picture, int, StageClock], np.ndarray]
-"""(a picture, the example's number, the clock of its batch) -> pixels; raises `BadRecord`."""
+View = Callable[[Picture, int, int, StageClock], np.ndarray]
+"""(a picture, the example's number, the patches it may have, its batch's clock) -> pixels; raises `BadRecord`."""
 
 
 class _Search:
@@ -122,14 +150,16 @@ class _Search:
         self.faults.append(Fault(self.example, self.source.name, self._index, error.key, error.reason))
 
 
-def render(record: Record, kind: str, view: View, example: int, clock: StageClock) -> tuple[np.ndarray, bytes]:
+def render(
+    record: Record, kind: str, view: View, example: int, most_patches: int, clock: StageClock
+) -> tuple[np.ndarray, bytes]:
     """What `view` makes of the picture for `example`, and the cleaned caption in UTF-8; raises `BadRecord`."""
     try:
         if kind not in record.captions:
             raise BadRecord("missing_caption")
         caption = captions.clean(record.captions[kind]).encode()
         clock.lap("caption")
-        return view(open_picture(record.image), example, clock), caption
+        return view(open_picture(record.image), example, most_patches, clock), caption
     except BadRecord as error:
         raise BadRecord(error.reason, record.key) from error
 
@@ -137,14 +167,14 @@ def render(record: Record, kind: str, view: View, example: int, clock: StageCloc
 class _Rows:
     """The rows of one batch while they are filled; those never filled stay filling, with `valid` False."""
 
-    def __init__(self, step: int, examples: Sequence[int], grid: tuple[int, int], patch_size: int):
-        count, num_patches = len(examples), grid[0] * grid[1]
-        self._step, self._patch_size = step, patch_size
+    def __init__(self, step: int, examples: Sequence[int], num_patches: int, patch_size: int):
+        count = len(examples)
+        self._step, self._num_patches, self._patch_size = step, num_patches, patch_size
         self._captions, self._faults = [b""] * count, []
         self.clock = StageClock()
         self.arrays = {
             "patches": np.zeros((count, num_patches, 3 * patch_size**2), np.uint8),
-            "coords": np.broadcast_to(transforms.patch_coords(grid), (count, num_patches, 2)).copy(),
+            "coords": np.zeros((count, num_patches, 2), np.int32),
             "valid": np.zeros((count, num_patches), bool),
             "example_index": np.array([divmod(example, 1 << 32) for example in examples], np.uint32).reshape(count, 2),
             "source": np.zeros(count, np.int32),
@@ -152,8 +182,11 @@ class _Rows:
         }
 
     def fill(self, row: int, pixels: np.ndarray, caption: bytes) -> None:
-        transforms.patchify(pixels, self._patch_size, out=self.arrays["patches"][row])
-        self.arrays["valid"][row] = True
+        rows, columns = pixels.shape[0] // self._patch_size, pixels.shape[1] // self._patch_size
+        used = slice(rows * columns)  # The others are padding.
+        transforms.patchify(pixels, self._patch_size, out=self.arrays["patches"][row, used])
+        self.arrays["coords"][row, used] = transforms.patch_coords((rows, columns))
+        self.arrays["valid"][row, used] = True
         self._captions[row] = caption
         self.clock.lap("patchify")
 
@@ -161,7 +194,7 @@ class _Rows:
         """Fills the row of `search` from what it found, or finds when sent on; False where that was nothing usable."""
         while search.found is not None:
             try:
-                pixels, caption = render(search.found, search.kind, view, search.example, self.clock)
+                pixels, caption = render(search.found, search.kind, view, search.example, self._num_patches, self.clock)
             except BadRecord as error:
                 self.clock.lap("decode")
                 search.reject(error)
@@ -181,19 +214,18 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatches:
-    """step -> this process' rows of that step's batch; `rows` are their places in the global batch."""
+    """step -> this process' rows of that step's batch; `rows`: the places they have in a global batch of a size."""
 
     plan: Plan
     sources: Mapping[str, Source]
-    rows: tuple[int, ...]
+    rows: Mapping[int, tuple[int, ...]]
     view: View
-    grid: tuple[int, int]
     patch_size: int
     reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __call__(self, step: int) -> LocalBatch:
-        examples = [self.plan.first_example(step) + row for row in self.rows]
-        rows, order = _Rows(step, examples, self.grid, self.patch_size), list(self.sources)
+        num_patches, order = self.plan.steps.shape(step).patches, list(self.sources)
+        rows = _Rows(step, self._examples(step), num_patches, self.patch_size)
         for search in self.reads(step, self._searches):
             rows.clock.lap("read")
             rows.arrays["source"][search.row] = order.index(search.source.name)
@@ -206,9 +238,12 @@ class TrainingBatches:
                 )
         return rows.done()
 
+    def _examples(self, step: int) -> list[int]:
+        first = self.plan.steps.first_example(step)
+        return [first + place for place in self.rows[self.plan.steps.shape(step).examples]]
+
     def _searches(self, step: int) -> Iterator[_Search]:
-        for row, place in enumerate(self.rows):
-            example = self.plan.first_example(step) + place
+        for row, example in enumerate(self._examples(step)):
             draw = self.plan.draw(example)
             yield _Search(row, example, self.sources[draw.source], draw.kind, self.plan.records(draw))
 
@@ -227,7 +262,7 @@ class EvaluationBatches:
     batch_size: int
     rows: tuple[int, ...]
     view: View
-    grid: tuple[int, int]
+    num_patches: int
     patch_size: int
     reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
@@ -236,7 +271,7 @@ class EvaluationBatches:
 
     def __call__(self, number: int) -> LocalBatch:
         examples = [number * self.batch_size + row for row in self.rows]
-        rows, order = _Rows(number, examples, self.grid, self.patch_size), list(self.sources)
+        rows, order = _Rows(number, examples, self.num_patches, self.patch_size), list(self.sources)
         for search in self.reads(number, self._searches):
             rows.clock.lap("read")
             rows.arrays["source"][search.row] = order.index(search.source.name)

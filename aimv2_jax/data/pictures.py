@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from aimv2_jax.data.records import BadRecord
-from aimv2_jax.data.transforms import Box
+from aimv2_jax.data.transforms import Box, sides
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB of RGB.
 FORMAT_OF = {  # Pillow's name by the file's suffix; None for pictures that are not decoded but dropped.
@@ -107,16 +107,17 @@ class Picture:
         self._turn = _TURNS.get(_orientation(image), _UPRIGHT)
         self.size = self._turn.seen_size(*image.size)
 
-    def decode(self, box: Box, size: int) -> tuple[Image.Image, Box]:
-        """What it takes to scale `box` to a square of `size` pixels: an image in RGB, and where in it the box lies.
+    def decode(self, box: Box, size: int | tuple[int, int]) -> tuple[Image.Image, Box]:
+        """What it takes to scale `box` to `size` (see `transforms.resize`): an RGB image, and where in it the box lies.
 
         Raises:
           BadRecord: `undecodable_image`, also where the damage lies outside of the box.
         """
         if self._image.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L"):
             stored = self._turn.stored_box(box, *self.size)
+            stored_size = self._turn.seen_size(*sides(size))  # Exchanging the axes undoes itself.
             try:
-                image, stored = _decode_jpeg(self._data, self._image.size, stored, size)
+                image, stored = _decode_jpeg(self._data, self._image.size, stored, stored_size)
             except ValueError:
                 pass  # An error or, of which many are harmless, a warning: Pillow's word counts.
             else:
@@ -179,16 +180,16 @@ def decode_image(data: bytes) -> Image.Image:
     return open_picture(data).whole()
 
 
-def _decode_jpeg(data: bytes, whole: tuple[int, int], box: Box, size: int) -> tuple[Image.Image, Box]:
+def _decode_jpeg(data: bytes, whole: tuple[int, int], box: Box, size: tuple[int, int]) -> tuple[Image.Image, Box]:
     """What `Picture.decode` gives, as stored; raises `ValueError` for what Pillow may see more mildly."""
     width, height = box[2] - box[0], box[3] - box[1]
-    enough = SPARE * max(size, _SMALLEST_TARGET)
-    scale = next((scale for scale in (8, 4, 2) if min(width, height) >= scale * enough), 1)
+    spare = min(have / max(want, _SMALLEST_TARGET) for have, want in zip((width, height), size)) / SPARE
+    scale = next((scale for scale in (8, 4, 2) if spare >= scale), 1)
     smallest = {"min_width": -(-whole[0] // scale), "min_height": -(-whole[1] // scale)} if scale > 1 else {}
     pixels = simplejpeg.decode_jpeg(data, "RGB", min_factor=scale, **smallest)
     # Only the part that the resize looks at goes on to Pillow: cubic, so two pixels beside each one, of either size.
-    left, right = _reach(box[0] / scale, box[2] / scale, size, pixels.shape[1])
-    top, bottom = _reach(box[1] / scale, box[3] / scale, size, pixels.shape[0])
+    left, right = _reach(box[0] / scale, box[2] / scale, size[0], pixels.shape[1])
+    top, bottom = _reach(box[1] / scale, box[3] / scale, size[1], pixels.shape[0])
     # Decoding rounds the picture's size up, so the box is inside of it.
     inside = box[0] / scale - left, box[1] / scale - top, box[2] / scale - left, box[3] / scale - top
     return Image.fromarray(pixels[top:bottom, left:right]), inside

@@ -20,11 +20,21 @@ import numpy as np
 from absl import flags
 
 from aimv2_jax.config import Config, mixture_counts
-from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, LocalBatch, TrainingBatches, TrainingView
+from aimv2_jax.data.batches import (
+    CenterView,
+    EvaluationBatches,
+    Fault,
+    LocalBatch,
+    NativeView,
+    TrainingBatches,
+    TrainingView,
+    View,
+)
 from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.readahead import QUICK_S, ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sources import Source
+from aimv2_jax.data.steps import Steps
 from aimv2_jax.data.workers import cores, start_reader
 from aimv2_jax.errors import UserError
 
@@ -101,17 +111,21 @@ def _listed(names: Any) -> str:
 def training_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
     """Which records are in which step of a run."""
     sizes = {name: len(source) for name, source in sources.items()}
-    return Plan(config.seed, config.data.batch_size, sizes, mixture_counts(config.data.mixture))
+    return Plan(config.seed, Steps(config.seed, config.batch_shapes), sizes, mixture_counts(config.data.mixture))
 
 
 def training_batches(
-    config: Config, rows: Sequence[int] | np.ndarray, start_step: int, tokenizer: Tokenizer | None = None
+    config: Config,
+    rows_of: Callable[[int], Sequence[int] | np.ndarray],
+    start_step: int,
+    tokenizer: Tokenizer | None = None,
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, … without end.
 
     Args:
       config: the run's config.
-      rows: the rows of the global batch that this process holds, in the order in which it wants them.
+      rows_of: from the size of a global batch to those of its rows that this process holds, in the order in which it
+        wants them; `range` for all.
       start_step: the first step.
       tokenizer: without one, `tokens` and `token_valid` are zero.
 
@@ -119,14 +133,17 @@ def training_batches(
       UserError: if a source cannot be read.
     """
     sources = open_sources(config.data.sources)
-    data = config.data
+    data, patch_size = config.data, config.model.patch_size
+    view: View = TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip)
+    if data.areas:
+        view = NativeView(config.seed, patch_size, data.upscale, data.flip)
+    sizes = {shape.examples for shape in config.batch_shapes}
     build = TrainingBatches(
         training_plan(config, sources),
         sources,
-        tuple(int(row) for row in rows),
-        TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip),
-        config.grid,
-        config.model.patch_size,
+        {size: tuple(int(row) for row in rows_of(size)) for size in sizes},
+        view,
+        patch_size,
         # Worker i of n builds every n-th batch. Threads of one process wait for one another: there no read is quick.
         ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
@@ -143,7 +160,10 @@ def evaluation_batches(
     records and the tail of the last batch are rows whose `valid` and `token_valid` are all False.
     """
     sources = open_sources(config.eval.sources)
-    limit = config.eval.max_examples
+    limit, area, patch_size = config.eval.max_examples, config.eval.area, config.model.patch_size
+    view: View = CenterView(config.data.image_size)
+    if area is not None:
+        view = NativeView(config.seed, patch_size, config.data.upscale)
     for kind in config.eval.kinds:
         counts = {name: len(source) for name, source in sources.items() if source.kinds.get(kind)}
         build = EvaluationBatches(
@@ -152,9 +172,9 @@ def evaluation_batches(
             kind,
             config.eval.batch_size,
             tuple(int(row) for row in rows),
-            CenterView(config.data.image_size),
-            config.grid,
-            config.model.patch_size,
+            view,
+            area or config.num_patches,
+            patch_size,
             ReadAhead(config.data.read_threads),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)

@@ -6,22 +6,18 @@ as evenly as integers allow. A source goes through all its records, in a new ord
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import heapq
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from grain.experimental import index_shuffle
 from jaxtyping import Int32
+
+from aimv2_jax.data.chance import hash32, shuffled
+from aimv2_jax.data.steps import Steps
 
 MAX_ATTEMPTS = 1024
 """Records of a source that are tried for one example before the source is given up."""
-
-_SHUFFLE_ROUNDS = 4  # Grain's own choice for its global shuffle.
-# index_shuffle walks through 2^16 codes to find one below a small size: 195 us at 209 records, 15 us at 4,096.
-_TABLE_SIZE = 4096
 
 
 class Draw(NamedTuple):
@@ -37,13 +33,13 @@ class Plan:
 
     Args:
       seed: the run's seed.
-      batch_size: examples a step.
+      steps: how many examples each step has.
       sizes: records of each source, by name.
       counts: for each source, how often each caption kind occurs in one cycle (`config.mixture_counts`).
     """
 
-    def __init__(self, seed: int, batch_size: int, sizes: Mapping[str, int], counts: Mapping[str, Mapping[str, int]]):
-        self.seed, self.batch_size = seed, batch_size
+    def __init__(self, seed: int, steps: Steps, sizes: Mapping[str, int], counts: Mapping[str, Mapping[str, int]]):
+        self.seed, self.steps = seed, steps
         # Sorted: the plan is a function of what is mixed, not of the order in which a config lists it.
         self._names = sorted(counts)
         self._sizes = {name: int(sizes[name]) for name in self._names}
@@ -60,13 +56,9 @@ class Plan:
         """Examples after which every source and kind has had exactly its weight."""
         return len(self._cycle)
 
-    def first_example(self, step: int) -> int:
-        """The number of the first example of `step`; its others follow."""
-        return step * self.batch_size
-
     def epochs(self, steps: int) -> dict[str, float]:
         """Passes over each source that the first `steps` steps make."""
-        cycles, slots = divmod(self.first_example(steps), len(self._cycle))
+        cycles, slots = divmod(self.steps.first_example(steps), len(self._cycle))
         drawn = [cycles * int(weight) for weight in self._weights]
         part = np.bincount(self._cycle[:slots], minlength=len(self._names))
         return {name: (drawn[i] + int(part[i])) / self._sizes[name] for i, name in enumerate(self._names)}
@@ -123,32 +115,3 @@ def _rank(cycle: Int32[np.ndarray, " W"]) -> Int32[np.ndarray, " W"]:
         where = np.flatnonzero(cycle == value)
         rank[where] = np.arange(len(where))
     return rank
-
-
-def shuffled(index: int, size: int, seed: int) -> int:
-    """Where `index` comes in a permutation of range(size) that `seed` (32 bits) chooses."""
-    if size <= _TABLE_SIZE:
-        return int(_permutation(size, seed)[index])
-    return index_shuffle(index, max_index=size - 1, seed=seed, rounds=_SHUFFLE_ROUNDS)
-
-
-@functools.lru_cache(maxsize=256)
-def _permutation(size: int, seed: int) -> np.ndarray:
-    # Raw draws, which numpy keeps the same in every version, and a stable sort, which has one answer.
-    return np.argsort(np.random.Philox(key=seed).random_raw(size), kind="stable")
-
-
-def hash32(*parts: int | str) -> int:
-    """32 bits of a hash of `parts`, the same on every machine."""
-    return int.from_bytes(_digest(parts, 4), "little")
-
-
-def example_rng(seed: int, purpose: str, example: int) -> np.random.Generator:
-    """The random numbers of one example for one purpose: Philox, counting from the example's number."""
-    key = np.array([seed, int.from_bytes(_digest((purpose,), 8), "little")], np.uint64)
-    # The generator counts in word 0, so that examples never share a number.
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, example, 0, 0], np.uint64)))
-
-
-def _digest(parts: tuple[int | str, ...], size: int) -> bytes:
-    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=size).digest()

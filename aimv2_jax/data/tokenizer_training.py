@@ -12,7 +12,7 @@ from typing import Literal
 import sentencepiece
 
 from aimv2_jax.data import captions, records
-from aimv2_jax.data.plan import hash32, shuffled
+from aimv2_jax.data.chance import hash32, shuffled
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors

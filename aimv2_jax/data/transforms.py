@@ -1,19 +1,22 @@
 """From pictures to patches: crops, one resize, patches. Pillow and numpy.
 
-B batch, L patches, P numbers a patch (row, column, channel), H and W pixels.
+B batch, L patches, P numbers a patch (row, column, channel), H and W pixels, G grids.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import einops
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 
 Box = tuple[int | float, int | float, int | float, int | float]
 """(left, top, right, bottom), in pixels."""
+
+_MOST_ERROR, _LEAST_FILL = 0.05, 0.8  # Of `fit_grid`.
 
 
 def crop_box(
@@ -47,13 +50,51 @@ def center_box(width: int, height: int) -> Box:
     return left, top, left + side, top + side
 
 
-def resize(image: Image.Image, box: Box, size: int, mirrored: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-    """The part of `image` inside `box` as a square of `size` pixels: bicubic, antialiased (a = -0.5, Pillow's).
+def fit_grid(width: int, height: int, area: int) -> tuple[int, int]:
+    """(rows, columns) of patches for a picture, at most `area` in all, that keep its aspect and fill the area.
+
+    Of the grids whose aspect is within 5 % of the picture's, the one of most patches. Where there is none, or that one
+    fills less than 80 % of the area, the one of least error among those that fill 80 % (RECIPE.md §9). The error is
+    max(q, 1/q) - 1, q the ratio of the two aspects; ties go to the other measure, then to fewer rows.
+    """
+    rows, columns = _grids(area)
+    patches, ratio = rows * columns, (columns * height) / (rows * width)
+    error = np.maximum(ratio, 1 / ratio) - 1
+    close = np.flatnonzero(error <= _MOST_ERROR)
+    most = patches[close].max(initial=0)
+    if most >= _LEAST_FILL * area:
+        best = close[patches[close] == most]
+        best = best[np.lexsort((rows[best], error[best]))[0]]
+    else:
+        full = np.flatnonzero(patches >= _LEAST_FILL * area)
+        best = full[error[full] == error[full].min()]
+        best = best[np.lexsort((rows[best], -patches[best]))[0]]
+    return int(rows[best]), int(columns[best])
+
+
+@functools.lru_cache(maxsize=16)
+def _grids(area: int) -> tuple[Int64[np.ndarray, " G"], Int64[np.ndarray, " G"]]:
+    """Rows and columns of all grids of at most `area` patches."""
+    counts = area // np.arange(1, area + 1)
+    rows = np.repeat(np.arange(1, area + 1), counts)
+    columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    return rows, columns
+
+
+def resize(
+    image: Image.Image, box: Box, size: int | tuple[int, int], mirrored: bool = False
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The part of `image` inside `box` at `size`, (width, height) or a square's side: bicubic, antialiased (a = -0.5).
 
     `mirrored`: with left and right exchanged, which numpy takes ten times as long for as Pillow.
     """
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else square)
+    resized = image.resize(sides(size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else resized)
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height); a number is a square's side."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def patchify(
@@ -75,6 +116,9 @@ def unpatchify(patches: UInt8[np.ndarray, "L P"], grid: tuple[int, int], patch_s
     return einops.rearrange(patches, "(h w) (p q c) -> (h p) (w q) c", h=grid[0], p=patch_size, q=patch_size)
 
 
+@functools.lru_cache(maxsize=256)
 def patch_coords(grid: tuple[int, int]) -> Int32[np.ndarray, "L 2"]:
-    """(row, column) of each patch of a grid of (rows, columns), row-major."""
-    return np.indices(grid, dtype=np.int32).reshape(2, -1).T.copy()
+    """(row, column) of each patch of a grid of (rows, columns), row-major. Not to be written to."""
+    coords = np.indices(grid, dtype=np.int32).reshape(2, -1).T.copy()
+    coords.flags.writeable = False
+    return coords

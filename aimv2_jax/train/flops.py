@@ -13,10 +13,10 @@ from aimv2_jax.models.sizes import swiglu_hidden
 from aimv2_jax.parallel.chips import chip_kind
 
 
-def flops_per_example(config: Config) -> float:
-    """Model FLOPs of one example, forward and backward."""
+def flops_per_example(config: Config, length: int | None = None) -> float:
+    """Model FLOPs of one example of `length` patches (those of config data.image_size), forward and backward."""
     encoder, decoder, loss = config.model.encoder, config.model.decoder, config.loss
-    length, pixels = config.num_patches, len(config.model.pixel_mean) * config.model.patch_size**2
+    length, pixels = length or config.num_patches, len(config.model.pixel_mean) * config.model.patch_size**2
     text = decoder.text_length if loss.text else 0
     multiply_adds = length * pixels * encoder.width + _trunk(encoder, length)
     multiply_adds += length * encoder.width * decoder.width + _trunk(decoder, length + text)
@@ -31,9 +31,9 @@ def _trunk(trunk, rows: int) -> int:
     return trunk.depth * (rows * (4 * width**2 + 3 * width * hidden) + 2 * rows**2 * width)
 
 
-def model_flops_utilisation(config: Config, images_per_s: float | None, devices: list[jax.Device]) -> float | None:
-    """Model FLOP/s over the devices' bfloat16 peak; None where peak or rate are unknown, or it computes otherwise."""
+def model_flops_utilisation(config: Config, tflops_per_s: float | None, devices: list[jax.Device]) -> float | None:
+    """Model TFLOP/s over the devices' bfloat16 peak; None where peak or rate are unknown, or it computes otherwise."""
     chip = chip_kind(devices[0])
-    if images_per_s is None or chip is None or config.model.compute_dtype != "bfloat16":
+    if tflops_per_s is None or chip is None or config.model.compute_dtype != "bfloat16":
         return None
-    return flops_per_example(config) * images_per_s / (len(devices) * chip.peak_flops)
+    return tflops_per_s * 1e12 / (len(devices) * chip.peak_flops)

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from aimv2_jax.config import Config, config_text
+from aimv2_jax.config import BatchShape, Config, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop, UserError
@@ -39,7 +39,7 @@ from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
 from aimv2_jax.train.checkpoint import Checkpointer, check_free_space, state_bytes
 from aimv2_jax.train.evaluate import evaluate
-from aimv2_jax.train.flops import model_flops_utilisation
+from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
 from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.profile import Profiler
@@ -144,12 +144,22 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+class _Step(NamedTuple):
+    """What is done with a batch of one shape: handed to the devices, computed; and the model FLOPs of that."""
+
+    put: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]
+    compiled: Callable[..., Any]
+    flops: float
+
+
 class _Pending(NamedTuple):
-    """A dispatched step: its number, metrics, and the examples and bad records up to it."""
+    """A dispatched step: its number, metrics, the examples and bad records up to it, its own examples and FLOPs."""
 
     number: int
     metrics: Mapping[str, jax.Array]
     counts: jax.Array
+    examples: int
+    flops: float
 
 
 class _Run:
@@ -168,7 +178,6 @@ class _Run:
         config = program.config
         self.program, self.config, self.tokenizer = program, config, tokenizer
         self.checkpointer, self.writer, self.start = checkpointer, writer, start
-        self.rows = local_rows(program.batch_sharding, config.data.batch_size)
         self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size)
         self.tally = Tally(list(config.data.sources), pipeline.REASONS, replicated(program.mesh))
         self.bad_records, self.profiler, self.stop = bad_records, profiler, StopRequests()
@@ -186,11 +195,11 @@ class _Run:
 
     def train(self, state: TrainState) -> int:
         config = self.config
-        with pipeline.training_batches(config, self.rows, self.start, self.tokenizer) as batches:
-            _say("compiling the train step ...")
-            step = self.program.compile_step()
+        rows_of = partial(local_rows, self.program.batch_sharding)
+        with pipeline.training_batches(config, rows_of, self.start, self.tokenizer) as batches:
+            steps = {shape: self._compile(shape) for shape in config.batch_shapes}
             with jax.transfer_guard("disallow"), self.stop:
-                stopped = self._steps(step, state, batches)
+                stopped = self._steps(steps, state, batches)
                 self.checkpointer.wait()
         if stopped is not None:
             _say(
@@ -200,12 +209,18 @@ class _Run:
         _say(f"finished: step {config.train.steps}, best checkpoint at step {self.checkpointer.best_step()}")
         return EXIT_FINISHED
 
-    def _steps(self, step: Callable[..., Any], state: TrainState, batches: pipeline.Batches) -> int | None:
+    def _compile(self, shape: BatchShape) -> _Step:
+        """What to do with batches of `shape`."""
+        config, sharding = self.config, self.program.batch_sharding
+        what = f" for {shape.examples:,} pictures of {shape.patches:,} patches" if config.data.areas else ""
+        _say(f"compiling the train step{what} ...")
+        rows = local_rows(sharding, shape.examples)
+        put = partial(pipeline.to_devices, sharding=sharding, rows=rows, global_rows=shape.examples)
+        return _Step(put, self.program.compile_step(shape), flops_per_example(config, shape.patches) * shape.examples)
+
+    def _steps(self, steps: Mapping[BatchShape, _Step], state: TrainState, batches: pipeline.Batches) -> int | None:
         """The contract at the head of this file; the step at which it was asked to stop, or None."""
         config, program = self.config, self.program
-        put = partial(
-            pipeline.to_devices, sharding=program.batch_sharding, rows=self.rows, global_rows=config.data.batch_size
-        )
         pending = None  # The step that is dispatched and not yet read.
         self.stopwatch.lap()
         for number in range(self.start + 1, config.train.steps + 1):
@@ -221,14 +236,16 @@ class _Run:
             if number == self.start + 1:  # The first collective waits less long for others than their workers may need.
                 processes.meet("first batch", config.processes.barrier_timeout_s)
             self.feed.add(host.seconds, depth)
+            shape = self.plan.steps.shape(host.step)
+            step = steps[shape]
             with self.feed.transferring():
-                batch = put(host.arrays)
+                batch = step.put(host.arrays)
             counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
             self.bad_records.write(number, host.faults)
             with jax.profiler.StepTraceAnnotation("train", step_num=number):  # So that XProf knows of steps.
-                state, metrics = step(state, batch, program.rng)
+                state, metrics = step.compiled(state, batch, program.rng)
             self._read(pending)
-            pending = _Pending(number, metrics, counts)
+            pending = _Pending(number, metrics, counts, shape.examples, step.flops)
             self.checkpointer.check_errors()
             stopping = self.stop.reached(number) and number < config.train.steps
             evaluating, saving = self._due(number)
@@ -264,14 +281,14 @@ class _Run:
             return
         number = pending.number
         values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
-        self.stopwatch.count(self.config.data.batch_size)
+        self.stopwatch.count(pending.examples, pending.flops)
         self._check_finite(number, values, ("loss", "grad_norm"))
         if number % self.config.train.log_every and number != self.config.train.steps:
             return
         values |= self.stopwatch.lap()
         devices = list(self.program.mesh.devices.flat)
         values["save_stall_s"], self.save_stall_s = self.save_stall_s, 0.0
-        values["mfu"] = model_flops_utilisation(self.config, values["images_per_s"], devices)
+        values["mfu"] = model_flops_utilisation(self.config, values["model_tflops_per_s"], devices)
         feed, advice = self.feed.lap(values["step_time_s"], values["data_wait_fraction"])
         epochs = {f"epochs/{name}": passes for name, passes in self.plan.epochs(number).items()}
         self.writer.write(number, values | feed | self.tally.lap(pending.counts) | epochs)

@@ -255,7 +255,7 @@ class Stopwatch:
         with stopwatch.waiting():
             batch = next(batches)
         ...
-        stopwatch.count(examples)      # once a step
+        stopwatch.count(examples, flops)  # once a step
         with stopwatch.pause():
             evaluate()
         values = stopwatch.lap()       # once an interval
@@ -286,20 +286,22 @@ class Stopwatch:
         finally:
             self._waiting_s += self._clock() - start
 
-    def count(self, images: int) -> None:
-        """One step of `images` examples is done."""
+    def count(self, images: int, flops: float) -> None:
+        """One step of `images` examples and `flops` model FLOPs is done."""
         self._steps += 1
         self._images += images
+        self._flops += flops
 
     def lap(self) -> dict[str, float | None]:
-        """`images_per_s, step_time_s, data_wait_fraction` since the last lap; None where no step was counted."""
+        """`images_per_s, model_tflops_per_s, step_time_s, data_wait_fraction` since the last lap, or None."""
         seconds = self._clock() - self._start_s - self._left_out_s
-        steps, images, waiting_s = self._steps, self._images, self._waiting_s
+        steps, images, flops, waiting_s = self._steps, self._images, self._flops, self._waiting_s
         self._begin()
         if not steps or seconds <= 0:
-            return {"images_per_s": None, "step_time_s": None, "data_wait_fraction": None}
+            return dict.fromkeys(("images_per_s", "model_tflops_per_s", "step_time_s", "data_wait_fraction"))
         return {
             "images_per_s": images / seconds,
+            "model_tflops_per_s": flops / seconds / 1e12,
             "step_time_s": seconds / steps,
             "data_wait_fraction": waiting_s / seconds,
         }
@@ -308,6 +310,7 @@ class Stopwatch:
         self._start_s = self._clock()
         self._left_out_s = self._waiting_s = 0.0
         self._steps = self._images = 0
+        self._flops = 0.0
 
 
 class ProgressLine:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from aimv2_jax.config import Config
+from aimv2_jax.config import BatchShape, Config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.chips import chip_kind
@@ -65,11 +65,10 @@ class Program:
             self.state_shardings,
         )
 
-    @cached_property
-    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_batch(self, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, types and shardings of a training batch (LAYOUT.md, "Batch")."""
-        config = self.config
-        size, length, text = config.data.batch_size, config.num_patches, config.model.decoder.text_length
+        size, length = shape
+        text = self.config.model.decoder.text_length
         shapes = {
             "patches": ((length, self.task.model.decoder.pixels), jnp.uint8),
             "coords": ((length, 2), jnp.int32),
@@ -107,13 +106,13 @@ class Program:
             out_shardings=(self.state_shardings, whole),
         )
 
-    def lower_step(self) -> Any:
-        """The train step, traced for this run's shapes; the devices may be described ones."""
+    def lower_step(self, shape: BatchShape) -> Any:
+        """The train step, traced for batches of `shape`; the devices may be described ones."""
         key = abstract_key()
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(self.mesh))
         step, state = self.step, self.abstract_state  # Before the scope: described devices compute nothing.
         with rules.scope(self.mesh):
-            return step.lower(state, self.abstract_batch, key)
+            return step.lower(state, self.abstract_batch(shape), key)
 
     @property
     def compiler_options(self) -> dict[str, str]:
@@ -124,9 +123,9 @@ class Program:
         wanted = self.config.train.tpu_compiler_options
         return {name: value for group in groups for name, value in wanted.get(group, {}).items()}
 
-    def compile_step(self) -> Any:
-        """The train step, compiled for this run's shapes: calling it never compiles again."""
-        return self.lower_step().compile(compiler_options=self.compiler_options or None)
+    def compile_step(self, shape: BatchShape) -> Any:
+        """The train step, compiled for batches of `shape`: calling it never compiles again."""
+        return self.lower_step(shape).compile(compiler_options=self.compiler_options or None)
 
     def eval_sums(self, params: Any, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, tuple[float, int]]:
         """Sum and count of every loss of one held-out batch at the given prefix lengths, as numbers of the host."""
@@ -158,7 +157,9 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
             config.train.reduce_dtype,
             "Set train.reduce_dtype=float32",
         )
-    check_batch(config.data.batch_size, mesh, "data.batch_size", config.train.microbatches)
+    for shape in config.batch_shapes:
+        key = f"data.batch_size (at {shape.patches} patches)" if config.data.areas else "data.batch_size"
+        check_batch(shape.examples, mesh, key, config.train.microbatches)
     if config.eval.sources:
         check_batch(config.eval.batch_size, mesh, "eval.batch_size")
     settings = config.optimizer

@@ -43,7 +43,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Forward, backward, clip, update. `rng` is the run's key; what is per example is folded in from its number.
 
-    Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm.
+    Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm, and
+    patch_utilisation, the share of the batch's patches that is no padding.
     """
     prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
     counts = task.counts(batch, prefix)
@@ -59,6 +60,7 @@ def train_step(
         "lr": schedule(state.step),
         "grad_norm": optax.tree.norm(grads),
         "param_norm": optax.tree.norm(state.params),
+        "patch_utilisation": jnp.mean(batch["valid"], dtype=jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

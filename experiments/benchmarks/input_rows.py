@@ -19,10 +19,12 @@ from PIL import Image
 
 from aimv2_jax.config import Config, build_config, mixture_counts
 from aimv2_jax.data import transforms
+from aimv2_jax.data.chance import example_rng
 from aimv2_jax.data.pictures import open_picture
-from aimv2_jax.data.plan import Plan, example_rng
+from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
+from aimv2_jax.data.steps import Steps
 
 TARGET = 224
 BATCH = 32
@@ -66,7 +68,7 @@ def examples(config: Config) -> list[tuple[bytes, transforms.Box]]:
     """The JPEGs and crops of the first examples of a run, as its plan and its view choose them."""
     [(name, path)] = config.data.sources.items()
     source, data = Source(name, path), config.data
-    plan = Plan(config.seed, data.batch_size, {name: len(source)}, mixture_counts(data.mixture))
+    plan = Plan(config.seed, Steps(config.seed, config.batch_shapes), {name: len(source)}, mixture_counts(data.mixture))
     found = []
     for example in range(_EXAMPLES):
         image = decode(source.read(next(plan.records(plan.draw(example))))).image
@@ -158,7 +160,7 @@ def _pipeline(folder: str, cores: int, tokenize: bool, apart: bool) -> Loop:
 
     def run(seconds: float) -> Measured:
         _pin(ours)  # Which the workers inherit.
-        with training_batches(config, range(BATCH), 0, tokenizer) as batches:
+        with training_batches(config, range, 0, tokenizer) as batches:
             next(batches)
             if apart and others:
                 _pin(others)

@@ -135,7 +135,7 @@ def synthetic_batch(program: Any) -> dict[str, Any]:
     import numpy as np
 
     random = np.random.default_rng(0)
-    shapes = program.abstract_batch
+    shapes = program.abstract_batch(program.config.batch_shapes[0])
     size, text = shapes["tokens"].shape
     rows, columns = program.config.grid
     coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
@@ -172,7 +172,7 @@ class Trainer:
         self.program = build_program(config, jax.devices()[:1])
         self.batch = synthetic_batch(self.program)
         start = time.perf_counter()
-        self.step = self.program.compile_step()
+        self.step = self.program.compile_step(config.batch_shapes[0])
         self.compile_s = time.perf_counter() - start
         self.state = self.program.init()
 

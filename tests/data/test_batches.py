@@ -6,14 +6,16 @@ import time
 import numpy as np
 import pytest
 
-from aimv2_jax.config import mixture_counts
+from aimv2_jax.config import BatchShape, mixture_counts
 from aimv2_jax.data import transforms
 from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, TrainingBatches, TrainingView
 from aimv2_jax.data.captions import clean
+from aimv2_jax.data.chance import example_rng
 from aimv2_jax.data.pictures import decode_image
-from aimv2_jax.data.plan import Plan, example_rng
+from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.records import REASONS, decode
 from aimv2_jax.data.sources import Source
+from aimv2_jax.data.steps import Steps
 from aimv2_jax.errors import GuardStop
 
 MIXTURE = {"red": {"alt": 0.5}, "blue": {"synthetic": 0.5}}
@@ -22,14 +24,14 @@ MIXTURE = {"red": {"alt": 0.5}, "blue": {"synthetic": 0.5}}
 def training(paths, mixture=MIXTURE, rows=range(8), seed=0, flip=0.5):
     sources = {name: Source(name, path) for name, path in paths.items()}
     sizes = {name: len(source) for name, source in sources.items()}
-    plan = Plan(seed, 8, sizes, mixture_counts(mixture))
+    plan = Plan(seed, Steps(seed, [BatchShape(8, 4)]), sizes, mixture_counts(mixture))
     view = TrainingView(seed, 28, (0.4, 1.0), (3 / 4, 4 / 3), flip)
-    return TrainingBatches(plan, sources, tuple(rows), view, (2, 2), 14)
+    return TrainingBatches(plan, sources, {8: tuple(rows)}, view, 14)
 
 
 def evaluation(paths, counts, rows=range(8), kind="alt"):
     sources = {name: Source(name, path) for name, path in paths.items()}
-    return EvaluationBatches(sources, tuple(counts.items()), kind, 8, tuple(rows), CenterView(28), (2, 2), 14)
+    return EvaluationBatches(sources, tuple(counts.items()), kind, 8, tuple(rows), CenterView(28), 4, 14)
 
 
 def test_training_batch_when_built_then_each_row_is_its_examples_record_crop_and_flip(datasets):

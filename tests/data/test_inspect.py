@@ -73,7 +73,7 @@ def test_batch_sheet_when_of_a_step_then_its_rows_pixel_for_pixel_with_number_so
     config, tokenizer, tmp_path
 ):
     figure = batch_sheet(config, "some.py", 3, 4)
-    with pipeline.training_batches(config, np.arange(6), 3, tokenizer) as batches:
+    with pipeline.training_batches(config, range, 3, tokenizer) as batches:
         arrays = next(batches).arrays
     shown, sheet = pictures(figure), saved(figure, tmp_path / "sheet.png")
     assert len(shown) == 4
@@ -95,7 +95,7 @@ def test_batch_sheet_when_of_a_step_then_its_rows_pixel_for_pixel_with_number_so
 
 def test_batch_sheet_when_counts_are_drawn_then_those_of_the_batch(config, tokenizer):
     figure = batch_sheet(config, "some.py", 0, 1)
-    with pipeline.training_batches(config, np.arange(6), 0, tokenizer) as batches:
+    with pipeline.training_batches(config, range, 0, tokenizer) as batches:
         arrays = next(batches).arrays
     sources = chart(figure, "Rows by source")
     labels = [text.get_text() for text in sources.texts]

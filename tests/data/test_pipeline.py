@@ -13,16 +13,22 @@ import numpy as np
 import pytest
 
 import aimv2_jax.data
-from aimv2_jax.data.batches import LocalBatch
+from aimv2_jax.data.batches import LocalBatch, is_flipped
+from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.pipeline import (
     REASONS,
     Batches,
     HostBatch,
     check_sources,
     evaluation_batches,
+    open_sources,
     to_devices,
     training_batches,
+    training_plan,
 )
+from aimv2_jax.data.records import decode
+from aimv2_jax.data.sources import Source
+from aimv2_jax.data.transforms import fit_grid, patch_coords, patchify, resize
 from aimv2_jax.errors import GuardStop, UserError
 
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
@@ -32,7 +38,7 @@ ROWS = range(8)
 
 
 def take(config, count, start=0, rows=ROWS, tokenizer=None):
-    with training_batches(config, rows, start, tokenizer) as batches:
+    with training_batches(config, range if rows is None else lambda _: rows, start, tokenizer) as batches:
         return list(itertools.islice(batches, count))
 
 
@@ -149,7 +155,7 @@ def test_error_when_a_batch_cannot_be_built_then_raised_in_its_turn_and_ever_aft
 def test_error_when_a_worker_meets_it_then_raised_in_its_turn(make_config, make_dataset):
     bad = {i: {"image": b"junk"} for i in range(3)}
     config = make_config(sources={"red": make_dataset("red", 3, bad)}, mixture={"red": {"alt": 1.0}}, data__workers=1)
-    with training_batches(config, ROWS, 0) as batches, pytest.raises(GuardStop, match="3 x undecodable_image"):
+    with training_batches(config, range, 0) as batches, pytest.raises(GuardStop, match="3 x undecodable_image"):
         next(batches)
 
 
@@ -276,3 +282,66 @@ def test_import_when_any_data_module_is_then_nothing_of_ours_brings_jax_tensorfl
             for name in names:
                 assert name.split(".")[0] not in ("jax", "flax", "optax", "tensorflow", "tensorflow_text"), path
                 assert not name.startswith(("aimv2_jax.models", "aimv2_jax.train", "aimv2_jax.parallel")), path
+
+
+@pytest.fixture(scope="module")
+def native_config(make_config):
+    """Batches of 32 patches: 8 pictures of at most 4 patches, 4 of 8, or 2 of 16."""
+    from experiments import base
+
+    encoder = base.get_config().model.encoder.to_dict() | {"position": "sincos"}
+    return make_config(data__areas=(4, 8, 16), data__batch_size=2, model__encoder=encoder)
+
+
+def test_native_batch_when_built_then_whole_pictures_in_raster_order_and_padding_that_is_zero(native_config):
+    batches = take(native_config, 12, rows=None)
+    plan = training_plan(native_config, open_sources(native_config.data.sources))
+    assert {batch.arrays["patches"].shape[:2] for batch in batches} == {(8, 4), (4, 8), (2, 16)}
+    for batch in batches:
+        arrays, first = batch.arrays, plan.steps.first_example(batch.step)
+        examples, area = arrays["valid"].shape
+        assert (examples, area) == plan.steps.shape(batch.step)
+        np.testing.assert_array_equal(arrays["example_index"][:, 1], first + np.arange(examples))
+        for row in range(examples):
+            draw = plan.draw(first + row)
+            record = decode(Source(draw.source, native_config.data.sources[draw.source]).read(next(plan.records(draw))))
+            image = decode_image(record.image)
+            rows, columns = fit_grid(*image.size, area)
+            flip = is_flipped(0, first + row, 0.5)
+            pixels = resize(image, (0, 0, *image.size), (columns * 14, rows * 14), flip)
+            used = rows * columns
+            assert arrays["valid"][row].tolist() == [True] * used + [False] * (area - used)
+            np.testing.assert_array_equal(arrays["patches"][row, :used], patchify(pixels, 14))
+            np.testing.assert_array_equal(arrays["coords"][row, :used], patch_coords((rows, columns)))
+            assert not arrays["patches"][row, used:].any() and not arrays["coords"][row, used:].any()
+
+
+@pytest.mark.parametrize("hosts", [2])
+def test_native_batch_when_split_over_hosts_or_started_later_then_the_same_examples(native_config, hosts):
+    whole = take(native_config, 8, rows=None)
+    for later in take(native_config, 3, start=5, rows=None):
+        assert_same(later, whole[later.step])
+    for host in range(hosts):
+        with training_batches(native_config, lambda size: range(host, size, hosts), 0) as batches:  # noqa: B023
+            for batch, expected in zip(batches, whole):
+                for name, array in batch.arrays.items():
+                    np.testing.assert_array_equal(array, expected.arrays[name][host::hosts], err_msg=name)
+
+
+def test_native_view_when_not_upscaling_then_small_pictures_keep_their_pixels(make_config, native_config):
+    config = dataclasses.replace(native_config, data=dataclasses.replace(native_config.data, upscale=False))
+    batches, upscaled = take(config, 12, rows=None), take(native_config, 12, rows=None)
+    used = [batch.arrays["valid"].sum(axis=1) for batch in batches]
+    assert max(count.max() for count in used) <= 16  # Pictures of 30 to 60 pixels have at most 4 x 4 patches.
+    assert any((mine < batch.arrays["valid"].sum(axis=1)).any() for mine, batch in zip(used, upscaled))
+
+
+def test_evaluation_when_an_area_is_asked_then_whole_pictures_without_a_flip(native_config):
+    config = dataclasses.replace(native_config, eval=dataclasses.replace(native_config.eval, area=8))
+    _, batch = next(evaluation_batches(config, ROWS))
+    record = decode(Source("red", config.eval.sources["red"]).read(0))
+    image = decode_image(record.image)
+    rows, columns = fit_grid(*image.size, 8)
+    assert batch.arrays["patches"].shape[:2] == (8, 8)
+    pixels = resize(image, (0, 0, *image.size), (columns * 14, rows * 14))
+    np.testing.assert_array_equal(batch.arrays["patches"][0, : rows * columns], patchify(pixels, 14))

@@ -9,14 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aimv2_jax.data.plan import MAX_ATTEMPTS, Draw, Plan, deal, example_rng, shuffled
+from aimv2_jax.config import BatchShape
+from aimv2_jax.data.chance import example_rng, shuffled
+from aimv2_jax.data.plan import MAX_ATTEMPTS, Draw, Plan, deal
+from aimv2_jax.data.steps import Steps
 
 SIZES = {"dfn": 11, "coyo": 5, "hqitp": 3}
 COUNTS = {"dfn": {"alt": 30, "synthetic": 30}, "coyo": {"alt": 9}, "hqitp": {"alt": 28, "synthetic": 3}}
 
 
 def make_plan(seed=3, sizes=SIZES, counts=COUNTS):
-    return Plan(seed, 8, sizes, counts)
+    return Plan(seed, Steps(seed, [BatchShape(8, 4)]), sizes, counts)
 
 
 def drawn(plan, examples):
@@ -176,7 +179,7 @@ def test_replacements_when_listed_then_all_different_bounded_and_repeatable(size
 
 
 def test_first_example_when_far_then_exact():
-    assert make_plan().first_example(10**12) == 8 * 10**12
+    assert make_plan().steps.first_example(10**12) == 8 * 10**12
 
 
 def test_example_rng_when_seed_purpose_or_example_differ_then_other_numbers_and_else_the_same():

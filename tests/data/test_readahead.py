@@ -130,7 +130,7 @@ def slow_sources(monkeypatch, tmp_path):
 def test_rate_when_every_read_takes_50_ms_then_two_workers_give_500_records_a_second(make_config, slow_sources):
     slow_sources(0.05)
     config = make_config(data__workers=2, data__batch_size=32)
-    with pipeline.training_batches(config, range(32), 0) as batches:
+    with pipeline.training_batches(config, range, 0) as batches:
         for _ in range(6):  # What the workers had ready when they were asked first.
             next(batches)
         start = time.monotonic()
@@ -142,7 +142,7 @@ def test_rate_when_every_read_takes_50_ms_then_two_workers_give_500_records_a_se
 def test_rate_when_the_trainer_reads_itself_then_reads_go_on_side_by_side_too(make_config, slow_sources):
     journal = slow_sources(0.05)
     config = make_config(data__workers=0, data__batch_size=32)
-    with pipeline.training_batches(config, range(32), 0) as batches:
+    with pipeline.training_batches(config, range, 0) as batches:
         for _ in range(10):
             next(batches)
     assert max(count for *_, count in journal_lines(journal)) > 16
@@ -154,7 +154,7 @@ def test_replacements_when_captions_are_missing_then_read_in_the_threads_too(mak
     silent = {i: {"captions": {"alt": "a"}} for i in range(0, 40, 2)}
     sources = {"red": make_dataset("red", 40, silent)}
     config = make_config(sources, {"red": {"synthetic": 1.0}}, data__workers=1, data__batch_size=32)
-    with pipeline.training_batches(config, range(32), 0) as batches:
+    with pipeline.training_batches(config, range, 0) as batches:
         next(batches)
         start = time.monotonic()
         faults = sum(len(next(batches).faults) for _ in range(8))
@@ -167,7 +167,7 @@ def test_reads_when_batches_come_from_workers_then_each_record_once_and_none_of_
 ):
     journal = slow_sources(0)
     config = make_config(data__workers=2)
-    with pipeline.training_batches(config, range(8), start) as batches:
+    with pipeline.training_batches(config, range, start) as batches:
         for _ in range(5):
             next(batches)
         read = collections.Counter((name, index) for _, name, index, _ in journal_lines(journal))

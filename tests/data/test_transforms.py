@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from aimv2_jax.data import transforms
@@ -18,6 +20,34 @@ def far_apart(one, other):
     points = np.concatenate([one, other])
     cdfs = [np.searchsorted(sample, points, side="right") / len(sample) for sample in (one, other)]
     return np.abs(cdfs[0] - cdfs[1]).max()
+
+
+def grid_by_the_rule(width, height, area):
+    """`fit_grid` as RECIPE.md §9 has it, grid by grid."""
+
+    def error(grid):
+        quotient = (grid[1] / grid[0]) / (width / height)
+        return max(quotient, 1 / quotient) - 1
+
+    grids = [(rows, columns) for rows in range(1, area + 1) for columns in range(1, area // rows + 1)]
+    close = [grid for grid in grids if error(grid) <= 0.05]
+    best = max(close, key=lambda grid: grid[0] * grid[1], default=None)
+    if best is None or best[0] * best[1] < 0.8 * area:
+        full = [grid for grid in grids if grid[0] * grid[1] >= 0.8 * area]
+        least = min(map(error, full))
+        return {grid for grid in full if error(grid) <= least + 1e-12}
+    return {grid for grid in close if grid[0] * grid[1] == best[0] * best[1]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([2, 7, 16, 128, 200]))
+def test_grid_when_fitted_then_what_the_rule_says(width, height, area):
+    assert transforms.fit_grid(width, height, area) in grid_by_the_rule(width, height, area)
+
+
+def test_grid_when_the_picture_is_turned_then_so_is_the_grid_and_a_square_stays_one():
+    assert transforms.fit_grid(640, 480, 256) == transforms.fit_grid(480, 640, 256)[::-1] == (14, 18)
+    assert transforms.fit_grid(500, 500, 256) == (16, 16) and transforms.fit_grid(20_000, 1, 128) == (1, 128)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 1000), (1600, 900), (700, 1400)])

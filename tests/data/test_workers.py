@@ -44,14 +44,14 @@ class Report:
 
 
 def main():
+    from aimv2_jax.config import BatchShape
     from aimv2_jax.data import pipeline
 
     build = pipeline.TrainingBatches(
-        pipeline.Plan(0, 64, {"photo": 209}, {"photo": {"alt": 1}}),
+        pipeline.Plan(0, pipeline.Steps(0, [BatchShape(64, 64)]), {"photo": 209}, {"photo": {"alt": 1}}),
         pipeline.open_sources({"photo": "package:data/sample/train/photo"}),
-        tuple(range(64)),
+        {64: tuple(range(64))},
         pipeline.TrainingView(0, 112, (0.4, 1.0), (0.75, 4 / 3), 0.5),
-        (8, 8),
         14,
     )
     facts = {}

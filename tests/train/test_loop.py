@@ -184,8 +184,8 @@ def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_an
 def test_batch_when_taken_after_a_resume_then_equals_that_of_the_straight_run():
     config = tiny_config()
     with (
-        pipeline.training_batches(config, range(16), 0) as straight,
-        pipeline.training_batches(config, range(16), 10) as later,
+        pipeline.training_batches(config, range, 0) as straight,
+        pipeline.training_batches(config, range, 10) as later,
     ):
         for _ in range(10):
             next(straight)
@@ -268,8 +268,8 @@ def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch)
 
     compile_step = Program.compile_step
 
-    def counted_steps(program):
-        step = compile_step(program)
+    def counted_steps(program, shape):
+        step = compile_step(program, shape)
         numbers = itertools.count(1)
         return lambda *args: (events.append(f"dispatch {next(numbers)}"), step(*args))[1]
 
@@ -296,8 +296,8 @@ def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_device
         matrix = jax.lax.fori_loop(0, 100, lambda _, x: x @ x, jnp.zeros((512, 512)) * loss)
         return loss + matrix[0, 0]
 
-    def long_step(program):
-        step = compile_step(program)
+    def long_step(program, shape):
+        step = compile_step(program, shape)
 
         def call(*args):
             state, metrics = step(*args)
@@ -333,8 +333,8 @@ def test_loop_when_it_starves_then_says_what_to_change(tmp_path, monkeypatch, ca
 def test_loop_when_steps_are_slow_then_they_do_not_wait_for_data(tmp_path, monkeypatch):
     compile_step = Program.compile_step
 
-    def slow_step(program):
-        step = compile_step(program)
+    def slow_step(program, shape):
+        step = compile_step(program, shape)
         return lambda *args: (time.sleep(0.3), step(*args))[1]
 
     monkeypatch.setattr(Program, "compile_step", slow_step)

@@ -36,7 +36,7 @@ def tokenizer():
 
 def host_batch(rows, tokenizer) -> dict[str, np.ndarray]:
     """The given rows of step 3, as the process that holds them would build them."""
-    with pipeline.training_batches(tiny_config(**SIZES), rows, STEP, tokenizer) as batches:
+    with pipeline.training_batches(tiny_config(**SIZES), lambda _: rows, STEP, tokenizer) as batches:
         return next(batches).arrays
 
 
@@ -45,7 +45,7 @@ def run(program: Program, arrays: dict[str, np.ndarray]):
     batch = arrays
     if not isinstance(arrays["tokens"], jax.Array):
         batch = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
-    batch = {name: batch[name] for name in program.abstract_batch}
+    batch = {name: batch[name] for name in program.abstract_batch(program.config.batch_shapes[0])}
     state = program.init()
     with rules.scope(program.mesh):
         prefix = jax.jit(program.task.draw_prefix)(program.rng, batch)
@@ -53,7 +53,7 @@ def run(program: Program, arrays: dict[str, np.ndarray]):
         sums, grads = jax.jit(partial(accumulate, task=program.task, microbatches=1))(
             state.params, batch, prefix, counts
         )
-    after, metrics = program.compile_step()(state, batch, program.rng)
+    after, metrics = program.compile_step(program.config.batch_shapes[0])(state, batch, program.rng)
     return jax.device_get((prefix, counts, sums, grads)), after, jax.device_get(metrics)
 
 
@@ -170,5 +170,6 @@ def test_batch_when_put_together_from_hosts_then_the_same_examples_and_losses(ho
 def test_step_when_compiled_on_an_fsdp_mesh_then_no_tensor_is_replicated_in_passing(capfd):
     """The compiler says so where it has to gather a whole tensor to lay it out anew."""
     for data, fsdp, tensor in [(2, 4, 1), (2, 2, 2)]:
-        build_program(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)).compile_step()
+        config = tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+        build_program(config).compile_step(config.batch_shapes[0])
     assert "rematerialization" not in capfd.readouterr().err
