@@ -121,6 +121,14 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    path: str
+    parts: Literal["model", "encoder"]
+    drop: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     slices: int
     data: int
@@ -167,6 +175,7 @@ class Config:
     data: DataConfig
     tokenizer: TokenizerConfig
     eval: EvalConfig
+    init: InitConfig
     mesh: MeshConfig
     processes: ProcessesConfig
     train: TrainConfig

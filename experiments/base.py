@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
         )
     )
     config.eval = _eval()
+    config.init = ConfigDict(
+        dict(
+            path="",  # WORKDIR, WORKDIR:STEP or WORKDIR:last of the run whose parameters start this one; "": none. [O]
+            parts="model",  # Of its parameters: the "encoder", or the whole "model". [O]
+            drop=(),  # Tensors there that this model lacks, as "encoder/position": nothing is left over unsaid. [O]
+            fresh=(),  # Tensors here that start as initialised. [O]
+        )
+    )
     config.mesh = ConfigDict(
         dict(
             slices=1,  # Slices of a pod job: parameters are whole in each, gradients are summed over them last. [O]

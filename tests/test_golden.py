@@ -26,7 +26,7 @@ from aimv2_jax.models.attention import Reads
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import Run
-from aimv2_jax.models.positions import sincos_positions
+from aimv2_jax.models.positions import resize_positions, sincos_positions
 from aimv2_jax.train import losses
 from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
 from aimv2_jax.train.step import TrainState, accumulate, train_step
@@ -411,3 +411,14 @@ def test_sincos_positions_when_any_grid_then_equal_to_every_source(golden_dir):
         for source in ("hf", "ml_aim", "ml_l3m"):
             # Angles up to `rows` radians in float32: half a unit in the last place of 16 is 1e-6.
             np.testing.assert_allclose(ours, tensors[f"{table}.{source}"], rtol=0, atol=2e-6, err_msg=table)
+
+
+def test_position_table_when_resized_then_equals_torchs_antialiased_bicubic(golden_dir):
+    directory = golden_dir / "pos_embed"
+    tensors = load_file(directory / "pos_embed.safetensors")
+    for case in read_json(directory / "config.json")["resize"]:
+        (h, w), (to_h, to_w) = case["from"], case["to"]
+        name = f"resize_{h}x{w}_to_{to_h}x{to_w}_d{case['dim']}"
+        ours = resize_positions(jnp.asarray(tensors[f"{name}.source"]), (h, w), (to_h, to_w))
+        # Torch computed in float64; these are sums of 16 products of numbers up to 4 in float32.
+        np.testing.assert_allclose(ours, tensors[f"{name}.bicubic_antialias"], rtol=0, atol=1e-5, err_msg=name)

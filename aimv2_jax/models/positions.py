@@ -1,7 +1,8 @@
-"""Position embeddings of image patches. B batch, L patches, D width."""
+"""Position embeddings of image patches. B batch, L patches, M patches of another grid, D width."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,3 +18,15 @@ def sincos_positions(coords_BL2: Int[Array, "B L 2"], width: int) -> Float[Array
     rows_BLQ, columns_BLQ = (coords_BL2[..., axis, None].astype(jnp.float32) * frequency for axis in (0, 1))
     parts = [wave(angle) for angle in (columns_BLQ, rows_BLQ) for wave in (jnp.sin, jnp.cos)]
     return jnp.concatenate(parts, axis=-1)
+
+
+def resize_positions(
+    table_LD: Float[Array, "L D"], grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Array, "M D"]:
+    """A learned table for another grid of (rows, columns): bicubic with a = -0.5, half-pixel centres, float32.
+
+    Antialiased where a side shrinks. Pillow's bicubic of a float picture, and RECIPE.md §8.
+    """
+    width = table_LD.shape[1]
+    table = table_LD.astype(jnp.float32).reshape(*grid, width)
+    return jax.image.resize(table, (*new_grid, width), "bicubic").reshape(-1, width)

@@ -258,8 +258,8 @@ class _StepVanished(UserError):
     """The step isn't there."""
 
 
-def parse_spec(spec: str | Path) -> tuple[str, int]:
-    """Reads what `--checkpoint` takes as `(workdir, step)`.
+def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:
+    """Reads what `--checkpoint` takes as `(workdir, step)`; `key` is what it is called where it was given.
 
     `WORKDIR` is its best step, or its latest when none was evaluated; `WORKDIR:last` its latest; `WORKDIR:STEP` that
     one. A folder whose own name has a colon is taken as such when it is there.
@@ -271,18 +271,18 @@ def parse_spec(spec: str | Path) -> tuple[str, int]:
     if which != "best" and (_absolute(spec) / _FOLDER).is_dir():
         workdir, which = str(spec), "best"
     if not workdir or not _absolute(workdir).is_dir():
-        raise UserError("--checkpoint: no such folder", workdir, "Give WORKDIR, WORKDIR:STEP or WORKDIR:last")
+        raise UserError(f"{key}: no such folder", workdir, "Give WORKDIR, WORKDIR:STEP or WORKDIR:last")
     reader = CheckpointReader(workdir)
     steps = reader.steps()
     if not steps:
-        raise UserError("--checkpoint: the folder has no checkpoints", workdir, "Give the --workdir of a training run")
+        raise UserError(f"{key}: the folder has no checkpoints", workdir, "Give the --workdir of a training run")
     if which == "last":
         return workdir, steps[-1]
     if which == "best":
         best = reader.best_step()
         return workdir, steps[-1] if best is None else best
     if int(which) not in steps:
-        raise UserError("--checkpoint: the run has no such step", int(which), _there(steps))
+        raise UserError(f"{key}: the run has no such step", int(which), _there(steps))
     return workdir, int(which)
 
 

@@ -49,6 +49,7 @@ from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.stopping import StopRequests
 from aimv2_jax.train.tally import BadRecordFile, Tally
+from aimv2_jax.train.warm_start import warm_start
 
 _LOCK = "lock"
 
@@ -90,7 +91,7 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
         writer = stack.enter_context(
             MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
         )
-        state = program.init() if latest is None else checkpointer.restore(latest, program.abstract_state)
+        state = _start(program) if latest is None else checkpointer.restore(latest, program.abstract_state)
         _introduce(program, workdir, latest, size)
         if jax.process_index() == 0:
             write_whole(workdir / "config.txt", config_text(config).encode())
@@ -99,6 +100,16 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
         profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
         run = _Run(program, tokenizer, checkpointer, writer, bad_records, profiler, latest or 0)
         return run.train(state)
+
+
+def _start(program: Program) -> TrainState:
+    """The state before step 0: fresh, or with the parameters of another run."""
+    state, init = program.init(), program.config.init
+    if not init.path:
+        return state
+    params, report = warm_start(program, state.params, init)
+    _say(report)
+    return state.replace(params=params)
 
 
 def cache_folder(setting: str | None, workdir: epath.Path, platform: str) -> str | None:

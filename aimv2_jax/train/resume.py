@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "data.max_bad_fraction": "when the run gives up; changes no example",
     "data.sources.*": "a folder may move; the names stay, since the order of examples depends on them",
     "tokenizer.path": "a file may move",
+    "init.path": "a folder may move; it is read before the first step only",
     "eval.*": "evaluation changes no parameter; the best is chosen among losses measured in the same way",
 }
 # Below these a key may also come and go; of the others only the value may change.

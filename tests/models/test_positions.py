@@ -1,0 +1,29 @@
+"""Learned positions on another grid, against Pillow and by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from aimv2_jax.models.positions import resize_positions
+
+
+@pytest.mark.parametrize("grids", [((4, 4), (6, 6)), ((16, 16), (24, 24)), ((6, 5), (4, 9)), ((24, 24), (16, 16))])
+def test_positions_when_resized_then_equal_to_pillows_bicubic_of_a_float_picture(grids):
+    (rows, columns), (new_rows, new_columns) = grids
+    table = np.random.default_rng(0).normal(size=(rows, columns, 3)).astype(np.float32)
+    ours = resize_positions(jnp.asarray(table.reshape(-1, 3)), (rows, columns), (new_rows, new_columns))
+    for channel in range(3):
+        picture = Image.fromarray(table[..., channel])  # Mode F.
+        expected = np.asarray(picture.resize((new_columns, new_rows), Image.Resampling.BICUBIC)).ravel()
+        np.testing.assert_allclose(ours[:, channel], expected, rtol=0, atol=1e-5)  # Sums of 16 products in float32.
+
+
+def test_positions_when_a_ramp_is_enlarged_then_it_stays_one_three_cells_inside_the_border():
+    row, column = np.mgrid[:16, :16].astype(np.float32)
+    table = np.stack([row, column, 2 * row - 3 * column], axis=-1).reshape(-1, 3)
+    ours = np.asarray(resize_positions(jnp.asarray(table), (16, 16), (24, 24))).reshape(24, 24, 3)
+    row, column = (np.mgrid[:24, :24] + 0.5) * 16 / 24 - 0.5  # Centres of the new cells among the old ones.
+    expected = np.stack([row, column, 2 * row - 3 * column], axis=-1)
+    np.testing.assert_allclose(ours[3:-3, 3:-3], expected[3:-3, 3:-3], rtol=0, atol=2e-5)
+    assert np.abs(ours - expected).max() > 0.01  # At the border it bends, or this would be no test of the inside.

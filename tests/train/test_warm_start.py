@@ -1,0 +1,123 @@
+"""A run that starts from another: what is taken, resized, initialised and refused."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_arguments, tiny_config
+
+from aimv2_jax.config import InitConfig
+from aimv2_jax.errors import UserError
+from aimv2_jax.main import main
+from aimv2_jax.models.positions import resize_positions
+from aimv2_jax.train.checkpoint import CheckpointReader
+from aimv2_jax.train.program import build_program
+from aimv2_jax.train.warm_start import match, warm_start
+
+OURS = {"encoder/position": (16, 8), "encoder/trunk/norm/scale": (8,), "decoder/begin": (4,)}
+
+
+def init(**changes):
+    return InitConfig(**{"path": "runs/a", "parts": "model", "drop": (), "fresh": (), **changes})
+
+
+def test_match_when_all_is_the_same_then_all_is_taken():
+    found = match(OURS, OURS, init())
+    assert found.taken == tuple(OURS) and not (found.resized or found.initialised or found.dropped)
+
+
+def test_match_when_the_table_is_of_another_square_then_it_alone_is_resized():
+    found = match(OURS, OURS | {"encoder/position": (4, 8)}, init())
+    assert found.resized == ("encoder/position",) and len(found.taken) == 2
+
+
+def test_match_when_the_encoder_is_asked_then_the_decoders_stay_apart():
+    theirs = {name: shape for name, shape in OURS.items() if name.startswith("encoder")} | {"decoder/other": (3,)}
+    found = match(OURS, theirs, init(parts="encoder"))
+    assert found.initialised == ("decoder/begin",) and found.dropped == ("decoder/other",)
+
+
+def test_match_when_named_in_the_config_then_left_and_initialised():
+    theirs = OURS | {"encoder/extra/a": (1,), "encoder/extra/b": (2,)}
+    found = match(
+        OURS | {"decoder/new": (5,)}, theirs, init(drop=("encoder/extra",), fresh=("decoder/new", "decoder/begin"))
+    )
+    assert found.dropped == ("decoder/begin", "encoder/extra/a", "encoder/extra/b")
+    assert found.initialised == ("decoder/begin", "decoder/new")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "changes", "said"),
+    [
+        ({}, {"encoder/extra": (1,)}, {}, "has a tensor that this model lacks: 'encoder/extra'.*init.drop"),
+        (
+            {"encoder/new": (1,)},
+            {},
+            {},
+            "this model has a tensor that config init.path lacks: 'encoder/new'.*init.fresh",
+        ),
+        ({}, {"decoder/begin": (5,)}, {}, r"decoder/begin in another shape.*\(5,\) there, \(4,\) here.*init.fresh"),
+        ({}, {"encoder/position": (15, 8)}, {}, "encoder/position in another shape"),
+        ({}, {"encoder/position": (4, 9)}, {}, "encoder/position in another shape"),
+        ({}, {}, {"drop": ("encoder/trnuk",)}, "init.drop names no tensor: 'encoder/trnuk'.*There is"),
+        ({}, {}, {"fresh": ("encoder/trnuk",)}, "init.fresh names no tensor"),
+        ({}, {}, {"drop": ("decoder/begin",)}, "this model has a tensor that config init.path lacks: 'decoder/begin'"),
+    ],
+)
+def test_match_when_something_is_left_over_or_of_no_use_then_refused_by_name(ours, theirs, changes, said):
+    with pytest.raises(UserError, match=said):
+        match(OURS | ours, OURS | theirs, init(**changes))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run at 28 pixels, of four patches."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    assert main(tiny_arguments(workdir, train__steps=2, train__save_every=0, eval__sources={})) == 0
+    return workdir
+
+
+def saved_params(workdir, step, config):
+    abstract = build_program(config).abstract_state.params
+    return CheckpointReader(workdir).restore_part(step, {"params": abstract})["params"]
+
+
+def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_resized(small, tmp_path, capsys):
+    theirs = saved_params(small, 2, tiny_config())
+    config = tiny_config(data__image_size=56, init__path=str(small))
+    program = build_program(config)
+    params, report = warm_start(program, program.init().params, config.init)
+    assert "1 x" not in report and "resized: encoder/position, 2 x 2 to 4 x 4 patches" in report
+    expected = theirs | {
+        "encoder": theirs["encoder"] | {"position": resize_positions(theirs["encoder"]["position"], (2, 2), (4, 4))}
+    }
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    arguments = tiny_arguments(
+        tmp_path, data__image_size=56, init__path=small, train__steps=2, train__save_every=1, eval__sources={}
+    )
+    assert main(arguments) == 0
+    assert "parameters of" in capsys.readouterr().out
+    # Its own workdir comes first: what it started from may be gone.
+    again = [argument.replace(str(small), str(tmp_path / "gone")) for argument in arguments] + [
+        "--config.train.steps=3"
+    ]
+    assert main(again) == 0
+    assert "continuing from step 2" in capsys.readouterr().out
+
+
+def test_native_run_when_started_from_learned_positions_then_all_but_the_table(small, tmp_path, capsys):
+    native = dict(model__encoder__position="sincos", data__areas=(4, 8), data__batch_size=8, eval__sources={})
+    arguments = tiny_arguments(tmp_path, **native, init__path=small, train__steps=3, train__log_every=1)
+    assert main(arguments) == 2
+    assert "encoder/position" in capsys.readouterr().err
+    assert main([*arguments, "--config.init.drop=('encoder/position',)"]) == 0
+    said = capsys.readouterr().out
+    assert "left there: encoder/position" in said
+    assert all(
+        f"compiling the train step for {shape} patches" in said for shape in ("16 pictures of 4", "8 pictures of 8")
+    )
+
+
+def test_run_when_what_it_starts_from_is_not_there_then_one_line(tmp_path, capsys):
+    assert main(tiny_arguments(tmp_path, init__path=tmp_path / "nowhere", eval__sources={})) == 2
+    said = capsys.readouterr().err
+    assert "config init.path: no such folder" in said and "nowhere" in said
