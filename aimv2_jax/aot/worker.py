@@ -62,7 +62,14 @@ def run(job: Job) -> None:
     if job.full:
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
         sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-        write_whole(folder / "compiled.txt", compiled.as_text().encode())
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:  # libtpu 0.0.52 makes modules on v5p and v6e that it cannot read.
+            said = ["libtpu compiled the step, and cannot say what it became", str(error).splitlines()[0]]
+            remedy = "Change what it is asked: model.remat, model.layers or train.tpu_compiler_options"
+            write_whole(folder / "user_error.json", json.dumps([*said, remedy]).encode())
+            return
+        write_whole(folder / "compiled.txt", text.encode())
         write_whole(folder / "compiled.json", json.dumps({**sizes, "flops": cost.get("flops")}).encode())
 
 

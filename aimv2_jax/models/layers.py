@@ -228,20 +228,19 @@ class Attention(nn.Module):
     def __call__(
         self, normed: Normed, reads: Reads, cache: Cache | None = None
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        width = normed.rows.shape[-1]
+        rows, gain, told = normed
+        width = rows.shape[-1]
+        if self.attention == "xla":  # One pass over the rows, where q, k and v would take three.
+            ((rows,), told) = tell((rows,), told), None
         made = (
-            checkpoint_name(
-                Linear(width, ("embed", "heads"), self.precision, name=name)(normed.rows, normed.gain), name
-            )
+            checkpoint_name(Linear(width, ("embed", "heads"), self.precision, name=name)(rows, gain), name)
             for name in ("query", "key", "value")
         )
         q, k, v = made
-        told = normed.told
         if cache is not None:
-            (q, k, v), told = tell((q, k, v), told), None
             k = jax.lax.dynamic_update_slice_in_dim(cache.key, k, cache.index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v, cache.index, axis=1)
-            cache = Cache(k, v, cache.index + normed.rows.shape[1])
+            cache = Cache(k, v, cache.index + rows.shape[1])
         out = attend(q, k, v, reads, told, self.heads, self.attention)
         return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
 
