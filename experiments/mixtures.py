@@ -21,3 +21,9 @@ def use_paper_mixture(config: ConfigDict) -> None:
     config.tokenizer.path = "data/tokenizer.model"
     config.eval.sources = {"dfn": "data/dfn/heldout"}
     config.eval.max_examples = 8192  # [O: eight batches of 1024 a caption kind]
+
+
+def use_alt_text_only(config: ConfigDict) -> None:
+    """The same without synthetic captions, for the stages after pre-training [P]; weights keep their proportions."""
+    use_paper_mixture(config)
+    config.data.mixture = {name: {"alt": kinds["alt"]} for name, kinds in PAPER.items()}

@@ -5,23 +5,27 @@ from ml_collections import ConfigDict
 from aimv2_jax.models.sizes import ENCODER_SIZES
 from experiments import base, mixtures
 
+# By size: the peak learning rate [P]; over how many chips parameters and moments are split, one ring of a pod whose
+# gathers are cheap [O]; the least recomputation with which 32 pictures a chip fit a v5e (`results/aot.md`) [O].
+SETTINGS = {
+    "base": dict(peak_lr=1e-3, fsdp=1),  # [O: the rate of large; the paper has no base]
+    "large": dict(peak_lr=1e-3, fsdp=16),
+    "huge": dict(peak_lr=8e-4, fsdp=16),
+    "1b": dict(peak_lr=8e-4, fsdp=16, remat="matmuls"),
+    "3b": dict(peak_lr=8e-4, fsdp=16, remat="gate", decoder_remat="full"),
+}
 
-def pretrain_config(
-    size: str, *, peak_lr: float, fsdp: int, remat: str = "none", decoder_remat: str | None = None
-) -> ConfigDict:
-    """The run of an encoder of `size` at 224 px: 12 billion pairs of the paper's mixture in batches of 8192 [P].
 
-    `fsdp` is ours: parameters and moments are split over so many chips, one ring of a pod whose gathers are cheap.
-    `remat`, too: the least recomputation with which 32 pictures a chip fit a v5e (`experiments/results/aot.md`).
-    """
+def pretrain_config(size: str) -> ConfigDict:
+    """The run of an encoder of `size` at 224 px: 12 billion pairs of the paper's mixture in batches of 8192 [P]."""
     config = base.get_config()
-    encoder = ENCODER_SIZES[size]
+    encoder, settings = ENCODER_SIZES[size], SETTINGS[size]
     config.model.encoder.update(width=encoder.width, depth=encoder.depth, heads=encoder.heads)
-    config.optimizer.peak_lr = peak_lr
-    config.mesh.fsdp = fsdp
-    config.model.remat = remat
-    config.model.decoder.remat = decoder_remat
-    if remat != "none":
+    config.optimizer.peak_lr = settings["peak_lr"]
+    config.mesh.fsdp = settings["fsdp"]
+    if "remat" in settings:
+        config.model.remat = settings["remat"]
+        config.model.decoder.remat = settings.get("decoder_remat")
         # Weights that are gathered twice need the same matmuls to hide behind as gradients do. Not for all: without
         # the attention weights that these policies keep, libtpu 0.0.52 dies of it.
         config.train.tpu_compiler_options.v5e.xla_tpu_async_collective_fusion_fuse_multiple_collectives = "true"

@@ -9,4 +9,4 @@ from experiments.pretrain import pretrain_config
 
 
 def get_config() -> ConfigDict:
-    return pretrain_config("3b", peak_lr=8e-4, fsdp=16, remat="gate", decoder_remat="full")  # peak_lr: [P]
+    return pretrain_config("3b")

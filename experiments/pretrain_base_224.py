@@ -9,6 +9,4 @@ from experiments.pretrain import pretrain_config
 
 
 def get_config() -> ConfigDict:
-    return pretrain_config(
-        "base", peak_lr=1e-3, fsdp=1
-    )  # peak_lr: the paper gives none for this size: that of large [O]
+    return pretrain_config("base")

@@ -9,4 +9,4 @@ from experiments.pretrain import pretrain_config
 
 
 def get_config() -> ConfigDict:
-    return pretrain_config("large", peak_lr=1e-3, fsdp=16)  # peak_lr: [P]
+    return pretrain_config("large")

@@ -1,0 +1,12 @@
+"""AIMv2-huge at 336 px, from the 224 px run.
+
+python -m aimv2_jax.main --config=experiments/highres_336_huge.py --workdir=DIR --config.init.path=RUN
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.highres import highres_config
+
+
+def get_config() -> ConfigDict:
+    return highres_config("huge", 336)

@@ -1,0 +1,12 @@
+"""AIMv2-3B at 448 px, from the 224 px run.
+
+python -m aimv2_jax.main --config=experiments/highres_448_3b.py --workdir=DIR --config.init.path=RUN
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.highres import highres_config
+
+
+def get_config() -> ConfigDict:
+    return highres_config("3b", 448)

@@ -1,0 +1,31 @@
+"""What runs at native resolution have in common; `native_SIZE.py` are the runs."""
+
+from ml_collections import ConfigDict
+
+from experiments import mixtures
+from experiments.pretrain import pretrain_config
+
+AREAS = tuple(2**n for n in range(7, 13))  # 128 … 4096 patches [P?]
+PATCHES = 2**20  # In a batch, C = A x B [P: that it is constant; O: the number, 256 pictures of the largest area].
+SAMPLES = 2_000_000_000  # As the high-resolution stage's, at 256 patches each. [O]
+
+
+def native_config(size: str) -> ConfigDict:
+    """The run of an encoder of `size` at native resolution, with positions of the true grid (RECIPE.md §9).
+
+    It starts from the whole model of the 224 px run, `init.path`, but for the table of positions: sin-cos replaces it,
+    and the blocks learn to read that in the warm-up. Ours: the patches that as many pictures have at 224 px; a
+    fifth of the peak learning rate of pre-training, since positions are new; no weight decay, as at high resolution.
+    """
+    config = pretrain_config(size)
+    steps = -(-SAMPLES * 256 // PATCHES)
+    config.init.update(path=f"runs/pretrain_{size}_224", drop=("encoder/position",))
+    config.model.encoder.position = "sincos"
+    config.data.update(areas=AREAS, batch_size=PATCHES // AREAS[-1])
+    config.optimizer.update(
+        peak_lr=config.optimizer.peak_lr / 5, warmup_steps=5000, schedule_steps=steps, weight_decay=0.0
+    )
+    config.eval.area = 256
+    config.train.update(steps=steps, eval_every=5000)
+    mixtures.use_alt_text_only(config)
+    return config
