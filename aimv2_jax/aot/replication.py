@@ -23,6 +23,7 @@ from aimv2_jax.aot.collectives import Collectives
 from aimv2_jax.aot.hlo import Array, Instruction, Module
 from aimv2_jax.aot.schedule import scheduled
 from aimv2_jax.config import Config
+from aimv2_jax.models.kernels.whole_row import MOST_HEADS
 from aimv2_jax.models.sizes import swiglu_hidden
 
 LARGE = 2**20  # Bytes: what is smaller is not worth splitting.
@@ -164,7 +165,7 @@ def _model_sizes(config: Config) -> set[int]:
             trunk.width,
             trunk.heads,
             trunk.depth,
-            trunk.width // trunk.heads,
+            *(heads * trunk.width // trunk.heads for heads in range(1, MOST_HEADS + 1)),  # Of a kernel's program.
             trunk.hidden or swiglu_hidden(trunk.width),
         }
     return sizes

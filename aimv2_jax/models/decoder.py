@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models import placement
 from aimv2_jax.models.attention import causal_reads
 from aimv2_jax.models.layers import (
+    POSITION_AXES,
     TABLE_AXES,
     Linear,
     Precision,
@@ -53,7 +55,7 @@ class Decoder(nn.Module):
         self.begin = self.param("begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param)
         self.position = self.param(
             "position",
-            named(nn.initializers.normal(0.01), "positions", "position_embed"),
+            named(nn.initializers.normal(0.01), *POSITION_AXES),
             (self.text_length + 1, self.width),
             param,
         )
@@ -75,9 +77,10 @@ class Decoder(nn.Module):
         """[begin | tokens] plus their positions."""
         compute = self.precision.compute
         rows = self._look_up(tokens)
-        begin = jnp.broadcast_to(self.begin.astype(compute), (rows.shape[0], 1, self.width))
+        begin = placement.whole(self.begin.astype(compute), POSITION_AXES[1:])
+        begin = jnp.broadcast_to(begin, (rows.shape[0], 1, self.width))
         rows = jnp.concatenate([begin, rows], axis=1)
-        return rows + self.position[: rows.shape[1]].astype(compute)
+        return rows + placement.whole(self.position.astype(compute), POSITION_AXES)[: rows.shape[1]]
 
     def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """The row of text token number `index`, for generation."""

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models import placement
 from aimv2_jax.models.attention import Reads, full_reads
 from aimv2_jax.models.layers import (
+    POSITION_AXES,
     Linear,
     Precision,
     RMSNorm,
@@ -68,13 +70,13 @@ class Encoder(nn.Module):
         )(patches)
         x = RMSNorm(self.eps, self.precision, name="patch_norm")(x)
         if self.position == "learned":
-            init = named(nn.initializers.normal(0.02), "positions", "position_embed")
+            init = named(nn.initializers.normal(0.02), *POSITION_AXES)
             table = self.param("position", init, (self.num_patches, self.width), param)
             if patches.shape[1] != self.num_patches:
                 raise ValueError(
                     f"this encoder has learned positions for {self.num_patches} patches, got {patches.shape[1]}"
                 )
-            x += table.astype(compute)
+            x += placement.whole(table.astype(compute), POSITION_AXES)
         else:
             x += sincos_positions(coords, self.width).astype(compute)
         reads = full_reads(valid) if prefix is None else Reads(prefix, valid)

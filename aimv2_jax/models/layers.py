@@ -36,6 +36,7 @@ REMAT: dict[str, tuple[str, ...]] = {
     "full": (),  # Recomputes the block.
 }
 TABLE_AXES = ("pieces", "output")  # Of the token table.
+POSITION_AXES = ("positions", "position_embed")  # Of tables of learned positions.
 
 xavier_uniform = nn.initializers.xavier_uniform()
 

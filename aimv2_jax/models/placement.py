@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -60,7 +61,9 @@ def sum_over_batch(partial: Callable[..., Array], rows: Sequence[Array], axes: A
     def run(*rows):
         total = partial(*rows)
         dtype = total.dtype
-        total = total.astype(reduce_dtype)
+        # Scattered along its minor dimension (which the compiler chooses as that at some sizes), an array would not be
+        # split into tiles, and libtpu sums it whole on every device.
+        total = with_layout_constraint(total.astype(reduce_dtype), Layout(tuple(range(total.ndim))))
         for name, dim in scattered.items():
             total = jax.lax.psum_scatter(total, name, scatter_dimension=dim, tiled=True)
         for name in reversed([name for name in parts if name not in scattered]):

@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("pixels", None),  # P of patch embedding [P, D] and pixel head [D, P]
     ("layers", None),  # N, the stack of blocks
     ("positions", None),  # rows of position tables
-    ("position_embed", None),  # D of position tables and of the begin vector
+    ("position_embed", "fsdp"),  # D of position tables and of the begin vector
     ("norm", "fsdp"),  # gains [D], which are multiplied into rows of matrices
     ("bias", None),  # biases [D]
 )

@@ -22,7 +22,7 @@ MOST_ROWS = (
 )
 MULTIPLE = 16  # Rows of a bfloat16 tile.
 
-_MOST_HEADS = 4  # Of one program: more would only make its blocks larger.
+MOST_HEADS = 4  # Of one program: more would only make its blocks larger.
 UNREAD = -0.7 * float(jnp.finfo(jnp.float32).max)  # As XLA's attention: finite, so that nothing read is no NaN.
 
 
@@ -67,7 +67,7 @@ def _call(
 ) -> Sequence[jax.Array]:
     batch, length, width = rows[0].shape
     heads = width // head_dim
-    group = next(n for n in range(min(_MOST_HEADS, heads), 0, -1) if heads % n == 0)
+    group = next(n for n in range(min(MOST_HEADS, heads), 0, -1) if heads % n == 0)
     row_block = pl.BlockSpec((1, length, group * head_dim), lambda b, h, *_: (b, 0, h))
     key_block = pl.BlockSpec((1, 1, length), lambda b, h, *_: (b, 0, 0))
     pairs = batch * heads * length * length
