@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Predicts every pre-training experiment on its topologies, without a TPU: experiments/results/aot.md. Takes hours.
+# Predicts every experiment on its topologies, without a TPU: experiments/results/aot.md. Takes hours.
 # What stands in the folder of reports is not done again: stop it and start it as you like; delete a report to renew it.
 # Usage: launch/aot_check.sh [FOLDER]      FULL="large huge" also generates the code of these whole on v5e (long).
 set -euo pipefail
@@ -9,7 +9,7 @@ folder=${1:-experiments/results/aot}
 mkdir -p "$folder"
 
 predict() { # NAME EXPERIMENT TOPOLOGY FLAGS...
-  local name=$1 config=experiments/pretrain_$2_224.py topology=$3
+  local name=$1 config=experiments/$2.py topology=$3
   shift 3
   if [ -f "$folder/$name.json" ]; then
     echo "$name: there"
@@ -23,18 +23,32 @@ predict() { # NAME EXPERIMENT TOPOLOGY FLAGS...
 
 trap 'rm -f "$folder"/*.part.json' EXIT
 for size in base large huge 1b 3b; do
-  predict "1_v5e_$size" "$size" v5e:16x16
+  predict "1_v5e_$size" "pretrain_${size}_224" v5e:16x16
 done
 for size in large huge 1b 3b; do # The reference's type of gradients between devices.
-  predict "2_v5e_${size}_bf16" "$size" v5e:16x16 --no-xla-attention --config.train.reduce_dtype=bfloat16
+  predict "2_v5e_${size}_bf16" "pretrain_${size}_224" v5e:16x16 --no-xla-attention --config.train.reduce_dtype=bfloat16
 done
 for size in ${FULL:-}; do
-  predict "3_v5e_${size}_full" "$size" v5e:16x16 --full --no-xla-attention
+  predict "3_v5e_${size}_full" "pretrain_${size}_224" v5e:16x16 --full --no-xla-attention
 done
 for size in large huge 1b 3b; do
-  predict "4_v5p_$size" "$size" v5p:4x4x16 --no-xla-attention
-  predict "5_v6e_$size" "$size" v6e:16x16 --no-xla-attention
+  case $size in # What is computed again so that a v5e's memory holds it, these need not.
+    1b | 3b) saved="--config.model.remat=none --config.model.decoder.remat=none" ;;
+    *) saved="" ;;
+  esac
+  # shellcheck disable=SC2086 # Several flags.
+  predict "4_v5p_$size" "pretrain_${size}_224" v5p:4x4x16 --no-xla-attention $saved
+  # shellcheck disable=SC2086
+  predict "5_v6e_$size" "pretrain_${size}_224" v6e:16x16 --no-xla-attention $saved
 done
-predict 6_v5e_large_two_slices large v5e:16x16 --slices 2 --no-xla-attention
+predict 6_v5e_large_two_slices pretrain_large_224 v5e:16x16 --slices 2 --no-xla-attention
+for size in base large huge 1b 3b; do
+  for pixels in 336 448; do
+    predict "7_v5e_${size}_$pixels" "highres_${pixels}_$size" v5e:16x16 --no-xla-attention
+  done
+done
+for area in 128 256 512 1024 2048 4096; do
+  predict "8_v5e_large_native_$area" native_large v5e:16x16 --no-xla-attention --area "$area"
+done
 
 .venv/bin/python -m aimv2_jax.aot.summary "$folder" --output experiments/results/aot.md

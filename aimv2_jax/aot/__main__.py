@@ -46,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.json:
         check_output(Path(flags.json), ".json", "--json")
     topology = parse_topology(flags.topology, flags.slices)
+    said = dict(overrides)
     if topology.slices > 1:
         overrides = [("mesh.slices", str(topology.slices)), *overrides]
     config = at_one_area(load_config(flags.config, overrides), flags.area)
     require_libtpu()
     figures = {"topology": topology.name, "slices": topology.slices, "config": flags.config, "full": flags.full}
+    figures |= {"area": max(config.data.areas, default=None), "overrides": said}
     figures |= run(config, topology, flags.full)
     if not flags.no_xla_attention and config.model.attention != "xla":
         with_xla = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))

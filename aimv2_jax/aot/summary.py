@@ -78,14 +78,17 @@ def _cells(figures: dict[str, Any]) -> list[str]:
 
 
 def _name(figures: dict[str, Any]) -> str:
-    return Path(figures["config"]).stem
+    """The experiment, its area at native resolution, and the keys that were set."""
+    area = [f"{figures['area']} patches"] if figures["area"] else []
+    changes = [f"{key}={value}" for key, value in figures["overrides"].items()]
+    return ", ".join([Path(figures["config"]).stem, *area, *changes])
 
 
 def _agreement(reports: Sequence[dict[str, Any]]) -> list[str]:
     """Where one step was compiled both ways, how far they are apart."""
 
     def key(each: dict[str, Any]) -> tuple:
-        return (_name(each), each["topology"], each["slices"], next(iter(each["gradient_dtypes"]), ""))
+        return (_name(each), each["topology"], each["slices"])
 
     reports = [each for each in reports if each["compiles"]]
     full = {key(each): each["predicted_mcycles"] for each in reports if each["full"]}

@@ -12,6 +12,8 @@ GOOD = {
     "config": "experiments/pretrain_large_224.py",
     "topology": "v5e:16x16",
     "slices": 1,
+    "area": None,
+    "overrides": {},
     "full": False,
     "compiles": True,
     "mesh": {"slice": 1, "data": 16, "fsdp": 16},
@@ -33,7 +35,7 @@ GOOD = {
     "replicated": [],
     "versions": {"jax": "0.10.2", "libtpu": "0.0.52"},
 }
-REFUSED = {key: GOOD[key] for key in ("config", "topology", "slices", "full", "mesh", "versions")}
+REFUSED = {key: GOOD[key] for key in ("config", "topology", "slices", "area", "overrides", "full", "mesh", "versions")}
 REFUSED |= {"compiles": False, "refusal": "exceeds available HBM (15.75G)"}
 
 
@@ -53,6 +55,8 @@ def test_table_when_all_is_well_then_it_says_prediction_and_both_ways_are_compar
     assert "| pretrain_large_224 | v5e:16x16 | data 16, fsdp 16 | twin | 9.00 of 15.75 (43%) |" in page
     assert "| 0.770 | 0.740 | 0.660, 0.630 | f32 |" in page
     assert "270.0 Mcycles by the twin, 272.0 in full, -0.74%" in page
+    changed = GOOD | {"config": "native_large.py", "area": 4096, "overrides": {"model.remat": "none"}}
+    assert "| native_large, 4096 patches, model.remat=none | v5e:16x16 |" in table(tmp_path, changed)[1]
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
 
