@@ -217,17 +217,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_checkpoint(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written, beside the screen")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="examples at a time; the run's, unless given")
+    parser.add_argument(
+        "--resolution",
+        nargs="+",
+        metavar="R",
+        help="pixels such as 336, or native:256 for whole pictures in so many patches; the run's own, unless given",
+    )
     args = parser.parse_args(arguments)
     loaded = load(args.checkpoint)
     if args.batch_size:
         # Not more than there are: rows of filling take memory, too.
         pictures = sum(len(source) for source in open_sources(loaded.config.eval.sources).values())
         loaded = loaded.with_eval(batch_size=max(1, min(args.batch_size, pictures)))
-    figures = held_out_figures(loaded)
-    print(f"{loaded.name}, {figures['examples']} held-out pictures\n")
-    print(table(figures, loaded.config.eval.kinds))
+    seen = {name: loaded.seen_at(name) for name in args.resolution or ()}
+    figures = {name: held_out_figures(each) for name, each in (seen or {"": loaded}).items()}
+    for name, each in figures.items():
+        at = f" at {name}" if name else ""
+        print(f"{loaded.name}, {each['examples']} held-out pictures{at}\n\n{table(each, loaded.config.eval.kinds)}\n")
     if args.json:
-        write_json(args.json, figures)
+        write_json(args.json, figures if seen else figures[""])
     return EXIT_FINISHED
 
 

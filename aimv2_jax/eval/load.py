@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from aimv2_jax.config import Config, build_config
+from aimv2_jax.config import Config, build_config, config_to_dict
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
+from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
@@ -43,6 +44,29 @@ class Loaded:
         """The same, with some keys of config `eval` changed."""
         evaluation = dataclasses.replace(self.config.eval, **values)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, eval=evaluation))
+
+    def seen_at(self, resolution: str) -> Loaded:
+        """The same model on held-out pictures of another resolution, to which learned positions are resized.
+
+        Args:
+          resolution: "336" for centre squares of 336 pixels; "native:256" for whole pictures in at most 256 patches.
+
+        Raises:
+          UserError: where it is neither, or none that this model can see.
+        """
+        native, _, number = resolution.rpartition(":")
+        if not number.isdecimal() or native not in ("", "native"):
+            raise UserError("--resolution is unknown", resolution, "Give pixels such as 336, or native:256 (patches)")
+        tree = config_to_dict(self.config)
+        tree["eval"]["area"] = int(number) if native else None
+        if not native:
+            tree["data"]["image_size"] = int(number)
+        config = build_config(tree)
+        params = self.params
+        if config.model.encoder.position == "learned" and config.grid != self.config.grid:
+            table = resize_positions(params["encoder"]["position"], self.config.grid, config.grid)
+            params = params | {"encoder": params["encoder"] | {"position": table}}
+        return dataclasses.replace(self, config=config, task=build_task(config), params=params)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run; its file lies where the config says."""

@@ -65,7 +65,7 @@ def read_examples(loaded: Loaded, tokenizer: Tokenizer, count: int) -> Examples:
     """
     check_held_out(loaded)
     size = count * len(loaded.config.eval.sources)
-    config = loaded.with_eval(max_examples=count, batch_size=size).config
+    config = loaded.with_eval(max_examples=count, batch_size=size, area=None).config  # Squares, which are drawn.
     rows: dict[bytes, dict[str, np.ndarray]] = {}
     captions: dict[bytes, dict[str, str]] = {}
     for kind, batch in evaluation_batches(config, np.arange(size), tokenizer):

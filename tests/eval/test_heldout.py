@@ -126,6 +126,18 @@ def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, c
     assert f"{figures['loss_text_shuffled_alt']:.4f}" in printed and "5 held-out pictures" in printed
 
 
+def test_main_when_resolutions_are_named_then_figures_at_each_and_the_runs_own_are_the_same(
+    workdir, tmp_path, capsys, figures
+):
+    file = tmp_path / "figures.json"
+    arguments = ["--checkpoint", f"{workdir}:20", "--json", str(file), "--resolution", "32", "48"]
+    assert main(arguments) == 0
+    both = json.loads(file.read_text())
+    assert both["32"] == figures and set(both["48"]) == KEYS
+    assert both["48"]["loss_image"] != figures["loss_image"]
+    assert "5 held-out pictures at 48" in capsys.readouterr().out
+
+
 def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(workdir, monkeypatch):
     sizes = []
     monkeypatch.setattr(heldout, "held_out_figures", lambda loaded: sizes.append(loaded.config.eval.batch_size))
@@ -143,6 +155,10 @@ def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(wor
         (["--checkpoint", "{workdir}", "--batch-size", "0"], "'0' is not a whole number above zero"),
         (["--checkpoint", "{workdir}", "--batch-size", "9" * 20], "is more than"),
         (["--checkpoint", "{workdir}:7"], "20, 40"),
+        (["--checkpoint", "{workdir}", "--resolution", "tall"], "--resolution is unknown: 'tall'"),
+        (["--checkpoint", "{workdir}", "--resolution", "native:"], "'native:'"),
+        (["--checkpoint", "{workdir}", "--resolution", "36"], "36 px, patches of 8"),
+        (["--checkpoint", "{workdir}", "--resolution", "native:16"], "needs positions for any grid"),
         (["--checkpoint", "{workdir}", "--two\nlines"], "--two lines"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.load import load
+from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.program import build_program
 
@@ -38,3 +39,15 @@ def test_load_when_the_saved_config_has_a_key_of_another_version_then_told_of_th
     monkeypatch.setattr(CheckpointReader, "meta", lambda *_: {**meta, "config": {**meta["config"], "new": 1}})
     with pytest.raises(UserError, match=r"checkpoint .*:20 is not one of this aimv2_jax.*'new'"):
         load(str(workdir))
+
+
+def test_model_when_seen_at_another_resolution_then_its_positions_are_resized_and_nothing_else(workdir):
+    loaded = load(str(workdir))
+    larger = loaded.seen_at("48")
+    assert (larger.config.grid, larger.task.model.encoder.num_patches) == ((6, 6), 36)
+    expected = resize_positions(loaded.params["encoder"]["position"], (4, 4), (6, 6))
+    np.testing.assert_array_equal(larger.params["encoder"]["position"], expected)
+    rest = lambda params: {**params, "encoder": {**params["encoder"], "position": None}}  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, rest(larger.params), rest(loaded.params))
+    same = loaded.seen_at("32")
+    assert same.params is loaded.params and same.config == loaded.config
