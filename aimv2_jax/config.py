@@ -148,6 +148,7 @@ class TrainConfig:
     steps: int
     log_every: int
     eval_every: int
+    eval_at_start: bool
     save_every: int
     keep: int
     microbatches: int

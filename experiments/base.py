@@ -154,6 +154,7 @@ def _train() -> ConfigDict:
             steps=1_464_844,  # Where the run ends; the learning rate knows optimizer.schedule_steps. [P, as there]
             log_every=100,  # Steps between lines of metrics.jsonl. [O]
             eval_every=10_000,  # Steps between evaluations; 0: at the end only. [O]
+            eval_at_start=False,  # Also before the first step: what a start from another run (init) is worth. [O]
             save_every=5_000,  # Steps between checkpoints; 0: at the end only. [O]
             keep=3,  # Newest checkpoints kept, beside the best. [O]
             microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]

@@ -210,6 +210,8 @@ class _Run:
         with pipeline.training_batches(config, rows_of, self.start, self.tokenizer) as batches:
             steps = {shape: self._compile(shape) for shape in config.batch_shapes}
             with jax.transfer_guard("disallow"), self.stop:
+                if self.start == 0 and config.train.eval_at_start and config.eval.sources:
+                    self._evaluate(0, state)
                 stopped = self._steps(steps, state, batches)
                 self.checkpointer.wait()
         if stopped is not None:

@@ -14,6 +14,7 @@ MAY_CHANGE = {
     "train.steps": "where the run ends; the learning rate follows optimizer.schedule_steps",
     "train.log_every": "how often it is looked at",
     "train.eval_every": "how often it is looked at",
+    "train.eval_at_start": "how often it is looked at",
     "train.save_every": "how often it is saved",
     "train.keep": "which checkpoints stay on the disk",
     "train.microbatches": "parts of one and the same batch: rounding only, and fewer devices need more parts",

@@ -1,0 +1,20 @@
+"""The stages of AIMv2 in small, for two CPU cores: this, `larger.py`, `native.py`; all three: launch/stages.sh.
+
+python -m aimv2_jax.main --config=experiments/stages/small.py --workdir=runs/stages/small
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import quickstart
+
+DATA = "data/pairs"  # Where launch/stages.sh prepares the pairs it is given.
+
+
+def get_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.data.sources = {"pairs": f"{DATA}/train"}
+    config.data.mixture = {"pairs": {"alt": 0.5, "synthetic": 0.5}}
+    config.eval.update(sources={"pairs": f"{DATA}/test"}, batch_size=70, max_examples=280)
+    config.optimizer.update(warmup_steps=50, schedule_steps=600)
+    config.train.update(steps=600, eval_every=150, save_every=300, eval_at_start=True)
+    return config

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# All stages of AIMv2 in small, on two CPU cores in less than half an hour: pre-training at 112 px, 168 px, native
+# resolution, and the held-out losses of both last models at three resolutions. Run again, it resumes.
+# Usage: launch/stages.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes them,
+#                                            with captions in .txt and in the json's field "synthetic".
+set -euo pipefail
+pairs=${1:?"Name the folder with the pairs: launch/stages.sh PAIRS [WORKDIR]"}
+[ -d "$pairs" ] || { echo "error: no such folder: $pairs. Give one with SOURCE/{train,test}/*.tar." >&2; exit 2; }
+pairs=$(cd "$pairs" && pwd)
+workdir=${2:-$(dirname "$0")/../runs/stages}
+mkdir -p "$workdir"
+workdir=$(cd "$workdir" && pwd)
+. "$(dirname "$0")/environment.sh"
+
+for split in train test; do
+  [ -f "$workdir/data/$split/dataset.json" ] ||
+    .venv/bin/python -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
+      --caption alt=txt --caption synthetic=json:synthetic
+done
+
+train() { # STAGE FLAGS...
+  local stage=$1
+  shift
+  .venv/bin/python -m aimv2_jax.main --config="experiments/stages/$stage.py" --workdir="$workdir/$stage" \
+    --config.data.sources.pairs="$workdir/data/train" --config.eval.sources.pairs="$workdir/data/test" "$@"
+}
+train small
+train larger --config.init.path="$workdir/small:last"
+train native --config.init.path="$workdir/larger:last"
+
+.venv/bin/python -m aimv2_jax.eval.heldout --checkpoint "$workdir/larger:last" --resolution 112 168 224 \
+  --json "$workdir/larger.json"
+.venv/bin/python -m aimv2_jax.eval.heldout --checkpoint "$workdir/native:last" --resolution 112 168 native:144 \
+  --json "$workdir/native.json"
