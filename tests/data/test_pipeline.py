@@ -286,17 +286,17 @@ def test_import_when_any_data_module_is_then_nothing_of_ours_brings_jax_tensorfl
 
 @pytest.fixture(scope="module")
 def native_config(make_config):
-    """Batches of 32 patches: 8 pictures of at most 4 patches, 4 of 8, or 2 of 16."""
+    """Batches of 64 patches: 16 pictures of at most 4 patches, 8 of 8, or 4 of 16."""
     from experiments import base
 
     encoder = base.get_config().model.encoder.to_dict() | {"position": "sincos"}
-    return make_config(data__areas=(4, 8, 16), data__batch_size=2, model__encoder=encoder)
+    return make_config(data__areas=(4, 8, 16), data__batch_size=4, model__encoder=encoder)
 
 
 def test_native_batch_when_built_then_whole_pictures_in_raster_order_and_padding_that_is_zero(native_config):
     batches = take(native_config, 12, rows=None)
     plan = training_plan(native_config, open_sources(native_config.data.sources))
-    assert {batch.arrays["patches"].shape[:2] for batch in batches} == {(8, 4), (4, 8), (2, 16)}
+    assert {batch.arrays["patches"].shape[:2] for batch in batches} == {(16, 4), (8, 8), (4, 16)}
     for batch in batches:
         arrays, first = batch.arrays, plan.steps.first_example(batch.step)
         examples, area = arrays["valid"].shape
@@ -316,7 +316,7 @@ def test_native_batch_when_built_then_whole_pictures_in_raster_order_and_padding
             assert not arrays["patches"][row, used:].any() and not arrays["coords"][row, used:].any()
 
 
-@pytest.mark.parametrize("hosts", [2])
+@pytest.mark.parametrize("hosts", [2, 4])
 def test_native_batch_when_split_over_hosts_or_started_later_then_the_same_examples(native_config, hosts):
     whole = take(native_config, 8, rows=None)
     for later in take(native_config, 3, start=5, rows=None):
