@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written, beside the screen")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="examples at a time; the run's, unless given")
     args = parser.parse_args(arguments)
-    loaded = load(args.checkpoint)
+    loaded = load(args.checkpoint, args.weights)
     if args.batch_size:
         # Not more than there are: rows of filling take memory, too.
         pictures = sum(len(source) for source in open_sources(loaded.config.eval.sources).values())
