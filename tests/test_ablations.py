@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_names import paths
@@ -18,7 +19,8 @@ from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import rules
 from aimv2_jax.train.optimizer import learning_rate
-from aimv2_jax.train.program import build_program
+from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.step import TrainState
 
 FOLDER = ROOT / "experiments/ablations"
 GOLDEN = Path(__file__).parent / "golden_configs/ablations.txt"
@@ -98,7 +100,7 @@ def test_curriculum_when_its_runs_are_put_together_then_the_samples_and_the_sche
     assert small.optimizer == whole.optimizer and large.train.steps == large.optimizer.schedule_steps
     names = ("start_lr", "peak_lr", "end_lr", "warmup_steps", "schedule_steps")
     rate = learning_rate(**{name: getattr(whole.optimizer, name) for name in names})
-    assert large.optimizer.peak_lr == pytest.approx(float(rate(np.int32(small.train.steps))), rel=1e-4)
+    assert large.optimizer.peak_lr == pytest.approx(float(rate(jnp.int32(small.train.steps))), rel=1e-4)
     decay = large.optimizer.weight_decay / large.optimizer.peak_lr
     assert decay == pytest.approx(whole.optimizer.weight_decay / whole.optimizer.peak_lr)
 
@@ -120,28 +122,48 @@ def tiny_version(name: str) -> Config:
     return dataclasses.replace(tiny, data=data, tokenizer=quickstart.tokenizer)
 
 
-METRICS = {"loss", "lr", "grad_norm", "param_norm"}
+def drawn_state(program: Program) -> TrainState:
+    """A state of the right shapes without the compile that the true one takes: noise, gains of 1, empty moments."""
+    noise, state = np.random.default_rng(0), program.abstract_state
+    params = jax.tree.map_with_path(
+        lambda path, leaf: (
+            np.asarray(path[-1].key == "scale" or 0.1 * noise.normal(size=leaf.shape), np.float32)
+            * np.ones(leaf.shape, np.float32)
+        ),
+        state.params,
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    return jax.device_put(zeros.replace(params=params), program.state_shardings)
+
+
+METRICS = {"lr", "grad_norm", "param_norm"}
 LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.startswith("captioning")}}
+ALL = {"image", "text"}
+# The others differ from AIMv2 in numbers alone, of which one stands for all.
+TRAINED = [*LOSSES, "separate_decoders", "ema", "curriculum_1_112", "decoder_width_512"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ablation_when_tiny_and_trained_on_one_batch_then_its_losses_fall(name):
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(load_config(QUICKSTART).tokenizer.path, 12, 1024)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_ablation_when_tiny_and_trained_on_one_batch_then_its_losses_fall(name, tokenizer):
     config = tiny_version(name)
     program = build_program(config, jax.devices()[:1])
-    tokenizer = Tokenizer(config.tokenizer.path, 12, 1024)
     rows = np.arange(8)
     with pipeline.training_batches(config, rows, 0, tokenizer) as batches:
         arrays = pipeline.to_devices(next(batches).arrays, program.batch_sharding, rows, 8)
     batch = {key: arrays[key] for key in program.abstract_batch}
-    step, state, lines = program.compile_step(), program.init(), []
+    step = program.lower_step().compile(compiler_options={"xla_backend_optimization_level": 0})
+    state, lines = drawn_state(program), []
     for _ in range(4):
         state, metrics = step(state, batch, program.rng)
         lines.append(jax.device_get(metrics))
-    losses = LOSSES.get(name, {"image", "text"})
-    assert set(lines[0]) == METRICS | {f"{what}_{loss}" for what in ("loss", "count") for loss in losses}
+    losses = {f"loss_{loss}": config.loss.alpha if loss == "image" else 1 for loss in LOSSES.get(name, ALL)}
+    counts = {loss.replace("loss", "count") for loss in losses}
+    assert set(lines[0]) == {"loss", *losses, *counts, *METRICS}
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    for loss in losses:
-        assert lines[-1][f"loss_{loss}"] < lines[0][f"loss_{loss}"] - 0.01
-    alpha = config.loss.alpha
-    weights = {"image": alpha, "text": 1.0}
-    assert lines[0]["loss"] == pytest.approx(sum(weights[loss] * lines[0][f"loss_{loss}"] for loss in losses), rel=1e-6)
+    assert all(lines[-1][loss] < lines[0][loss] for loss in losses)
+    assert lines[0]["loss"] == pytest.approx(sum(weight * lines[0][loss] for loss, weight in losses.items()), rel=1e-6)
