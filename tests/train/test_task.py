@@ -292,7 +292,7 @@ def test_rows_when_drawn_then_in_order_valid_first_and_all_as_often():
 
 
 def test_text_loss_when_rows_are_dropped_then_those_have_no_gradient_and_the_others_do():
-    task = build_task(tiny_config(loss__image=False, model__decoder__keep_rows=0.5))
+    task = build_task(tiny_config(loss__image=False, model__decoder__keep_rows=0.5, model__layers="scan"))
     params, batch = jax.jit(task.init)(run_key(0)), batch_of(8)
     kept = task.draw_kept(run_key(1), batch)
     assert kept["kept"].shape == (8, LENGTH // 2)
@@ -316,7 +316,9 @@ def test_text_loss_when_rows_are_dropped_then_those_have_no_gradient_and_the_oth
 
 
 def test_separate_decoders_when_trained_then_each_loss_moves_its_own_and_predictions_are_those_of_joint_ones():
-    joint, task = build_task(tiny_config()), build_task(tiny_config(model__decoder__kind="separate"))
+    joint, task = (
+        build_task(tiny_config(model__layers="scan", model__decoder__kind=kind)) for kind in ("joint", "separate")
+    )
     params, batch, prefix = jax.jit(task.init)(run_key(0)), batch_of(2), jnp.asarray([1, 2])
     for loss, own, other in (("image", "image", "text"), ("text", "text", "image")):
         alone = dataclasses.replace(task, weights={loss: 1.0})
@@ -324,11 +326,11 @@ def test_separate_decoders_when_trained_then_each_loss_moves_its_own_and_predict
         assert all(leaf.any() for leaf in jax.tree.leaves(grads["decoder"][own]["trunk"]))
         assert not any(leaf.any() for leaf in jax.tree.leaves(grads["decoder"][other]))
         assert all(leaf.any() for leaf in jax.tree.leaves(grads["encoder"]["trunk"]))
-    ours = jax.jit(task.predict)(params, batch, prefix)
+    ours, predict = jax.jit(task.predict)(params, batch, prefix), jax.jit(joint.predict)
     text, image = params["decoder"]["text"], params["decoder"]["image"]
     assert "pixel_head" not in text and not {"token_head", "token_table", "begin", "position"} & set(image)
     for own, output in ((text | {"pixel_head": image["pixel_head"]}, "logits"), (text | image, "pixels")):
-        theirs = jax.jit(joint.predict)({"encoder": params["encoder"], "decoder": own}, batch, prefix)
+        theirs = predict({"encoder": params["encoder"], "decoder": own}, batch, prefix)
         # One pass of 16 rows or two of 4 and 16: float32 sums, split otherwise.
         np.testing.assert_allclose(getattr(ours, output), getattr(theirs, output), rtol=0, atol=1e-5)
 
