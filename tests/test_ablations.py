@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -46,6 +47,14 @@ def summary() -> str:
 
 def test_ablations_when_compared_with_aimv2_then_each_changes_what_was_reviewed():
     assert GOLDEN.read_text() == summary(), "if that is meant, run python -m tests.write_golden_configs"
+
+
+def test_ablation_when_started_in_another_folder_then_what_it_builds_on_is_found(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() not in (ROOT, tmp_path)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "experiments"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert load_config(FOLDER / "ema.py").optimizer.ema_decay == 0.9999
 
 
 def block(width: int, hidden: int) -> int:
