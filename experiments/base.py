@@ -107,7 +107,7 @@ def _optimizer() -> ConfigDict:
             weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [R]
             clip_norm=1.0,  # Of the global gradient norm. [P]
             # Of the parameters' exponential average, which then is what is loaded after training; 0: none is kept. [O:
-            # a quarter more memory and disk for the state; neither the paper nor the public trainer has one]
+            # a third more memory and disk for the state; neither the paper nor the public trainer has one]
             ema_decay=0.0,
         )
     )
