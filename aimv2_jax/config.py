@@ -29,6 +29,7 @@ from aimv2_jax.errors import UserError
 
 TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
 Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # What each keeps: models/layers.py.
+AttentionMask = Literal["prefix", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class EncoderConfig:
     heads: int
     hidden: int | None
     position: Literal["learned", "sincos"]
+    attention_mask: AttentionMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class DecoderConfig:
     vocab_size: int
     text_length: int
     remat: Remat | None
+    kind: Literal["joint", "separate", "mlp"]
+    keep_rows: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,7 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     clip_norm: float
+    ema_decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,8 +263,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read_experiment(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError("--config: no such file", str(path), "Give an experiment such as experiments/quickstart.py")
-    # Experiments build on each other as `from experiments import base`: the folder above theirs must be importable.
-    root = str(path.resolve().parent.parent)
+    # Experiments build on each other as `from experiments import base`: the folder above theirs must be importable,
+    # that of a subfolder's being the same.
+    folders = path.resolve().parents
+    root = str(next((folder for folder in folders if folder.name == "experiments"), folders[0]).parent)
     added = root not in sys.path
     if added:
         sys.path.insert(0, root)
@@ -411,6 +418,12 @@ def _check(config: Config) -> None:
             model.encoder.width,
             "Change the width, or set model.encoder.position=learned",
         )
+    if model.decoder.kind == "mlp" and model.decoder.width % 4:
+        raise UserError(
+            "config model.decoder.width must be a multiple of 4 for the sin-cos positions of model.decoder.kind=mlp",
+            model.decoder.width,
+            "Change the width",
+        )
     _at_least(2, model.decoder.vocab_size, "model.decoder.vocab_size")
     _at_least(2, model.decoder.text_length, "model.decoder.text_length")
     _at_least(1, model.patch_size, "model.patch_size")
@@ -469,6 +482,29 @@ def _check_losses(config: Config) -> None:
         raise UserError("config loss.image and loss.text are both off", False, "Switch at least one on")
     _at_least(0, loss.alpha, "loss.alpha")
     _positive(loss.target_eps, "loss.target_eps")
+    encoder, decoder = config.model.encoder, config.model.decoder
+    if loss.image and encoder.attention_mask == "full":
+        raise UserError(
+            "config model.encoder.attention_mask lets every patch read the one it is to predict",
+            encoder.attention_mask,
+            "Set loss.image=False, or model.encoder.attention_mask=prefix",
+        )
+    if loss.text and decoder.kind == "mlp":
+        raise UserError(
+            "config model.decoder.kind is a head for patches, which writes no text",
+            decoder.kind,
+            "Set loss.text=False, or model.decoder.kind to joint or separate",
+        )
+    if not 0 < decoder.keep_rows <= 1:
+        raise UserError(
+            "config model.decoder.keep_rows is out of range", decoder.keep_rows, "Give a share above 0, up to 1"
+        )
+    if loss.image and decoder.keep_rows < 1:
+        raise UserError(
+            "config model.decoder.keep_rows drops rows that the image loss needs",
+            decoder.keep_rows,
+            "Set loss.image=False, or model.decoder.keep_rows=1",
+        )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -485,6 +521,12 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             "config optimizer.weight_decay would turn parameters over",
             optimizer.weight_decay,
             "It is the fraction removed at each step at the peak learning rate (the paper: 1e-4)",
+        )
+    if not 0 <= optimizer.ema_decay < 1:
+        raise UserError(
+            "config optimizer.ema_decay is out of range",
+            optimizer.ema_decay,
+            "Give a number in [0, 1); 0 keeps no average",
         )
     if optimizer.schedule_steps <= optimizer.warmup_steps:
         raise UserError(

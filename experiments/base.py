@@ -59,6 +59,7 @@ def _model() -> ConfigDict:
                     int
                 ),  # SwiGLU units; None: the rule, 2/3 of 4 x width up to 256s. [R]
                 position="learned",  # "learned" table for one resolution, or "sincos" of the true grid. [P]
+                attention_mask="prefix",  # In training: a random "prefix", or "full", without the image loss. [P]
             ),
             decoder=dict(
                 width=1024,  # [P]
@@ -68,6 +69,12 @@ def _model() -> ConfigDict:
                 vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
                 text_length=77,  # Tokens of a caption, its end included. [R]
                 remat=ml_collections.config_dict.placeholder(str),  # The decoder's own; None: as model.remat. [O]
+                # "joint": one trunk for both losses; "separate": a whole decoder for each; "mlp": AIMv1's head, which
+                # predicts patches only, by blocks without attention. [P]
+                kind="joint",
+                # Share of the encoder's rows that the decoder is given in training, drawn by example; below 1 without
+                # the image loss only. [O: OpenVision 2 keeps 0.35 to save time, AIMv2 keeps all]
+                keep_rows=1.0,
             ),
             norm_eps=1e-5,  # RMSNorm. [R]
             pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, of pixels in [0, 1]. [R]
@@ -107,6 +114,9 @@ def _optimizer() -> ConfigDict:
             eps=1e-8,  # [R]
             weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [R]
             clip_norm=1.0,  # Of the global gradient norm. [P]
+            # Of the parameters' exponential average, which then is what is loaded after training; 0: none is kept. [O:
+            # a third more memory and disk for the state; neither the paper nor the public trainer has one]
+            ema_decay=0.0,
         )
     )
 

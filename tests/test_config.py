@@ -160,6 +160,15 @@ REFUSED = {
     "a kind twice": (("eval.kinds", "('alt', 'alt')"), ["eval.kinds", "twice"]),
     "crop": (("data.crop_area", "(0.9, 0.4)"), ["data.crop_area"]),
     "flip": (("data.flip", "2"), ["data.flip"]),
+    "next patches in sight": (("model.encoder.attention_mask", "full"), ["attention_mask", "Set loss.image=False"]),
+    "text of a head for patches": (
+        ("model.decoder.kind", "mlp"),
+        ["model.decoder.kind", "'mlp'", "Set loss.text=False"],
+    ),
+    "positions of that head": (("model.decoder", {"kind": "mlp", "width": 30}), ["model.decoder.width", "30", "of 4"]),
+    "dropped rows and patches": (("model.decoder.keep_rows", "0.5"), ["keep_rows", "0.5", "Set loss.image=False"]),
+    "no rows": (("model.decoder.keep_rows", "0"), ["model.decoder.keep_rows", "above 0"]),
+    "average for ever": (("optimizer.ema_decay", "1.0"), ["optimizer.ema_decay", "1.0", "[0, 1)"]),
 }
 
 

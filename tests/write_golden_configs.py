@@ -1,4 +1,4 @@
-"""Writes the resolved text of every experiment, and the list of decayed tensors, for review.
+"""Writes every experiment as it resolves, what each ablation changes, and the list of decayed tensors, for review.
 
 python -m tests.write_golden_configs
 """
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
 from parallel.test_rules import table
+from test_ablations import summary
 
 from aimv2_jax.config import config_text, load_config
 from aimv2_jax.train.optimizer import decay_report
@@ -28,6 +29,7 @@ def main() -> None:
         if "def get_config" in path.read_text() and path.stem != "base":
             (GOLDEN / f"{path.stem}.txt").write_text(config_text(load_config(path)))
     task = build_task(load_config(ROOT / "experiments/quickstart.py"))
+    (GOLDEN / "ablations.txt").write_text(summary())
     (GOLDEN / "shardings.txt").write_text(table("pretrain_large_224"))
     (GOLDEN / "decay.txt").write_text(decay_report(jax.eval_shape(task.init, run_key(0))))
 

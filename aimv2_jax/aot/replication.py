@@ -24,7 +24,7 @@ from aimv2_jax.aot.hlo import Array, Instruction, Module
 from aimv2_jax.aot.schedule import scheduled
 from aimv2_jax.config import Config
 from aimv2_jax.models.kernels.whole_row import MOST_HEADS
-from aimv2_jax.models.sizes import swiglu_hidden
+from aimv2_jax.models.sizes import kept_rows, swiglu_hidden
 
 LARGE = 2**20  # Bytes: what is smaller is not worth splitting.
 WHOLE = 4 * 2**20  # Bytes: what the rules may leave whole. The widest position table has 3 MiB.
@@ -154,8 +154,11 @@ def _rows_of_one_device(program: dict[str, Any], config: Config) -> set[int]:
 
 
 def _lengths(config: Config) -> set[int]:
-    image, text = config.batch_shapes[0].patches, config.model.decoder.text_length
-    return {image - 1, image, text - 1, text, image + text - 1, image + text}
+    length, text = config.batch_shapes[0].patches, config.model.decoder.text_length
+    sizes = {text - 1, text}
+    for image in (length, kept_rows(config.model.decoder.keep_rows, length)):
+        sizes |= {image - 1, image, image + text - 1, image + text}
+    return sizes
 
 
 def _model_sizes(config: Config) -> set[int]:

@@ -79,7 +79,7 @@ def greedy(
       max_tokens: T, the end included; as many as the decoder has learned to write, unless given.
       num_pieces: tokens that may be chosen, where the tokenizer has fewer than the model's table.
     """
-    max_tokens = max_tokens or model.decoder.text_length
+    max_tokens = max_tokens or model.text_decoder.text_length
     logits, context = read_pictures(model, params, pixels, coords, valid, max_tokens)
     filling = 0 if end_id is None else end_id
     ended = ~jnp.any(valid, axis=1)
@@ -105,7 +105,7 @@ def greedy(
 
 
 def _read_pictures(model: AIMv2, pixels, coords, valid, max_tokens):
-    decoder = model.decoder
+    decoder = model.text_decoder
     features, _ = model.encoder(pixels, coords, valid)
     rows = jnp.concatenate(
         [decoder.embed_image(features), decoder.embed_text(jnp.zeros((pixels.shape[0], 0), jnp.int32))], axis=1
@@ -119,7 +119,7 @@ def _read_pictures(model: AIMv2, pixels, coords, valid, max_tokens):
 
 
 def _read_token(model: AIMv2, context, token_B, index):
-    decoder, (cache, readable) = model.decoder, context
+    decoder, (cache, readable) = model.text_decoder, context
     reads = causal_reads(readable, first=cache.index[0])
     rows, _, cache = decoder.trunk(decoder.embed_token(token_B, index), reads, cache)
     return decoder.predict_tokens(rows)[:, 0], Context(cache, readable)

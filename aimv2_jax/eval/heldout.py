@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="pixels such as 336, or native:256 for whole pictures in so many patches; the run's own, unless given",
     )
     args = parser.parse_args(arguments)
-    loaded = load(args.checkpoint)
+    loaded = load(args.checkpoint, args.weights)
     if args.batch_size:
         # Not more than there are: rows of filling take memory, too.
         pictures = sum(len(source) for source in open_sources(loaded.config.eval.sources).values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -18,10 +18,15 @@ from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
 from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
 
+Weights = Literal["average", "raw"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model as it was after `step` steps of the run in `workdir`; `params` are whole on every device of `mesh`."""
+    """A model as it was after `step` steps of the run in `workdir`; `params` are whole on every device of `mesh`.
+
+    `params` are the average that the run kept, where it kept one and the last step's were not asked for.
+    """
 
     config: Config
     task: PretrainTask
@@ -74,10 +79,14 @@ class Loaded:
         return Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
 
 
-def load(spec: str) -> Loaded:
+def load(spec: str, weights: Weights = "average") -> Loaded:
     """The model that `spec` names: `WORKDIR` (its best step), `WORKDIR:STEP` or `WORKDIR:last`.
 
-    Reads the parameters alone, and writes nothing.
+    Reads one set of parameters alone, and writes nothing.
+
+    Args:
+      spec: as above.
+      weights: "average": over the steps, where config optimizer.ema_decay kept one; "raw": those of that very step.
 
     Raises:
       UserError: when there is no such checkpoint, or it cannot be read.
@@ -91,7 +100,8 @@ def load(spec: str) -> Loaded:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
     )
-    params = reader.restore_part(step, {"params": abstract})["params"]
+    part = "average" if weights == "average" and config.optimizer.ema_decay else "params"
+    params = reader.restore_part(step, {part: abstract})[part]
     return Loaded(config, task, params, workdir, step, mesh)
 
 

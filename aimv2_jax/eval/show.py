@@ -169,7 +169,10 @@ def curves_figure(loaded: Loaded) -> Figure:
                 held_out("eval_loss_text_full_prefix", "held-out, whole picture", BLUE),
             ],
         ),
-        Panel("Total loss", [train("loss"), held_out("eval_loss")]),
+        Panel(
+            "Total loss",
+            [train("loss"), held_out("eval_loss"), held_out("eval_loss_ema", "held-out, averaged parameters", BLUE)],
+        ),
         Panel("Learning rate", [train("lr", color=GREEN)]),
         Panel("Gradient norm", [train("grad_norm", color=GREEN)], scale="log"),
         Panel("Images per second", [train("images_per_s", color=GREEN)]),
@@ -178,9 +181,12 @@ def curves_figure(loaded: Loaded) -> Figure:
         dataclasses.replace(panel, curves=[curve for curve in panel.curves if any(v is not None for v in curve.values)])
         for panel in panels
     ]
+    reads, held_out_reads = "random prefixes", f"prefixes of {_listed(loaded.config.eval.prefixes)} of the patches"
+    if loaded.task.attention_mask == "full":
+        reads = held_out_reads = "whole pictures"
     note = (
-        f"Training: random prefixes and crops. Held-out: prefixes of {_listed(loaded.config.eval.prefixes)} of the"
-        f" patches. Dotted: the checkpoint shown, step {loaded.step:,}."
+        f"Training: {reads} and random crops. Held-out: {held_out_reads}. Dotted: the checkpoint shown, step"
+        f" {loaded.step:,}."
     )
     return curve_panels([panel for panel in panels if panel.curves], "Training curves", note, loaded.step)
 
@@ -209,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"held-out pictures, up to {MOST_EXAMPLES} (default: 8)",
     )
     args = parser.parse_args(arguments)
-    loaded = load(args.checkpoint)
+    loaded = load(args.checkpoint, args.weights)
     make_output_folder(args.output)
     tokenizer = loaded.tokenizer()
     examples = read_examples(loaded, tokenizer, args.examples)

@@ -1,32 +1,32 @@
-"""Encoder and decoder as one model for pre-training. B batch, L patches, P pixels a patch, T text, V vocabulary."""
+"""Encoder and decoder as one model for pre-training. B batch, L patches, P pixels a patch, K kept rows, T text."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.decoder import Decoder
+from aimv2_jax.models.decoder import Decoder, Output, Predictions
 from aimv2_jax.models.encoder import Encoder
-
-Output = Literal["pixels", "logits"]
-
-
-class Predictions(NamedTuple):
-    """What the decoder says, M = L - 1 rows of pixels; None where it was not asked."""
-
-    pixels: Float[Array, "B M P"] | None
-    logits: Float[Array, "B T V"] | None
+from aimv2_jax.models.patch_mlp import PatchMLP
+from aimv2_jax.models.separate import SeparateDecoders
 
 
 class AIMv2(nn.Module):
-    """The encoder under a prefix mask, the decoder over its features and the caption."""
+    """The encoder under a prefix mask, and what predicts from its features and the caption."""
 
     encoder: Encoder
-    decoder: Decoder
+    decoder: Decoder | SeparateDecoders | PatchMLP
+
+    @property
+    def text_decoder(self) -> Decoder:
+        """The decoder that writes captions."""
+        decoder = self.decoder.text if isinstance(self.decoder, SeparateDecoders) else self.decoder
+        assert isinstance(decoder, Decoder), f"{type(decoder).__name__} writes no text"
+        return decoder
 
     def __call__(
         self,
@@ -36,14 +36,24 @@ class AIMv2(nn.Module):
         tokens: Int[Array, "B T"],
         prefix: Int[Array, " B"] | None,
         outputs: Collection[Output] = ("pixels", "logits"),
+        kept: Int[Array, "B K"] | None = None,
     ) -> Predictions:
-        """Predictions of patches 1 … L-1 and of tokens 0 … T-1, float32; rows that predict nothing are not computed."""
-        num_patches = patches.shape[1]
+        """Predictions of patches 1 … L-1 and of tokens 0 … T-1, float32, of those of the two that are asked for.
+
+        Args:
+          kept: the rows of the encoder that the decoder is given, by example; None for all. Only text can be predicted
+            from some.
+        """
         features, _ = self.encoder(patches, coords, valid, prefix)
-        rows, _ = self.decoder(features, valid, tokens[:, :-1] if "logits" in outputs else None)
-        pixels = self.decoder.predict_pixels(rows[:, : num_patches - 1]) if "pixels" in outputs else None
-        logits = self.decoder.predict_tokens(rows[:, num_patches:]) if "logits" in outputs else None
-        return Predictions(pixels, logits)
+        if kept is not None:
+            assert "pixels" not in outputs
+            features, coords, valid = (take_rows(array, kept) for array in (features, coords, valid))
+        return self.decoder.predict(features, coords, valid, tokens, outputs)
+
+
+def take_rows(array: Array, rows: Int[Array, "B K"]) -> Array:
+    """[B, K, …]: the given rows of each example of [B, L, …]."""
+    return jnp.take_along_axis(array, rows.reshape(*rows.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
 def count_parameters(params: object) -> int:

@@ -1,9 +1,13 @@
 """The causal decoder over [image features | begin | text].
 
-B batch, L patches, T text, S sequence, D width, C encoder width, R rows, P pixels a patch, V vocabulary, N layers.
+B batch, L patches, M = L - 1, T text, S sequence, D width, C encoder width, R rows, P pixels a patch, V vocabulary,
+N layers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,12 +27,21 @@ from aimv2_jax.models.layers import (
     symmetric_uniform,
 )
 
+Output = Literal["pixels", "logits"]
+
+
+class Predictions(NamedTuple):
+    """What a decoder says of the next patches and tokens; None where it was not asked, or cannot say."""
+
+    pixels: Float[Array, "B M P"] | None
+    logits: Float[Array, "B T V"] | None
+
 
 class Decoder(nn.Module):
     """One trunk for both modalities; a linear head for pixels, another for tokens (RECIPE.md §3).
 
     Image row i predicts patch i+1; the begin row predicts token 0, text row j token j+1. The caller slices the rows
-    whose predictions it wants and hands them to `predict_pixels` or `predict_tokens`.
+    whose predictions it wants and hands them to `predict_pixels` or `predict_tokens`; `predict` does so for all.
     """
 
     width: int
@@ -42,6 +55,7 @@ class Decoder(nn.Module):
     eps: float = 1e-5
     precision: Precision = Precision()
     run: Run = Run()
+    reads_text: bool = True  # False: it has no parameters of text, and is asked for pixels alone.
 
     def setup(self):
         param = self.precision.param
@@ -49,16 +63,19 @@ class Decoder(nn.Module):
         self.image_embed = Linear(
             self.width, ("features", "output"), self.precision, kernel_init=image_init, bias_init=image_init
         )
-        self.token_table = self.param(
-            "token_table", named(nn.initializers.normal(0.02), *TABLE_AXES), (self.vocab_size, self.width), param
-        )
-        self.begin = self.param("begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param)
-        self.position = self.param(
-            "position",
-            named(nn.initializers.normal(0.01), *POSITION_AXES),
-            (self.text_length + 1, self.width),
-            param,
-        )
+        if self.reads_text:
+            self.token_table = self.param(
+                "token_table", named(nn.initializers.normal(0.02), *TABLE_AXES), (self.vocab_size, self.width), param
+            )
+            self.begin = self.param(
+                "begin", named(nn.initializers.normal(0.02), "position_embed"), (self.width,), param
+            )
+            self.position = self.param(
+                "position",
+                named(nn.initializers.normal(0.01), *POSITION_AXES),
+                (self.text_length + 1, self.width),
+                param,
+            )
         self.trunk = Trunk(self.depth, self.heads, self.hidden, self.eps, self.precision, self.run)
         # Variance 1 / ((1 + blocks) · in): the reference's heads start small in proportion to their depth.
         head_init = nn.initializers.variance_scaling(1 / (1 + self.depth), "fan_in", "truncated_normal")
@@ -118,3 +135,21 @@ class Decoder(nn.Module):
             valid = jnp.concatenate([valid, jnp.ones(text.shape[:2], bool)], axis=1)
         rows, every, _ = self.trunk(rows, causal_reads(valid), collect=collect)
         return rows, every
+
+    def predict(
+        self,
+        features: Float[Array, "B L C"],
+        coords: Int[Array, "B L 2"],
+        valid: Bool[Array, "B L"],
+        tokens: Int[Array, "B T"],
+        outputs: Collection[Output],
+    ) -> Predictions:
+        """Predictions of patches 1 … L-1 and of tokens 0 … T-1, float32; rows that predict nothing are not computed.
+
+        `coords` are not read: the features know their places.
+        """
+        length = features.shape[1]
+        rows, _ = self(features, valid, tokens[:, :-1] if "logits" in outputs else None)
+        pixels = self.predict_pixels(rows[:, : length - 1]) if "pixels" in outputs else None
+        logits = self.predict_tokens(rows[:, length:]) if "logits" in outputs else None
+        return Predictions(pixels, logits)

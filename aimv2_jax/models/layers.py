@@ -341,7 +341,7 @@ class Trunk(nn.Module):
         block = Block(self.heads, self.hidden, self.eps, self.precision, attention, parent=None)
         one_row = Reads(reads.prefix[:1], reads.readable[:1, :1])
         plain = block.clone(attention="xla")
-        stacked = self.param("blocks", _init_stacked, plain, self.depth, x[:1, :1], one_row)
+        stacked = self.param("blocks", init_stacked, plain, self.depth, x[:1, :1], one_row)
         length = x.shape[1]
         x, reads = _pad_rows(x, reads, padded_rows(length, attention))
 
@@ -350,10 +350,7 @@ class Trunk(nn.Module):
             x, cache = block.apply({"params": params}, x, reads, cache)
             return x, (x if collect else None, cache)
 
-        if remat != "none":
-            saved = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
-            run = jax.checkpoint(run, prevent_cse=layers == "loop", policy=saved)
-        x, (every, cache) = run_layers(run, x, (stacked, cache), self.depth, layers)
+        x, (every, cache) = run_layers(run, x, (stacked, cache), self.depth, layers, remat)
         every = every[:, :, :length] if collect else None
         return RMSNorm(self.eps, self.precision, name="norm")(x[:, :length]), every, cache
 
@@ -367,14 +364,17 @@ def _pad_rows(x: Float[Array, "B S D"], reads: Reads, length: int) -> tuple[Floa
     return jnp.pad(x, (*rows, (0, 0))), reads._replace(readable=jnp.pad(reads.readable, rows))
 
 
-def _init_stacked(rng: jax.Array, block: Block, depth: int, x: jax.Array, reads: Reads) -> Any:
+def init_stacked(rng: jax.Array, block: nn.Module, depth: int, *inputs: Any) -> Any:
     """Parameters of `depth` blocks, each drawn with its own key, stacked on a leading axis named "layers"."""
-    params = jax.vmap(lambda key: block.init(key, x, reads)["params"])(jax.random.split(rng, depth))
+    params = jax.vmap(lambda key: block.init(key, *inputs)["params"])(jax.random.split(rng, depth))
     return meta.add_axis(params, 0, {meta.PARTITION_NAME: "layers"})
 
 
-def run_layers(run: Callable, x: Any, stacked: Any, depth: int, layers: LayerRun) -> tuple[Any, Any]:
+def run_layers(run: Callable, x: Any, stacked: Any, depth: int, layers: LayerRun, remat: Remat) -> tuple[Any, Any]:
     """Carries `x` through `run(x, layer) -> (x, y)` for every slice of `stacked`; returns x and the stacked y's."""
+    if remat != "none":
+        saved = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
+        run = jax.checkpoint(run, prevent_cse=layers == "loop", policy=saved)
     if layers == "scan":
         return jax.lax.scan(run, x, stacked, length=depth)
     ys = []

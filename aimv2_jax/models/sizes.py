@@ -29,3 +29,8 @@ def swiglu_hidden(width: int, multiple_of: int = 256) -> int:
     """Hidden units of SwiGLU by the reference's rule: int(2/3 of 4 x width), rounded up to `multiple_of`."""
     hidden = int(2 * 4 * width / 3)
     return -(-hidden // multiple_of) * multiple_of
+
+
+def kept_rows(share: float, length: int) -> int:
+    """Encoder rows of `length` that the decoder is given: the nearest whole number to the share, at least one."""
+    return max(1, round(share * length))

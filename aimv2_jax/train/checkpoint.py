@@ -157,7 +157,8 @@ class Checkpointer(CheckpointReader):
           step: the number of steps that made `state`; not yet among `steps()`.
           state: a pytree of `jax.Array`.
           config: the run's; goes into `meta`.
-          eval_loss: the held-out loss of this very state; a loss that isn't finite counts as none.
+          eval_loss: the held-out loss of this very state, of its average where it has one; a loss that isn't finite
+            counts as none.
           extra: whatever else shall stand in `meta`, as JSON.
 
         Raises:

@@ -31,30 +31,51 @@ def full_prefix(valid: np.ndarray) -> np.ndarray:
 
 
 def evaluate(
-    program: Program, params: Any, batches: Iterable[Arrays], put: Callable[[Arrays], dict[str, jax.Array]]
+    program: Program,
+    params: Any,
+    batches: Iterable[Arrays],
+    put: Callable[[Arrays], dict[str, jax.Array]],
+    average: Any = None,
 ) -> dict[str, float]:
     """Losses of `params` over held-out batches.
 
     Args:
+      program: whose task and settings of evaluation they are.
+      params: of the task.
       batches: this process' rows of each batch (LAYOUT.md, "Batch").
       put: makes the global arrays of such rows.
+      average: other parameters, whose figures are given beside, under the same names with `_ema`.
 
     Returns:
       `eval_loss`, `eval_loss_<name>` (sums over all prefixes, kinds and examples, divided once) and
-      `eval_loss_text_full_prefix`, where the encoder reads the whole picture freely.
+      `eval_loss_text_full_prefix`, where the encoder reads the whole picture freely. An encoder that was trained to do
+      so does so for all of them.
 
     Raises:
       UserError: where nothing was counted, which is no loss of 0.
     """
     task = program.task
-    fixed, full = Totals(), Totals()
+    prefixes = program.config.eval.prefixes if task.attention_mask == "prefix" else ()
+    evaluated = {"": params} | ({} if average is None else {"_ema": average})
+    totals = {ending: (Totals(), Totals()) for ending in evaluated}
     for arrays in batches:
         batch = put(arrays)
-        for prefix in fixed_prefixes(program.config.eval.prefixes, arrays["valid"]):
-            fixed.add_terms(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
-        if "text" in task.weights:
-            prefix = full_prefix(arrays["valid"])
-            full.add_terms(program.eval_sums(params, batch, put({"prefix": prefix})["prefix"]))
+        fixed = [put({"prefix": prefix})["prefix"] for prefix in fixed_prefixes(prefixes, arrays["valid"])]
+        full = put({"prefix": full_prefix(arrays["valid"])})["prefix"]
+        for ending, (at_fixed, at_full) in totals.items():
+            for prefix in fixed:
+                at_fixed.add_terms(program.eval_sums(evaluated[ending], batch, prefix))
+            if "text" in task.weights:
+                at_full.add_terms(program.eval_sums(evaluated[ending], batch, full))
+    values = {}
+    for ending, (at_fixed, at_full) in totals.items():
+        figures = _figures(program, at_fixed if prefixes else at_full, at_full)
+        values |= {f"{name}{ending}": value for name, value in figures.items()}
+    return values
+
+
+def _figures(program: Program, fixed: Totals, full: Totals) -> dict[str, float]:
+    task = program.task
     losses = {name: fixed.mean(name) for name in task.weights}
     for name, loss in losses.items():
         if loss is None:

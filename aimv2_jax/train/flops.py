@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import jax
 
-from aimv2_jax.config import Config
-from aimv2_jax.models.sizes import swiglu_hidden
+from aimv2_jax.config import Config, DecoderConfig, EncoderConfig
+from aimv2_jax.models.sizes import kept_rows, swiglu_hidden
 from aimv2_jax.parallel.chips import chip_kind
 
 
@@ -17,18 +17,35 @@ def flops_per_example(config: Config, length: int | None = None) -> float:
     """Model FLOPs of one example of `length` patches (those of config data.image_size), forward and backward."""
     encoder, decoder, loss = config.model.encoder, config.model.decoder, config.loss
     length, pixels = length or config.num_patches, len(config.model.pixel_mean) * config.model.patch_size**2
-    text = decoder.text_length if loss.text else 0
     multiply_adds = length * pixels * encoder.width + _trunk(encoder, length)
-    multiply_adds += length * encoder.width * decoder.width + _trunk(decoder, length + text)
+    for image, text in decoder_rows(config, length):
+        multiply_adds += image * encoder.width * decoder.width + _trunk(decoder, image + text)
+        multiply_adds += text * decoder.width * decoder.vocab_size
+    if decoder.kind == "mlp":
+        multiply_adds += (length - 1) * (encoder.width * decoder.width + decoder.depth * _mlp(decoder))
     if loss.image:
         multiply_adds += (length - 1) * decoder.width * pixels
-    multiply_adds += text * decoder.width * decoder.vocab_size
     return 3 * 2 * multiply_adds
 
 
-def _trunk(trunk, rows: int) -> int:
-    width, hidden = trunk.width, trunk.hidden or swiglu_hidden(trunk.width)
-    return trunk.depth * (rows * (4 * width**2 + 3 * width * hidden) + 2 * rows**2 * width)
+def decoder_rows(config: Config, length: int) -> list[tuple[int, int]]:
+    """Rows of picture, of `length` patches, and of text that go through each causal trunk of a training step."""
+    decoder, loss = config.model.decoder, config.loss
+    if decoder.kind == "mlp":
+        return []
+    image, text = kept_rows(decoder.keep_rows, length), decoder.text_length if loss.text else 0
+    if decoder.kind == "joint":
+        return [(image, text)]
+    return [(image, 0)] * loss.image + [(image, text)] * loss.text
+
+
+def _trunk(trunk: EncoderConfig | DecoderConfig, rows: int) -> int:
+    return trunk.depth * (rows * (4 * trunk.width**2 + _mlp(trunk)) + 2 * rows**2 * trunk.width)
+
+
+def _mlp(trunk: EncoderConfig | DecoderConfig) -> int:
+    """Multiply-adds of a row in the SwiGLU of a block."""
+    return 3 * trunk.width * (trunk.hidden or swiglu_hidden(trunk.width))
 
 
 def model_flops_utilisation(config: Config, tflops_per_s: float | None, devices: list[jax.Device]) -> float | None:

@@ -46,7 +46,7 @@ from aimv2_jax.train.profile import Profiler
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.resume import check_resumable
 from aimv2_jax.train.starvation import FeedWatch
-from aimv2_jax.train.step import TrainState
+from aimv2_jax.train.step import AveragedState, TrainState
 from aimv2_jax.train.stopping import StopRequests
 from aimv2_jax.train.tally import BadRecordFile, Tally
 from aimv2_jax.train.warm_start import warm_start
@@ -268,7 +268,8 @@ class _Run:
                 with self.stopwatch.pause():
                     values = self._evaluate(number, state) if evaluating else {}
                     if saving or stopping:
-                        self._save(number, state, values.get("eval_loss"))
+                        # The loss of what `eval/load.py` takes.
+                        self._save(number, state, values.get("eval_loss_ema", values.get("eval_loss")))
             if stopping:
                 return number
         return None
@@ -319,8 +320,9 @@ class _Run:
             global_rows=config.eval.batch_size,
         )
         faults: list[pipeline.Fault] = []
-        values = evaluate(self.program, state.params, self._eval_arrays(faults), put)
-        self._check_finite(number, values, ("eval_loss",))
+        average = state.average if isinstance(state, AveragedState) else None
+        values = evaluate(self.program, state.params, self._eval_arrays(faults), put, average)
+        self._check_finite(number, values, [name for name in ("eval_loss", "eval_loss_ema") if name in values])
         self.bad_records.write(number, faults)
         self.writer.write(number, values | {"eval_bad_records": len(faults)})
         told = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in values.items())

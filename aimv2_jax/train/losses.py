@@ -1,4 +1,6 @@
-"""Targets and losses as sums and counts. B batch, L patches, M = L - 1, P pixels a patch, T text, V vocabulary.
+"""Targets and losses as sums and counts, and what is drawn for them.
+
+B batch, L patches, M = L - 1, K kept rows, P pixels a patch, T text, V vocabulary.
 
 All in float32. Only the step divides a sum by its count, after both are global (LAYOUT.md, "Losses").
 """
@@ -66,10 +68,29 @@ def draw_prefix(rng: jax.Array, example_index: UInt[Array, "B 2"], valid: Bool[A
     """
 
     def draw(index_2, num_valid):
-        key = jax.random.fold_in(jax.random.fold_in(rng, index_2[0]), index_2[1])
-        return jax.random.randint(key, (), 1, jnp.maximum(num_valid, 2))
+        return jax.random.randint(_example_key(rng, index_2), (), 1, jnp.maximum(num_valid, 2))
 
     return jax.vmap(draw)(example_index, jnp.sum(valid, axis=1))
+
+
+def draw_rows(
+    rng: jax.Array, example_index: UInt[Array, "B 2"], valid: Bool[Array, "B L"], count: int
+) -> Int[Array, "B {count}"]:
+    """`count` rows of each example in rising order, each set of them as likely, a function of (rng, example number).
+
+    Rows of padding are taken only where the valid ones are too few.
+    """
+
+    def draw(index_2, valid_L):
+        lots = jax.random.uniform(_example_key(rng, index_2), valid_L.shape)
+        chosen_K = jnp.argsort(jnp.where(valid_L, lots, 1 + lots))[:count]
+        return jnp.sort(chosen_K)
+
+    return jax.vmap(draw)(example_index, valid)
+
+
+def _example_key(rng: jax.Array, index_2: UInt[Array, " 2"]) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(rng, index_2[0]), index_2[1])
 
 
 def divide(total: Float[Array, ""], count: Float[Array, ""] | Int[Array, ""]) -> Float[Array, ""]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,16 @@ def adamlh(
         optax.add_decayed_weights(weight_decay / peak_lr, mask=is_decayed),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def step_average(average: Any, params: Any, steps: Int[Array, ""], decay: float) -> Any:
+    """The exponential average of the parameters after each of `steps` steps, given that of all but the last.
+
+    Weights are decay^(steps - i) over their sum, as Adam corrects its moments: the first average is the first step's
+    parameters, however slow the decay, and the initial ones have no part in it. So it needs no warm-up of its own.
+    """
+    rate = (1 - decay) / -jnp.expm1(steps * math.log(decay))  # 1 - decay^steps, without cancellation.
+    return jax.tree.map(lambda mean, leaf: mean + rate * (leaf - mean), average, params)
 
 
 def decay_report(params: Any) -> str:

@@ -22,7 +22,7 @@ from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.chips import chip_kind
 from aimv2_jax.parallel.mesh import build_mesh, check_batch
 from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
-from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step
+from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step, with_average
 from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
 
 
@@ -53,12 +53,18 @@ class Program:
         params = rules.param_shardings(self.task.logical_axes(), self.mesh)
         rules.check_divisible(abstract, params)
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
-        return TrainState(step=rules.replicated(self.mesh), params=params, opt_state=opt_state)
+        state = TrainState(step=rules.replicated(self.mesh), params=params, opt_state=opt_state)
+        return with_average(state, params) if self.config.optimizer.ema_decay else state
+
+    @property
+    def _init_state(self) -> Any:
+        decay = self.config.optimizer.ema_decay
+        return partial(init_state, task=self.task, optimizer=self.optimizer, ema_decay=decay)
 
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without its memory."""
-        shapes = jax.eval_shape(partial(init_state, task=self.task, optimizer=self.optimizer), abstract_key())
+        shapes = jax.eval_shape(self._init_state, abstract_key())
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -84,8 +90,7 @@ class Program:
 
     def init(self) -> TrainState:
         """The state before step 0, laid out as the rules say; the same numbers on any mesh."""
-        build = partial(init_state, task=self.task, optimizer=self.optimizer)
-        return jax.jit(build, out_shardings=self.state_shardings)(self.rng)
+        return jax.jit(self._init_state, out_shardings=self.state_shardings)(self.rng)
 
     @cached_property
     def step(self) -> Any:
@@ -97,6 +102,7 @@ class Program:
             schedule=self.schedule,
             microbatches=self.config.train.microbatches,
             grad_shardings=self.state_shardings.params,
+            ema_decay=self.config.optimizer.ema_decay,
         )
         whole = rules.replicated(self.mesh)
         return jax.jit(

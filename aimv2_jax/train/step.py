@@ -11,7 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from aimv2_jax.train import losses
-from aimv2_jax.train.optimizer import Schedule
+from aimv2_jax.train.optimizer import Schedule, step_average
 from aimv2_jax.train.task import Batch, PretrainTask, SumCount
 
 
@@ -23,10 +23,24 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
 
 
-def init_state(rng: jax.Array, task: PretrainTask, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before step 0, a function of the run's key."""
+class AveragedState(TrainState):
+    """The same of a run that keeps an average of its parameters, which nothing of the training reads."""
+
+    average: Any
+
+
+def init_state(
+    rng: jax.Array, task: PretrainTask, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
+) -> TrainState:
+    """The state before step 0, a function of the run's key; with a decay it has an average, still empty."""
     params = task.init(rng)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return with_average(state, jax.tree.map(jnp.zeros_like, params)) if ema_decay else state
+
+
+def with_average(state: TrainState, average: Any) -> AveragedState:
+    """`state` and an average, or the like of their shapes or shardings."""
+    return AveragedState(step=state.step, params=state.params, opt_state=state.opt_state, average=average)
 
 
 def train_step(
@@ -40,6 +54,7 @@ def train_step(
     schedule: Schedule,
     microbatches: int = 1,
     grad_shardings: Any = None,
+    ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Forward, backward, clip, update. `rng` is the run's key; what is per example is folded in from its number.
 
@@ -47,6 +62,7 @@ def train_step(
     patch_utilisation, the share of the batch's patches that is no padding.
     """
     prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
+    batch = {**batch, **task.draw_kept(rng, batch)}
     counts = task.counts(batch, prefix)
     sums, grads = accumulate(state.params, batch, prefix, counts, task, microbatches)
     if grad_shardings is not None:
@@ -62,7 +78,10 @@ def train_step(
         "param_norm": optax.tree.norm(state.params),
         "patch_utilisation": jnp.mean(batch["valid"], dtype=jnp.float32),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    after = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+    if ema_decay:
+        after = after.replace(average=step_average(state.average, params, after.step, ema_decay))
+    return after, metrics
 
 
 def accumulate(

@@ -16,13 +16,15 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Float, Int
 
-from aimv2_jax.config import Config, DecoderConfig, EncoderConfig, Remat
-from aimv2_jax.models.aimv2 import AIMv2, Predictions
+from aimv2_jax.config import AttentionMask, Config, DecoderConfig, EncoderConfig, Remat
+from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import choose_attention
-from aimv2_jax.models.decoder import Decoder
+from aimv2_jax.models.decoder import Decoder, Predictions
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import Precision, Run
-from aimv2_jax.models.sizes import swiglu_hidden
+from aimv2_jax.models.patch_mlp import PatchMLP
+from aimv2_jax.models.separate import SeparateDecoders
+from aimv2_jax.models.sizes import kept_rows, swiglu_hidden
 from aimv2_jax.train import losses
 
 Batch = Mapping[str, jax.Array]
@@ -40,7 +42,8 @@ class SumCount(NamedTuple):
 class PretrainTask:
     """Next patch and next token (RECIPE.md §4): total = Σ weights[name] · sum / count.
 
-    A name that is missing from `weights` is not computed at all.
+    A name that is missing from `weights` is not computed at all. In training the encoder reads by `attention_mask`, and
+    the decoder is given the share `keep_rows` of its rows; an evaluation gives all rows, and its own prefixes.
     """
 
     model: AIMv2
@@ -49,6 +52,8 @@ class PretrainTask:
     target_eps: float
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
+    attention_mask: AttentionMask = "prefix"
+    keep_rows: float = 1.0
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, a function of `rng` alone."""
@@ -59,20 +64,29 @@ class PretrainTask:
         return nn.get_partition_spec(jax.eval_shape(self._init_named, abstract_key()))
 
     def _init_named(self, rng: jax.Array) -> Params:
-        encoder, decoder = self.model.encoder, self.model.decoder
-        num_patches = encoder.num_patches
+        num_patches, pixels = self.model.encoder.num_patches, self.model.decoder.pixels
         return self.model.init(
             rng,
-            jnp.zeros((1, num_patches, decoder.pixels)),
+            jnp.zeros((1, num_patches, pixels)),
             jnp.zeros((1, num_patches, 2), jnp.int32),
             jnp.ones((1, num_patches), bool),
-            jnp.zeros((1, decoder.text_length), jnp.int32),
+            jnp.zeros((1, 1), jnp.int32),
             jnp.ones((1,), jnp.int32),
         )["params"]
 
     def draw_prefix(self, rng: jax.Array, batch: Batch) -> Int[Array, " B"]:
-        """Prefix lengths of a batch, functions of (run key, example number)."""
+        """Prefix lengths of a batch, functions of (run key, example number); all patches where attention is full."""
+        if self.attention_mask == "full":
+            return jnp.full(batch["valid"].shape[:1], batch["valid"].shape[1], jnp.int32)
         return losses.draw_prefix(purpose_key(rng, "prefix"), batch["example_index"], batch["valid"])
+
+    def draw_kept(self, rng: jax.Array, batch: Batch) -> dict[str, Int[Array, "B K"]]:
+        """What a training batch has besides: `kept`, the rows given to the decoder; nothing where that is all."""
+        if self.keep_rows == 1:
+            return {}
+        valid = batch["valid"]
+        count = kept_rows(self.keep_rows, valid.shape[1])
+        return {"kept": losses.draw_rows(purpose_key(rng, "kept rows"), batch["example_index"], valid, count)}
 
     def counts(self, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, Int[Array, ""]]:
         """How many terms each loss will have: known before any forward pass, so that parts can be weighted."""
@@ -98,6 +112,7 @@ class PretrainTask:
             batch["tokens"],
             prefix,
             tuple(outputs),
+            batch.get("kept"),
         )
 
     def loss(self, params: Params, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, SumCount]:
@@ -153,20 +168,31 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
         run=run(model.encoder, model.remat),
         **shared,
     )
-    decoder = Decoder(
+    shared |= dict(
         width=model.decoder.width,
         depth=model.decoder.depth,
-        heads=model.decoder.heads,
         hidden=model.decoder.hidden or swiglu_hidden(model.decoder.width),
-        encoder_width=model.encoder.width,
         pixels=model.patch_size**2 * len(model.pixel_mean),
-        vocab_size=model.decoder.vocab_size,
-        text_length=model.decoder.text_length,
         run=run(model.decoder, model.decoder.remat or model.remat),
-        **shared,
     )
+
+    def decoder(reads_text: bool = True) -> Decoder:
+        return Decoder(
+            heads=model.decoder.heads,
+            encoder_width=model.encoder.width,
+            vocab_size=model.decoder.vocab_size,
+            text_length=model.decoder.text_length,
+            reads_text=reads_text,
+            **shared,
+        )
+
+    decoders = {
+        "joint": decoder,
+        "separate": lambda: SeparateDecoders(image=decoder(reads_text=False), text=decoder()),
+        "mlp": lambda: PatchMLP(**shared),
+    }
     return PretrainTask(
-        model=AIMv2(encoder, decoder),
+        model=AIMv2(encoder, decoders[model.decoder.kind]()),
         weights={
             name: weight for name, on, weight in (("image", loss.image, loss.alpha), ("text", loss.text, 1.0)) if on
         },
@@ -174,4 +200,6 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
         target_eps=loss.target_eps,
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,
+        attention_mask=model.encoder.attention_mask,
+        keep_rows=model.decoder.keep_rows,
     )

@@ -13,6 +13,7 @@ from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import Run
+from aimv2_jax.models.separate import SeparateDecoders
 
 B, L, P, T, V, END = 5, 9, 12, 8, 40, 3
 WIDTH, DEPTH, HIDDEN = 32, 2, 64
@@ -128,6 +129,17 @@ def test_greedy_when_all_texts_have_ended_then_it_stops(params, inputs, monkeypa
     monkeypatch.setattr(generate, "read_token", counting(generate.read_token, steps))
     assert run(free[0]).lengths.tolist() == [0] and len(steps) == 0
     assert run(None).lengths.tolist() == [T] and len(steps) == T - 1
+
+
+def test_greedy_when_decoders_are_separate_then_that_of_the_text_writes(params, inputs):
+    joint = build()
+    model = AIMv2(joint.encoder, SeparateDecoders(image=joint.decoder.clone(reads_text=False), text=joint.decoder))
+    text = {name: leaf for name, leaf in params["decoder"].items() if name != "pixel_head"}
+    both = params | {"decoder": {"text": text}}
+    np.testing.assert_array_equal(
+        jax.jit(lambda: greedy(model, both, *inputs, None).tokens)(),
+        jax.jit(lambda: greedy(joint, params, *inputs, None).tokens)(),
+    )
 
 
 def count_products(jaxpr) -> int:

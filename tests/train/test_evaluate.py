@@ -21,17 +21,17 @@ def test_fixed_prefixes_when_any_number_of_patches_then_nearest_share_within_1_a
     assert full_prefix(VALID).tolist() == [8, 3, 1, 0]
 
 
-def stand_in(weights):
+def stand_in(weights, attention_mask="prefix"):
     """A program whose loss of an example is known: image 10 x prefix over 2 patches, text 100 over `size` tokens."""
 
     def eval_sums(params, batch, prefix):
         usable = batch["valid"].any(axis=1)
-        sums = {"image": 10.0 * (prefix * usable).sum(), "text": 100.0 * usable.sum()}
+        sums = {"image": 10.0 * (prefix * usable).sum(), "text": (params or 100.0) * usable.sum()}
         counts = {"image": 2 * usable.sum(), "text": batch["size"].sum()}
         return {name: SumCount(sums[name], counts[name]) for name in weights}
 
     settings = types.SimpleNamespace(prefixes=(0.25, 0.5), sources={"a": "folder"})
-    task = types.SimpleNamespace(weights=weights)
+    task = types.SimpleNamespace(weights=weights, attention_mask=attention_mask)
     return types.SimpleNamespace(eval_sums=eval_sums, task=task, config=types.SimpleNamespace(eval=settings))
 
 
@@ -56,6 +56,25 @@ def test_evaluation_when_batches_are_unequal_then_sums_are_divided_once():
 def test_evaluation_when_there_is_no_text_loss_then_no_text_figures():
     values = evaluate(stand_in({"image": 0.4}), None, BATCHES, lambda arrays: arrays)
     assert set(values) == {"eval_loss", "eval_loss_image"}
+
+
+def test_evaluation_when_attention_is_full_then_the_whole_picture_is_read_for_every_figure():
+    program, prefixes = stand_in({"text": 1.0}, "full"), []
+    eval_sums = program.eval_sums
+    program.eval_sums = lambda params, batch, prefix: (prefixes.extend(prefix), eval_sums(params, batch, prefix))[1]
+    values = evaluate(program, None, BATCHES, lambda arrays: arrays)
+    assert values == dict.fromkeys(
+        ("eval_loss", "eval_loss_text", "eval_loss_text_full_prefix"), pytest.approx(300 / 16)
+    )
+    assert prefixes == [8, 8, 8, 0]
+
+
+def test_evaluation_when_there_is_an_average_then_its_figures_stand_beside():
+    values = evaluate(stand_in({"text": 1.0}), 100.0, BATCHES, lambda arrays: arrays, average=60.0)
+    names = ("eval_loss", "eval_loss_text", "eval_loss_text_full_prefix")
+    assert values == {name: pytest.approx(300 / 16) for name in names} | {
+        f"{name}_ema": pytest.approx(180 / 16) for name in names
+    }
 
 
 def test_evaluation_when_nothing_counts_then_refused_and_not_0():

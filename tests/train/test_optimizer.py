@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from aimv2_jax.train.optimizer import adamlh, clip_by_global_norm, learning_rate
+from aimv2_jax.train.optimizer import adamlh, clip_by_global_norm, learning_rate, step_average
 
 
 def rate(**changes):
@@ -46,3 +46,14 @@ def test_decay_when_gradients_are_zero_then_a_share_that_follows_the_schedule_an
         expected *= 1 - 0.1 * float(schedule(jnp.asarray(step))) / 1e-3
     np.testing.assert_allclose(params["mlp"]["kernel"], expected, rtol=1e-5)
     np.testing.assert_array_equal(params["norm"]["scale"], 1.0)
+
+
+def test_average_when_taken_step_by_step_then_the_weighted_mean_of_all_steps_and_nothing_of_before():
+    steps = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    for decay in (0.5, 0.9999):
+        average = {"a": jnp.zeros(3)}
+        for number, params in enumerate(steps, start=1):
+            average = step_average(average, {"a": jnp.asarray(params)}, jnp.int32(number), decay)
+            weights = decay ** np.arange(number - 1, -1, -1.0)
+            expected = weights @ steps[:number] / weights.sum()
+            np.testing.assert_allclose(average["a"], expected, rtol=0, atol=2e-6)  # Fifty roundings of 6e-8, of ~1.

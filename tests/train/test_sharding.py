@@ -131,6 +131,30 @@ def test_step_when_microbatched_on_eight_devices_then_the_numbers_of_one_device(
     assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))
 
 
+def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_then_that_of_one(tokenizer):
+    """The rows are gathered by example: on a mesh each device does so for its own."""
+    kind = dict(loss__image=False, model__decoder__kind="separate", model__decoder__keep_rows=0.4, model__layers="scan")
+    meshes = [dict(mesh__data=1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)]
+    arrays, results = host_batch(range(BATCH), tokenizer), []
+    for mesh in meshes:
+        program = build_program(tiny_config(**SIZES, **kind, **mesh), jax.devices()[: 1 if mesh == meshes[0] else 8])
+        arrays = {name: arrays[name] for name in program.abstract_batch}
+        batch = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
+
+        def gradient(params, batch, rng, task=program.task):
+            prefix, kept = task.draw_prefix(rng, batch), task.draw_kept(rng, batch)
+            return kept, accumulate(params, {**batch, **kept}, prefix, task.counts(batch, prefix), task, 1)
+
+        with rules.scope(program.mesh):
+            results.append(jax.device_get(jax.jit(gradient)(program.init().params, batch, program.rng)))
+    (kept, (sums, grads)), (kept_2, (sums_2, grads_2)) = results
+    assert kept["kept"].shape == (BATCH, 6)
+    np.testing.assert_array_equal(kept["kept"], kept_2["kept"])
+    assert sums_2["text"] == pytest.approx(sums["text"], rel=2e-6)
+    for path, leaf in paths(grads).items():
+        np.testing.assert_allclose(paths(grads_2)[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path)
+
+
 def put_together(program: Program, hosts: int, tokenizer) -> dict[str, jax.Array]:
     """A global batch of which every host built only the rows that its devices hold."""
     sharding, devices = program.batch_sharding, sorted(jax.devices(), key=lambda device: device.id)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
+from aimv2_jax.aot.model_flops import flops_of_allowed_pairs
 from aimv2_jax.data.batches import Fault
 from aimv2_jax.errors import GuardStop, UserError
 from aimv2_jax.parallel.mesh import build_mesh
@@ -78,6 +79,26 @@ def test_flops_when_counted_by_hand_then_equal():
     decoder = 4 * 32 * 16 + 2 * (rows * (4 * 16 * 16 + 3 * 16 * 32) + 2 * rows * rows * 16)
     heads = 3 * 16 * 588 + 12 * 16 * 1024
     assert flops_per_example(config) == 6 * (encoder + decoder + heads)
+
+
+def test_flops_when_the_decoder_is_of_another_kind_then_equal_to_a_count_by_hand():
+    encoder = 4 * 588 * 32 + 2 * (4 * (4 * 32 * 32 + 3 * 32 * 64) + 2 * 4 * 4 * 32)
+    joint_block, text_head = 4 * 16 * 16 + 3 * 16 * 32, 12 * 16 * 1024
+
+    def trunk(image: int, text: int) -> int:
+        rows = image + text
+        return image * 32 * 16 + 2 * (rows * joint_block + 2 * rows * rows * 16)
+
+    separate = trunk(4, 0) + 3 * 16 * 588 + trunk(4, 12) + text_head
+    assert flops_per_example(tiny_config(model__decoder__kind="separate")) == 6 * (encoder + separate)
+    kept = tiny_config(loss__image=False, model__decoder__keep_rows=0.5)
+    assert flops_per_example(kept) == 6 * (encoder + trunk(2, 12) + text_head)
+    mlp = 3 * (32 * 16 + 2 * 3 * 16 * 32 + 16 * 588)
+    assert flops_per_example(tiny_config(loss__text=False, model__decoder__kind="mlp")) == 6 * (encoder + mlp)
+    # Pairs that a mask forbids: none in an encoder that reads freely, those above the diagonal in each decoder.
+    free = tiny_config(loss__image=False, model__encoder__attention_mask="full")
+    forbidden = 2 * 16 * (16 * 15 / 2)
+    assert flops_of_allowed_pairs(free) == 6 * (encoder + trunk(4, 12) + text_head - 2 * forbidden)
 
 
 def test_mfu_when_the_peak_is_known_then_a_share_and_else_none():

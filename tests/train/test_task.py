@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from golden_names import paths
 from tiny import ROOT, tiny_config
 
 from aimv2_jax.config import load_config
+from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.train import losses
 from aimv2_jax.train.step import accumulate
 from aimv2_jax.train.task import build_task, purpose_key, run_key
@@ -262,6 +264,75 @@ def test_model_when_computed_in_bfloat16_then_parameters_and_gradients_stay_floa
     for name in sums:  # bfloat16 has 8 bits: 2^-8 = 0.4 % a rounding, averaged over hundreds of numbers
         assert float(sums[name]) == pytest.approx(float(exact_sums[name]), rel=0.02)
         assert float(sums[name]) != float(exact_sums[name])
+
+
+def test_prefix_when_attention_is_full_then_all_patches_of_every_example():
+    task = build_task(tiny_config(loss__image=False, model__encoder__attention_mask="full"))
+    np.testing.assert_array_equal(task.draw_prefix(run_key(0), batch_of(3)), [LENGTH] * 3)
+
+
+def test_rows_when_drawn_then_in_order_valid_first_and_all_as_often():
+    size, length, count = 3000, 9, 4
+    index = jnp.stack([jnp.zeros(size), jnp.arange(size)], axis=1).astype(jnp.uint32)
+    valid = np.ones((size, length), bool)
+    valid[:1000, [0, 3, 8]] = False  # six are left
+    valid[1000:1100, 2:] = False  # two are left
+    draw = jax.jit(lambda index, valid: losses.draw_rows(run_key(0), index, valid, count))
+    rows = np.asarray(draw(index, jnp.asarray(valid)))
+    assert (np.diff(rows, axis=1) > 0).all()
+    taken = np.take_along_axis(valid, rows, axis=1)
+    assert taken[:1000].all() and taken[1100:].all() and (taken[1000:1100].sum(axis=1) == 2).all()
+    for part, patches in ((rows[:1000], 6), (rows[1100:], 9)):
+        often = np.bincount(part.ravel(), minlength=length) / len(part)
+        share = count / patches
+        assert (abs(often[often > 0] - share) < 5 * (share * (1 - share) / len(part)) ** 0.5).all()
+        assert (often > 0).sum() == patches
+    order = np.random.default_rng(0).permutation(size)
+    np.testing.assert_array_equal(draw(index[order], jnp.asarray(valid[order])), rows[order])
+
+
+def test_text_loss_when_rows_are_dropped_then_those_have_no_gradient_and_the_others_do():
+    task = build_task(tiny_config(loss__image=False, model__decoder__keep_rows=0.5, model__layers="scan"))
+    params, batch = jax.jit(task.init)(run_key(0)), batch_of(8)
+    kept = task.draw_kept(run_key(1), batch)
+    assert kept["kept"].shape == (8, LENGTH // 2)
+
+    def loss(delta, batch):
+        def shifted(run, args, kwargs, context):
+            out = run(*args, **kwargs)
+            encoded = isinstance(context.module, Encoder) and context.method_name == "__call__"
+            return (out[0] + delta, out[1]) if encoded else out
+
+        with nn.intercept_methods(shifted):
+            return task.loss(params, batch, jnp.full(8, 2))["text"].sum
+
+    delta = jnp.zeros((8, LENGTH, 32))
+    dropped = np.asarray(jax.jit(jax.grad(loss))(delta, batch | kept))
+    read = np.zeros((8, LENGTH), bool)
+    np.put_along_axis(read, np.asarray(kept["kept"]), True, axis=1)
+    np.testing.assert_array_equal((dropped != 0).any(-1), read)
+    whole = np.asarray(jax.jit(jax.grad(loss))(delta, batch))
+    assert (whole != 0).any(-1).all()  # An evaluation, which draws nothing, gives the decoder all rows.
+
+
+def test_separate_decoders_when_trained_then_each_loss_moves_its_own_and_predictions_are_those_of_joint_ones():
+    joint, task = (
+        build_task(tiny_config(model__layers="scan", model__decoder__kind=kind)) for kind in ("joint", "separate")
+    )
+    params, batch, prefix = jax.jit(task.init)(run_key(0)), batch_of(2), jnp.asarray([1, 2])
+    for loss, own, other in (("image", "image", "text"), ("text", "text", "image")):
+        alone = dataclasses.replace(task, weights={loss: 1.0})
+        _, _, grads = gradient(alone, params, batch, prefix)
+        assert all(leaf.any() for leaf in jax.tree.leaves(grads["decoder"][own]["trunk"]))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(grads["decoder"][other]))
+        assert all(leaf.any() for leaf in jax.tree.leaves(grads["encoder"]["trunk"]))
+    ours, predict = jax.jit(task.predict)(params, batch, prefix), jax.jit(joint.predict)
+    text, image = params["decoder"]["text"], params["decoder"]["image"]
+    assert "pixel_head" not in text and not {"token_head", "token_table", "begin", "position"} & set(image)
+    for own, output in ((text | {"pixel_head": image["pixel_head"]}, "logits"), (text | image, "pixels")):
+        theirs = predict({"encoder": params["encoder"], "decoder": own}, batch, prefix)
+        # One pass of 16 rows or two of 4 and 16: float32 sums, split otherwise.
+        np.testing.assert_allclose(getattr(ours, output), getattr(theirs, output), rtol=0, atol=1e-5)
 
 
 def test_task_when_built_twice_from_one_config_then_equal():

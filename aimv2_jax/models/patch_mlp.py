@@ -1,0 +1,77 @@
+"""AIMv1's head: patches from features by blocks without attention, each row for itself.
+
+B batch, L patches, M = L - 1, D width, C encoder width, P pixels a patch, T text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from aimv2_jax.models.decoder import Output, Predictions
+from aimv2_jax.models.layers import Linear, Precision, RMSNorm, Run, SwiGLU, init_stacked, run_layers
+from aimv2_jax.models.positions import sincos_positions
+
+
+class MLPBlock(nn.Module):
+    """x += norm x; x += mlp(norm x): a block whose attention is the identity, as AIMv1's code has it."""
+
+    hidden: int
+    eps: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B M D"]) -> Float[Array, "B M D"]:
+        x = nn.with_logical_constraint(x, ("batch", "length", "activation"))
+        x += RMSNorm(self.eps, self.precision, name="norm_1")(x)
+        normed = RMSNorm(self.eps, self.precision, name="norm_2").parts(x)
+        return x + SwiGLU(self.hidden, self.precision, name="mlp")(normed)
+
+
+class PatchMLP(nn.Module):
+    """Features, a linear layer, fixed sin-cos positions, `depth` blocks, a norm, a linear layer (REFERENCE.md §11).
+
+    Structure and Xavier's initial numbers are AIMv1's [R]; norm and MLP are those of our blocks, where AIMv1 has
+    LayerNorm and GELU, so that a comparison is one of objectives; biases start at 0 [O].
+    """
+
+    width: int
+    depth: int
+    hidden: int
+    pixels: int
+    eps: float = 1e-5
+    precision: Precision = Precision()
+    run: Run = Run()
+
+    @nn.compact
+    def predict(
+        self,
+        features: Float[Array, "B L C"],
+        coords: Int[Array, "B L 2"],
+        valid: Bool[Array, "B L"],
+        tokens: Int[Array, "B T"],
+        outputs: Collection[Output],
+    ) -> Predictions:
+        """Predictions of patches 1 … L-1, float32, row i from feature i alone; never of text."""
+        del valid, tokens, outputs  # Rows don't meet: one of padding disturbs none.
+        zeros = nn.initializers.zeros
+        x = Linear(self.width, ("features", "output"), self.precision, bias_init=zeros, name="embed")(features[:, :-1])
+        x += sincos_positions(coords[:, :-1], self.width).astype(self.precision.compute)
+        block = MLPBlock(self.hidden, self.eps, self.precision, parent=None)
+        stacked = self.param("blocks", init_stacked, block, self.depth, x[:1, :1])
+        x, _ = run_layers(
+            lambda x, params: (block.apply({"params": params}, x), None),
+            x,
+            stacked,
+            self.depth,
+            self.run.layers,
+            self.run.remat,
+        )
+        x = RMSNorm(self.eps, self.precision, name="norm")(x)
+        head = Linear(
+            self.pixels, ("embed", "pixels"), self.precision, bias_init=zeros, out_dtype=jnp.float32, name="pixel_head"
+        )
+        return Predictions(head(x), None)

@@ -1,0 +1,55 @@
+"""Figures and pictures of models that lack a loss, read freely, or have another decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from aimv2_jax.eval import show
+from aimv2_jax.eval.heldout import held_out_figures
+from aimv2_jax.eval.load import load
+from aimv2_jax.train.checkpoint import Checkpointer
+from aimv2_jax.train.metrics import MetricsWriter
+from aimv2_jax.train.program import build_program
+
+KINDS = {
+    "patches alone": ({"text": False}, {}, {"kind": "mlp"}),
+    "captions alone": ({"image": False}, {"attention_mask": "full"}, {"keep_rows": 0.5}),
+    "separate decoders": ({}, {}, {"kind": "separate"}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request, config, tmp_path_factory):
+    """An untrained model of a kind, saved as step 3 with a line of metrics."""
+    loss, encoder, decoder = KINDS[request.param]
+    parts = {"encoder": encoder, "decoder": decoder}
+    changed = {name: dataclasses.replace(getattr(config.model, name), **values) for name, values in parts.items()}
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **changed), loss=dataclasses.replace(config.loss, **loss)
+    )
+    folder = tmp_path_factory.mktemp("kind")
+    with Checkpointer(folder, keep=1) as checkpointer:
+        checkpointer.save(3, build_program(config).init(), config)
+    with MetricsWriter(folder, tensorboard=False, wandb_project=None, config=config) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 5.0 - step, "lr": 1e-3, "grad_norm": 1.0})
+    return request.param, folder
+
+
+def test_figures_when_a_loss_is_missing_then_null_and_the_others_finite(run):
+    kind, folder = run
+    figures = held_out_figures(load(str(folder)))
+    missing = {"patches alone": "loss_text", "captions alone": "loss_image"}.get(kind, "nothing")
+    for name, value in figures.items():
+        assert value is None if name.startswith(missing) else np.isfinite(value), name
+
+
+def test_pictures_when_a_loss_is_missing_then_those_of_the_other_and_the_curves(run, tmp_path):
+    kind, folder = run
+    assert show.main(["--checkpoint", str(folder), "--output", str(tmp_path), "--examples", "1"]) == 0
+    missing = {"patches alone": "captions", "captions alone": "predictions"}.get(kind)
+    names = {"predictions", "captions", "curves"} - {missing}
+    assert {path.stem for path in tmp_path.iterdir()} == names

@@ -1,0 +1,178 @@
+"""The baselines and ablations: what each changes, that each can be built, and a tiny version of each trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_names import paths
+from tiny import QUICKSTART, ROOT, overrides
+
+from aimv2_jax.config import Config, config_to_dict, flatten, load_config
+from aimv2_jax.data import pipeline
+from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.models.aimv2 import count_parameters
+from aimv2_jax.parallel import rules
+from aimv2_jax.train.optimizer import learning_rate
+from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.step import TrainState
+
+FOLDER = ROOT / "experiments/ablations"
+GOLDEN = Path(__file__).parent / "golden_configs/ablations.txt"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+MESH = [("mesh.data", "2"), ("mesh.fsdp", "2"), ("mesh.tensor", "2"), ("model.layers", "scan")]
+
+
+def changes(name: str, of: str = "aimv2") -> dict[str, object]:
+    """The keys that an ablation sets to something else than AIMv2's run of the same length."""
+    one, other = (flatten(config_to_dict(load_config(FOLDER / f"{run}.py"))) for run in (of, name))
+    assert one.keys() == other.keys()
+    return {key: other[key] for key in one if one[key] != other[key]}
+
+
+def summary() -> str:
+    """What every ablation changes, a paragraph each; AIMv2's own, what it changes of the pre-training run."""
+    text = ""
+    for name in NAMES:
+        changed = changes(name, of="../pretrain_large_224" if name == "aimv2" else "aimv2")
+        text += f"{name}\n" + "".join(f"    {key} = {value!r}\n" for key, value in changed.items())
+    return text
+
+
+def test_ablations_when_compared_with_aimv2_then_each_changes_what_was_reviewed():
+    assert GOLDEN.read_text() == summary(), "if that is meant, run python -m tests.write_golden_configs"
+
+
+def test_ablation_when_started_in_another_folder_then_what_it_builds_on_is_found(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() not in (ROOT, tmp_path)])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "experiments"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert load_config(FOLDER / "ema.py").optimizer.ema_decay == 0.9999
+
+
+def block(width: int, hidden: int) -> int:
+    """Two gains, q, k, v and out, gate, up and down."""
+    return 2 * width + 4 * width**2 + 3 * width * hidden
+
+
+def decoder(width: int, depth: int, hidden: int, image: bool = True, text: bool = True) -> int:
+    trunk = depth * block(width, hidden) + width
+    projection = 1024 * width + width
+    words = 32_000 * width + 78 * width + width + width * 32_000
+    return trunk + projection + image * width * 588 + text * words
+
+
+# Blocks of AIMv1's head have no attention; its two linear layers have biases.
+AIMV1_HEAD = (1024 * 2048 + 2048) + 12 * (2 * 2048 + 3 * 2048 * 5632) + 2048 + (2048 * 588 + 588)
+DECODERS = {
+    "aimv1": AIMV1_HEAD,
+    "separate_decoders": decoder(1024, 12, 2816, text=False) + decoder(1024, 12, 2816, image=False),
+    "decoder_width_512": decoder(512, 12, 1536),
+    "decoder_width_1536": decoder(1536, 12, 4096),
+    "decoder_depth_8": decoder(1024, 8, 2816),
+    "decoder_depth_16": decoder(1024, 16, 2816),
+}
+
+
+def test_counts_when_done_by_hand_then_those_that_the_recipe_gives():
+    assert decoder(1024, 12, 2816) == 221_434_880
+    assert AIMV1_HEAD == 418_591_308
+    assert DECODERS["separate_decoders"] == 155_817_984 + 220_832_768
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("alpha")])
+def test_ablation_when_built_at_its_size_then_counted_by_hand_and_laid_out_by_the_rules(name):
+    program = build_program(load_config(FOLDER / f"{name}.py", MESH))
+    state = program.abstract_state
+    assert count_parameters(state.params["decoder"]) == DECODERS.get(name, 221_434_880)
+    assert count_parameters(state.params["encoder"]) == (309_001_216 if name == "curriculum_1_112" else 309_197_824)
+    axes, lookup = paths(program.task.logical_axes()), dict(rules.RULES)
+    parameters = [state.params] + ([state.average] if name == "ema" else [])
+    for tree in parameters:
+        for path, leaf in paths(tree).items():
+            assert tuple(leaf.sharding.spec) == tuple(lookup[axis] for axis in axes[path]), path
+    assert hasattr(state, "average") == (name == "ema")
+
+
+def test_curriculum_when_its_runs_are_put_together_then_the_samples_and_the_schedule_of_one():
+    whole, small, large = (
+        load_config(FOLDER / f"{name}.py") for name in ("aimv2", "curriculum_1_112", "curriculum_2_224")
+    )
+    assert small.train.steps + large.train.steps == whole.train.steps == math.ceil(2e9 / 8192)
+    assert small.optimizer == whole.optimizer and large.train.steps == large.optimizer.schedule_steps
+    names = ("start_lr", "peak_lr", "end_lr", "warmup_steps", "schedule_steps")
+    rate = learning_rate(**{name: getattr(whole.optimizer, name) for name in names})
+    assert large.optimizer.peak_lr == pytest.approx(float(rate(jnp.int32(small.train.steps))), rel=1e-4)
+    decay = large.optimizer.weight_decay / large.optimizer.peak_lr
+    assert decay == pytest.approx(whole.optimizer.weight_decay / whole.optimizer.peak_lr)
+
+
+def tiny_version(name: str) -> Config:
+    """An ablation 64 times narrower and four times shallower, on the quickstart's pictures."""
+    config = load_config(FOLDER / f"{name}.py")
+    encoder, head = config.model.encoder, config.model.decoder
+    quickstart = load_config(QUICKSTART, overrides())
+    sizes = {"model.encoder.depth": 2, "model.encoder.heads": 2, "model.decoder.heads": 2}
+    sizes |= {"model.encoder.width": encoder.width // 64, "model.decoder.width": head.width // 64}
+    sizes |= {"model.decoder.depth": head.depth // 4, "model.encoder.hidden": 32, "model.decoder.hidden": 32}
+    sizes |= {"model.decoder.vocab_size": 1024, "model.decoder.text_length": 12, "model.compute_dtype": "float32"}
+    sizes |= {"model.layers": "scan", "mesh.fsdp": 1, "data.batch_size": 8, "data.workers": 0}
+    sizes |= {"data.image_size": config.data.image_size // 4}
+    sizes |= {"optimizer.peak_lr": 1e-2, "optimizer.warmup_steps": 1, "optimizer.schedule_steps": 100}
+    tiny = load_config(FOLDER / f"{name}.py", [(key, str(value)) for key, value in sizes.items()])
+    data = dataclasses.replace(tiny.data, sources=quickstart.data.sources, mixture=quickstart.data.mixture)
+    return dataclasses.replace(tiny, data=data, tokenizer=quickstart.tokenizer)
+
+
+def drawn_state(program: Program) -> TrainState:
+    """A state of the right shapes without the compile that the true one takes: noise, gains of 1, empty moments."""
+    noise, state = np.random.default_rng(0), program.abstract_state
+    params = jax.tree.map_with_path(
+        lambda path, leaf: (
+            np.asarray(path[-1].key == "scale" or 0.1 * noise.normal(size=leaf.shape), np.float32)
+            * np.ones(leaf.shape, np.float32)
+        ),
+        state.params,
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    return jax.device_put(zeros.replace(params=params), program.state_shardings)
+
+
+METRICS = {"lr", "grad_norm", "param_norm"}
+LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.startswith("captioning")}}
+ALL = {"image", "text"}
+# The others differ from AIMv2 in numbers alone, of which one stands for all.
+TRAINED = [*LOSSES, "separate_decoders", "ema", "curriculum_1_112", "decoder_width_512"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(load_config(QUICKSTART).tokenizer.path, 12, 1024)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_ablation_when_tiny_and_trained_on_one_batch_then_its_losses_fall(name, tokenizer):
+    config = tiny_version(name)
+    program = build_program(config, jax.devices()[:1])
+    rows = np.arange(8)
+    with pipeline.training_batches(config, rows, 0, tokenizer) as batches:
+        arrays = pipeline.to_devices(next(batches).arrays, program.batch_sharding, rows, 8)
+    batch = {key: arrays[key] for key in program.abstract_batch}
+    step = program.lower_step().compile(compiler_options={"xla_backend_optimization_level": 0})
+    state, lines = drawn_state(program), []
+    for _ in range(4):
+        state, metrics = step(state, batch, program.rng)
+        lines.append(jax.device_get(metrics))
+    losses = {f"loss_{loss}": config.loss.alpha if loss == "image" else 1 for loss in LOSSES.get(name, ALL)}
+    counts = {loss.replace("loss", "count") for loss in losses}
+    assert set(lines[0]) == {"loss", *losses, *counts, *METRICS}
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert all(lines[-1][loss] < lines[0][loss] for loss in losses)
+    assert lines[0]["loss"] == pytest.approx(sum(weight * lines[0][loss] for loss, weight in losses.items()), rel=1e-6)

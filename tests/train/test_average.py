@@ -1,0 +1,63 @@
+"""The average of the parameters through the loop: kept, resumed, evaluated, chosen by, and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import assert_bitwise, saved_state
+from tiny import tiny_arguments, tiny_config
+
+from aimv2_jax.eval.load import load
+from aimv2_jax.main import main
+from aimv2_jax.train.checkpoint import CheckpointReader
+from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.program import build_program
+
+DECAY = 0.8
+AVERAGED = dict(optimizer__ema_decay=DECAY, model__layers="scan", train__save_every=1, train__keep=9)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """Six steps, each saved, evaluated at three and six."""
+    workdir = tmp_path_factory.mktemp("straight")
+    assert main(tiny_arguments(workdir, **AVERAGED, train__steps=6, train__eval_every=3)) == 0
+    return workdir
+
+
+def test_average_when_a_run_keeps_it_then_the_weighted_mean_of_its_saved_parameters(straight):
+    every = [load(f"{straight}:{step}", weights="raw").params for step in range(1, 7)]
+    weights = DECAY ** np.arange(5, -1, -1.0)
+    average = load(f"{straight}:6").params
+    for leaf, *leaves in zip(*map(jax.tree.leaves, (average, *every))):
+        expected = np.tensordot(weights / weights.sum(), np.stack(leaves), 1)
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert any((one != other).any() for one, other in zip(*map(jax.tree.leaves, (average, every[-1]))))
+
+
+def test_average_when_evaluated_then_its_figures_stand_beside_and_its_loss_chooses_the_best(straight):
+    _, evaluation = read_metrics(straight)
+    reader = CheckpointReader(straight)
+    assert [line["step"] for line in evaluation] == [3, 6]
+    for line in evaluation:
+        names = {name.removesuffix("_ema") for name in line if name.endswith("_ema")}
+        assert names == {"eval_loss", "eval_loss_image", "eval_loss_text", "eval_loss_text_full_prefix"} < set(line)
+        assert line["eval_loss_ema"] != line["eval_loss"]
+        assert reader.meta(line["step"])["eval_loss"] == line["eval_loss_ema"]
+
+
+def test_run_when_it_keeps_an_average_and_is_resumed_then_bitwise_the_straight_one(straight, tmp_path):
+    for steps in (2, 6):
+        assert main(tiny_arguments(tmp_path, **AVERAGED | {"train__save_every": 0}, train__steps=steps)) == 0
+    changes = {name: AVERAGED[name] for name in ("optimizer__ema_decay", "model__layers")}
+    assert_bitwise(saved_state(straight, 6, **changes), saved_state(tmp_path, 6, **changes))
+
+
+def test_state_when_no_average_is_kept_then_it_has_just_what_it_had():
+    state = build_program(tiny_config()).abstract_state
+    assert set(vars(state)) == {"step", "params", "opt_state"}
+    kept = build_program(tiny_config(optimizer__ema_decay=DECAY)).abstract_state
+    assert jax.tree.map(str, kept.average) == jax.tree.map(str, kept.params) == jax.tree.map(str, state.params)
