@@ -99,6 +99,9 @@ def _optimizer() -> ConfigDict:
             eps=1e-8,  # [R]
             weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [R]
             clip_norm=1.0,  # Of the global gradient norm. [P]
+            schedule="cosine",  # "half_cosine" ends half the way to end_lr: the trunk of cooldowns. [R; half: P]
+            cooldown_share=0.2,  # Steps of a cooldown (train.cooldown_from), as a share of those before it. [P]
+            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P]
         )
     )
 
@@ -162,5 +165,9 @@ def _train() -> ConfigDict:
             profile=ml_collections.config_dict.placeholder(
                 tuple
             ),  # (first, end): XProf's trace of steps first to end - 1 goes to WORKDIR/profile; None: off. [O]
+            keep_steps=(),  # Steps that are saved and, as the newest and the best, kept: for cooldowns to start at. [O]
+            # "WORKDIR:STEP": this run branches off that one after that step and cools down; it goes on with the whole
+            # state and the same examples, and `steps` is then where the cooldown ends. None: no branch. [P; O: the way]
+            cooldown_from=ml_collections.config_dict.placeholder(str),
         )
     )
