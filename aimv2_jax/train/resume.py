@@ -85,8 +85,13 @@ def _differences(saved: Mapping[str, Any], current: Config) -> Iterator[tuple[st
     old, new = flatten(saved), flatten(config_to_dict(current))
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key, _ABSENT), new.get(key, _ABSENT)
-        if before != now and not _may_change(key, renamed=_ABSENT in (before, now)):
+        if _of_trunk(key, before) != _of_trunk(key, now) and not _may_change(key, renamed=_ABSENT in (before, now)):
             yield key, before, now
+
+
+def _of_trunk(key: str, value: Any) -> Any:
+    """What counts of a value: all of it; of a cooldown's trunk the step, since a folder may move."""
+    return value.rpartition(":")[2] if key == "train.cooldown_from" and value not in (None, _ABSENT) else value
 
 
 def _may_change(key: str, renamed: bool) -> bool:

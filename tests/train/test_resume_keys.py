@@ -121,8 +121,15 @@ def test_trunk_when_another_key_differs_then_it_is_named_with_both_values():
 
 def test_trunk_when_it_cools_down_itself_then_refused():
     saved = config_to_dict(_with(train__cooldown_from="t:20000"))
-    with pytest.raises(UserError, match="cools down itself.*u:21000"):
+    with pytest.raises(UserError, match=r"cools down itself.*u:21000"):
         check_trunk(saved, _with(train__cooldown_from="u:21000"))
+
+
+def test_cooldown_when_its_trunk_moved_then_resumable_and_not_at_another_step():
+    saved = config_to_dict(_with(train__cooldown_from="here/t:20000"))
+    check_resumable(saved, _with(train__cooldown_from="gs://there/t:20000"))
+    with pytest.raises(UserError, match="here/t:20000 before, here/t:20001 now"):
+        check_resumable(saved, _with(train__cooldown_from="here/t:20001"))
 
 
 def test_cooldown_when_its_keys_are_compared_with_the_config_then_each_is_one_and_may_not_change():
