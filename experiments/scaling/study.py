@@ -44,8 +44,9 @@ class Study:
     """Sizes (of `ENCODER_SIZES`) x samples, on one experiment.
 
     `config` is the experiment's file: one for each size, whose name is put in for {size}, or one for all, of which the
-    encoder's size is changed. `settings` are further keys that all runs change. `scale` shrinks the study: samples by it, batch and warm-up steps by its root, since the batch beyond
-    which more examples a step help little grows about so with the samples.
+    encoder's size is changed. `settings` are further keys that all runs change. `scale` shrinks the study: samples by
+    it, batch and warm-up steps by its root, since the batch beyond which more examples a step help little grows about
+    so with the samples.
     """
 
     config: str
