@@ -100,6 +100,8 @@ class Subprocess:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         # In a session of its own: a terminal's Ctrl-C would reach it twice, and a second one ends it without a save.
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+        if self._stopped:  # While it was started.
+            self._process.terminate()
         return self._process.wait()
 
     @contextlib.contextmanager
