@@ -119,6 +119,7 @@ class Subprocess:
             self._process.send_signal(number)
 
 
+# Only shapes are computed here, and jax opens no device: those are the trainers'.
 def table(runs: Sequence[Run]) -> str:
     """The runs with their parameters, steps, samples, FLOPs and how far they are."""
     rows = [("run", "encoder", "model", "steps", "batch", "samples", "FLOPs", "done")]
@@ -140,7 +141,10 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(filter(None, text.split(","))))
+    names = tuple(dict.fromkeys(filter(None, text.split(","))))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names none")
+    return names
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -169,7 +173,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Study, str, bool, list[tu
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
     given = {field.name: getattr(flags, field.name, None) for field in dataclasses.fields(Study)}
-    study = dataclasses.replace(STUDIES[flags.study], **{key: value for key, value in given.items() if value})
+    study = dataclasses.replace(
+        STUDIES[flags.study], **{key: value for key, value in given.items() if value is not None}
+    )
     return study, flags.workdir, flags.start, overrides
 
 
@@ -177,9 +183,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Study, str, bool, list[tu
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     study, workdir, starts, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # The devices are the trainers'; here only shapes are computed.
     runs = plan(study, workdir, overrides)
     print(table(runs), flush=True)
     trainer = Subprocess()

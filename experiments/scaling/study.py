@@ -131,15 +131,15 @@ def plan(study: Study, workdir: epath.PathLike, overrides: Sequence[tuple[str, s
     for key, text in overrides:
         if key in _OWN_KEYS:
             raise UserError(f"--config.{key} is set by the study", text, f"Leave it out; {_OWN_KEYS[key]}")
-    if study.scale <= 0:
-        raise UserError("--scale is too small", study.scale, "Give a number above 0, such as 0.01")
+    if not 0 < study.scale < math.inf:
+        raise UserError("--scale is out of range", study.scale, "Give a number above 0, such as 0.01")
     return [run for size in study.sizes for run in _runs(study, size, epath.Path(workdir) / size, overrides)]
 
 
 def _runs(study: Study, size: str, folder: epath.Path, overrides: Sequence[tuple[str, str]]) -> Iterator[Run]:
     if size not in ENCODER_SIZES:
         raise UserError("--sizes: no such size", size, f"Choose among {', '.join(ENCODER_SIZES)}")
-    file = os.path.relpath(study.config.format(size=size))
+    file = os.path.relpath(study.config.replace("{size}", size))
     encoder = {} if "{size}" in study.config else dataclasses.asdict(ENCODER_SIZES[size])
     keys = {f"model.encoder.{key}": str(value) for key, value in encoder.items()}
     keys |= {key: str(value) for key, value in study.settings.items()} | dict(overrides)

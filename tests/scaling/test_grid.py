@@ -74,7 +74,7 @@ def test_plan_when_the_papers_then_its_sizes_samples_and_batch(tmp_path):
         ({"sizes": ("vast",)}, [], "--sizes: no such size: 'vast'"),
         ({"samples": (1024, 1025)}, [], "two are the same steps"),
         ({"samples": (64, 4096)}, [], "in the warm-up"),
-        ({"scale": 0.0}, [], "--scale is too small"),
+        ({"scale": 0.0}, [], "--scale is out of range"),
         ({}, [("data.batch_size", "4")], "data.batch_size is set by the study.*--batch"),
         ({}, [("eval.sources", "{}")], "eval.sources is empty"),
     ],
@@ -176,7 +176,9 @@ def test_arguments_when_given_then_they_change_the_study():
     assert (workdir, starts, overrides) == ("w", False, [("seed", "3")])
 
 
-@pytest.mark.parametrize("word", ["--samples=many", "--samples=0", "--batch=0", "--study=mine", "--scale=x"])
+@pytest.mark.parametrize(
+    "word", ["--samples=many", "--sizes=,", "--samples=0", "--batch=0", "--study=mine", "--scale=x"]
+)
 def test_arguments_when_wrong_then_exit_code_2_and_one_line(word, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_arguments(["--workdir=w", word])
