@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import signal
+import subprocess
+import time
 
 import pytest
 from study_runs import leave
@@ -141,14 +143,27 @@ def test_start_when_asked_to_stop_then_no_further_run_and_75(runs):
     assert trained == ["nano/trunk"]
 
 
-def test_trainer_when_this_process_gets_sigterm_then_it_is_handed_on(runs, monkeypatch, tmp_path):
-    """A stand-in for the trainer tells its parent to stop, and ends with 75 when it is told itself."""
+class StoppedAtOnce(subprocess.Popen):
+    """A process during whose start this one is told to stop."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        time.sleep(0.2)  # It listens by now.
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "while it starts"])
+def test_trainer_when_this_process_gets_sigterm_then_it_is_handed_on(runs, monkeypatch, tmp_path, when):
+    """A stand-in for the trainer may tell its parent to stop; it ends with 75 when it is told itself."""
     program, told = tmp_path / "trainer", tmp_path / "told"
+    tell = "sleep 0.3; kill -TERM $PPID" if when == "while it runs" else ""
     program.write_text(
-        f"#!/bin/sh\ntrap 'echo > {told}; exit 75' TERM\nkill -TERM $PPID\nfor i in $(seq 100); do sleep 0.1; done\n"
+        f"#!/bin/sh\ntrap 'echo > {told}; exit 75' TERM\n{tell}\nfor i in $(seq 100); do sleep 0.1; done\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(grid.sys, "executable", str(program))
+    if when == "while it starts":
+        monkeypatch.setattr(grid.subprocess, "Popen", StoppedAtOnce)
     trainer, before = Subprocess(), signal.getsignal(signal.SIGTERM)
     with trainer.listening():
         assert start(runs, trainer, trainer.stopped) == EXIT_AGAIN
