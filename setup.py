@@ -25,6 +25,7 @@ REQUIRES = [
     "jaxtyping>=0.3.4",
     "etils[epath]>=1.13",
     "numpy>=2.1",
+    "scipy>=1.14",  # Of jax, too; by name because experiments/scaling fits with it.
     "pillow>=11.3",
     "simplejpeg>=1.8.2",
     "ftfy>=6.3",

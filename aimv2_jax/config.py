@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import traceback
 import types
@@ -91,6 +92,9 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     ema_decay: float
+    schedule: Literal["cosine", "half_cosine"]
+    cooldown_share: float
+    cooldown_lr: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +167,17 @@ class TrainConfig:
     tensorboard: bool
     wandb_project: str | None
     profile: tuple[int, int] | None
+    keep_steps: tuple[int, ...]
+    cooldown_from: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cooldown:
+    """A branch off the run in the folder `trunk`: the first `start` steps are the trunk's, `steps` more its own."""
+
+    trunk: str
+    start: int
+    steps: int
 
 
 class BatchShape(typing.NamedTuple):
@@ -204,6 +219,14 @@ class Config:
             return (BatchShape(data.batch_size, self.num_patches),)
         return tuple(BatchShape(data.batch_size * max(data.areas) // area, area) for area in data.areas)
 
+    @property
+    def cooldown(self) -> Cooldown | None:
+        """Where this run branches off another and cools down, by `train.cooldown_from`; None: it is no such branch."""
+        if self.train.cooldown_from is None:
+            return None
+        trunk, _, step = self.train.cooldown_from.rpartition(":")
+        return Cooldown(trunk, int(step), max(1, round(self.optimizer.cooldown_share * int(step))))
+
 
 # --- from text and ConfigDict to dataclasses ---------------------------------------------------------------------
 
@@ -236,7 +259,10 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     """Turns a nested mapping into a checked `Config`; raises `UserError` naming key, value and remedy."""
     config = _build(Config, tree, "")
     _check(config)
-    return config
+    if config.cooldown is None:
+        return config
+    steps = config.cooldown.start + config.cooldown.steps
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -446,6 +472,9 @@ def _check(config: Config) -> None:
         _at_least(1, getattr(train, key), f"train.{key}")
     for key in ("eval_every", "save_every"):
         _at_least(0, getattr(train, key), f"train.{key}")
+    for i, step in enumerate(train.keep_steps):
+        _at_least(1, step, f"train.keep_steps[{i}]")
+    _check_cooldown(config)
     for generation in train.tpu_compiler_options:
         if generation not in TPU_OPTION_GROUPS:
             raise UserError(
@@ -509,7 +538,7 @@ def _check_losses(config: Config) -> None:
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _positive(optimizer.peak_lr, "optimizer.peak_lr")
-    for key in ("start_lr", "end_lr", "weight_decay", "warmup_steps"):
+    for key in ("start_lr", "end_lr", "weight_decay", "warmup_steps", "cooldown_lr"):
         _at_least(0, getattr(optimizer, key), f"optimizer.{key}")
     _positive(optimizer.eps, "optimizer.eps")
     _positive(optimizer.clip_norm, "optimizer.clip_norm")
@@ -534,6 +563,24 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             f"{optimizer.schedule_steps} with {optimizer.warmup_steps} of warm-up",
             "The schedule counts its warm-up",
         )
+
+
+def _check_cooldown(config: Config) -> None:
+    _positive(config.optimizer.cooldown_share, "optimizer.cooldown_share")
+    trunk = config.train.cooldown_from
+    if trunk is None:
+        return
+    if not re.fullmatch(r".+:[0-9]{1,10}", trunk, re.DOTALL):
+        raise UserError("config train.cooldown_from names no step of a run", trunk, "Give WORKDIR:STEP of the trunk")
+    start, last = config.cooldown.start, config.cooldown.start + config.cooldown.steps
+    if start < max(1, config.optimizer.warmup_steps):
+        raise UserError(
+            "config train.cooldown_from starts in the warm-up",
+            f"step {start} of {config.optimizer.warmup_steps}",
+            "Branch off at a later step",
+        )
+    if last >= 2**31:
+        raise UserError("config train.cooldown_from is out of range", trunk, "Name a step that ends below 2147483648")
 
 
 def _check_data(config: Config) -> None:

@@ -24,6 +24,7 @@ The keys and their meaning: experiments/base.py.
 
 A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, or Ctrl-C, saves the step that
 is being computed and ends the run; Ctrl-C again ends it without.
+The same config with --config.train.cooldown_from=RUN:STEP and another workdir cools down from a kept step of that run.
 Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
 elsewhere the flags do.
 exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (non-finite loss, too much bad data),

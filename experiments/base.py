@@ -117,6 +117,9 @@ def _optimizer() -> ConfigDict:
             # Of the parameters' exponential average, which then is what is loaded after training; 0: none is kept. [O:
             # a third more memory and disk for the state; neither the paper nor the public trainer has one]
             ema_decay=0.0,
+            schedule="cosine",  # "half_cosine" ends half the way to end_lr: the trunk of cooldowns. [R; half: P]
+            cooldown_share=0.2,  # Steps of a cooldown (train.cooldown_from), as a share of those before it. [P]
+            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P]
         )
     )
 
@@ -188,5 +191,9 @@ def _train() -> ConfigDict:
             profile=ml_collections.config_dict.placeholder(
                 tuple
             ),  # (first, end): XProf's trace of steps first to end - 1 goes to WORKDIR/profile; None: off. [O]
+            keep_steps=(),  # Steps that are saved and, as the newest and the best, kept: for cooldowns to start at. [O]
+            # "WORKDIR:STEP": this run branches off that one after that step and cools down; it goes on with the whole
+            # state and the same examples, and `steps` is then where the cooldown ends. None: no branch. [P; O: the way]
+            cooldown_from=ml_collections.config_dict.placeholder(str),
         )
     )

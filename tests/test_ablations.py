@@ -145,7 +145,7 @@ def drawn_state(program: Program) -> TrainState:
     return jax.device_put(zeros.replace(params=params), program.state_shardings)
 
 
-METRICS = {"lr", "grad_norm", "param_norm"}
+METRICS = {"lr", "grad_norm", "param_norm", "patch_utilisation"}
 LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.startswith("captioning")}}
 ALL = {"image", "text"}
 # The others differ from AIMv2 in numbers alone, of which one stands for all.
@@ -162,10 +162,10 @@ def test_ablation_when_tiny_and_trained_on_one_batch_then_its_losses_fall(name, 
     config = tiny_version(name)
     program = build_program(config, jax.devices()[:1])
     rows = np.arange(8)
-    with pipeline.training_batches(config, rows, 0, tokenizer) as batches:
+    with pipeline.training_batches(config, lambda _: rows, 0, tokenizer) as batches:
         arrays = pipeline.to_devices(next(batches).arrays, program.batch_sharding, rows, 8)
-    batch = {key: arrays[key] for key in program.abstract_batch}
-    step = program.lower_step().compile(compiler_options={"xla_backend_optimization_level": 0})
+    batch = {key: arrays[key] for key in program.abstract_batch(program.config.batch_shapes[0])}
+    step = program.lower_step(config.batch_shapes[0]).compile(compiler_options={"xla_backend_optimization_level": 0})
     state, lines = drawn_state(program), []
     for _ in range(4):
         state, metrics = step(state, batch, program.rng)

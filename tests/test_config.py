@@ -10,7 +10,7 @@ from golden_names import paths
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aimv2_jax.config import build_config, config_text, config_to_dict, load_config, mixture_counts
+from aimv2_jax.config import Cooldown, build_config, config_text, config_to_dict, load_config, mixture_counts
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.models.sizes import swiglu_hidden
@@ -101,6 +101,14 @@ def test_config_when_turned_to_plain_values_and_back_then_equal():
     assert build_config(config_to_dict(config)) == config
 
 
+def test_cooldown_when_a_step_is_named_then_its_length_and_the_end_of_the_run_follow():
+    config = load_config(QUICKSTART, [("train.cooldown_from", "gs://b/trunk:213"), ("train.steps", "9")])
+    assert config.cooldown == Cooldown("gs://b/trunk", 213, 43)
+    assert config.train.steps == 256
+    assert build_config(config_to_dict(config)) == config
+    assert load_config(QUICKSTART).cooldown is None
+
+
 def test_override_when_each_type_is_typed_then_read_by_its_key():
     config = load_config(
         QUICKSTART,
@@ -149,6 +157,12 @@ REFUSED = {
     "beta": (("optimizer.betas", "(0.9, 1.0)"), ["betas[1]", "1.0"]),
     "decay": (("optimizer.weight_decay", "1.5"), ["optimizer.weight_decay", "1.5"]),
     "warm-up beyond the schedule": (("optimizer.warmup_steps", "100000"), ["schedule_steps", "100000"]),
+    "unknown schedule": (("optimizer.schedule", "linear"), ["optimizer.schedule", "cosine, half_cosine"]),
+    "a cooldown of no run": (("train.cooldown_from", "runs/trunk"), ["train.cooldown_from", "WORKDIR:STEP"]),
+    "a cooldown in the warm-up": (("train.cooldown_from", "t:39"), ["cooldown_from", "step 39 of 40"]),
+    "a cooldown beyond int32": (("train.cooldown_from", "t:2000000000"), ["cooldown_from", "below 2147483648"]),
+    "a cooldown of no length": (("optimizer.cooldown_share", "0"), ["optimizer.cooldown_share"]),
+    "step 0 kept": (("train.keep_steps", "(0, 5)"), ["train.keep_steps[0]", "at least 1"]),
     "both losses off": (("loss", {"image": False, "text": False}), ["loss.image and loss.text"]),
     "unknown source": (("data.mixture.paintings.alt", "1"), ["paintings", "data.sources.paintings"]),
     "source without weight": (("data.sources.paintings", "x"), ["paintings", "data.mixture.paintings"]),

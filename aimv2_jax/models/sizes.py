@@ -14,8 +14,10 @@ class Size:
     heads: int
 
 
-# RECIPE.md §1 [P, R]; 128 channels a head. "tiny", of 64 a head, is ours: for two CPU cores.
+# RECIPE.md §1 [P, R]; 128 channels a head. Below "base" they are ours, of 64 a head: for two CPU cores.
 ENCODER_SIZES = {
+    "nano": Size(64, 4, 1),
+    "micro": Size(128, 4, 2),
     "tiny": Size(192, 6, 3),
     "base": Size(768, 12, 6),
     "large": Size(1024, 24, 8),

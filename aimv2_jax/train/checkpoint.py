@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +117,18 @@ class CheckpointReader:
 
 
 class Checkpointer(CheckpointReader):
-    """Saves a run's state without stopping it, and keeps the newest and the best; every process makes one.
+    """Saves a run's state without stopping it, and keeps the newest, the best and some more; every process makes one.
 
     Args:
       workdir: the run's folder; half-written steps that a killed run left in it are swept away.
-      keep: how many of the newest steps are kept. The best is kept beside them; all others are deleted.
+      keep: how many of the newest steps are kept. The best is kept beside them.
+      keep_steps: steps that are kept, too. All others are deleted.
     """
 
-    def __init__(self, workdir: str | Path, keep: int):
+    def __init__(self, workdir: str | Path, keep: int, keep_steps: Collection[int] = ()):
         super().__init__(workdir)
         logging.getLogger("absl").addFilter(_is_news)
-        self._keep = keep
+        self._keep, self._keep_steps = keep, frozenset(keep_steps)
         self._pending: concurrent.futures.Future[dict[int, _Evaluation | None]] | None = None
         _make_folder(self._folder)
         _sweep(self._folder)
@@ -238,7 +239,7 @@ class Checkpointer(CheckpointReader):
             self._orbax.wait_until_finished()
         except (OSError, ValueError, TimeoutError) as error:  # TensorStore tells of a full disk by ValueError.
             raise self._not_written(step, num_bytes, error) from error
-        kept = {*sorted(record)[-self._keep :], _best(record)}
+        kept = {*sorted(record)[-self._keep :], _best(record), *self._keep_steps}
         for old in record.keys() - kept:
             _delete(self._folder, old)
         return {step: record[step] for step in sorted(record.keys() & kept)}

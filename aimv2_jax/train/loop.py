@@ -37,14 +37,14 @@ from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import processes
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
-from aimv2_jax.train.checkpoint import Checkpointer, check_free_space, state_bytes
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, state_bytes
 from aimv2_jax.train.evaluate import evaluate
 from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
 from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.profile import Profiler
 from aimv2_jax.train.program import Program, build_program
-from aimv2_jax.train.resume import check_resumable
+from aimv2_jax.train.resume import check_resumable, check_trunk
 from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import AveragedState, TrainState
 from aimv2_jax.train.stopping import StopRequests
@@ -56,6 +56,8 @@ _LOCK = "lock"
 
 def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
     """Trains until `train.steps`, from the newest checkpoint of `workdir` where there is one; the exit code.
+
+    Where there is none, a cooldown (`train.cooldown_from`) starts from that step of its trunk, and any other run anew.
 
     Returns:
       EXIT_FINISHED, or EXIT_AGAIN where it was asked to stop before, and has saved the step at which it did.
@@ -78,27 +80,32 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
         if not is_remote(workdir) and not (workdir / _LOCK).exists():
             remedy = "Give a folder on a disk that all hosts share, or gs://BUCKET/FOLDER"
             raise UserError("--workdir is another folder here than on process 0's host", str(workdir), remedy)
-        checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep))
+        checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep, config.train.keep_steps))
         latest = processes.agree("latest step", checkpointer.latest_step(), timeout_s)
         if latest is not None:
             check_resumable(checkpointer.meta(latest)["config"], config)
             if latest >= config.train.steps:
-                _say(
-                    f"already finished: {workdir} has step {latest} of {config.train.steps}; raise train.steps to go on"
-                )
+                more = "raise train.steps to go on" if config.cooldown is None else "it has cooled down"
+                _say(f"already finished: {workdir} has step {latest} of {config.train.steps}; {more}")
                 return EXIT_FINISHED
+            origin, start = checkpointer, latest
+        elif config.cooldown is not None:
+            origin, start = CheckpointReader(config.cooldown.trunk), config.cooldown.start
+            check_trunk(origin.meta(start)["config"], config)
+        else:
+            origin, start = None, 0
         check_free_space(workdir, size)
         writer = stack.enter_context(
             MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
         )
-        state = _start(program) if latest is None else checkpointer.restore(latest, program.abstract_state)
+        state = _start(program) if origin is None else origin.restore(start, program.abstract_state)
         _introduce(program, workdir, latest, size)
         if jax.process_index() == 0:
             write_whole(workdir / "config.txt", config_text(config).encode())
-        writer.cut_after(latest or 0)
-        bad_records = stack.enter_context(BadRecordFile(workdir, jax.process_index(), latest or 0))
+        writer.cut_after(start)
+        bad_records = stack.enter_context(BadRecordFile(workdir, jax.process_index(), start))
         profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
-        run = _Run(program, tokenizer, checkpointer, writer, bad_records, profiler, latest or 0)
+        run = _Run(program, tokenizer, checkpointer, writer, bad_records, profiler, start)
         return run.train(state)
 
 
@@ -147,7 +154,12 @@ def _introduce(program: Program, workdir: epath.Path, latest: int | None, size: 
         f"decoder {count_parameters(params['decoder']):,}); a checkpoint takes {size / 2**20:,.0f} MiB"
     )
     _say(f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)")
-    _say(f"workdir: {workdir}, {'from the start' if latest is None else f'continuing from step {latest}'}")
+    begin = "from the start" if latest is None else f"continuing from step {latest}"
+    cooldown = program.config.cooldown
+    if cooldown is not None:
+        begin = f"from step {cooldown.start} of {cooldown.trunk}" if latest is None else begin
+        begin += f", cooling down until step {program.config.train.steps}"
+    _say(f"workdir: {workdir}, {begin}")
 
 
 def _say(text: str) -> None:
@@ -287,7 +299,7 @@ class _Run:
         settings = self.config.train
         last = number == settings.steps
         evaluating = bool(self.config.eval.sources) and (last or _every(settings.eval_every, number))
-        return evaluating, last or _every(settings.save_every, number)
+        return evaluating, last or _every(settings.save_every, number) or number in settings.keep_steps
 
     def _read(self, pending: _Pending | None) -> None:
         """Waits for a dispatched step; ends the run where its numbers aren't finite; logs it where that is due."""

@@ -1,4 +1,4 @@
-"""AdamLH as an optax chain: clip, Adam, fully decoupled decay, warm-up and cosine (RECIPE.md §6)."""
+"""AdamLH as an optax chain: clip, Adam, fully decoupled decay, warm-up, cosine and cooldown (RECIPE.md §6, §10)."""
 
 from __future__ import annotations
 
@@ -19,24 +19,54 @@ NOT_DECAYED = {
     "begin": "the begin vector",
 }
 
+# config optimizer.schedule -> how much of the cosine from the peak to end_lr the schedule goes through.
+COSINE_PARTS = {"cosine": 1.0, "half_cosine": 0.5}
+
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
 def learning_rate(
-    *, start_lr: float, peak_lr: float, end_lr: float, warmup_steps: int, schedule_steps: int
+    *,
+    start_lr: float,
+    peak_lr: float,
+    end_lr: float,
+    warmup_steps: int,
+    schedule_steps: int,
+    cosine_part: float = 1.0,
+    cooldown_start: int | None = None,
+    cooldown_steps: int = 1,
+    cooldown_lr: float = 0.0,
 ) -> Schedule:
-    """Linear from `start_lr` to `peak_lr`, then a cosine to `end_lr` at `schedule_steps`, and `end_lr` from there on.
+    """Linear from `start_lr` to `peak_lr`, then a cosine towards `end_lr`, and perhaps a linear cooldown.
+
+    With warm-up W, schedule S and c = `cosine_part`, step s in W … S has
+
+        rate(s) = end_lr + (peak_lr - end_lr) · cos²(π/2 · c · (s - W) / (S - W)),
+
+    and from S on the rate stays. c = 1 is the whole cosine, down to `end_lr`; c = 1/2 its first half, down to
+    (peak_lr + end_lr) / 2: the rate of a trunk stays high, so that a cooldown from any of its steps has still all to
+    gain, and falls, so that late steps are not noisier than they need be.
+
+    A cooldown leaves that curve at step n = `cooldown_start` and falls linearly to `cooldown_lr` at step
+    n + `cooldown_steps`; as with S, the run's last step is the one before. Step n itself has the curve's own rate.
 
     Written out instead of taken from optax: in float32 its ramp (start - peak) · (1 - t) + peak gives the first step
     a rate 2e-5 off, and its 1 + cos loses digits towards the end.
     """
 
-    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+    def curve(step: Int[Array, ""]) -> Float[Array, ""]:
         warm = jnp.asarray(step, jnp.float32) / max(warmup_steps, 1)
         cool = jnp.clip((step - warmup_steps) / (schedule_steps - warmup_steps), 0, 1)
         ramp = start_lr + (peak_lr - start_lr) * warm
-        cosine = end_lr + (peak_lr - end_lr) * jnp.square(jnp.cos(jnp.pi / 2 * cool))
+        cosine = end_lr + (peak_lr - end_lr) * jnp.square(jnp.cos(jnp.pi / 2 * cosine_part * cool))
         return jnp.where(step < warmup_steps, ramp, cosine)
+
+    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+        if cooldown_start is None:
+            return curve(step)
+        top = curve(jnp.asarray(cooldown_start))
+        left = jnp.clip((cooldown_start + cooldown_steps - step) / cooldown_steps, 0, 1)
+        return jnp.where(step < cooldown_start, curve(step), cooldown_lr + (top - cooldown_lr) * left)
 
     return rate
 

@@ -21,7 +21,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.chips import chip_kind
 from aimv2_jax.parallel.mesh import build_mesh, check_batch
-from aimv2_jax.train.optimizer import Schedule, adamlh, learning_rate
+from aimv2_jax.train.optimizer import COSINE_PARTS, Schedule, adamlh, learning_rate
 from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step, with_average
 from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
 
@@ -175,6 +175,8 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         end_lr=settings.end_lr,
         warmup_steps=settings.warmup_steps,
         schedule_steps=settings.schedule_steps,
+        cosine_part=COSINE_PARTS[settings.schedule],
+        **_cooldown(config),
     )
     optimizer = adamlh(
         schedule,
@@ -185,3 +187,11 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         clip_norm=settings.clip_norm,
     )
     return Program(config, build_task(config, platform), optimizer, schedule, mesh)
+
+
+def _cooldown(config: Config) -> dict[str, Any]:
+    """What `learning_rate` is to know of the run's cooldown."""
+    if config.cooldown is None:
+        return {}
+    start, steps = config.cooldown.start, config.cooldown.steps
+    return dict(cooldown_start=start, cooldown_steps=steps, cooldown_lr=config.optimizer.cooldown_lr)

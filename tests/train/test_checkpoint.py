@@ -282,6 +282,16 @@ def test_best_when_the_run_was_restarted_then_it_is_still_kept(tmp_path):
     assert CheckpointReader(tmp_path).steps() == [2, 4]
 
 
+def test_steps_when_some_are_asked_for_then_they_are_kept_over_restarts(tmp_path):
+    for steps in ((1, 2, 3), (4, 5, 6), (7, 8)):
+        with Checkpointer(tmp_path, keep=1, keep_steps=(2, 4, 100)) as checkpointer:
+            for step in steps:
+                checkpointer.save(step, make_state(step), CONFIG)
+    reader = CheckpointReader(tmp_path)
+    assert reader.steps() == [2, 4, 8]
+    assert_same(reader.restore(2, abstract(make_state())), make_state(2))
+
+
 def test_best_when_evaluation_changed_on_a_resume_then_only_like_is_compared(tmp_path):
     moved = make_config(sources={"held_out": "/elsewhere/test"}, batch_size=3)
     other = make_config(prefixes=(0.5,))

@@ -57,3 +57,27 @@ def test_average_when_taken_step_by_step_then_the_weighted_mean_of_all_steps_and
             weights = decay ** np.arange(number - 1, -1, -1.0)
             expected = weights @ steps[:number] / weights.sum()
             np.testing.assert_allclose(average["a"], expected, rtol=0, atol=2e-6)  # Fifty roundings of 6e-8, of ~1.
+
+
+def test_learning_rate_when_half_the_cosine_then_ends_half_the_way_down_and_stays():
+    schedule = rate(cosine_part=0.5)
+    middle = 1e-5 + (1e-3 - 1e-5) * np.cos(np.pi / 8) ** 2  # A quarter of the whole cosine's way: 0.854 of it.
+    values = [float(schedule(jnp.asarray(step))) for step in (0, 5, 10, 60, 110, 10**6)]
+    assert values == pytest.approx([1e-6, (1e-3 + 1e-6) / 2, 1e-3, middle, 5.05e-4, 5.05e-4], rel=1e-6)
+
+
+def test_learning_rate_when_half_the_cosine_then_the_whole_one_of_twice_the_steps():
+    half, whole = rate(cosine_part=0.5), rate(schedule_steps=210)
+    for step in (0, 9, 10, 37, 110):
+        assert float(half(jnp.asarray(step))) == pytest.approx(float(whole(jnp.asarray(step))), rel=1e-6)
+
+
+def test_learning_rate_when_it_cools_down_then_continuous_linear_and_at_its_end_exact():
+    trunk = rate(cosine_part=0.5)
+    schedule = rate(cosine_part=0.5, cooldown_start=60, cooldown_steps=12, cooldown_lr=1e-6)
+    for step in (0, 5, 10, 35, 59, 60):
+        assert float(schedule(jnp.asarray(step))) == pytest.approx(float(trunk(jnp.asarray(step))), rel=1e-6)
+    top = 1e-5 + (1e-3 - 1e-5) * np.cos(np.pi / 8) ** 2
+    values = [float(schedule(jnp.asarray(step))) for step in (63, 66, 71, 72, 10**6)]
+    expected = [1e-6 + (top - 1e-6) * left for left in (3 / 4, 1 / 2, 1 / 12, 0, 0)]
+    assert values == pytest.approx(expected, rel=1e-6)

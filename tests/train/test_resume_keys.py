@@ -6,7 +6,7 @@ import pytest
 
 from aimv2_jax.config import build_config, config_to_dict, flatten
 from aimv2_jax.errors import UserError
-from aimv2_jax.train.resume import MAY_CHANGE, check_resumable
+from aimv2_jax.train.resume import COOLDOWN, MAY_CHANGE, check_resumable, check_trunk
 from experiments import base
 
 
@@ -42,6 +42,7 @@ def test_config_when_nothing_changed_then_resumable():
     "changes",
     [
         {"train__steps": 7, "train__log_every": 1, "train__eval_every": 2, "train__save_every": 3, "train__keep": 9},
+        {"train__keep_steps": (10, 20)},
         {"train__tensorboard": False, "train__wandb_project": "p", "train__compilation_cache": "/c"},
         {"train__microbatches": 4, "mesh__fsdp": 8, "mesh__data": 1},
         {"model__layers": "scan", "model__remat": "full"},
@@ -66,6 +67,8 @@ def test_config_when_a_key_of_the_table_changed_then_resumable(changes):
         ({"data__flip": 0.0}, "data.flip", "0.5", "0.0"),
         ({"data__mixture__rest": {"alt": 2.0}}, "data.mixture.rest.alt", "3.0", "2.0"),
         ({"data__mixture__rest": {"alt": 3.0, "synthetic": 1.0}}, "data.mixture.rest.synthetic", "absent", "1.0"),
+        ({"optimizer__schedule": "half_cosine"}, "optimizer.schedule", "cosine", "half_cosine"),
+        ({"train__cooldown_from": "t:20000"}, "train.cooldown_from", "None", "t:20000"),
         ({"loss__alpha": 0.5}, "loss.alpha", "0.4", "0.5"),
         ({"model__compute_dtype": "float32"}, "model.compute_dtype", "bfloat16", "float32"),
     ],
@@ -104,3 +107,31 @@ def test_table_when_compared_with_the_config_then_every_pattern_names_a_key():
     for pattern, reason in MAY_CHANGE.items():
         assert reason
         assert any(key == pattern or key.startswith(pattern.removesuffix("*")) for key in keys), pattern
+
+
+def test_trunk_when_only_its_cooldown_and_keys_of_the_table_differ_then_accepted():
+    changes = {"optimizer__cooldown_share": 0.1, "optimizer__cooldown_lr": 0.0, "eval__sources": {}, "mesh__fsdp": 2}
+    check_trunk(_saved(), _with(train__cooldown_from="t:20000", **changes))
+
+
+def test_trunk_when_another_key_differs_then_it_is_named_with_both_values():
+    with pytest.raises(UserError, match=r"t:20000 is a run with another data\.batch_size.*8192 there, 64 here"):
+        check_trunk(_saved(), _with(train__cooldown_from="t:20000", data__batch_size=64))
+
+
+def test_trunk_when_it_cools_down_itself_then_refused():
+    saved = config_to_dict(_with(train__cooldown_from="t:20000"))
+    with pytest.raises(UserError, match=r"cools down itself.*u:21000"):
+        check_trunk(saved, _with(train__cooldown_from="u:21000"))
+
+
+def test_cooldown_when_its_trunk_moved_then_resumable_and_not_at_another_step():
+    saved = config_to_dict(_with(train__cooldown_from="here/t:20000"))
+    check_resumable(saved, _with(train__cooldown_from="gs://there/t:20000"))
+    with pytest.raises(UserError, match="here/t:20000 before, here/t:20001 now"):
+        check_resumable(saved, _with(train__cooldown_from="here/t:20001"))
+
+
+def test_cooldown_when_its_keys_are_compared_with_the_config_then_each_is_one_and_may_not_change():
+    keys = flatten(_saved())
+    assert all(key in keys and key not in MAY_CHANGE for key in COOLDOWN)

@@ -138,7 +138,7 @@ def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_t
     arrays, results = host_batch(range(BATCH), tokenizer), []
     for mesh in meshes:
         program = build_program(tiny_config(**SIZES, **kind, **mesh), jax.devices()[: 1 if mesh == meshes[0] else 8])
-        arrays = {name: arrays[name] for name in program.abstract_batch}
+        arrays = {name: arrays[name] for name in program.abstract_batch(program.config.batch_shapes[0])}
         batch = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
 
         def gradient(params, batch, rng, task=program.task):
