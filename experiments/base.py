@@ -117,9 +117,9 @@ def _optimizer() -> ConfigDict:
             # Of the parameters' exponential average, which then is what is loaded after training; 0: none is kept. [O:
             # a third more memory and disk for the state; neither the paper nor the public trainer has one]
             ema_decay=0.0,
-            schedule="cosine",  # "half_cosine" ends half the way to end_lr: the trunk of cooldowns. [R; half: P]
-            cooldown_share=0.2,  # Steps of a cooldown (train.cooldown_from), as a share of those before it. [P]
-            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P]
+            schedule="cosine",  # "half_cosine" ends half the way to end_lr: the trunk of cooldowns. [R; half: P?]
+            cooldown_share=0.2,  # Steps of a cooldown (train.cooldown_from), as a share of those before it. [P?]
+            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P?]
         )
     )
 

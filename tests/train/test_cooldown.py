@@ -75,8 +75,8 @@ def test_branch_when_it_starts_then_state_and_examples_are_the_trunks(trunk, bra
     states, examples = [], []
     compile_step, place = Program.compile_step, pipeline.to_devices
 
-    def watched_step(program):
-        step = compile_step(program)
+    def watched_step(program, shape):
+        step = compile_step(program, shape)
         return lambda state, *args: (states.append(jax.device_get(jax.tree.leaves(state))), step(state, *args))[1]
 
     def watched_batch(arrays, *args, **kwargs):

@@ -104,10 +104,8 @@ def test_flops_when_the_decoder_is_of_another_kind_then_equal_to_a_count_by_hand
 def test_mfu_when_the_peak_is_known_then_a_share_and_else_none():
     config = tiny_config(model__compute_dtype="bfloat16")
     two = [Device("TPU v5 lite")] * 2
-    assert model_flops_utilisation(config, 10.0, two) == pytest.approx(flops_per_example(config) * 10 / (2 * 197e12))
-    assert model_flops_utilisation(config, 10.0, [Device("TPU v5p")]) == pytest.approx(
-        flops_per_example(config) * 10 / 459e12
-    )
+    assert model_flops_utilisation(config, 98.5, two) == pytest.approx(0.25)
+    assert model_flops_utilisation(config, 45.9, [Device("TPU v5p")]) == pytest.approx(0.1)
     assert model_flops_utilisation(config, 10.0, [Device("cpu")]) is None
     assert model_flops_utilisation(config, None, two) is None
     assert model_flops_utilisation(tiny_config(), 10.0, two) is None  # float32: another peak
