@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models import placement
 from aimv2_jax.models.attention import causal_reads
 from aimv2_jax.models.layers import (
     POSITION_AXES,
@@ -22,6 +21,7 @@ from aimv2_jax.models.layers import (
     Precision,
     Run,
     Trunk,
+    add_positions,
     look_up,
     named,
     symmetric_uniform,
@@ -92,12 +92,10 @@ class Decoder(nn.Module):
 
     def embed_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B R D"]:
         """[begin | tokens] plus their positions."""
-        compute = self.precision.compute
         rows = self._look_up(tokens)
-        begin = placement.whole(self.begin.astype(compute), POSITION_AXES[1:])
-        begin = jnp.broadcast_to(begin, (rows.shape[0], 1, self.width))
-        rows = jnp.concatenate([begin, rows], axis=1)
-        return rows + placement.whole(self.position.astype(compute), POSITION_AXES)[: rows.shape[1]]
+        rows = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))
+        table = self.position.at[0].add(self.begin)
+        return add_positions(rows, table[: rows.shape[1]], self.precision.reduce)
 
     def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """The row of text token number `index`, for generation."""

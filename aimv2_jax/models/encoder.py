@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models import placement
 from aimv2_jax.models.attention import Reads, full_reads
 from aimv2_jax.models.layers import (
     POSITION_AXES,
@@ -17,6 +16,7 @@ from aimv2_jax.models.layers import (
     RMSNorm,
     Run,
     Trunk,
+    add_positions,
     named,
     symmetric_uniform,
     xavier_uniform,
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
                 raise ValueError(
                     f"this encoder has learned positions for {self.num_patches} patches, got {patches.shape[1]}"
                 )
-            x += placement.whole(table.astype(compute), POSITION_AXES)
+            x = add_positions(x, table, self.precision.reduce)
         else:
             x += sincos_positions(coords, self.width).astype(compute)
         reads = full_reads(valid) if prefix is None else Reads(prefix, valid)

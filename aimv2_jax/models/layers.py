@@ -121,6 +121,25 @@ look_up.defvjp(
 )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def add_positions(rows: Float[Array, "B S D"], table: Float[Array, "S D"], reduce_dtype: Any) -> Float[Array, "B S D"]:
+    """Rows and the table's row of each; the table's gradient is summed like that of a projection."""
+    return rows + placement.whole(table.astype(rows.dtype), POSITION_AXES)
+
+
+def _add_positions_backward(reduce_dtype, empty, drows):
+    def partial_sum(drows):
+        return jnp.sum(drows, axis=0, dtype=empty.dtype)
+
+    return drows, placement.sum_over_batch(partial_sum, (drows,), POSITION_AXES, reduce_dtype)
+
+
+add_positions.defvjp(
+    lambda rows, table, reduce_dtype: (add_positions(rows, table, reduce_dtype), jnp.zeros((0,), table.dtype)),
+    _add_positions_backward,
+)
+
+
 class Linear(nn.Module):
     """x W (+ b), computed in the compute type. `axes` are the logical names of W's [in, out].
 

@@ -61,9 +61,10 @@ def sum_over_batch(partial: Callable[..., Array], rows: Sequence[Array], axes: A
     def run(*rows):
         total = partial(*rows)
         dtype = total.dtype
-        # Scattered along its minor dimension (which the compiler chooses as that at some sizes), an array would not be
-        # split into tiles, and libtpu sums it whole on every device.
-        total = with_layout_constraint(total.astype(reduce_dtype), Layout(tuple(range(total.ndim))))
+        # Scattered along its minor dimension, which at some sizes the compiler makes it, an array falls into parts of
+        # tiles, and libtpu sums it whole on every device.
+        major = [*scattered.values(), *(dim for dim in range(total.ndim) if dim not in scattered.values())]
+        total = with_layout_constraint(total.astype(reduce_dtype), Layout(tuple(major)))
         for name, dim in scattered.items():
             total = jax.lax.psum_scatter(total, name, scatter_dimension=dim, tiled=True)
         for name in reversed([name for name in parts if name not in scattered]):
