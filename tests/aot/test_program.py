@@ -135,7 +135,11 @@ def test_default_way_when_deeper_than_its_twin_then_it_agrees_with_the_full_comp
         [(row["kind"], row["axis"], row["count"], row["bytes"]) for row in each["collectives"]] for each in figures
     ]
     assert sorted(counted[0]) == sorted(counted[1])
-    assert default["cycles_from"]["the same fusion in the shallow twin"] > 0.5
+    # Which memory a fusion's operands lie in is the schedule's choice, and moves between the two kinds of finding.
+    found = [share for source, share in default["cycles_from"].items() if source.startswith("the same fusion in the")]
+    assert len(found) == 2 and sum(found) > 0.7, default[
+        "cycles_from"
+    ]  # Our kernels, which state their cost, take 0.2.
     assert full["predicted_mfu"] > full["predicted_mfu_with_comms"] > full["predicted_mfu_without_overlap"]
     shares = sum(sum(v for k, v in row.items() if k != "exposed collectives") for row in full["breakdown"].values())
     assert shares == pytest.approx(full["predicted_mcycles"])
