@@ -24,6 +24,5 @@ def use_paper_mixture(config: ConfigDict) -> None:
 
 
 def use_alt_text_only(config: ConfigDict) -> None:
-    """The same without synthetic captions, for the stages after pre-training [P]; weights keep their proportions."""
-    use_paper_mixture(config)
+    """Takes the synthetic captions out of the paper's mixture, for later stages [P]; weights keep their proportions."""
     config.data.mixture = {name: {"alt": kinds["alt"]} for name, kinds in PAPER.items()}

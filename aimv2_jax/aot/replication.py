@@ -27,7 +27,7 @@ from aimv2_jax.models.kernels.whole_row import MOST_HEADS
 from aimv2_jax.models.sizes import kept_rows, swiglu_hidden
 
 LARGE = 2**20  # Bytes: what is smaller is not worth splitting.
-WHOLE = 4 * 2**20  # Bytes: what the rules may leave whole. The widest position table has 3 MiB.
+WHOLE = 4 * 2**20  # Bytes: what the rules may leave whole: biases only, and they are smaller.
 
 
 def find_replicated(

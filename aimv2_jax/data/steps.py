@@ -27,7 +27,7 @@ class Steps:
 
     Args:
       seed: the run's seed.
-      shapes: those that batches may have, by rising area; how often each comes says `shares`.
+      shapes: those that batches may have, by rising area; how often each comes: `counts_in_block`.
     """
 
     def __init__(self, seed: int, shapes: Sequence[BatchShape]):

@@ -355,9 +355,12 @@ def _damaged(path: epath.Path, error: Exception) -> UserError:
 def _evaluation(meta: Mapping[str, Any]) -> _Evaluation | None:
     if meta["eval_loss"] is None:
         return None
-    settings = meta["config"]["eval"]
-    neutral = {"batch_size": None, "sources": sorted(settings["sources"])}  # A set may move; its name tells what it is.
-    return _Evaluation(meta["eval_loss"], json.dumps({**settings, **neutral}, sort_keys=True))
+    return _Evaluation(meta["eval_loss"], json.dumps(measured_on(meta["config"]["eval"]), sort_keys=True))
+
+
+def measured_on(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of config `eval`, as a plain dict, a held-out loss depends on: a set may move, its name tells what it is."""
+    return {**settings, "batch_size": None, "sources": sorted(settings["sources"])}
 
 
 def _best(record: Mapping[int, _Evaluation | None]) -> int | None:

@@ -24,7 +24,7 @@ from aimv2_jax.config import Config, build_config, config_to_dict  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, make_output_folder  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
-from aimv2_jax.train.checkpoint import CheckpointReader  # noqa: E402
+from aimv2_jax.train.checkpoint import CheckpointReader, measured_on  # noqa: E402
 from aimv2_jax.train.metrics import read_metrics  # noqa: E402
 from experiments.scaling.figures import Point, loss_against_compute, loss_against_samples, short  # noqa: E402
 from experiments.scaling.law import LEVEL, NAMES, Fit, fit  # noqa: E402
@@ -64,10 +64,9 @@ def read_points(workdir: epath.PathLike, loss: str) -> tuple[list[Point], list[s
 
 
 def _measure(config: Config) -> str:
-    """What a held-out loss was measured on; a set may move, its name stays."""
+    """What a held-out loss was measured on, and which losses it weighs how."""
     tree = config_to_dict(config)
-    evaluation = tree["eval"] | {"batch_size": None, "sources": sorted(tree["eval"]["sources"])}
-    return json.dumps([evaluation, tree["loss"]], sort_keys=True)
+    return json.dumps([measured_on(tree["eval"]), tree["loss"]], sort_keys=True)
 
 
 def report(points: Sequence[Point], fitted: Fit, loss: str, left_out: Sequence[str]) -> dict:

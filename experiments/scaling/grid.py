@@ -119,9 +119,11 @@ class Subprocess:
             self._process.send_signal(number)
 
 
-# Only shapes are computed here, and jax opens no device: those are the trainers'.
 def table(runs: Sequence[Run]) -> str:
-    """The runs with their parameters, steps, samples, FLOPs and how far they are."""
+    """The runs with their parameters, steps, samples, FLOPs and how far they are.
+
+    Only shapes are computed, and jax opens no device: those are the trainers'.
+    """
     rows = [("run", "encoder", "model", "steps", "batch", "samples", "FLOPs", "done")]
     for run in runs:
         encoder, whole = (f"{count:,}" for count in run.parameters)
