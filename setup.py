@@ -30,6 +30,7 @@ REQUIRES = [
     "simplejpeg>=1.8.2",
     "ftfy>=6.3",
     "msgpack>=1.1",
+    "safetensors>=0.6",
     "matplotlib>=3.10",
     "tensorboardX>=2.6.4",
     "tqdm>=4.67",
@@ -66,7 +67,9 @@ setup(
             "pytest-xdist>=3.8",
             "beartype>=0.21",
             "hypothesis>=6.130",
-            "safetensors>=0.6",
+            # Whose own classes read what we export: without torchvision, which does not load beside this torch.
+            "torch==2.13.0",
+            "transformers>=5.23,<6",
             "ruff>=0.17,<0.18",  # Its format is part of the suite.
         ],
     },

@@ -90,9 +90,10 @@ def _train(config: Config, workdir: epath.Path) -> int:
     tokenizer = Tokenizer(
         config.tokenizer.path, decoder.text_length, decoder.vocab_size, needs_end=config.loss.predict_eos
     )
+    from aimv2_jax.export.donor import find_donor
     from aimv2_jax.train.loop import train
 
-    return train(config, workdir, tokenizer)
+    return train(config, workdir, tokenizer, find_donor(config.init.path))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
     config.eval = _eval()
     config.init = ConfigDict(
         dict(
-            path="",  # WORKDIR, WORKDIR:STEP or WORKDIR:last of the run whose parameters start this one; "": none. [O]
+            # Whose parameters start this run: another run (WORKDIR, WORKDIR:STEP, WORKDIR:last), a folder of Hugging
+            # Face's, or a .safetensors file; "": nobody's. [O]
+            path="",
             parts="model",  # Of its parameters: the "encoder", or the whole "model". [O]
             drop=(),  # Tensors there that this model lacks, as "encoder/position": nothing is left over unsaid. [O]
             fresh=(),  # Tensors here that start as initialised. [O]

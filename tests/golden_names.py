@@ -1,4 +1,4 @@
-"""Apple's and Hugging Face's parameter names in our tree, for the golden tests."""
+"""The parameter names of Apple's trainer in our tree, for the golden tests."""
 
 from __future__ import annotations
 
@@ -43,17 +43,6 @@ _APPLE_BLOCK = [
     ("norm_1.weight", "norm_1/scale", same),
     ("norm_2.weight", "norm_2/scale", same),
 ]
-_HF_BLOCK = [
-    ("attention.q_proj.weight", "attention/query/kernel", transposed),
-    ("attention.k_proj.weight", "attention/key/kernel", transposed),
-    ("attention.v_proj.weight", "attention/value/kernel", transposed),
-    ("attention.out_proj.weight", "attention/out/kernel", transposed),
-    ("ffn.gate_proj.weight", "mlp/gate/kernel", transposed),
-    ("ffn.up_proj.weight", "mlp/up/kernel", transposed),
-    ("ffn.down_proj.weight", "mlp/down/kernel", transposed),
-    ("rms_norm1.weight", "norm_1/scale", same),
-    ("rms_norm2.weight", "norm_2/scale", same),
-]
 
 
 def _blocks(theirs: str, ours: str, block: list[Rule]) -> list[Rule]:
@@ -78,14 +67,6 @@ APPLE_PRETRAIN: list[Rule] = [
     ("models.text_decoder.trunk.post_trunk_norm.weight", "decoder/trunk/norm/scale", same),
     ("models.text_decoder.head.blocks.0.linear.weight", "decoder/token_head/kernel", transposed),
     ("models.text_decoder.head.blocks.1.linear.weight", "decoder/pixel_head/kernel", transposed),
-]
-HF_ENCODER: list[Rule] = [
-    ("embeddings.patch_embed.weight", "patch_embed/kernel", flat),
-    ("embeddings.patch_embed.bias", "patch_embed/bias", same),
-    ("embeddings.rms_norm.weight", "patch_norm/scale", same),
-    ("embeddings.position_embedding.weight", "position", same),
-    *_blocks("encoder.layers", "trunk/blocks", _HF_BLOCK),
-    ("rms_norm.weight", "trunk/norm/scale", same),
 ]
 
 

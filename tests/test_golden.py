@@ -18,9 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from golden_names import APPLE_PRETRAIN, HF_ENCODER, nested, paths, to_ours
+from golden_names import APPLE_PRETRAIN, nested, paths, to_ours
 from safetensors.numpy import load_file
 
+from aimv2_jax.export.reading import read_weights
+from aimv2_jax.export.transformers import write_folder
+from aimv2_jax.export.vision import Vision
+from aimv2_jax.export.weights import Weights
 from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import Reads
 from aimv2_jax.models.decoder import Decoder
@@ -338,61 +342,90 @@ def check_rates(schedule, expected: dict[int, float], warmup_steps: int, total: 
         assert float(schedule(jnp.asarray(it))) == pytest.approx(lr, rel=1e-6), f"iteration {it}"
 
 
-@pytest.mark.parametrize("name", ["hf_learned", "hf_native"])
-def test_hugging_face_encoder_when_weights_are_mapped_then_hidden_states_equal(golden_dir, name, way):
-    directory = golden_dir / name
-    config, golden = read_json(directory / "config.json"), read_json(directory / "golden.json")
-    suffixes = {"": golden["grid_height_width"]}
-    suffixes |= {f"_{rows}x{columns}": [rows, columns] for rows, columns in golden["extra_grids"]}
-    depth = config["num_hidden_layers"]
-    # Hugging Face may list fewer states than the model has; every one that is promised must be there.
-    states = [f"hidden_state_{i}" for i in range(golden["num_hidden_states"])]
-    inputs = read_tensors(
-        directory / "inputs.safetensors",
-        {f"{key}{suffix}" for key in ("image_uint8_bhwc", "pixel_values") for suffix in suffixes},
-    )
-    outputs = read_tensors(
-        directory / "outputs.safetensors",
-        {f"{s}{suffix}" for s in [*states, "last_hidden_state"] for suffix in suffixes},
-    )
-    weights = read_tensors(directory / "model.safetensors", set())
-    params = jax.tree.map(jnp.asarray, nested(to_ours(weights, HF_ENCODER)))
-    side = config["patch_size"]
-    rows, columns = golden["grid_height_width"]
-    encoder = Encoder(
-        width=config["hidden_size"],
-        depth=depth,
-        heads=config["num_attention_heads"],
-        hidden=config["intermediate_size"],
-        num_patches=rows * columns,
-        eps=config["rms_norm_eps"],
-        position="sincos" if config["is_native"] else "learned",
-        run=Run(*way),
-    )
-    for suffix, (rows, columns) in suffixes.items():
-        images = inputs[f"image_uint8_bhwc{suffix}"]
-        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side)
+class Pictures:
+    """Pictures of a golden encoder by the suffix of their grid, and what the reference made of them."""
+
+    def __init__(self, directory: Path, golden: dict, outputs: list[str]):
+        grids = {"": golden["grid_height_width"]}
+        grids |= {f"_{rows}x{columns}": [rows, columns] for rows, columns in golden["extra_grids"]}
+        keys = ("image_uint8_bhwc", "pixel_values")
+        inputs = read_tensors(directory / "inputs.safetensors", {f"{key}{grid}" for key in keys for grid in grids})
+        self.outputs = read_tensors(
+            directory / "outputs.safetensors", {f"{output}{grid}" for output in outputs for grid in grids}
+        )
+        self._inputs, self.grids = inputs, grids
+
+    def batch(self, grid: str, vision: Vision) -> tuple[jax.Array, ...]:
+        """Normalised patches, held to the reference's; their coordinates; all valid."""
+        (rows, columns), side = self.grids[grid], vision.patch_size
+        images, theirs = self._inputs[f"image_uint8_bhwc{grid}"], self._inputs[f"pixel_values{grid}"]
+        patches = jnp.asarray(rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side))
         valid = jnp.ones(patches.shape[:2], bool)
-        pixels = losses.normalise_pixels(jnp.asarray(patches), valid, golden["image_mean"], golden["image_std"])
-        theirs = inputs[f"pixel_values{suffix}"]
+        pixels = losses.normalise_pixels(patches, valid, vision.pixel_mean, vision.pixel_std)
         assert_close(pixels, rearrange(theirs, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side), "pixel_values")
         coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
-        coords = jnp.broadcast_to(jnp.asarray(coords, jnp.int32), (len(images), rows * columns, 2))
-        shapes = jax.eval_shape(encoder.init, run_key(0), pixels, coords, valid)["params"]
-        assert {p: x.shape for p, x in paths(params).items()} == {
-            p: x.value.shape for p, x in _boxed_paths(shapes).items()
-        }
-        features, every = encoder.apply({"params": params}, pixels, coords, valid, None, True)
+        return pixels, jnp.broadcast_to(jnp.asarray(coords, jnp.int32), (len(images), rows * columns, 2)), valid
+
+
+def params_of(weights: Weights) -> dict:
+    return jax.tree.map(jnp.asarray, nested(weights.read()))
+
+
+HUGGING_FACE = ["hf_learned", "hf_native", "hf_head"]
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_model_when_read_then_hidden_states_equal(golden_dir, name, way):
+    directory = golden_dir / name
+    golden, weights = read_json(directory / "golden.json"), read_weights(directory)
+    vision, params = weights.vision, params_of(weights)
+    # Hugging Face may list fewer states than the model has; every one that is promised must be there.
+    states = [f"hidden_state_{i}" for i in range(golden["num_hidden_states"])]
+    pictures = Pictures(directory, golden, [*states, "last_hidden_state", *(["pooler_output"] if vision.head else [])])
+    assert vision.head == (name == "hf_head")
+    for grid in pictures.grids:
+        pixels, coords, valid = pictures.batch(grid, vision)
+        encoder = vision.encoder(run=Run(*way))
+        features, every = encoder.apply({"params": params["encoder"]}, pixels, coords, valid, None, True)
         for i, state in enumerate(states):
-            assert_close(every[i], outputs[f"{state}{suffix}"], f"{state}{suffix}")
-        assert_close(features, outputs[f"last_hidden_state{suffix}"], f"last_hidden_state{suffix}")
+            assert_close(every[i], pictures.outputs[f"{state}{grid}"], f"{state}{grid}")
+        assert_close(features, pictures.outputs[f"last_hidden_state{grid}"], f"last_hidden_state{grid}")
+        if vision.head:
+            pooled = vision.pooled_head().apply({"params": params["head"]}, features, valid)
+            assert_close(pooled, pictures.outputs[f"pooler_output{grid}"], f"pooler_output{grid}")
 
 
-def _boxed_paths(tree) -> dict:
-    return {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "names"))
-    }
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_model_when_read_and_written_then_the_same_bit_for_bit(golden_dir, tmp_path, name):
+    write_folder(tmp_path, read_weights(golden_dir / name), "float32", most_bytes=10**9)
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (golden_dir / name, tmp_path))
+    assert ours.keys() == theirs.keys()
+    for tensor in theirs:
+        np.testing.assert_array_equal(ours[tensor], theirs[tensor], err_msg=tensor, strict=True)
+    written, config = read_json(tmp_path / "config.json"), read_json(golden_dir / name / "config.json")
+    assert {key: config[key] for key in written} == written
+
+
+@pytest.mark.parametrize("name", ["learned", "native", "attention_pool"])
+def test_apples_released_names_when_read_then_blocks_and_features_equal(golden_dir, name):
+    directory, golden = golden_dir / "apple_aim" / name, read_json(golden_dir / "apple_aim/config.json")["models"][name]
+    weights = read_weights(directory / "params.safetensors", heads=golden["heads"])
+    vision, params = weights.vision, params_of(weights)
+    assert (vision.depth, vision.hidden, vision.head) == (
+        golden["depth"],
+        golden["swiglu_hidden"],
+        golden["attention_pool_head"],
+    )
+    blocks, last = [f"block_{i}" for i in range(vision.depth)], "pooled" if vision.head else "features"
+    pictures = Pictures(directory, golden, [*blocks, last])
+    for grid in pictures.grids:
+        pixels, coords, valid = pictures.batch(grid, vision)
+        features, every = vision.encoder().apply({"params": params["encoder"]}, pixels, coords, valid, None, True)
+        for i, block in enumerate(blocks):
+            assert_close(every[i + 1], pictures.outputs[f"{block}{grid}"], f"{block}{grid}")
+        if vision.head:
+            features = vision.pooled_head().apply({"params": params["head"]}, features, valid)
+        assert_close(features, pictures.outputs[f"{last}{grid}"], f"{last}{grid}")
 
 
 def test_sincos_positions_when_any_grid_then_equal_to_every_source(golden_dir):

@@ -131,11 +131,16 @@ class Picture:
           BadRecord: `undecodable_image`.
         """
         try:
-            return self._turn.seen(_to_rgb(self._image))
+            return as_seen(self._image)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to.
             raise BadRecord("undecodable_image") from error
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image of Pillow's as it is meant to be seen: oriented, in RGB, transparency on white."""
+    return _TURNS.get(_orientation(image), _UPRIGHT).seen(_to_rgb(image))
 
 
 def open_picture(data: bytes) -> Picture:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
-from aimv2_jax.config import Config, build_config, config_to_dict
+from aimv2_jax.config import Config, TokenizerConfig, build_config, config_to_dict
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.positions import resize_positions
@@ -18,7 +19,11 @@ from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
 from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
 
-Weights = Literal["average", "raw"]
+Choice = Literal["average", "raw"]
+"""Which parameters of a run that kept an average."""
+
+TOKENIZER = "tokenizer.model"
+"""In the folder of an export with `--whole`: the run's tokenizer, wherever that was."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +79,12 @@ class Loaded:
         return dataclasses.replace(self, config=config, task=build_task(config), params=params)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run; its file lies where the config says."""
+        """The tokenizer of the run; its file lies where the config says, or came with an export."""
         config, decoder = self.config, self.config.model.decoder
         return Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
 
 
-def load(spec: str, weights: Weights = "average") -> Loaded:
+def load(spec: str, weights: Choice = "average") -> Loaded:
     """The model that `spec` names: `WORKDIR` (its best step), `WORKDIR:STEP` or `WORKDIR:last`.
 
     Reads one set of parameters alone, and writes nothing.
@@ -93,19 +98,28 @@ def load(spec: str, weights: Weights = "average") -> Loaded:
     """
     workdir, step = parse_spec(spec)
     reader = CheckpointReader(workdir)
-    config = _config(reader.meta(step)["config"], f"{workdir}:{step}")
+    meta = reader.meta(step)
+    name = f"{workdir}:{step}"
+    if not any(leaf.startswith("params/decoder/") for leaf in meta["leaves"]):
+        raise UserError("--checkpoint is an encoder alone", name, "Give a training run, or an export with --whole")
+    config = read_config(meta["config"], name)
+    beside = Path(workdir) / TOKENIZER
+    if beside.is_file():
+        config = dataclasses.replace(config, tokenizer=TokenizerConfig(str(beside)))
     task = build_task(config)
     mesh = build_mesh(1, -1, 1, 1, jax.local_devices())
     shapes = jax.eval_shape(task.init, run_key(0))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
     )
-    part = "average" if weights == "average" and config.optimizer.ema_decay else "params"
+    averaged = any(leaf.startswith("average/") for leaf in meta["leaves"])
+    part = "average" if weights == "average" and averaged else "params"
     params = reader.restore_part(step, {part: abstract})[part]
     return Loaded(config, task, params, workdir, step, mesh)
 
 
-def _config(saved: Mapping[str, Any], name: str) -> Config:
+def read_config(saved: Mapping[str, Any], name: str) -> Config:
+    """The config that a checkpoint holds; raises `UserError` where this aimv2_jax has other keys."""
     try:
         return build_config(saved)
     except UserError as error:

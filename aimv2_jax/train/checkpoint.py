@@ -146,7 +146,7 @@ class Checkpointer(CheckpointReader):
         self,
         step: int,
         state: Any,
-        config: Config,
+        config: Config | None,
         eval_loss: float | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class Checkpointer(CheckpointReader):
         Args:
           step: the number of steps that made `state`; not yet among `steps()`.
           state: a pytree of `jax.Array`.
-          config: the run's; goes into `meta`.
+          config: the run's; goes into `meta`. None: parameters of unknown making.
           eval_loss: the held-out loss of this very state, of its average where it has one; a loss that isn't finite
             counts as none.
           extra: whatever else shall stand in `meta`, as JSON.
@@ -170,7 +170,7 @@ class Checkpointer(CheckpointReader):
         meta = {
             "format_version": FORMAT_VERSION,
             "step": step,
-            "config": config_to_dict(config),
+            "config": {} if config is None else config_to_dict(config),
             "eval_loss": float(eval_loss) if eval_loss is not None and math.isfinite(eval_loss) else None,
             "extra": dict(extra or {}),
             "leaves": _leaves(state),

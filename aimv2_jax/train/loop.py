@@ -49,15 +49,18 @@ from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import AveragedState, TrainState
 from aimv2_jax.train.stopping import StopRequests
 from aimv2_jax.train.tally import BadRecordFile, Tally
-from aimv2_jax.train.warm_start import warm_start
+from aimv2_jax.train.warm_start import Donor, RunDonor, warm_start
 
 _LOCK = "lock"
 
 
-def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
+def train(
+    config: Config, workdir: epath.PathLike, tokenizer: Tokenizer, donor: Callable[[], Donor] | None = None
+) -> int:
     """Trains until `train.steps`, from the newest checkpoint of `workdir` where there is one; the exit code.
 
-    Where there is none, a cooldown (`train.cooldown_from`) starts from that step of its trunk, and any other run anew.
+    Where there is none, a cooldown (`train.cooldown_from`) starts from that step of its trunk, a run with `init.path`
+    from the parameters that `donor` opens (by default those of another run there), and any other run anew.
 
     Returns:
       EXIT_FINISHED, or EXIT_AGAIN where it was asked to stop before, and has saved the step at which it did.
@@ -98,7 +101,7 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
         writer = stack.enter_context(
             MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
         )
-        state = _start(program) if origin is None else origin.restore(start, program.abstract_state)
+        state = _start(program, donor) if origin is None else origin.restore(start, program.abstract_state)
         _introduce(program, workdir, latest, size)
         if jax.process_index() == 0:
             write_whole(workdir / "config.txt", config_text(config).encode())
@@ -109,12 +112,13 @@ def train(config: Config, workdir: epath.PathLike, tokenizer: Tokenizer) -> int:
         return run.train(state)
 
 
-def _start(program: Program) -> TrainState:
-    """The state before step 0: fresh, or with the parameters of another run."""
+def _start(program: Program, donor: Callable[[], Donor] | None) -> TrainState:
+    """The state before step 0: fresh, or with the parameters of another model."""
     state, init = program.init(), program.config.init
     if not init.path:
         return state
-    params, report = warm_start(program, state.params, init)
+    opened = RunDonor(init.path) if donor is None else donor()
+    params, report = warm_start(program, state.params, init, opened)
     _say(report)
     return state.replace(params=params)
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from flax import traverse_util
@@ -24,7 +24,6 @@ from aimv2_jax.train.program import Program
 POSITION = "encoder/position"
 """The one tensor that is resized: the encoder's table of learned positions, a row a patch of a square grid."""
 
-_PREFIX = "params/"
 _SHOWN = 6  # Names in a line of the report.
 
 
@@ -41,31 +40,66 @@ class Matching:
     dropped: tuple[str, ...]
 
 
-def warm_start(program: Program, params: Any, init: InitConfig) -> tuple[Any, str]:
-    """`params`, fresh ones, with those of the run `init.path` in their place, and a report for the log.
+class Donor(Protocol):
+    """What has parameters to give: `name` for the log, `shapes` by path, and a way to read some of them.
+
+    `read` takes `{path: jax.ShapeDtypeStruct}`, and gives the arrays placed as their shardings say.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]: ...
+
+
+class RunDonor:
+    """Another run of ours, or an export in the layout of one, as `RUN`, `RUN:STEP` or `RUN:last`.
+
+    Where the run kept an average of its parameters, that is what it gives: what its evaluations measured.
 
     Raises:
-      UserError: for a path without a checkpoint; for tensors that are missing, left over or of another shape and not
-        named in `init`; for names there that match none.
+      UserError: for a path without a checkpoint.
     """
-    workdir, step = parse_spec(init.path, "config init.path")
-    reader = CheckpointReader(workdir)
-    leaves = reader.meta(step)["leaves"]
-    saved = {name.removeprefix(_PREFIX): tuple(leaves[name][0]) for name in leaves if name.startswith(_PREFIX)}
+
+    def __init__(self, path: str):
+        workdir, self._step = parse_spec(path, "config init.path")
+        self._reader = CheckpointReader(workdir)
+        leaves = self._reader.meta(self._step)["leaves"]
+        self.name = f"{workdir}:{self._step}"
+        self._part = "average" if any(name.startswith("average/") for name in leaves) else "params"
+        prefix = f"{self._part}/"
+        self.shapes = {name.removeprefix(prefix): tuple(leaves[name][0]) for name in leaves if name.startswith(prefix)}
+
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]:
+        tree = {self._part: traverse_util.unflatten_dict(wanted, sep="/")}
+        return traverse_util.flatten_dict(self._reader.restore_part(self._step, tree)[self._part], sep="/")
+
+
+def warm_start(program: Program, params: Any, init: InitConfig, donor: Donor) -> tuple[Any, str]:
+    """`params`, fresh ones, with those of the donor in their place, and a report for the log.
+
+    Raises:
+      UserError: for tensors that are missing, left over or of another shape and not named in `init`; for names there
+        that match none.
+    """
     ours = traverse_util.flatten_dict(params, sep="/")
-    found = match({name: leaf.shape for name, leaf in ours.items()}, saved, init)
+    found = match({name: leaf.shape for name, leaf in ours.items()}, donor.shapes, init)
     whole = rules.replicated(program.mesh)
-    wanted = {
-        name: jax.ShapeDtypeStruct(
-            saved[name], ours[name].dtype, sharding=whole if name in found.resized else ours[name].sharding
+    theirs = dict(
+        donor.read(
+            {
+                name: jax.ShapeDtypeStruct(
+                    donor.shapes[name],
+                    ours[name].dtype,
+                    sharding=whole if name in found.resized else ours[name].sharding,
+                )
+                for name in (*found.taken, *found.resized)
+            }
         )
-        for name in (*found.taken, *found.resized)
-    }
-    read = reader.restore_part(step, {"params": traverse_util.unflatten_dict(wanted, sep="/")})["params"]
-    theirs = traverse_util.flatten_dict(read, sep="/")
-    report = [f"parameters of {workdir}:{step}: {len(found.taken)} tensors taken"]
+    )
+    report = [f"parameters of {donor.name}: {len(found.taken)} tensors taken"]
     for name in found.resized:
-        grid, new_grid = _square(saved[name][0]), _square(ours[name].shape[0])
+        grid, new_grid = _square(donor.shapes[name][0]), _square(ours[name].shape[0])
         resize = partial(resize_positions, grid=grid, new_grid=new_grid)
         theirs[name] = jax.jit(resize, out_shardings=ours[name].sharding)(theirs[name])
         report.append("resized: {}, {} x {} to {} x {} patches".format(name, *grid, *new_grid))

@@ -7,11 +7,12 @@ from tiny import tiny_arguments, tiny_config
 
 from aimv2_jax.config import InitConfig
 from aimv2_jax.errors import UserError
+from aimv2_jax.export import hf
 from aimv2_jax.main import main
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.program import build_program
-from aimv2_jax.train.warm_start import match, warm_start
+from aimv2_jax.train.warm_start import RunDonor, match, warm_start
 
 OURS = {"encoder/position": (16, 8), "encoder/trunk/norm/scale": (8,), "decoder/begin": (4,)}
 
@@ -85,7 +86,7 @@ def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_
     theirs = saved_params(small, 2, tiny_config())
     config = tiny_config(data__image_size=56, init__path=str(small))
     program = build_program(config)
-    params, report = warm_start(program, program.init().params, config.init)
+    params, report = warm_start(program, program.init().params, config.init, RunDonor(config.init.path))
     assert "1 x" not in report and "resized: encoder/position, 2 x 2 to 4 x 4 patches" in report
     expected = theirs | {
         "encoder": theirs["encoder"] | {"position": resize_positions(theirs["encoder"]["position"], (2, 2), (4, 4))}
@@ -102,6 +103,20 @@ def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_
     ]
     assert main(again) == 0
     assert "continuing from step 2" in capsys.readouterr().out
+
+
+def test_run_when_started_from_hugging_faces_folder_then_its_encoder(small, tmp_path, capsys):
+    assert hf.main([f"--checkpoint={small}", f"--output={tmp_path}/hf"]) == 0
+    arguments = dict(init__path=tmp_path / "hf", train__steps=1, eval__sources={})
+    assert main(tiny_arguments(tmp_path / "run", **arguments)) == 2
+    assert "config init.path lacks: 'decoder/" in capsys.readouterr().err
+    # At a rate of next to nothing, what was taken is what is there after a step.
+    still = dict(init__parts="encoder", optimizer__peak_lr=1e-30, optimizer__start_lr=0.0, optimizer__weight_decay=0.0)
+    assert main(tiny_arguments(tmp_path / "run", **arguments, **still)) == 0
+    assert f"parameters of {tmp_path}/hf: 16 tensors taken" in capsys.readouterr().out
+    taken, theirs = saved_params(tmp_path / "run", 1, tiny_config()), saved_params(small, 2, tiny_config())
+    jax.tree.map(np.testing.assert_array_equal, taken["encoder"], theirs["encoder"])
+    assert not np.array_equal(taken["decoder"]["begin"], theirs["decoder"]["begin"])
 
 
 def test_native_run_when_started_from_learned_positions_then_all_but_the_table(small, tmp_path, capsys):

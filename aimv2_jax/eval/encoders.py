@@ -1,0 +1,261 @@
+"""An encoder to be used: pictures in, features out (`load_encoder`).
+
+N pictures, B a batch of them, L patches, P numbers a patch, D width, H and W pixels, h and w patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from PIL import Image
+
+from aimv2_jax.data import pictures, transforms
+from aimv2_jax.data.records import BadRecord
+from aimv2_jax.errors import UserError
+from aimv2_jax.eval.load import Choice
+from aimv2_jax.export.source import open_weights
+from aimv2_jax.export.vision import Vision
+from aimv2_jax.export.weights import Weights
+from aimv2_jax.models.layers import Precision
+from aimv2_jax.models.positions import resize_positions
+from aimv2_jax.parallel import rules
+from aimv2_jax.parallel.mesh import build_mesh
+from aimv2_jax.train.losses import normalise_pixels
+
+ImageLike = Image.Image | np.ndarray | str | Path
+"""A picture: an image of Pillow's, uint8 [H, W], [H, W, 3] or [H, W, 4], or a file."""
+
+_BATCH = 32
+_MOST_AREA = 1 << 14  # Patches of a picture: beyond, attention's memory is a slip's, not a wish's.
+
+
+def load_encoder(
+    spec: str | Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    image_size: int | None = None,
+    area: int | None = None,
+    heads: int | None = None,
+    weights: Choice = "average",
+) -> LoadedEncoder:
+    """An encoder that takes pictures, from a run, an export, Hugging Face's folder or Apple's file.
+
+    Args:
+      spec: where it is, see `export.source.open_weights`.
+      dtype: of the computation and the features.
+      image_size: side of the centre square that it shall see, in place of its own; learned positions are resized.
+      area: whole pictures in at most this many patches, in place of its own way; for models with sin-cos positions.
+      heads: of a file that does not tell.
+      weights: the average of a run, where it kept one, or those of the step.
+
+    Raises:
+      UserError: for what cannot be read, or a size that the model cannot see.
+    """
+    return encoder_of(open_weights(spec, heads, weights), dtype, image_size, area)
+
+
+def encoder_of(
+    found: Weights, dtype: str = "float32", image_size: int | None = None, area: int | None = None
+) -> LoadedEncoder:
+    """The same for weights that are open."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError("dtype is unknown", dtype, "Choose float32 or bfloat16")
+    vision = _seen(found.vision, image_size, area)
+    params = found.read()
+    if vision.grid != found.vision.grid and vision.position == "learned":
+        table = jnp.asarray(params["encoder/position"])
+        params["encoder/position"] = np.asarray(resize_positions(table, found.vision.grid, vision.grid))
+    mesh = build_mesh(1, -1, 1, 1, jax.local_devices())
+    tree = traverse_util.unflatten_dict(params, sep="/")
+    return LoadedEncoder(found.source, vision, jax.device_put(tree, rules.replicated(mesh)), mesh, dtype)
+
+
+def _seen(vision: Vision, image_size: int | None, area: int | None) -> Vision:
+    if image_size is not None and area is not None:
+        raise UserError("image_size and area are both given", (image_size, area), "Give one of them")
+    if image_size is not None:
+        if image_size < vision.patch_size or image_size % vision.patch_size:
+            near = max(1, round(image_size / vision.patch_size)) * vision.patch_size
+            raise UserError(
+                f"image_size is no multiple of the patch size {vision.patch_size}", image_size, f"Give {near}, say"
+            )
+        return dataclasses.replace(vision, image_size=image_size, area=None)
+    if area is not None:
+        if vision.position != "sincos":
+            raise UserError(
+                "area is for models with sin-cos positions, and this one has learned ones", area, "Give image_size"
+            )
+        if not 1 <= area <= _MOST_AREA:
+            raise UserError("area is out of range", area, f"Give 1 to {_MOST_AREA} patches")
+        return dataclasses.replace(vision, area=area)
+    return vision
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEncoder:
+    """Pictures to features. Parameters are whole on every device of `mesh`, rows of a batch are split among them."""
+
+    source: str
+    vision: Vision
+    params: Mapping[str, Any]
+    mesh: Mesh
+    dtype: str = "float32"
+
+    def __call__(
+        self, images: Sequence[ImageLike], batch_size: int = _BATCH
+    ) -> Float[np.ndarray, "N L D"] | list[Float[np.ndarray, "h w D"]]:
+        """Features after the final norm, of pictures of any sizes.
+
+        A fixed-resolution model sees the centre square of each, and gives [N, patches, width] in raster order; a native
+        one the whole, and gives a [h, w, width] for each.
+
+        Raises:
+          UserError: for what is no picture.
+        """
+        native = self.vision.area is not None
+        found: list[np.ndarray] = []
+        for batch, grids in self.batches(images, batch_size):
+            features = np.asarray(self.features(**batch))
+            for row, (rows, columns) in enumerate(grids):
+                one = features[row, : rows * columns]
+                found.append(one.reshape(rows, columns, -1) if native else one)
+        if native:
+            return found
+        empty = np.zeros((0, self.num_patches, self.vision.width), jnp.dtype(self.dtype))
+        return np.stack(found) if found else empty
+
+    def pooled(self, images: Sequence[ImageLike], batch_size: int = _BATCH) -> Float[np.ndarray, "N D"]:
+        """One vector a picture, by the head that came with the model.
+
+        Raises:
+          UserError: where there is none.
+        """
+        if not self.vision.head:
+            raise UserError("the model has no pooled head", self.source, "Use the features of its patches")
+        parts = [
+            np.asarray(self._pooled(self.params, **batch))[: len(grids)]
+            for batch, grids in self.batches(images, batch_size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, self.vision.width), jnp.dtype(self.dtype))
+
+    @property
+    def num_patches(self) -> int:
+        """L of a batch: the patches of the square, or the area."""
+        rows, columns = self.vision.grid
+        return self.vision.area or rows * columns
+
+    def batches(
+        self, images: Sequence[ImageLike], batch_size: int = _BATCH
+    ) -> Iterator[tuple[dict[str, jax.Array], list[tuple[int, int]]]]:
+        """What `features` takes, `batch_size` pictures at a time, and their grids; the last has rows of padding."""
+        size = -(-batch_size // self.mesh.size) * self.mesh.size
+        for start in range(0, len(images), size):
+            pixels = [self.pixels(image) for image in images[start : start + size]]
+            # Few pictures are not worth a whole batch, many should compile once.
+            rows = size if start or len(pixels) > size // 2 else -(-len(pixels) // self.mesh.size) * self.mesh.size
+            yield self._batch(pixels, rows)
+
+    def _batch(self, pixels: Sequence[np.ndarray], rows: int) -> tuple[dict[str, jax.Array], list[tuple[int, int]]]:
+        side, length = self.vision.patch_size, self.num_patches
+        patches = np.zeros((rows, length, 3 * side**2), np.uint8)
+        coords, valid = np.zeros((rows, length, 2), np.int32), np.zeros((rows, length), bool)
+        grids = [(picture.shape[0] // side, picture.shape[1] // side) for picture in pixels]
+        for row, (picture, grid) in enumerate(zip(pixels, grids)):
+            used = slice(grid[0] * grid[1])
+            transforms.patchify(picture, side, out=patches[row, used])
+            coords[row, used], valid[row, used] = transforms.patch_coords(grid), True
+        arrays = {"patches": patches, "coords": coords, "valid": valid}
+        return jax.device_put(arrays, rules.batch_sharding(self.mesh)), grids
+
+    def pixels(self, image: ImageLike) -> np.ndarray:
+        """A picture as the model sees it, uint8 [H, W, 3]: cut, or whole, and resized once."""
+        picture = _picture(image)
+        vision = self.vision
+        if vision.area is None:
+            box, size = transforms.center_box(*picture.size), vision.image_size
+        else:
+            rows, columns = transforms.fit_grid(*picture.size, vision.area)
+            box, size = (0, 0, *picture.size), (columns * vision.patch_size, rows * vision.patch_size)
+        try:
+            decoded, box = picture.decode(box, size)
+        except BadRecord as error:
+            raise UserError("not a picture that can be decoded", _shown(image), "Leave it out") from error
+        return transforms.resize(decoded, box, size)
+
+    def features(self, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Float[Array, "B L D"]:
+        """Features of a batch as the data's (LAYOUT.md, "Batch"), on the devices.
+
+        After the final norm; or with `layer` the residual stream there: 0 before the first block, `depth` after the
+        last.
+        """
+        return self._features(self.params, patches, coords, valid, layer=layer)
+
+    @cached_property
+    def _features(self) -> Any:
+        encoder, vision = self.vision.encoder(precision=Precision(compute=jnp.dtype(self.dtype))), self.vision
+
+        def features(params: Any, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Array:
+            pixels = normalise_pixels(patches, valid, vision.pixel_mean, vision.pixel_std)
+            variables, collects = {"params": params["encoder"]}, layer is not None
+            features, every = encoder.apply(variables, pixels, coords, valid, None, collects)
+            return every[layer] if collects else features
+
+        return jax.jit(features, static_argnames="layer")
+
+    @cached_property
+    def _pooled(self) -> Any:
+        head = self.vision.pooled_head()
+
+        def pooled(params: Any, patches: Array, coords: Array, valid: Array) -> Array:
+            features = self._features(params, patches, coords, valid)
+            return head.apply({"params": params["head"]}, features, valid)
+
+        return jax.jit(pooled)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+    """A picture that is pixels already, as `pictures.Picture` gives them."""
+
+    image: Image.Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.image.size
+
+    def decode(self, box: transforms.Box, size: Any) -> tuple[Image.Image, transforms.Box]:
+        return self.image, box
+
+
+def _picture(image: ImageLike) -> pictures.Picture | _Decoded:
+    if isinstance(image, (str, Path)):
+        try:
+            return pictures.open_picture(Path(image).read_bytes())
+        except BadRecord as error:
+            raise UserError("not a picture", str(image), "Give JPEG, PNG, WebP, GIF or BMP files") from error
+    if isinstance(image, np.ndarray):
+        if (
+            image.dtype != np.uint8
+            or image.ndim not in (2, 3)
+            or image.shape[2:] not in ((), (3,), (4,))
+            or not image.size
+        ):
+            what = f"{image.dtype} of shape {image.shape}"
+            raise UserError("an array that is no picture", what, "Give uint8 [height, width, 3], values 0 to 255")
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise UserError("not a picture", _shown(image), "Give an image of Pillow's, a uint8 array, or a file's name")
+    return _Decoded(pictures.as_seen(image))
+
+
+def _shown(image: Any) -> str:
+    return str(image) if isinstance(image, (str, Path)) else type(image).__name__

@@ -1,0 +1,153 @@
+"""`load_encoder`: pictures of any kind and size in, features out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from trained_run import picture
+
+from aimv2_jax import load_encoder
+from aimv2_jax.data import transforms
+from aimv2_jax.errors import UserError
+from aimv2_jax.eval.encoders import encoder_of
+from aimv2_jax.eval.load import load
+from aimv2_jax.export.source import open_weights
+from aimv2_jax.models.positions import resize_positions
+from aimv2_jax.train.losses import normalise_pixels
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Of mixed sizes and modes."""
+    whole = [Image.fromarray(picture(number)[0]) for number in range(3)]
+    return [whole[0].resize((90, 40)), whole[1].resize((33, 70)).convert("L"), whole[2].convert("RGBA")]
+
+
+@pytest.fixture(scope="module")
+def encoder(workdir):
+    return load_encoder(workdir)
+
+
+@pytest.fixture(scope="module")
+def native(workdir):
+    """The same blocks, with sin-cos positions and an area of 20 patches."""
+    weights = open_weights(workdir)
+    vision = dataclasses.replace(weights.vision, position="sincos", area=20)
+    return encoder_of(dataclasses.replace(weights, vision=vision, shapes=vision.shapes()))
+
+
+def test_encoder_when_given_pictures_of_mixed_sizes_then_features_of_their_centre_squares(encoder, workdir, pictures):
+    features = encoder(pictures)
+    assert features.shape == (3, 16, 32) and features.dtype == np.float32
+    loaded = load(str(workdir))
+    patches = np.stack([transforms.patchify(encoder.pixels(image), 8) for image in pictures])
+    valid = jnp.ones((3, 16), bool)
+    pixels = normalise_pixels(jnp.asarray(patches), valid, loaded.task.pixel_mean, loaded.task.pixel_std)
+    coords = jnp.broadcast_to(transforms.patch_coords((4, 4)), (3, 16, 2))
+    expected, _ = loaded.task.model.encoder.apply({"params": loaded.params["encoder"]}, pixels, coords, valid)
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_encoder_when_batches_are_smaller_than_the_list_then_the_same_in_the_same_order(encoder, pictures):
+    many = [*pictures, *pictures[::-1], *pictures, *pictures]
+    once = encoder(many, batch_size=16)
+    np.testing.assert_array_equal(once[:3], once[3:6][::-1])
+    np.testing.assert_allclose(encoder(many, batch_size=8), once, rtol=0, atol=1e-6 * np.abs(once).max())
+    assert encoder([]).shape == (0, 16, 32)
+
+
+def test_encoder_when_there_are_devices_then_rows_are_split_among_them(encoder, pictures):
+    [(batch, grids)] = encoder.batches(pictures)
+    assert jax.device_count() == 8 and len(grids) == 3
+    assert batch["patches"].sharding.shard_shape(batch["patches"].shape)[0] == 1
+    assert len(encoder.features(**batch).sharding.device_set) == 8
+
+
+def test_picture_when_given_as_array_file_or_image_then_the_same_features(encoder, pictures, tmp_path):
+    image = pictures[0].convert("RGB")
+    image.save(tmp_path / "one.png")
+    grey = np.asarray(pictures[1])
+    features = encoder([image, np.asarray(image), tmp_path / "one.png", str(tmp_path / "one.png"), pictures[1], grey])
+    for row in (1, 2, 3):
+        np.testing.assert_array_equal(features[row], features[0])
+    np.testing.assert_array_equal(features[5], features[4])
+
+
+def test_picture_when_its_camera_was_turned_then_seen_upright(encoder, pictures):
+    turned = pictures[0].convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    np.testing.assert_array_equal(encoder([turned])[0], encoder([pictures[0].convert("RGB")])[0])
+
+
+def test_native_encoder_when_given_pictures_then_whole_ones_with_their_aspect(native, pictures):
+    found = native(pictures)
+    assert [features.shape for features in found] == [(3, 6, 32), (6, 3, 32), (4, 4, 32)]
+    alone = native(pictures[:1])[0]
+    np.testing.assert_allclose(found[0], alone, rtol=0, atol=1e-6 * np.abs(alone).max())
+
+
+def test_layer_when_asked_then_the_residual_stream_there(encoder, pictures):
+    [(batch, _)] = encoder.batches(pictures)
+    first, last = (encoder.features(**batch, layer=layer) for layer in (0, encoder.vision.depth))
+    scale = encoder.params["encoder"]["trunk"]["norm"]["scale"]
+    normed = last * jax.lax.rsqrt(jnp.mean(last**2, -1, keepdims=True) + 1e-5) * scale
+    np.testing.assert_allclose(normed, encoder.features(**batch), rtol=0, atol=1e-5)
+    assert np.abs(first - last).max() > 0.01
+
+
+def test_image_size_when_given_then_positions_are_resized(workdir, encoder, pictures):
+    larger = load_encoder(workdir, image_size=48)
+    assert larger(pictures).shape == (3, 36, 32)
+    table = resize_positions(encoder.params["encoder"]["position"], (4, 4), (6, 6))
+    np.testing.assert_array_equal(larger.params["encoder"]["position"], table)
+
+
+def test_bfloat16_when_asked_then_features_near(workdir, encoder, pictures):
+    features = load_encoder(workdir, dtype="bfloat16")(pictures)
+    assert features.dtype == jnp.bfloat16
+    exact = encoder(pictures)
+    # Two blocks round a dozen times by 2^-9 of what they add up.
+    np.testing.assert_allclose(features.astype(np.float32), exact, rtol=0, atol=0.03 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        ({"image_size": 50}, "no multiple of the patch size 8: 50. Give 48"),
+        ({"area": 16}, "area is for models with sin-cos positions"),
+        ({"image_size": 32, "area": 16}, "both given"),
+        ({"dtype": "int8"}, "dtype is unknown"),
+    ],
+)
+def test_encoder_when_asked_for_what_it_cannot_see_then_told(workdir, ask, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_encoder(workdir, **ask)
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (np.zeros((4, 4, 3)), "no picture: 'float64 of shape"),
+        (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
+        (3, "not a picture: 'int'"),
+        (__file__, "not a picture: .*test_encoders.py"),
+    ],
+)
+def test_picture_when_it_is_none_then_told(encoder, image, sentence):
+    with pytest.raises(UserError, match=sentence):
+        encoder([image])
+
+
+def test_pooled_when_there_is_no_head_then_told(encoder, pictures):
+    with pytest.raises(UserError, match="no pooled head"):
+        encoder.pooled(pictures)
+
+
+@pytest.mark.parametrize("spec", ["nowhere", "{}:30"])
+def test_encoder_when_there_is_none_then_told(workdir, spec):
+    with pytest.raises(UserError, match="--checkpoint"):
+        load_encoder(spec.format(workdir))

@@ -1,0 +1,1 @@
+from trained_run import config, workdir  # noqa: F401

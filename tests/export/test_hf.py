@@ -1,0 +1,112 @@
+"""The command that exports: what it writes is read by transformers, by ourselves, and proves itself."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from trained_run import picture
+
+from aimv2_jax import load_encoder, load_model
+from aimv2_jax.eval.load import load
+from aimv2_jax.export import check, hf, transformers
+from aimv2_jax.export.reading import read_weights
+from aimv2_jax.export.source import open_weights
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [picture(number)[0] for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    assert hf.main([f"--checkpoint={workdir}:40", f"--output={folder}"]) == 0
+    return folder
+
+
+def test_export_when_read_back_then_the_same_and_its_card_tells_of_the_run(exported, workdir, pictures, config):
+    np.testing.assert_array_equal(load_encoder(exported)(pictures), load_encoder(f"{workdir}:40")(pictures))
+    card = (exported / "README.md").read_text()
+    assert "40 of" in card and "| train | synthetic | 66.7% |" in card and "| eval_loss |" in card
+    assert f"data.image_size = {config.data.image_size}" in card
+    assert str(workdir) not in card
+    processor = json.loads((exported / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 32} and processor["resample"] == 3
+
+
+def test_export_when_asked_for_bfloat16_then_rounded_once_and_said_so(workdir, tmp_path, capsys):
+    assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/hf", "--dtype=bfloat16"]) == 0
+    assert "rounded to bfloat16" in capsys.readouterr().out
+    whole, rounded = open_weights(workdir).read(), read_weights(tmp_path / "hf").read()
+    for path, tensor in whole.items():
+        np.testing.assert_allclose(rounded[path], tensor, rtol=2**-8, atol=0, err_msg=path)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_export_when_asked_for_small_files_then_several(workdir, tmp_path):
+    assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/hf", "--max-file-size=20KB"]) == 0
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+
+
+def test_export_of_the_encoder_as_a_checkpoint_when_loaded_then_the_same(workdir, tmp_path, pictures, capsys):
+    assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/encoder", "--format=orbax"]) == 0
+    np.testing.assert_array_equal(load_encoder(tmp_path / "encoder")(pictures), load_encoder(workdir)(pictures))
+    assert hf.main([f"--checkpoint={tmp_path}/encoder", f"--output={tmp_path}/whole", "--whole"]) == 2
+    assert "an encoder alone" in capsys.readouterr().err
+
+
+def test_whole_export_when_loaded_then_all_parameters_the_config_and_its_own_tokenizer(workdir, tmp_path, config):
+    assert hf.main([f"--checkpoint={workdir}:40", f"--output={tmp_path}/whole", "--whole"]) == 0
+    model, run = load_model(f"{tmp_path}/whole"), load(f"{workdir}:40")
+    jax.tree.map(np.testing.assert_array_equal, model.params, run.params)
+    assert model.step == 40 and model.config.tokenizer.path == f"{tmp_path}/whole/tokenizer.model"
+    tokens, _ = model.tokenizer().encode([b"a red disc"])
+    np.testing.assert_array_equal(tokens, run.tokenizer().encode([b"a red disc"])[0])
+
+
+def test_import_when_exported_again_then_the_same_bit_for_bit(exported, tmp_path, pictures):
+    file = exported / "model.safetensors"
+    assert hf.main([f"--import={file}", "--heads=2", f"--output={tmp_path}/orbax", "--format=orbax"]) == 0
+    assert hf.main([f"--checkpoint={tmp_path}/orbax", f"--output={tmp_path}/hf"]) == 0
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == file.read_bytes()
+    np.testing.assert_array_equal(load_encoder(tmp_path / "orbax")(pictures), load_encoder(exported)(pictures))
+
+
+def test_check_when_what_was_written_differs_then_it_fails(workdir, tmp_path):
+    weights = open_weights(workdir)
+    transformers.write_folder(tmp_path, weights, "float32", 10**9)
+    assert "equal bit for bit" in check.check_written(tmp_path, weights, "float32")
+    with pytest.raises(RuntimeError, match="other numbers than were written"):
+        check.check_written(tmp_path, open_weights(f"{workdir}:40"), "float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--checkpoint={run}", "--output={full}"], "--output is not empty"),
+        (["--checkpoint={run}", "--output={file}"], "--output is a file"),
+        (["--checkpoint={run}", "--import={run}", "--output={new}"], "not allowed with"),
+        (["--output={new}"], "required"),
+        (["--import={full}", "--output={new}", "--whole"], "--whole is for --checkpoint"),
+        (["--checkpoint={run}", "--output={new}", "--whole", "--dtype=bfloat16"], "--dtype is for --format hf"),
+        (["--checkpoint={run}", "--output={new}", "--heads=2"], "--heads is for --import"),
+        (["--checkpoint={run}", "--output={new}", "--max-file-size=5GiB"], "'5GiB' is no size"),
+        (["--import={run}/none", "--output={new}"], "no such safetensors file|no such folder"),
+    ],
+)
+def test_command_line_when_it_cannot_work_then_one_line(workdir, tmp_path, capsys, arguments, sentence):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/precious").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    places = {"run": workdir, **{name: tmp_path / name for name in ("full", "file", "new")}}
+    try:
+        code = hf.main([argument.format(**places) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr().err
+    assert code == 2 and re.search(sentence, captured) and len(captured.strip().splitlines()) == 1
+    assert (tmp_path / "full/precious").read_text() == "mine" and not (tmp_path / "new").exists()

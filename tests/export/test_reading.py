@@ -1,0 +1,190 @@
+"""Encoders of others: whatever does not fit is one sentence that names the tensor or the value."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.export import names
+from aimv2_jax.export.reading import is_foreign, read_weights
+from aimv2_jax.export.tensors import Tensors
+from aimv2_jax.export.transformers import write_folder
+from aimv2_jax.export.vision import Vision
+from aimv2_jax.export.weights import Weights
+
+VISION = Vision(width=16, depth=3, heads=2, hidden=24, patch_size=4, image_size=16, position="learned")
+GATE = "encoder.layers.2.ffn.gate_proj.weight"
+
+
+def initial(vision: Vision) -> Weights:
+    tree = traverse_util.flatten_dict(vision.initial(jax.random.key(0)), sep="/")
+    arrays = {path: np.asarray(leaf) for path, leaf in tree.items()}
+    return Weights("fresh", vision, vision.shapes(), lambda paths: {path: arrays[path] for path in paths})
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    write_folder(path, initial(VISION), "float32", most_bytes=10**9)
+    return path
+
+
+def rewrite(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors")
+
+
+def reconfigure(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_equal(read: Weights, expected: Weights) -> None:
+    ours, theirs = read.read(), expected.read()
+    assert ours.keys() == theirs.keys()
+    for path in theirs:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path, strict=True)
+
+
+def test_names_when_listed_then_each_stands_once_on_either_side():
+    for naming in ("hf", "apple"):
+        alone = [name.in_(naming) for name in names.NAMES if name.part in (None, 0)]
+        assert len(set(alone)) == len(alone)
+    assert len({name.ours for name in names.NAMES}) == len(names.NAMES)
+    every = Vision(16, 3, 2, 24, 4, 16, "learned", head=True)
+    assert set(every.shapes()) == {name.ours for name in names.NAMES}  # The model has no tensor without a name.
+
+
+@pytest.mark.parametrize("change", [{}, {"position": "sincos", "area": 16}, {"head": True}])
+def test_encoder_when_written_and_read_then_sizes_and_every_bit_are_back(tmp_path, change):
+    vision = Vision(**{**VISION.as_json(), **change})
+    weights = initial(vision)
+    write_folder(tmp_path, weights, "float32", most_bytes=10**9)
+    read = read_weights(tmp_path)
+    assert read.vision == vision and read.left == ()
+    assert_equal(read, weights)
+
+
+def test_encoder_when_its_files_are_bounded_then_several_with_an_index_and_the_same_tensors(tmp_path):
+    weights = initial(VISION)
+    write_folder(tmp_path, weights, "float32", most_bytes=4000)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    # A file is larger only where one tensor is.
+    assert all(len(load_file(tmp_path / file)) == 1 or (tmp_path / file).stat().st_size < 4000 + 2000 for file in files)
+    assert_equal(read_weights(tmp_path), weights)
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(UserError, match=re.escape(files[1])):
+        read_weights(tmp_path)
+
+
+def test_encoder_when_it_is_part_of_a_model_with_text_then_read_and_the_rest_told(folder):
+    vision_of_both = lambda tensors: {f"vision_model.{name}": tensor for name, tensor in tensors.items()}  # noqa: E731
+    text = {
+        "text_model.rms_norm.weight": np.ones(3),
+        "logit_scale": np.ones(()),
+        "visual_projection.weight": np.ones((2, 2)),
+    }
+    rewrite(folder, lambda tensors: vision_of_both(tensors) | text)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "aimv2", "vision_config": config}))
+    read = read_weights(folder)
+    assert sorted(read.left) == sorted(text)
+    assert_equal(read, initial(VISION))
+
+
+def test_file_by_itself_when_read_then_sizes_are_those_of_its_tensors(folder):
+    file = folder / "model.safetensors"
+    assert read_weights(file, heads=2).vision == VISION
+    with pytest.raises(UserError, match=r"how many heads.*16 wide.*--heads"):
+        read_weights(file)
+
+
+def test_paths_when_asked_whether_they_are_foreign_then_runs_are_not(folder, tmp_path):
+    assert is_foreign(folder) and is_foreign(folder / "model.safetensors")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    assert not is_foreign(tmp_path / "run") and not is_foreign(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: {n: x for n, x in t.items() if n != GATE}, f"lacks a tensor: '{GATE}'"),
+        (lambda t: t | {"lora.weight": np.ones(2)}, "tensor that AIMv2's encoder lacks: 'lora.weight'"),
+        (lambda t: t | {GATE: t[GATE][1:]}, rf"{GATE} in another shape: '\(23, 16\), expected \(24, 16\)'"),
+        (lambda t: t | {GATE: t[GATE].astype(np.int32)}, f"{GATE} of a type that no parameter has: 'I32'"),
+        (lambda t: {"embeddings.token_embedding.weight": np.ones((4, 2))}, "a text model"),
+        (lambda t: {"conv1.weight": np.ones((4, 2))}, "no AIMv2 vision encoder.*conv1.weight"),
+        (lambda t: {f"encoder.{n}": x for n, x in t.items()}, "no AIMv2 vision encoder"),
+    ],
+)
+def test_tensors_when_they_do_not_fit_then_one_sentence_names_the_one(folder, change, sentence):
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=sentence):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_hidden_layers": 4}, r"lacks a tensor: 'encoder\.layers\.3\."),
+        ({"num_hidden_layers": 2}, r"lacks: 'encoder\.layers\.2\."),
+        ({"image_size": 18}, "no multiple of the patch size: '18, patches of 4'"),
+        ({"image_size": 20}, r"position_embedding.weight in another shape"),
+        ({"is_native": True}, "lacks: 'embeddings.position_embedding.weight'"),
+        ({"use_head": True}, "lacks a tensor: 'head.cls_token'"),
+        ({"num_attention_heads": 3}, "no multiple of the heads: '16, 3'"),
+        ({"hidden_size": "16"}, "hidden_size is not a whole number above zero: '16'"),
+        ({"hidden_act": "gelu"}, "another hidden_act: 'gelu'"),
+        ({"vision_config": 3}, "no usable vision_config"),
+        ({"model_type": "aimv2_text_model"}, "a text model"),
+    ],
+)
+def test_config_when_it_does_not_fit_then_one_sentence_names_the_value(folder, changes, sentence):
+    reconfigure(folder, **changes)
+    with pytest.raises(UserError, match=sentence):
+        read_weights(folder)
+
+
+def test_files_when_missing_or_damaged_then_one_sentence_names_them(folder, tmp_path):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[:100], whole[:-10], b"\xff" * 8 + whole[8:], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"not a whole safetensors file: '.*model\.safetensors'"):
+            read_weights(folder)
+    file.write_bytes(whole)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"not JSON: '.*config\.json'"):
+        read_weights(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config is missing: '.*config\.json'.*--heads"):
+        read_weights(folder)
+    file.unlink()
+    with pytest.raises(UserError, match="no such safetensors file"):
+        read_weights(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no such safetensors file"):
+        Tensors(folder)
+
+
+def test_index_when_a_tensor_is_not_where_it_says_then_told(tmp_path):
+    write_folder(tmp_path, initial(VISION), "float32", most_bytes=4000)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["other.weight"] = index["weight_map"][GATE]
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"lacks a tensor that .* lists: 'other\.weight'"):
+        read_weights(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="not an index"):
+        read_weights(tmp_path)

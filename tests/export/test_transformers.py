@@ -1,0 +1,81 @@
+"""Hugging Face's own classes read what we write."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_arguments
+
+from aimv2_jax import load_encoder
+from aimv2_jax.eval.encoders import encoder_of
+from aimv2_jax.export import hf
+from aimv2_jax.export.check import sample_pictures
+from aimv2_jax.export.source import open_weights
+from aimv2_jax.export.transformers import write_folder
+from aimv2_jax.main import main
+
+torch = pytest.importorskip("torch", reason="transformers needs it")
+transformers = pytest.importorskip("transformers", reason="extra [test]")
+
+LARGEST_ENTRY = 2e-5  # Of features in float32, as in test_golden.py.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The quickstart's data and loop, with a small model, for twenty steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    assert main(tiny_arguments(workdir, data__image_size=56)) == 0
+    return workdir
+
+
+def load_theirs(folder: Path):
+    model, report = transformers.Aimv2VisionModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model.eval()
+
+
+def run_theirs(model, pixels: np.ndarray) -> np.ndarray:
+    """`pixels` are normalised, [N, 3, H, W]."""
+    with torch.no_grad():
+        return model(pixel_values=torch.from_numpy(pixels)).last_hidden_state.numpy()
+
+
+def normalised(encoder, pixels: np.ndarray) -> np.ndarray:
+    mean, std = (np.array(value, np.float32) for value in (encoder.vision.pixel_mean, encoder.vision.pixel_std))
+    return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def test_trained_model_when_exported_then_transformers_sees_the_same_features(trained, tmp_path):
+    assert hf.main([f"--checkpoint={trained}", f"--output={tmp_path}/hf"]) == 0
+    model, encoder, pictures = load_theirs(tmp_path / "hf"), load_encoder(trained), sample_pictures()
+    ours = encoder(pictures)
+    for picture, features in zip(pictures, ours):
+        assert_close(features[None], run_theirs(model, normalised(encoder, encoder.pixels(picture))), LARGEST_ENTRY)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    pixels = processor(pictures, return_tensors="np")["pixel_values"]
+    # Theirs resizes to the shorter side in whole pixels and then cuts; ours resizes the centre square: crops apart by
+    # less than a pixel of the small picture.
+    ours_pixels = np.concatenate([normalised(encoder, encoder.pixels(picture)) for picture in pictures])
+    assert pixels.shape == ours_pixels.shape and np.abs(pixels - ours_pixels).mean() < 0.1
+    assert_close(ours, run_theirs(model, pixels), 0.25)
+
+
+def test_native_model_when_exported_then_transformers_sees_the_same_at_any_grid(trained, tmp_path):
+    weights = open_weights(trained)
+    vision = dataclasses.replace(weights.vision, position="sincos", area=20)
+    weights = dataclasses.replace(weights, vision=vision, shapes=vision.shapes())
+    write_folder(tmp_path, weights, "float32", 10**9)
+    model, encoder = load_theirs(tmp_path), encoder_of(weights)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    for picture in sample_pictures():
+        [ours] = encoder([picture])
+        pixels = encoder.pixels(picture)
+        theirs = run_theirs(model, processor([Image.fromarray(pixels)], return_tensors="np")["pixel_values"])
+        assert_close(ours.reshape(1, -1, ours.shape[-1]), theirs, LARGEST_ENTRY)

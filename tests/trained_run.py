@@ -1,0 +1,91 @@
+"""A tiny run: a data set of drawn pictures, and a workdir with a checkpoint of an untrained model and some metrics."""
+
+import io
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from aimv2_jax.config import Config, build_config
+from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.records import Record
+from aimv2_jax.train.checkpoint import Checkpointer
+from aimv2_jax.train.metrics import MetricsWriter
+from aimv2_jax.train.program import build_program
+from experiments import base
+
+COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
+
+
+def picture(number: int) -> tuple[np.ndarray, str]:
+    """A disc of one colour before a white ground with some noise, and the colour's name."""
+    rng = np.random.default_rng(number)
+    name = list(COLORS)[number % len(COLORS)]
+    y, x = np.mgrid[:64, :64]
+    pixels = np.full((64, 64, 3), 255.0)
+    pixels[np.hypot(x - rng.uniform(20, 44), y - rng.uniform(20, 44)) < 18] = COLORS[name]
+    pixels[40:] -= rng.uniform(0, 60, (24, 64, 3))
+    return pixels.clip(0, 255).astype(np.uint8), name
+
+
+def records(numbers):
+    for number in numbers:
+        pixels, name = picture(number)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        captions = {"alt": f"{name} disc {number}", "synthetic": f"a picture of a {name} disc on white"}
+        yield Record(key=f"disc/{number}", image=file.getvalue(), captions=captions)
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Config:
+    """Width 32, depth 2, 16 patches of 8 x 8 pixels; five held-out pictures in two sources, in batches of four."""
+    data = tmp_path_factory.mktemp("data")
+    for name, numbers in (("train", range(20)), ("round", range(20, 23)), ("other", range(23, 25))):
+        write_dataset(data / name, records(numbers))
+    tree = base.get_config()
+    tree.model.patch_size = 8
+    for part in (tree.model.encoder, tree.model.decoder):
+        part.update(width=32, depth=2, heads=2, hidden=64)
+    tree.model.decoder.update(vocab_size=1024, text_length=20)
+    tree.model.update(layers="scan", compute_dtype="float32")
+    tree.data.update(image_size=32, batch_size=8, workers=0)
+    tree.data.sources = {"train": str(data / "train")}
+    tree.data.mixture = {"train": {"alt": 1.0, "synthetic": 2.0}}
+    tree.tokenizer.path = "package:data/sample/tokenizer.model"
+    tree.eval.update(batch_size=8)
+    tree.eval.sources = {"round": str(data / "round"), "other": str(data / "other")}
+    return build_config(tree.to_dict())
+
+
+@pytest.fixture(scope="session")
+def workdir(config, tmp_path_factory) -> Path:
+    """The run after 20 and 40 steps, of which 20 was the better; at 40 the parameters are twice those at 20."""
+    folder = tmp_path_factory.mktemp("run")
+    program = build_program(config)
+    state = program.init()
+    with Checkpointer(folder, keep=2) as checkpointer:
+        checkpointer.save(20, state, config, eval_loss=4.0)
+        later = state.replace(params=jax.tree.map(lambda leaf: 2 * leaf, state.params))
+        checkpointer.save(40, later, config, eval_loss=5.0)
+    with MetricsWriter(folder, tensorboard=False, wandb_project=None, config=config) as writer:
+        for step in range(2, 41, 2):
+            falling = math.exp(-step / 20)
+            writer.write(
+                step,
+                {
+                    "loss": 3 + 4 * falling,
+                    "loss_image": 0.6 + 0.4 * falling,
+                    "loss_text": 3 + 3 * falling,
+                    "lr": 1e-3 * (1 - step / 50),
+                    "grad_norm": 1 + falling,
+                    "images_per_s": None if step == 2 else 30.0,
+                },
+            )
+            if step % 10 == 0:
+                names = ("eval_loss", "eval_loss_image", "eval_loss_text", "eval_loss_text_full_prefix")
+                writer.write(step, dict.fromkeys(names, 3 + falling))
+    return folder
