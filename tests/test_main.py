@@ -17,7 +17,8 @@ from aimv2_jax.main import main
 from aimv2_jax.train import checkpoint
 from aimv2_jax.train.program import Program
 
-MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.eval.show", "-m aimv2_jax.eval.heldout"]
+MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export.hf"]
+MODULES += [f"-m aimv2_jax.eval.{name}" for name in ("show", "heldout", "features", "probes", "zeroshot", "retrieval")]
 MODULES += ["experiments/make_sample.py", "experiments/benchmarks/step_time.py", "experiments/drills/kill.py"]
 
 

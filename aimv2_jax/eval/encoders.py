@@ -6,6 +6,8 @@ N pictures, B a batch of them, L patches, P numbers a patch, D width, H and W pi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +34,8 @@ from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.train.losses import normalise_pixels
 
-ImageLike = Image.Image | np.ndarray | str | Path
-"""A picture: an image of Pillow's, uint8 [H, W], [H, W, 3] or [H, W, 4], or a file."""
+ImageLike = Image.Image | np.ndarray | str | Path | bytes
+"""A picture: an image of Pillow's, uint8 [H, W], [H, W, 3] or [H, W, 4], a file, or a file's bytes."""
 
 _BATCH = 32
 _MOST_AREA = 1 << 14  # Patches of a picture: beyond, attention's memory is a slip's, not a wish's.
@@ -147,6 +149,15 @@ class LoadedEncoder:
         ]
         return np.concatenate(parts) if parts else np.zeros((0, self.vision.width), jnp.dtype(self.dtype))
 
+    @cached_property
+    def digest(self) -> str:
+        """A name for just these parameters and this way of seeing pictures."""
+        content = hashlib.sha256(json.dumps([self.vision.as_json(), self.dtype], sort_keys=True).encode())
+        for name, leaf in sorted(traverse_util.flatten_dict(dict(self.params), sep="/").items()):
+            content.update(name.encode())
+            content.update(np.ascontiguousarray(leaf).data)
+        return content.hexdigest()[:32]
+
     @property
     def num_patches(self) -> int:
         """L of a batch: the patches of the square, or the area."""
@@ -156,15 +167,18 @@ class LoadedEncoder:
     def batches(
         self, images: Sequence[ImageLike], batch_size: int = _BATCH
     ) -> Iterator[tuple[dict[str, jax.Array], list[tuple[int, int]]]]:
-        """What `features` takes, `batch_size` pictures at a time, and their grids; the last has rows of padding."""
-        size = -(-batch_size // self.mesh.size) * self.mesh.size
-        for start in range(0, len(images), size):
-            pixels = [self.pixels(image) for image in images[start : start + size]]
+        """`batch` of `batch_size` pictures at a time; the last has rows of padding."""
+        for start in range(0, len(images), batch_size):
+            pixels = [self.pixels(image) for image in images[start : start + batch_size]]
             # Few pictures are not worth a whole batch, many should compile once.
-            rows = size if start or len(pixels) > size // 2 else -(-len(pixels) // self.mesh.size) * self.mesh.size
-            yield self._batch(pixels, rows)
+            yield self.batch(pixels, batch_size if start or len(pixels) > batch_size // 2 else len(pixels))
 
-    def _batch(self, pixels: Sequence[np.ndarray], rows: int) -> tuple[dict[str, jax.Array], list[tuple[int, int]]]:
+    def batch(self, pixels: Sequence[np.ndarray], rows: int) -> tuple[dict[str, jax.Array], list[tuple[int, int]]]:
+        """What `features` takes, of pictures as the model sees them; and the grid of each.
+
+        Rows are filled up to `rows`, and to a multiple of the devices, with such that nobody reads.
+        """
+        rows = -(-rows // self.mesh.size) * self.mesh.size
         side, length = self.vision.patch_size, self.num_patches
         patches = np.zeros((rows, length, 3 * side**2), np.uint8)
         coords, valid = np.zeros((rows, length, 2), np.int32), np.zeros((rows, length), bool)
@@ -237,11 +251,11 @@ class _Decoded:
 
 
 def _picture(image: ImageLike) -> pictures.Picture | _Decoded:
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, Path, bytes)):
         try:
-            return pictures.open_picture(Path(image).read_bytes())
+            return pictures.open_picture(image if isinstance(image, bytes) else Path(image).read_bytes())
         except BadRecord as error:
-            raise UserError("not a picture", str(image), "Give JPEG, PNG, WebP, GIF or BMP files") from error
+            raise UserError("not a picture", _shown(image), "Give JPEG, PNG, WebP, GIF or BMP files") from error
     if isinstance(image, np.ndarray):
         if (
             image.dtype != np.uint8

@@ -57,6 +57,11 @@ def read_token(
     return model.apply({"params": params}, context, token_B, index, method=_read_token)
 
 
+def read_caption(model: AIMv2, params: Params, context: Context, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Logits of the token after each of `tokens`, which follow the pictures of the context at once."""
+    return model.apply({"params": params}, context, tokens, method=_read_caption)
+
+
 def greedy(
     model: AIMv2,
     params: Params,
@@ -116,6 +121,13 @@ def _read_pictures(model: AIMv2, pixels, coords, valid, max_tokens):
     cache = Cache(empty, empty, jnp.zeros(decoder.depth, jnp.int32))
     rows, _, cache = decoder.trunk(rows, causal_reads(readable), cache)
     return decoder.predict_tokens(rows[:, -1:])[:, 0], Context(cache, readable)
+
+
+def _read_caption(model: AIMv2, context, tokens):
+    decoder, (cache, readable) = model.text_decoder, context
+    rows = decoder.embed_text(tokens)[:, 1:]  # The begin row has been read.
+    rows, _, _ = decoder.trunk(rows, causal_reads(readable, first=cache.index[0]), cache)
+    return decoder.predict_tokens(rows)
 
 
 def _read_token(model: AIMv2, context, token_B, index):

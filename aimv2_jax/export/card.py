@@ -20,9 +20,9 @@ def model_card(weights: Weights, dtype: str, tensors: int) -> str:
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\ntags:\n- aimv2\n- vision\n---",
         "# An AIMv2 vision encoder",
-        f"{count:,} parameters in {tensors} tensors, {dtype}; {vision.depth} blocks, {vision.width} wide, {vision.heads} "
-        f"heads, patches of {vision.patch_size} x {vision.patch_size} pixels. Trained and exported by aimv2_jax "
-        "([the method](https://arxiv.org/abs/2411.14402)).",
+        f"{count:,} parameters in {tensors} tensors, {dtype}; {vision.depth} blocks, {vision.width} wide, "
+        f"{vision.heads} heads, patches of {vision.patch_size} x {vision.patch_size} pixels. "
+        "Trained and exported by aimv2_jax ([the method](https://arxiv.org/abs/2411.14402)).",
         _use(vision),
     ]
     if weights.trained is None:

@@ -16,6 +16,7 @@ from aimv2_jax.export.reading import is_foreign, read_weights
 from aimv2_jax.export.vision import Vision, vision_from_json, vision_of
 from aimv2_jax.export.weights import Trained, Weights
 from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.task import run_key
 
 
 def open_weights(spec: str | Path, heads: int | None = None, weights: Choice = "average") -> Weights:
@@ -59,3 +60,10 @@ def _vision(meta: Mapping[str, Any], workdir: str, step: int) -> tuple[Vision, T
         return vision_from_json(meta["extra"]["vision"]), None
     except (KeyError, TypeError) as error:
         raise UserError("the checkpoint says of no encoder what it is", name, "Export it again") from error
+
+
+def untrained(vision: Vision, seed: int) -> Weights:
+    """Fresh parameters of an encoder of these sizes: the floor of whatever training gives."""
+    tree = traverse_util.flatten_dict(vision.initial(run_key(seed)), sep="/")
+    arrays = {name: np.asarray(leaf) for name, leaf in tree.items()}
+    return Weights(f"random:{seed}", vision, vision.shapes(), lambda paths: {name: arrays[name] for name in paths})

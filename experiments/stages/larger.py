@@ -13,6 +13,6 @@ def get_config() -> ConfigDict:
     config.init.path = "runs/stages/small"
     config.data.update(image_size=168, batch_size=16)  # 144 patches: about the patches of 32 pictures at 112 px.
     config.data.mixture = {"pairs": {"alt": 1.0}}
-    config.optimizer.update(peak_lr=2e-4, warmup_steps=20, schedule_steps=200, weight_decay=0.0)
-    config.train.update(steps=200, eval_every=100, save_every=100)
+    config.optimizer.update(peak_lr=2e-4, warmup_steps=20, schedule_steps=160, weight_decay=0.0)
+    config.train.update(steps=160, eval_every=80, save_every=80)
     return config

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.init.update(path="runs/stages/larger", drop=("encoder/position",))
     config.model.encoder.position = "sincos"
     config.data.update(areas=(32, 64, 128, 256), batch_size=8)
-    config.optimizer.update(peak_lr=4e-4, schedule_steps=300)
+    config.optimizer.update(peak_lr=4e-4, schedule_steps=240)
     config.eval.area = 144  # The patches of a picture in the stage before.
-    config.train.update(steps=300)
+    config.train.update(steps=240)
     return config

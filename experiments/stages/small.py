@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     config.data.sources = {"pairs": f"{DATA}/train"}
     config.data.mixture = {"pairs": {"alt": 0.5, "synthetic": 0.5}}
     # Of the captions that all three stages train on: losses of one stage can be held against those of the next.
-    config.eval.update(sources={"pairs": f"{DATA}/test"}, kinds=("alt",), batch_size=70, max_examples=280)
-    config.optimizer.update(warmup_steps=50, schedule_steps=600)
-    config.train.update(steps=600, eval_every=150, save_every=300, eval_at_start=True)
+    config.eval.sources = {"pairs": f"{DATA}/test"}
+    config.eval.update(kinds=("alt",), batch_size=70, max_examples=280)
+    config.optimizer.update(warmup_steps=50, schedule_steps=480)
+    config.train.update(steps=480, eval_every=160, save_every=240, eval_at_start=True)
     return config

@@ -1,0 +1,177 @@
+"""The probes themselves: from two labelled sets to what a probe says of the second. N train, M test pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from aimv2_jax.data.batches import TrainingView
+from aimv2_jax.data.clock import StageClock
+from aimv2_jax.data.pictures import open_picture
+from aimv2_jax.eval.encoders import LoadedEncoder
+from aimv2_jax.eval.probes.cache import FeatureCache, FeatureSet
+from aimv2_jax.eval.probes.examples import Examples, split
+from aimv2_jax.eval.probes.heads import AttentiveHead, LinearHead
+from aimv2_jax.eval.probes.neighbours import COUNTS, vote
+from aimv2_jax.eval.probes.sweep import (
+    PAPER_GRID,
+    SMALL_GRID,
+    Batch,
+    Plan,
+    Standard,
+    epochs_of,
+    filled,
+    in_order,
+    predict,
+    train,
+)
+
+Places = Int[np.ndarray, " P"]
+
+_CROP = dict(area=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5)  # RECIPE.md §11.
+_SAMPLE = 2048  # Train pictures whose features tell mean and variance, where crops are new each epoch. [O]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a probe says of each test picture, and how it was chosen. `seconds` by what took them."""
+
+    predicted: np.ndarray
+    best: dict[str, Any]
+    validation: int
+    seconds: dict[str, float]
+
+
+def neighbours(encoder: LoadedEncoder, sets: tuple[Examples, Examples], flags: argparse.Namespace) -> Found:
+    """Weighted k nearest neighbours on the mean of the patches."""
+    cache = FeatureCache(flags.cache, encoder, "mean", flags.layer, False, flags.encoder_batch)
+    made = [cache(examples, what) for examples, what in zip(sets, ("train", "test"))]
+    known, asked = (one.features[:, 0, 0].astype(np.float32) for one in made)
+    classes, fit, held = sets[0].classes, *split(sets[0], flags.validation, flags.seed)
+    start, counts = time.perf_counter(), tuple(k for k in COUNTS if k <= len(fit))
+    guesses = vote(known[fit], classes[fit], known[held], counts, len(sets[0].names))
+    scores = [float(np.mean(guess == classes[held])) for guess in guesses]
+    best = int(np.argmax(scores))
+    [predicted] = vote(known, classes, asked, (counts[best],), len(sets[0].names))
+    chosen = {"neighbours": counts[best], "validation_top1": scores[best]}
+    return Found(predicted, chosen, len(held), _seconds(made, start))
+
+
+def trained_head(encoder: LoadedEncoder, sets: tuple[Examples, Examples], flags: argparse.Namespace) -> Found:
+    """An attentive or linear head, the best of the grid."""
+    attentive, width, names = flags.kind == "attentive", encoder.vision.width, sets[0].names
+    pooling = "patches" if attentive else "mean"
+    cache = FeatureCache(flags.cache, encoder, pooling, flags.layer, flags.augment == "flip", flags.encoder_batch)
+    fit, held = split(sets[0], flags.validation, flags.seed)
+    size = min(flags.batch_size, len(fit))
+    grid = PAPER_GRID if flags.grid == "paper" else SMALL_GRID
+    plan = Plan(grid, flags.epochs, min(flags.warmup_epochs, flags.epochs - 1), size, flags.seed)
+    views = (NewCrops if flags.augment == "paper" else KeptFeatures)(cache, sets, fit, held, plan)
+    start = time.perf_counter()
+    standard = Standard.of(*views.sample()) if flags.normalise else Standard.none(width)
+    head = AttentiveHead(encoder.vision.heads, len(names)) if attentive else LinearHead(len(names))
+    params = train(head, standard, plan, -(-len(fit) // size), views.epochs(), width)
+
+    def scored(params: Any, batches: Iterator[Batch], count: int) -> np.ndarray:
+        return np.concatenate(list(predict(head, standard, params, batches)), axis=1)[:, :count]
+
+    log_probability, classes = scored(params, views.held(), len(held)), sets[0].classes[held]
+    right = (log_probability.argmax(-1) == classes).mean(1)
+    loss = -log_probability[:, np.arange(len(held)), classes].mean(1)
+    best = min(range(len(grid)), key=lambda point: (-right[point], loss[point]))
+    one = jax.tree.map(lambda leaf: leaf[best : best + 1], params)
+    predicted = scored(one, views.test(), len(sets[1]))[0].argmax(-1)
+    chosen = {"lr": grid[best][0], "weight_decay": grid[best][1], "validation_top1": float(right[best])}
+    return Found(predicted, chosen, len(held), _seconds(views.made, start))
+
+
+class KeptFeatures:
+    """What a head is trained on and asked, where all features are computed once and kept in memory."""
+
+    def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples], fit: Places, held: Places, plan: Plan):
+        self._sets, self._fit, self._held, self._plan = sets, fit, held, plan
+        self.made = [cache(examples, what) for examples, what in zip(sets, ("train", "test"))]
+
+    def sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features to be standardised by: all."""
+        return self.made[0].features[self._fit], self.made[0].valid[self._fit]
+
+    def epochs(self) -> Iterator[Batch]:
+        """The batches of all epochs."""
+        return epochs_of(*self.sample(), self._sets[0].classes[self._fit], self._plan)
+
+    def held(self) -> Iterator[Batch]:
+        """The pictures that choose, in order."""
+        return self._in_order(self.made[0], self._held)
+
+    def test(self) -> Iterator[Batch]:
+        """The pictures that are asked, in order."""
+        return self._in_order(self.made[1], np.arange(len(self._sets[1])))
+
+    def _in_order(self, made: FeatureSet, places: Places) -> Iterator[Batch]:
+        classes = np.zeros(len(places), int)
+        return in_order(made.features[places], made.valid[places], classes, self._plan.batch_size)
+
+
+class NewCrops:
+    """The same where every epoch has new random crops, of which nothing is kept: for sets of any size."""
+
+    made: Sequence[FeatureSet] = ()
+
+    def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples], fit: Places, held: Places, plan: Plan):
+        self._cache, self._sets, self._fit, self._held, self._plan = cache, sets, fit, held, plan
+
+    def sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features to be standardised by: those of some train pictures."""
+        places = np.random.default_rng(self._plan.seed).permutation(self._fit)[:_SAMPLE]
+        features, valid = zip(*self._cache.stream(self._sets[0].take(places)))
+        return np.concatenate(features)[:, None], np.concatenate(valid)
+
+    def epochs(self) -> Iterator[Batch]:
+        """The batches of all epochs (`TrainingView`)."""
+        encoder, examples, size = self._cache.encoder, self._sets[0], self._plan.batch_size
+        view, rng = (
+            TrainingView(self._plan.seed, encoder.vision.image_size, **_CROP),
+            np.random.default_rng(self._plan.seed),
+        )
+
+        def crop(epoch: int, place: int) -> np.ndarray:
+            return view(open_picture(examples.image(place)), epoch * len(examples) + place, 0, StageClock())
+
+        for epoch in range(self._plan.epochs):
+            order = rng.permutation(self._fit)
+            for start in range(0, len(order), size):
+                places = order[start : start + size]
+                parts = [
+                    self._cache.encode(
+                        [crop(epoch, int(place)) for place in places[first : first + self._cache.batch_size]]
+                    )
+                    for first in range(0, len(places), self._cache.batch_size)
+                ]
+                features, valid = (np.concatenate([part[kind] for part in parts]) for kind in (0, 1))
+                rows = np.arange(len(places))
+                yield filled(features[:, None], valid, examples.classes[places], rows, np.zeros_like(rows), size)
+
+    def held(self) -> Iterator[Batch]:
+        """The pictures that choose, in order."""
+        return self._streamed(self._sets[0].take(self._held))
+
+    def test(self) -> Iterator[Batch]:
+        """The pictures that are asked, in order."""
+        return self._streamed(self._sets[1])
+
+    def _streamed(self, examples: Examples) -> Iterator[Batch]:
+        for features, valid in self._cache.stream(examples):
+            yield next(in_order(features[:, None], valid, np.zeros(len(features), int), self._cache.batch_size))
+
+
+def _seconds(made: Sequence[FeatureSet], start: float) -> dict[str, float]:
+    whole, inside = (sum(one.seconds[kind] for one in made) for kind in (0, 1))
+    return {"features": whole, "encoder": inside, "probe": time.perf_counter() - start}
