@@ -7,8 +7,8 @@
     python experiments/probe_imagenet.py --checkpoint gs://BUCKET/large --train data/imagenet/train \\
       --test data/imagenet/val --json imagenet.json
 
-for webdataset tars whose samples have the class in `.cls`. Published top-1, frozen trunk, 224 px (RECIPE.md §10): L 86.6,
-H 87.5, 1B 88.1, 3B 88.5. Other flags of `aimv2_jax.eval.probes` may be added, such as --image-size 448.
+for webdataset tars whose samples have the class in `.cls`. Published top-1, frozen trunk, 224 px (RECIPE.md §10): L
+86.6, H 87.5, 1B 88.1, 3B 88.5. Other flags of `aimv2_jax.eval.probes` may be added, such as --image-size 448.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from aimv2_jax.eval.probes.__main__ import main  # noqa: E402
+from aimv2_jax.eval.probes.__main__ import main
 
 FLAGS = [
     "--kind=attentive", "--grid=paper", "--augment=paper", "--epochs=100", "--warmup-epochs=5", "--batch-size=1024",
