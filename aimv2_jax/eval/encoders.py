@@ -32,6 +32,7 @@ from aimv2_jax.models.layers import Precision
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
+from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.train.losses import normalise_pixels
 
 ImageLike = Image.Image | np.ndarray | str | Path | bytes
@@ -62,6 +63,7 @@ def load_encoder(
     Raises:
       UserError: for what cannot be read, or a size that the model cannot see.
     """
+    skip_absent_tpu()
     return encoder_of(open_weights(spec, heads, weights), dtype, image_size, area)
 
 

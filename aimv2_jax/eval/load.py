@@ -16,6 +16,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
+from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
 from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
 
@@ -96,6 +97,7 @@ def load(spec: str, weights: Choice = "average") -> Loaded:
     Raises:
       UserError: when there is no such checkpoint, or it cannot be read.
     """
+    skip_absent_tpu()
     workdir, step = parse_spec(spec)
     reader = CheckpointReader(workdir)
     meta = reader.meta(step)
