@@ -93,7 +93,7 @@ def _train(config: Config, workdir: epath.Path) -> int:
     from aimv2_jax.export.donor import find_donor
     from aimv2_jax.train.loop import train
 
-    return train(config, workdir, tokenizer, find_donor(config.init.path))
+    return train(config, workdir, tokenizer, find_donor(config))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 # Every annotated array of these modules is checked while the tests run.
 CHECKED = ["models", "data.transforms", "data.plan", "data.tokenizer"]
 CHECKED += ["train.losses", "train.task", "train.optimizer", "train.tally", "eval.generate"]
+CHECKED += ["eval.features", "eval.likelihood", "eval.probes.neighbours", "eval.probes.sweep"]
 install_import_hook([f"aimv2_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 

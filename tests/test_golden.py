@@ -403,6 +403,7 @@ def test_hugging_face_model_when_read_and_written_then_the_same_bit_for_bit(gold
     for tensor in theirs:
         np.testing.assert_array_equal(ours[tensor], theirs[tensor], err_msg=tensor, strict=True)
     written, config = read_json(tmp_path / "config.json"), read_json(golden_dir / name / "config.json")
+    written.pop("aimv2_jax", None)  # The area of a native model, which Hugging Face has no word for.
     assert {key: config[key] for key in written} == written
 
 

@@ -19,11 +19,10 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from PIL import Image
 
-from aimv2_jax.data import pictures, transforms
-from aimv2_jax.data.records import BadRecord
+from aimv2_jax.data import transforms
 from aimv2_jax.errors import UserError
+from aimv2_jax.eval.images import ImageLike, check_several, open_image
 from aimv2_jax.eval.load import Choice
 from aimv2_jax.export.source import open_weights
 from aimv2_jax.export.vision import Vision
@@ -35,10 +34,7 @@ from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.train.losses import normalise_pixels
 
-ImageLike = Image.Image | np.ndarray | str | Path | bytes
-"""A picture: an image of Pillow's, uint8 [H, W], [H, W, 3] or [H, W, 4], a file, or a file's bytes."""
-
-_BATCH = 32
+_BATCH_PATCHES = 32 * 256  # Of a batch, unless it is asked otherwise.
 _MOST_AREA = 1 << 14  # Patches of a picture: beyond, attention's memory is a slip's, not a wish's.
 
 
@@ -115,7 +111,7 @@ class LoadedEncoder:
     dtype: str = "float32"
 
     def __call__(
-        self, images: Sequence[ImageLike], batch_size: int = _BATCH
+        self, images: Sequence[ImageLike], batch_size: int | None = None
     ) -> Float[np.ndarray, "N L D"] | list[Float[np.ndarray, "h w D"]]:
         """Features after the final norm, of pictures of any sizes.
 
@@ -137,7 +133,7 @@ class LoadedEncoder:
         empty = np.zeros((0, self.num_patches, self.vision.width), jnp.dtype(self.dtype))
         return np.stack(found) if found else empty
 
-    def pooled(self, images: Sequence[ImageLike], batch_size: int = _BATCH) -> Float[np.ndarray, "N D"]:
+    def pooled(self, images: Sequence[ImageLike], batch_size: int | None = None) -> Float[np.ndarray, "N D"]:
         """One vector a picture, by the head that came with the model.
 
         Raises:
@@ -161,15 +157,22 @@ class LoadedEncoder:
         return content.hexdigest()[:32]
 
     @property
+    def batch_size(self) -> int:
+        """Pictures at a time, unless it is asked otherwise."""
+        return max(1, _BATCH_PATCHES // self.num_patches)
+
+    @property
     def num_patches(self) -> int:
         """L of a batch: the patches of the square, or the area."""
         rows, columns = self.vision.grid
         return self.vision.area or rows * columns
 
     def batches(
-        self, images: Sequence[ImageLike], batch_size: int = _BATCH
+        self, images: Sequence[ImageLike], batch_size: int | None = None
     ) -> Iterator[tuple[dict[str, jax.Array], list[tuple[int, int]]]]:
-        """`batch` of `batch_size` pictures at a time; the last has rows of padding."""
+        """`batch` of `batch_size` pictures at a time (by default 32 of 256 patches); the last has rows of padding."""
+        check_several(images)
+        batch_size = batch_size or self.batch_size
         for start in range(0, len(images), batch_size):
             pixels = [self.pixels(image) for image in images[start : start + batch_size]]
             # Few pictures are not worth a whole batch, many should compile once.
@@ -194,17 +197,15 @@ class LoadedEncoder:
 
     def pixels(self, image: ImageLike) -> np.ndarray:
         """A picture as the model sees it, uint8 [H, W, 3]: cut, or whole, and resized once."""
-        picture = _picture(image)
-        vision = self.vision
+        picture, vision = open_image(image), self.vision
         if vision.area is None:
             box, size = transforms.center_box(*picture.size), vision.image_size
         else:
-            rows, columns = transforms.fit_grid(*picture.size, vision.area)
-            box, size = (0, 0, *picture.size), (columns * vision.patch_size, rows * vision.patch_size)
-        try:
-            decoded, box = picture.decode(box, size)
-        except BadRecord as error:
-            raise UserError("not a picture that can be decoded", _shown(image), "Leave it out") from error
+            width, height = picture.size
+            most = vision.area if vision.upscale else min(vision.area, max(1, width * height // vision.patch_size**2))
+            rows, columns = transforms.fit_grid(width, height, most)
+            box, size = (0, 0, width, height), (columns * vision.patch_size, rows * vision.patch_size)
+        decoded, box = picture.decode(box, size)
         return transforms.resize(decoded, box, size)
 
     def features(self, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Float[Array, "B L D"]:
@@ -217,13 +218,19 @@ class LoadedEncoder:
 
     @cached_property
     def _features(self) -> Any:
-        encoder, vision = self.vision.encoder(precision=Precision(compute=jnp.dtype(self.dtype))), self.vision
+        vision, precision = self.vision, Precision(compute=jnp.dtype(self.dtype))
 
         def features(params: Any, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Array:
             pixels = normalise_pixels(patches, valid, vision.pixel_mean, vision.pixel_std)
-            variables, collects = {"params": params["encoder"]}, layer is not None
-            features, every = encoder.apply(variables, pixels, coords, valid, None, collects)
-            return every[layer] if collects else features
+            params, whole = params["encoder"], vision.encoder(precision=precision)
+            with jax.default_matmul_precision("highest" if self.dtype == "float32" else "default"):
+                if layer is None:
+                    return whole.apply({"params": params}, pixels, coords, valid)[0]
+                # As many blocks as are asked: of a scan over all, every layer's rows would be kept.
+                blocks = jax.tree.map(lambda leaf: leaf[: max(layer, 1)], params["trunk"]["blocks"])
+                params = params | {"trunk": params["trunk"] | {"blocks": blocks}}
+                every = whole.clone(depth=max(layer, 1)).apply({"params": params}, pixels, coords, valid, None, True)[1]
+                return every[layer]
 
         return jax.jit(features, static_argnames="layer")
 
@@ -236,42 +243,3 @@ class LoadedEncoder:
             return head.apply({"params": params["head"]}, features, valid)
 
         return jax.jit(pooled)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decoded:
-    """A picture that is pixels already, as `pictures.Picture` gives them."""
-
-    image: Image.Image
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.size
-
-    def decode(self, box: transforms.Box, size: Any) -> tuple[Image.Image, transforms.Box]:
-        return self.image, box
-
-
-def _picture(image: ImageLike) -> pictures.Picture | _Decoded:
-    if isinstance(image, (str, Path, bytes)):
-        try:
-            return pictures.open_picture(image if isinstance(image, bytes) else Path(image).read_bytes())
-        except BadRecord as error:
-            raise UserError("not a picture", _shown(image), "Give JPEG, PNG, WebP, GIF or BMP files") from error
-    if isinstance(image, np.ndarray):
-        if (
-            image.dtype != np.uint8
-            or image.ndim not in (2, 3)
-            or image.shape[2:] not in ((), (3,), (4,))
-            or not image.size
-        ):
-            what = f"{image.dtype} of shape {image.shape}"
-            raise UserError("an array that is no picture", what, "Give uint8 [height, width, 3], values 0 to 255")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise UserError("not a picture", _shown(image), "Give an image of Pillow's, a uint8 array, or a file's name")
-    return _Decoded(pictures.as_seen(image))
-
-
-def _shown(image: Any) -> str:
-    return str(image) if isinstance(image, (str, Path)) else type(image).__name__

@@ -15,8 +15,11 @@ N pictures, h and w patches, D width.
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgpack
@@ -32,8 +35,9 @@ from aimv2_jax.data.pictures import FORMAT_OF
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.encoders import ImageLike, LoadedEncoder, load_encoder
+from aimv2_jax.eval.encoders import LoadedEncoder, load_encoder
 from aimv2_jax.eval.figures import Column, picture_grid
+from aimv2_jax.eval.images import ImageLike, NamedPicture
 from aimv2_jax.flags import Parser, check_output, make_output_folder, positive
 from aimv2_jax.platforms import skip_absent_tpu
 
@@ -60,7 +64,14 @@ def named_pictures(folder: Path) -> tuple[int, Iterator[tuple[str, ImageLike]]]:
         raise UserError(
             "--input: no pictures in this folder", str(folder), f"Give one with files that end in {endings}"
         )
-    return len(files), ((str(path.relative_to(folder).with_suffix("")), path) for path in files)
+    return len(files), ((name, path) for name, path in zip(_names(files, folder), files))
+
+
+def _names(files: Sequence[Path], folder: Path) -> list[str]:
+    """Each file's without its ending, but where several differ by that alone."""
+    short = [str(path.relative_to(folder).with_suffix("")) for path in files]
+    count = collections.Counter(short)
+    return [name if count[name] == 1 else str(path.relative_to(folder)) for name, path in zip(short, files)]
 
 
 def _of_records(source: Source) -> Iterator[tuple[str, ImageLike]]:
@@ -69,14 +80,14 @@ def _of_records(source: Source) -> Iterator[tuple[str, ImageLike]]:
             record = records.decode(source.read(index))
         except BadRecord as error:
             raise UserError("--input has a record that cannot be read", index, "Prepare the data set again") from error
-        yield record.key, record.image  # As the file it was.
+        yield record.key, NamedPicture(f"{source.name}: {record.key}", record.image)
 
 
 def dense_features(
     encoder: LoadedEncoder, pictures: Iterator[tuple[str, ImageLike]], layer: int | None, batch_size: int
 ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W 3"], Features]]:
     """(name, the picture as the encoder saw it, its features) of each."""
-    while chunk := [named for _, named in zip(range(batch_size), pictures)]:
+    while chunk := list(itertools.islice(pictures, batch_size)):
         pixels = [encoder.pixels(picture) for _, picture in chunk]
         batch, grids = encoder.batch(pixels, batch_size)
         features = np.asarray(encoder.features(**batch, layer=layer))
@@ -114,6 +125,14 @@ class _Folder:
 
     def __call__(self, name: str, features: Features, layer: int | None) -> None:
         file = self._path / f"{name}.npz"
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(
+                "a record's key would lead out of --output", name, f"Name an --output that ends in {_RECORDS}"
+            )
+        if file.exists():
+            raise UserError(
+                "two pictures have one name", name, f"Rename one, or name an --output that ends in {_RECORDS}"
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, features=features, layer=-1 if layer is None else layer)
 
@@ -152,7 +171,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default %(default)s)")
     add("--heads", type=positive, metavar="N", help="of a .safetensors file that does not tell")
     add("--weights", choices=("average", "raw"), default="average", help="of a run that kept an average")
-    add("--batch-size", type=positive, default=32, metavar="N", help="pictures at a time (default %(default)s)")
+    add("--batch-size", type=positive, metavar="N", help="pictures at a time (default: 32 of 256 patches)")
     add("--pca", type=Path, metavar="FILE.png", help=f"draws the first {_DRAWN} pictures and their features")
     return parser.parse_args(arguments)
 
@@ -170,16 +189,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     depth = encoder.vision.depth
     if flags.layer is not None and not 0 <= flags.layer <= depth:
         raise UserError("--layer is out of range", flags.layer, f"Give 0 to {depth}")
-    write: Callable[[str, Features, int | None], None]
     write = _Records(flags.output) if flags.output.name.endswith(_RECORDS) else _Folder(flags.output)
     drawn: list[tuple[np.ndarray, Features]] = []
-    found = dense_features(encoder, pictures, flags.layer, flags.batch_size)
-    for name, seen, features in tqdm(found, total=count, unit="picture"):
-        features = features.astype(np.float32)
-        write(name, features, flags.layer)
-        if len(drawn) < _DRAWN:
-            drawn.append((seen, features))
-    write.close()
+    found = dense_features(encoder, pictures, flags.layer, flags.batch_size or encoder.batch_size)
+    with contextlib.closing(write):
+        for name, seen, features in tqdm(found, total=count, unit="picture"):
+            features = features.astype(np.float32)
+            write(name, features, flags.layer)
+            if len(drawn) < _DRAWN:
+                drawn.append((seen, features))
     if flags.pca is not None:
         seen, maps = zip(*drawn)
         where = "after the final norm" if flags.layer is None else f"after block {flags.layer} of {depth}"

@@ -15,9 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.data import captions as texts
+from aimv2_jax.data.records import BadRecord
 from aimv2_jax.errors import UserError
-from aimv2_jax.eval.encoders import ImageLike, LoadedEncoder
+from aimv2_jax.eval.encoders import LoadedEncoder
 from aimv2_jax.eval.generate import read_caption, read_pictures
+from aimv2_jax.eval.images import ImageLike
 from aimv2_jax.eval.load import Loaded
 from aimv2_jax.export.vision import vision_of
 from aimv2_jax.models.aimv2 import AIMv2
@@ -40,8 +42,12 @@ class Scorer:
         )
 
     def encode(self, captions: Sequence[str]) -> tuple[Int[np.ndarray, "C T"], Bool[np.ndarray, "C T"]]:
-        """Tokens of captions as the model learned them, and which of them count: the end, too, where it was learned."""
-        tokens, valid = self._tokenizer.encode([texts.clean(caption).encode() for caption in captions])
+        """Tokens of captions as the model learned them, and which of them count: the end, too, where it was learned.
+
+        Raises:
+          UserError: for one in which there is nothing.
+        """
+        tokens, valid = self._tokenizer.encode([_clean(caption).encode() for caption in captions])
         return tokens, np.asarray(losses.counted_tokens(jnp.asarray(valid), self._loaded.task.predict_eos))
 
     def __call__(
@@ -57,6 +63,13 @@ class Scorer:
     @cached_property
     def _score(self) -> Any:
         return jax.jit(partial(_scores, self._loaded.task.model, self._loaded.task.normalise))
+
+
+def _clean(caption: str) -> str:
+    try:
+        return texts.clean(caption)
+    except BadRecord as error:
+        raise UserError("a caption without a letter", caption, "Leave it out") from error
 
 
 def _scores(

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from aimv2_jax.config import Config, TokenizerConfig, build_config, config_to_dict
+from aimv2_jax.data.locations import locate
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.positions import resize_positions
@@ -83,6 +84,11 @@ class Loaded:
         """The tokenizer of the run; its file lies where the config says, or came with an export."""
         config, decoder = self.config, self.config.model.decoder
         return Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
+
+    def tokenizer_file(self) -> bytes:
+        """The tokenizer's file; raises `UserError` as `tokenizer` where there is none that fits."""
+        self.tokenizer()
+        return locate(self.config.tokenizer.path).read_bytes()
 
 
 def load(spec: str, weights: Choice = "average") -> Loaded:

@@ -26,6 +26,7 @@ from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.figures import picture_cards
+from aimv2_jax.eval.images import NamedPicture
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.load import load
 from aimv2_jax.flags import Parser, check_output, positive
@@ -35,14 +36,16 @@ _DEPTHS = (1, 5, 10)
 _DRAWN, _SHOWN = 8, 3  # Pictures of --picture, and captions of each.
 
 
-def read_pairs(path: str, kind: str, count: int) -> tuple[list[bytes], list[str]]:
+def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedPicture], list[str]]:
     """Pictures and captions of `count` records at even distances, no caption twice.
 
     Raises:
       UserError: where fewer than two have a caption of this kind.
     """
     source = Source(path, path, "--data")
-    found: dict[str, bytes] = {}
+    if kind not in source.kinds:
+        raise UserError(f"--data {path} has no captions of this kind", kind, f"It has {', '.join(source.kinds)}")
+    found: dict[str, NamedPicture] = {}
     step = max(1, len(source) // count)
     order = [index for first in range(step) for index in range(first, len(source), step)]
     for index in order:
@@ -51,11 +54,11 @@ def read_pairs(path: str, kind: str, count: int) -> tuple[list[bytes], list[str]
         except BadRecord as error:
             raise UserError("--data has a record that cannot be read", index, "Prepare the set again") from error
         if kind in record.captions:
-            found.setdefault(record.captions[kind], record.image)
+            found.setdefault(record.captions[kind], NamedPicture(f"{path}: {record.key}", record.image))
         if len(found) == count:
             break
     if len(found) < 2:
-        raise UserError(f"--data {path} has no two captions of kind", kind, f"It has {', '.join(source.kinds)}")
+        raise UserError(f"--data {path} has no two different captions of this kind", kind, "Give a larger set")
     return list(found.values()), list(found)
 
 
@@ -90,10 +93,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, metavar="DATA", help="a prepared set")
     add("--kind", default="alt", metavar="KIND", help="of captions (default %(default)s)")
-    add("--examples", type=positive, default=128, metavar="N", help="pictures and captions (default %(default)s)")
+    add("--examples", type=_several, default=128, metavar="N", help="pictures and captions (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="the figures")
     add("--picture", type=Path, metavar="FILE.png", help="some pictures with what was found")
     return parser.parse_args(arguments)
+
+
+def _several(text: str) -> int:
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError("one example finds itself: give at least 2")
+    return int(text)
 
 
 @reports_user_errors

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors
 from aimv2_jax.eval.arguments import add_checkpoint
+from aimv2_jax.eval.images import ImageLike
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.load import load
 from aimv2_jax.eval.probes.examples import Examples, read_examples
@@ -31,7 +32,6 @@ from aimv2_jax.flags import Parser, check_output
 from aimv2_jax.platforms import skip_absent_tpu
 
 _TEMPLATE = "a photo of a {}."
-_BATCH = 32
 
 
 def class_scores(
@@ -41,12 +41,13 @@ def class_scores(
     captions = [template.replace("{}", name) for name in test.names for template in templates]
     tokens, counted = scorer.encode(captions)
 
-    def scores(images: Sequence[bytes | np.ndarray]) -> Float[np.ndarray, "B C"]:
+    def scores(images: Sequence[ImageLike]) -> Float[np.ndarray, "B C"]:
         return scorer(images, tokens, counted).reshape(len(images), len(test.names), -1).mean(-1)
 
     parts = []
-    for start in tqdm(range(0, len(test), _BATCH), unit="batch"):
-        parts.append(scores([test.image(place) for place in range(start, min(start + _BATCH, len(test)))]))
+    size = scorer.eyes.batch_size
+    for start in tqdm(range(0, len(test), size), unit="batch"):
+        parts.append(scores([test.image(place) for place in range(start, min(start + size, len(test)))]))
     side = scorer.eyes.vision.image_size
     mean = np.rint(255 * np.array(scorer.eyes.vision.pixel_mean)).astype(np.uint8)
     return np.concatenate(parts), scores([np.broadcast_to(mean, (side, side, 3)).copy()])[0]

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from aimv2_jax.config import Config, config_text, mixture_counts
 from aimv2_jax.data.steps import Steps
-from aimv2_jax.errors import UserError
 from aimv2_jax.export.vision import Vision
 from aimv2_jax.export.weights import Trained, Weights
-from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.metrics import has_metrics, read_metrics
 
 
 def model_card(weights: Weights, dtype: str, tensors: int) -> str:
@@ -22,13 +21,13 @@ def model_card(weights: Weights, dtype: str, tensors: int) -> str:
         "# An AIMv2 vision encoder",
         f"{count:,} parameters in {tensors} tensors, {dtype}; {vision.depth} blocks, {vision.width} wide, "
         f"{vision.heads} heads, patches of {vision.patch_size} x {vision.patch_size} pixels. "
-        "Trained and exported by aimv2_jax ([the method](https://arxiv.org/abs/2411.14402)).",
+        "[The method](https://arxiv.org/abs/2411.14402).",
         _use(vision),
     ]
     if weights.trained is None:
         parts.append(f"Converted from `{Path(weights.source).name}`; how it was trained is not known here.")
     else:
-        parts += _training(weights.trained)
+        parts += ["Trained and exported by aimv2_jax.", *_training(weights.trained)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -54,7 +53,8 @@ from transformers import AutoImageProcessor, Aimv2VisionModel
 processor = AutoImageProcessor.from_pretrained("PATH")
 model = Aimv2VisionModel.from_pretrained("PATH")
 image = Image.open("picture.jpg").convert("RGB"){size}
-features = model(**processor(image, return_tensors="pt")).last_hidden_state  # [1, patches, {vision.width}]
+pixels = processor(image, return_tensors="pt").to(model.dtype)
+features = model(**pixels).last_hidden_state  # [1, patches, {vision.width}]
 ```"""
 
 
@@ -65,7 +65,7 @@ def _training(trained: Trained) -> list[str]:
         f"{Steps(config.seed, config.batch_shapes).first_example(trained.step):,} samples.",
         _mixture(config),
     ]
-    evaluation = _evaluation(trained.workdir, trained.step)
+    evaluation = _evaluation(trained.workdir, trained.step) if trained.evaluated else {}
     if evaluation:
         rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in evaluation.items())
         parts.append(f"Held out:\n\n| figure | value |\n|---|---|\n{rows}")
@@ -82,9 +82,8 @@ def _mixture(config: Config) -> str:
 
 def _evaluation(workdir: str, step: int) -> dict[str, float]:
     """The held-out losses of `step` in a run's metrics; none where there are none."""
-    try:
-        _, evaluations = read_metrics(workdir)
-    except UserError:  # An export, which leaves them behind.
+    if not has_metrics(workdir):  # An export, which leaves them behind.
         return {}
+    _, evaluations = read_metrics(workdir)
     at = next((line for line in evaluations if line["step"] == step), {})
     return {name: value for name, value in at.items() if name.startswith("eval_loss") and value is not None}

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.export.check import check_written
+from aimv2_jax.export.check import check_model, check_written
 from aimv2_jax.export.orbax import write_encoder, write_model
 from aimv2_jax.export.source import open_weights
 from aimv2_jax.export.transformers import write_folder
@@ -94,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_encoder(flags.output, weights)
     else:
         write_folder(flags.output, weights, flags.dtype or "float32", flags.max_file_size)
-    print(check_written(flags.output, weights, flags.dtype or "float32"))
+    if flags.whole:
+        print(check_model(flags.output, flags.checkpoint, flags.weights))
+    else:
+        print(check_written(flags.output, weights, flags.dtype or "float32"))
     print(f"wrote {flags.output}")
     return EXIT_FINISHED
 

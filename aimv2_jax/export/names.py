@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import einops
@@ -117,7 +117,7 @@ def expected(naming: Naming, shapes: Mapping[str, tuple[int, ...]], depth: int) 
 
 
 def to_ours(
-    read: Callable[[str], Array], naming: Naming, paths: Mapping[str, Any], depth: int
+    read: Callable[[str], Array], naming: Naming, paths: Collection[str], depth: int
 ) -> Iterator[tuple[str, Array]]:
     """(path, array) of each of our `paths`, blocks stacked, from a function that reads a tensor by its name there."""
     for name in NAMES:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import jax
 from flax import traverse_util
 
-from aimv2_jax.data.locations import locate
 from aimv2_jax.eval.load import TOKENIZER, Choice, load
 from aimv2_jax.export.weights import Weights
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
@@ -30,8 +28,10 @@ def write_encoder(folder: Path, weights: Weights) -> None:
 def write_model(folder: Path, spec: str, weights: Choice) -> None:
     """All parameters of the model that `spec` names, its config and its tokenizer: what `load_model` reads."""
     loaded = load(spec, weights)
-    eval_loss = CheckpointReader(loaded.workdir).meta(loaded.step)["eval_loss"]
+    tokenizer = loaded.tokenizer_file()
+    meta = CheckpointReader(loaded.workdir).meta(loaded.step)
+    averaged = any(leaf.startswith("average/") for leaf in meta["leaves"])
+    eval_loss = None if averaged and weights == "raw" else meta["eval_loss"]  # That of the average.
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(loaded.step, {"params": loaded.params}, loaded.config, eval_loss)
-    if loaded.config.tokenizer.path:
-        shutil.copyfile(locate(loaded.config.tokenizer.path), folder / TOKENIZER)
+    (folder / TOKENIZER).write_bytes(tokenizer)

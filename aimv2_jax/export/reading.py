@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from aimv2_jax.export.vision import Vision
 from aimv2_jax.export.weights import Weights
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+OURS = "aimv2_jax"  # What config.json says beside what Hugging Face asks: area and upscale of `Vision`.
 HEAD_DIM = 128  # Of every released model (RECIPE.md §1): what a file alone does not say.
 _IMAGE_PATCHES = {"hf": "embeddings.patch_embed.weight", "apple": "preprocessor.patchifier.proj.weight"}
 _GATE = {"hf": "encoder.layers.0.ffn.gate_proj.weight", "apple": "trunk.blocks.0.mlp.fc1.weight"}
@@ -46,6 +47,8 @@ def read_weights(path: str | Path, heads: int | None = None) -> Weights:
       UserError: for what cannot be read, names no vision encoder, or does not fit together.
     """
     path = Path(path)
+    if heads is not None and path.is_dir():
+        raise UserError("heads are asked of a folder, whose config.json tells", heads, "Leave it out")
     tensors = Tensors(path)
     prefix = _VISION_PART if any(name.startswith(_VISION_PART) for name in tensors.shapes) else ""
     left = tuple(name for name in tensors.shapes if prefix and name.startswith(_OTHER_PARTS))
@@ -55,7 +58,7 @@ def read_weights(path: str | Path, heads: int | None = None) -> Weights:
     shapes = vision.shapes()
     _compare(there, names.expected(naming, shapes, vision.depth), prefix, path)
 
-    def read(paths: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+    def read(paths: Collection[str]) -> Mapping[str, np.ndarray]:
         return dict(names.to_ours(lambda name: tensors.read(prefix + name), naming, paths, vision.depth))
 
     return Weights(str(path), vision, shapes, read, left)
@@ -110,10 +113,16 @@ def _from_config(folder: Path, there: Mapping[str, tuple[int, ...]]) -> Vision:
         image_size=get.number("image_size", 224),
         position="sincos" if native else "learned",
         head=bool(get("use_head", any(name.startswith("head.") for name in there))),
-        norm_eps=float(get("rms_norm_eps", 1e-5)),
+        norm_eps=get.positive("rms_norm_eps", 1e-5),
     )
     _check(vision, folder / CONFIG)
-    return _with_processor(vision, folder / PROCESSOR, native)
+    vision = _with_processor(vision, folder / PROCESSOR, native)
+    ours = get(OURS, {})
+    if not ours:
+        return vision
+    if not isinstance(ours, Mapping) or not isinstance(ours.get("area"), int | None):
+        raise UserError(f"{folder / CONFIG} has an unusable {OURS}", ours, "Export the model again")
+    return dataclasses.replace(vision, area=ours["area"], upscale=bool(ours.get("upscale", True)))
 
 
 def _with_processor(vision: Vision, path: Path, native: bool) -> Vision:
@@ -123,9 +132,9 @@ def _with_processor(vision: Vision, path: Path, native: bool) -> Vision:
         processor = _json(path)
         for key, name in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
             value = processor.get(name, getattr(vision, key))
-            if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(x, float) for x in value)):
+            if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))):
                 raise UserError(f"{path}: {name} is not three numbers", value, "Copy the model again")
-            changes[key] = tuple(value)
+            changes[key] = tuple(map(float, value))
         native = native and not processor.get("do_center_crop", False)
     rows, columns = vision.grid
     return dataclasses.replace(vision, area=rows * columns if native else None, **changes)
@@ -184,6 +193,12 @@ class _Getter:
     def __call__(self, key: str, default: Any) -> Any:
         return self._config.get(key, default)
 
+    def positive(self, key: str, default: float) -> float:
+        value = self(key, default)
+        if not _is_number(value) or value <= 0:
+            raise UserError(f"{self._path}: {key} is not a number above zero", value, "Mend it")
+        return float(value)
+
     def number(self, key: str, default: int) -> int:
         value = self(key, default)
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:  # (height, width)
@@ -191,6 +206,10 @@ class _Getter:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{self._path}: {key} is not a whole number above zero", value, "Mend it")
         return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json(path: Path) -> dict[str, Any]:

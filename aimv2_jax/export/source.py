@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def open_weights(spec: str | Path, heads: int | None = None, weights: Choice = "
     """
     if is_foreign(spec):
         return read_weights(spec, heads)
+    if heads is not None:
+        raise UserError("heads are asked of a run, which knows its own", heads, "Leave it out")
     workdir, step = parse_spec(spec)
     reader = CheckpointReader(workdir)
     meta = reader.meta(step)
@@ -40,8 +43,10 @@ def open_weights(spec: str | Path, heads: int | None = None, weights: Choice = "
     part = "average" if weights == "average" and averaged else "params"
 
     vision, trained = _vision(meta, workdir, step)
+    if trained is not None and averaged and part == "params":
+        trained = dataclasses.replace(trained, evaluated=False)
 
-    def read(paths: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
+    def read(paths: Collection[str]) -> Mapping[str, np.ndarray]:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         leaves = {name: jax.ShapeDtypeStruct(shapes[name], np.float32, sharding=place) for name in paths}
         tree = reader.restore_part(step, {part: traverse_util.unflatten_dict(leaves, sep="/")})[part]

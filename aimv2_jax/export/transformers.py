@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from aimv2_jax.export import names
 from aimv2_jax.export.card import model_card
-from aimv2_jax.export.reading import CONFIG, PROCESSOR
+from aimv2_jax.export.reading import CONFIG, OURS, PROCESSOR
 from aimv2_jax.export.tensors import write_tensors
 from aimv2_jax.export.vision import Vision
 from aimv2_jax.export.weights import Weights
@@ -30,8 +31,8 @@ def write_folder(folder: Path, weights: Weights, dtype: str, most_bytes: int) ->
     """Writes tensors as `dtype`, in files of at most `most_bytes`, and all that belongs to them."""
     vision = weights.vision
     tree = {path: as_type(leaf, dtype) for path, leaf in weights.read().items()}
-    itemsize = _TYPES[dtype].itemsize
-    sizes = {name: tensor.size * itemsize for name, tensor in names.to_hf(tree)}
+    shapes = names.expected("hf", weights.shapes, vision.depth)
+    sizes = {name: math.prod(shape) * _TYPES[dtype].itemsize for name, shape in shapes.items()}
     write_tensors(folder, names.to_hf(tree), sizes, most_bytes)
     _write_json(folder / CONFIG, config_json(vision, dtype))
     _write_json(folder / PROCESSOR, processor_json(vision))
@@ -58,6 +59,7 @@ def config_json(vision: Vision, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "use_head": vision.head,
         "is_native": vision.position == "sincos",
+        **({OURS: {"area": vision.area, "upscale": vision.upscale}} if vision.area is not None else {}),
     }
 
 

@@ -27,7 +27,8 @@ class Vision:
     """Sizes of an encoder and its pictures.
 
     `image_size` is the side of the centre square that it sees; where `area` is given it sees whole pictures in at most
-    that many patches instead (native resolution). `head` says whether a pooled head comes with it.
+    that many patches instead (native resolution), small ones enlarged with `upscale`. `head` says whether a pooled head
+    comes with it.
     """
 
     width: int
@@ -38,6 +39,7 @@ class Vision:
     image_size: int
     position: Literal["learned", "sincos"]
     area: int | None = None
+    upscale: bool = True
     head: bool = False
     norm_eps: float = 1e-5
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -110,6 +112,7 @@ def vision_of(config: Config) -> Vision:
         image_size=config.data.image_size,
         position=encoder.position,
         area=area,
+        upscale=config.data.upscale,
         norm_eps=model.norm_eps,
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,

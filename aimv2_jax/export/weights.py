@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -14,11 +13,15 @@ from aimv2_jax.export.vision import Vision
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Where parameters come from: the run's config, the step, and the folder with its books."""
+    """Where parameters come from: the run's config, the step, and the folder with its books.
+
+    `evaluated`: whether it is these parameters that the run's held-out losses are of; else they are of an average.
+    """
 
     config: Config
     step: int
     workdir: str
+    evaluated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,10 @@ class Weights:
     source: str
     vision: Vision
     shapes: Mapping[str, tuple[int, ...]]
-    read_paths: Callable[[Mapping[str, Any]], Mapping[str, np.ndarray]]
+    read_paths: Callable[[Collection[str]], Mapping[str, np.ndarray]]
     left: tuple[str, ...] = ()
     trained: Trained | None = None
 
-    def read(self, paths: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    def read(self, paths: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """{path: float32 array} of those that are asked for, or all."""
         return dict(self.read_paths(self.shapes if paths is None else paths))

@@ -13,7 +13,8 @@ from aimv2_jax.models.layers import xavier_uniform
 class AttentionPool(nn.Module):
     """One query over all patches: keys and values without bias, the query as it is, no output matrix.
 
-    RECIPE.md §11.
+    RECIPE.md §11. The query is taken through the keys' matrix, and the pooled patches through the values': keys and
+    values of all patches would be two [B, L, D] more, for the same numbers.
     """
 
     heads: int
@@ -22,18 +23,24 @@ class AttentionPool(nn.Module):
     def __call__(self, features: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, "B D"]:
         width = features.shape[-1]
         query_D = self.param("query", nn.initializers.normal(0.02), (width,))
-        key_BLHE, value_BLHE = (
-            rearrange(
-                nn.Dense(width, use_bias=False, kernel_init=xavier_uniform, name=name)(features),
-                "b l (h e) -> b l h e",
-                h=self.heads,
-            )
-            for name in ("key", "value")
+        key_DHE, value_DHE = (
+            rearrange(_Matrix(width, name=name)(width), "d (h e) -> d h e", h=self.heads) for name in ("key", "value")
         )
         query_HE = rearrange(query_D, "(h e) -> h e", h=self.heads) * (width // self.heads) ** -0.5
-        logits = jnp.einsum("he,blhe->bhl", query_HE, key_BLHE)
-        weights = nn.softmax(jnp.where(valid[:, None], logits, jnp.finfo(logits.dtype).min))
-        return rearrange(jnp.einsum("bhl,blhe->bhe", weights, value_BLHE), "b h e -> b (h e)")
+        logits_BHL = jnp.einsum("bld,dh->bhl", features, jnp.einsum("dhe,he->dh", key_DHE, query_HE))
+        weights_BHL = nn.softmax(jnp.where(valid[:, None], logits_BHL, jnp.finfo(logits_BHL.dtype).min))
+        pooled_BHD = jnp.einsum("bhl,bld->bhd", weights_BHL, features)
+        return rearrange(jnp.einsum("bhd,dhe->bhe", pooled_BHD, value_DHE), "b h e -> b (h e)")
+
+
+class _Matrix(nn.Module):
+    """The kernel of a linear layer, [in, out]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, features: int) -> Float[Array, "{features} {self.width}"]:
+        return self.param("kernel", xavier_uniform, (features, self.width))
 
 
 class PooledHead(nn.Module):

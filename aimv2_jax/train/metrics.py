@@ -108,6 +108,11 @@ class MetricsWriter:
         self.close()
 
 
+def has_metrics(workdir: str | Path) -> bool:
+    """Whether the folder has what `read_metrics` reads."""
+    return (epath.Path(workdir) / _FILE).exists()
+
+
 def read_metrics(workdir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The training lines and the evaluation lines of a run, in the order of steps; a null stays None."""
     path = epath.Path(workdir) / _FILE

@@ -1,6 +1,7 @@
 """`load_encoder`: pictures of any kind and size in, features out."""
 
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from aimv2_jax import load_encoder
 from aimv2_jax.data import transforms
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.encoders import encoder_of
+from aimv2_jax.eval.images import NamedPicture
 from aimv2_jax.eval.load import load
 from aimv2_jax.export.source import open_weights
 from aimv2_jax.models.positions import resize_positions
@@ -134,12 +136,36 @@ def test_encoder_when_asked_for_what_it_cannot_see_then_told(workdir, ask, sente
         (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
         (3, "not a picture: 'int'"),
-        (__file__, "not a picture: .*test_encoders.py"),
+        (__file__, "not a picture that can be decoded: .*test_encoders.py"),
+        (NamedPicture("set: cat/3", b"none"), "not a picture that can be decoded: 'set: cat/3'"),
     ],
 )
 def test_picture_when_it_is_none_then_told(encoder, image, sentence):
     with pytest.raises(UserError, match=sentence):
         encoder([image])
+
+
+@pytest.mark.parametrize("one", [np.zeros((8, 8, 3), np.uint8), "one.jpg", Image.new("RGB", (8, 8))])
+def test_pictures_when_one_is_given_for_a_list_then_told(encoder, one):
+    with pytest.raises(UserError, match=r"one picture where a list is asked.*Give \[picture\]"):
+        encoder(one)
+
+
+def test_picture_when_its_file_is_cut_then_told(encoder, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(picture(0)[0]).save(file, "PNG")
+    cut = file.getvalue()[:-200]
+    (tmp_path / "cut.png").write_bytes(cut)
+    with Image.open(tmp_path / "cut.png") as lazy:
+        for image in (tmp_path / "cut.png", cut, lazy):
+            with pytest.raises(UserError, match="not a picture that can be decoded"):
+                encoder([image])
+
+
+def test_native_encoder_when_small_pictures_are_not_enlarged_then_as_many_patches_as_they_fill(native):
+    still = dataclasses.replace(native, vision=dataclasses.replace(native.vision, upscale=False))
+    small = Image.fromarray(picture(0)[0]).resize((24, 16))
+    assert [one([small])[0].shape[:2] for one in (native, still)] == [(4, 5), (2, 3)]
 
 
 def test_pooled_when_there_is_no_head_then_told(encoder, pictures):

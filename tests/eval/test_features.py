@@ -1,5 +1,6 @@
 """Dense features on disk."""
 
+import dataclasses
 import re
 
 import msgpack
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
-from trained_run import picture
+from trained_run import picture, records
 
 from aimv2_jax import load_encoder
+from aimv2_jax.data.datasets import write_dataset
 from aimv2_jax.eval import features
 
 
@@ -52,6 +54,21 @@ def test_data_set_when_features_are_written_to_one_file_then_records_by_key(work
     expected = np.asarray(encoder.features(**batch, layer=1))[:3]
     arrays = np.stack([np.frombuffer(one["features"], np.float32).reshape(36, 32) for one in found])
     np.testing.assert_allclose(arrays, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_pictures_when_their_names_differ_by_the_ending_then_both_are_written(workdir, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for ending in ("png", "bmp"):
+        Image.fromarray(picture(0)[0]).save(tmp_path / f"photos/a.{ending}")
+    assert features.main([f"--checkpoint={workdir}", f"--input={tmp_path}/photos", f"--output={tmp_path}/out"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bmp.npz", "a.png.npz"]
+
+
+def test_record_when_its_key_leads_out_of_the_folder_then_told(workdir, tmp_path, capsys):
+    [record] = records([0])
+    write_dataset(tmp_path / "set", [dataclasses.replace(record, key="../out")])
+    assert features.main([f"--checkpoint={workdir}", f"--input={tmp_path}/set", f"--output={tmp_path}/new"]) == 2
+    assert "would lead out of --output: '../out'" in capsys.readouterr().err
 
 
 def test_main_directions_when_patches_lie_along_three_lines_then_each_is_a_colour():

@@ -112,8 +112,13 @@ def test_retrieval_command_when_run_then_both_ways_and_a_picture(workdir, data, 
 def test_pairs_when_captions_repeat_then_each_once(data):
     pictures, captions = retrieval.read_pairs(str(data), "synthetic", 10)
     assert len(captions) == len(set(captions)) == len(pictures) == 3
-    with pytest.raises(UserError, match=r"no two captions of kind: 'none'\. It has alt, synthetic"):
+    with pytest.raises(UserError, match=r"no captions of this kind: 'none'\. It has alt, synthetic"):
         retrieval.read_pairs(str(data), "none", 10)
+
+
+def test_caption_when_nothing_is_in_it_then_told(scorer):
+    with pytest.raises(UserError, match="without a letter"):
+        scorer.encode(["red", " "])
 
 
 def test_model_without_text_when_asked_then_told(loaded):

@@ -21,6 +21,7 @@ from aimv2_jax.eval.probes.__main__ import main
 from aimv2_jax.eval.probes.cache import FeatureCache
 from aimv2_jax.eval.probes.examples import read_examples, split
 from aimv2_jax.eval.probes.heads import AttentiveHead, LinearHead
+from aimv2_jax.eval.probes.methods import NewCrops
 from aimv2_jax.eval.probes.sweep import Plan, Standard, epochs_of, in_order, predict, train
 from aimv2_jax.export.source import open_weights
 
@@ -96,7 +97,7 @@ def test_features_when_kept_then_read_again_and_not_for_another_model_or_transfo
     assert (
         made.features.shape == (len(sets[0]), 2, 16, 32) and made.valid.all() and made.seconds[0] > made.seconds[1] > 0
     )
-    image = decode_image(sets[0].image(3))
+    image = decode_image(sets[0].image(3).data)
     expected = encoder([image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
     np.testing.assert_allclose(made.features[3], expected, rtol=0, atol=2e-3 * np.abs(expected).max())
 
@@ -144,15 +145,15 @@ def test_grid_when_trained_together_then_each_point_as_alone_with_adamw():
     valid, classes = np.ones((20, 1), bool), rng.integers(3, size=20)
     grid = ((1e-2, 0.1), (3e-2, 0.01))
     plan = Plan(grid, epochs=4, warmup_epochs=1, batch_size=8, seed=0)
-    head, standard = LinearHead(3), Standard.of(features, valid)
-    together = train(head, standard, plan, 3, epochs_of(features, valid, classes, plan), 6)
+    head, standard, every = LinearHead(3), Standard.of(features, valid, np.arange(20)), np.arange(20)
+    together = train(head, standard, plan, 3, epochs_of(features, valid, classes, every, plan), 6)
     for point, (rate, decay) in enumerate(grid):
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 3, 12)
         mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)  # noqa: E731
         optimizer = optax.adamw(schedule, weight_decay=decay, mask=mask)
         params = head.init(jax.random.key(0), jnp.zeros((1, 1, 6)), jnp.ones((1, 1), bool))["params"]
         state = optimizer.init(params)
-        for batch, mask_BL, numbers in epochs_of(features, valid, classes, plan):
+        for batch, mask_BL, numbers in epochs_of(features, valid, classes, every, plan):
             rows = numbers >= 0
 
             def loss(params, batch=batch, mask_BL=mask_BL, numbers=numbers, rows=rows):
@@ -164,7 +165,7 @@ def test_grid_when_trained_together_then_each_point_as_alone_with_adamw():
         alone = jax.tree.map(lambda leaf, point=point: leaf[point], together)
         # Twelve steps of Adam in float32, which normalises small gradients.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), alone, params)
-    found = np.concatenate(list(predict(head, standard, together, in_order(features, valid, classes, 8))), axis=1)
+    found = np.concatenate(list(predict(head, standard, together, in_order(features, valid, every, 8))), axis=1)
     assert found.shape == (2, 24, 3)
 
 
@@ -173,7 +174,7 @@ def test_standard_when_taken_then_mean_zero_and_variance_one_over_valid_patches(
     features = rng.normal(3, 5, size=(30, 2, 4, 6)).astype(np.float32)
     valid = rng.random((30, 4)) < 0.7
     features[~valid[:, None].repeat(2, 1)] = 1e4
-    standard = Standard.of(features, valid)
+    standard = Standard.of(features, valid, np.arange(30))
     scaled = ((features - standard.mean) * standard.inverse)[valid[:, None].repeat(2, 1)]
     np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(scaled.std(0), 1, atol=1e-4)
@@ -219,6 +220,33 @@ def test_probe_when_the_encoder_is_random_or_crops_are_new_then_it_runs(workdir,
     assert capsys.readouterr().out.count("top-1") == 2
 
 
+def test_crops_when_new_then_others_in_every_epoch_and_the_same_again(workdir, sets):
+    cache = FeatureCache(None, load_encoder(workdir), "patches", None, False, 16)
+    fit, held = split(sets[0], 0.2, seed=0)
+    plan = Plan(((1e-3, 0.0),), epochs=2, warmup_epochs=0, batch_size=len(fit), seed=0)
+    runs = [list(NewCrops(cache, sets, fit, held, plan).epochs()) for _ in range(2)]
+    for (ours, _, classes), (theirs, _, numbers) in zip(*runs):
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(classes, numbers)
+    orders = [np.random.default_rng(0)]
+    places = [orders[0].permutation(fit) for _ in range(2)]
+    first, second = (features[np.argsort(order)] for (features, _, _), order in zip(runs[0], places))
+    assert len(runs[0]) == 2 and (np.abs(first - second).max(axis=(1, 2)) > 0.01).mean() > 0.9
+
+
+def test_features_when_too_large_for_what_is_kept_then_told(workdir, sets):
+    weights = open_weights(workdir)
+    arrays = {name: leaf * (1e6 if name == "encoder/trunk/norm/scale" else 1) for name, leaf in weights.read().items()}
+    huge = dataclasses.replace(weights, read_paths=lambda paths: {name: arrays[name] for name in paths})
+    with pytest.raises(UserError, match="too large to be kept"):
+        FeatureCache(None, encoder_of(huge), "patches", None, False, 16)(sets[1], "test")
+
+
+def test_split_when_a_share_would_take_all_then_one_of_a_class_stays(sets):
+    kept, _ = split(sets[0], 0.99, seed=0)
+    assert set(sets[0].classes[kept]) == {0, 1, 2}
+
+
 def test_choice_when_made_then_without_a_look_at_the_test_pictures(workdir, data, tmp_path):
     best = []
     for name, test in (("own", "test"), ("other", "train")):
@@ -235,6 +263,9 @@ def test_choice_when_made_then_without_a_look_at_the_test_pictures(workdir, data
         (["--checkpoint=random"], "go together"),
         (["--like={run}"], "go together"),
         (["--kind=knn", "--augment=paper"], "not for knn"),
+        (["--augment=paper", "--cache=kept"], "keeps no features"),
+        (["--seed=-1"], "not a whole number"),
+        (["--cache={run}/metrics.jsonl"], "--cache is a file"),
         (["--layer=3"], "--layer is out of range: 3. Give 0 to 2"),
         (["--validation=1.5"], "'1.5' is no share"),
         (["--json={run}/none/x.json"], "--json: no such folder"),

@@ -1,5 +1,6 @@
 """The command that exports: what it writes is read by transformers, by ourselves, and proves itself."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,9 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from trained_run import picture
 
 from aimv2_jax import load_encoder, load_model
+from aimv2_jax.errors import UserError
+from aimv2_jax.eval.encoders import encoder_of
 from aimv2_jax.eval.load import load
 from aimv2_jax.export import check, hf, transformers
 from aimv2_jax.export.reading import read_weights
@@ -44,6 +48,8 @@ def test_export_when_asked_for_bfloat16_then_rounded_once_and_said_so(workdir, t
     whole, rounded = open_weights(workdir).read(), read_weights(tmp_path / "hf").read()
     for path, tensor in whole.items():
         np.testing.assert_allclose(rounded[path], tensor, rtol=2**-8, atol=0, err_msg=path)
+    with safe_open(tmp_path / "hf/model.safetensors", "np") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -66,6 +72,33 @@ def test_whole_export_when_loaded_then_all_parameters_the_config_and_its_own_tok
     assert model.step == 40 and model.config.tokenizer.path == f"{tmp_path}/whole/tokenizer.model"
     tokens, _ = model.tokenizer().encode([b"a red disc"])
     np.testing.assert_array_equal(tokens, run.tokenizer().encode([b"a red disc"])[0])
+
+
+def test_whole_export_when_another_model_lies_there_then_the_check_fails(workdir, tmp_path):
+    assert hf.main([f"--checkpoint={workdir}:40", f"--output={tmp_path}/whole", "--whole"]) == 0
+    assert "and the tokenizer are equal" in check.check_model(tmp_path / "whole", f"{workdir}:40", "average")
+    with pytest.raises(RuntimeError, match="other numbers than were written"):
+        check.check_model(tmp_path / "whole", f"{workdir}:20", "average")
+
+
+def test_native_export_when_its_area_is_not_that_of_the_square_then_it_is_kept(workdir, tmp_path, pictures):
+    weights = open_weights(workdir)
+    vision = dataclasses.replace(weights.vision, position="sincos", area=20, upscale=False)
+    weights = dataclasses.replace(weights, vision=vision, shapes=vision.shapes())
+    transformers.write_folder(tmp_path, weights, "float32", 10**9)
+    assert "equal bit for bit" in check.check_written(tmp_path, weights, "float32")
+    for ours, theirs in zip(load_encoder(tmp_path)(pictures), encoder_of(weights)(pictures)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_export_when_a_number_is_too_large_for_its_type_then_told(workdir, tmp_path):
+    weights = open_weights(workdir)
+    arrays = {name: leaf * (1e8 if name == "encoder/position" else 1) for name, leaf in weights.read().items()}
+    weights = dataclasses.replace(weights, read_paths=lambda paths: {name: arrays[name] for name in paths})
+    with np.errstate(over="ignore"):
+        transformers.write_folder(tmp_path, weights, "float16", 10**9)
+        with pytest.raises(UserError, match=r"encoder/position has numbers that are not finite.*float16"):
+            check.check_written(tmp_path, weights, "float16")
 
 
 def test_import_when_exported_again_then_the_same_bit_for_bit(exported, tmp_path, pictures):

@@ -144,6 +144,8 @@ def test_tensors_when_they_do_not_fit_then_one_sentence_names_the_one(folder, ch
         ({"use_head": True}, "lacks a tensor: 'head.cls_token'"),
         ({"num_attention_heads": 3}, "no multiple of the heads: '16, 3'"),
         ({"hidden_size": "16"}, "hidden_size is not a whole number above zero: '16'"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is not a number above zero: '1e-5'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is not a number above zero: None"),
         ({"hidden_act": "gelu"}, "another hidden_act: 'gelu'"),
         ({"vision_config": 3}, "no usable vision_config"),
         ({"model_type": "aimv2_text_model"}, "a text model"),
@@ -175,6 +177,21 @@ def test_files_when_missing_or_damaged_then_one_sentence_names_them(folder, tmp_
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="no such safetensors file"):
         Tensors(folder)
+
+
+def test_processor_when_it_has_whole_numbers_then_taken_and_others_told(folder):
+    path = folder / "preprocessor_config.json"
+    processor = json.loads(path.read_text())
+    path.write_text(json.dumps(processor | {"image_std": [1, 1, 1]}))
+    assert read_weights(folder).vision.pixel_std == (1.0, 1.0, 1.0)
+    path.write_text(json.dumps(processor | {"image_mean": [0.5, "x", 0.5]}))
+    with pytest.raises(UserError, match="image_mean is not three numbers"):
+        read_weights(folder)
+
+
+def test_heads_when_given_where_they_are_known_then_told(folder):
+    with pytest.raises(UserError, match=r"heads are asked of a folder.*2\. Leave it out"):
+        read_weights(folder, heads=2)
 
 
 def test_index_when_a_tensor_is_not_where_it_says_then_told(tmp_path):

@@ -1,6 +1,7 @@
 """Hugging Face's own classes read what we write."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,24 @@ def test_trained_model_when_exported_then_transformers_sees_the_same_features(tr
         assert_close(features[None], run_theirs(model, normalised(encoder, encoder.pixels(picture))), LARGEST_ENTRY)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
     pixels = processor(pictures, return_tensors="np")["pixel_values"]
-    # Theirs resizes to the shorter side in whole pixels, and then cuts; ours resizes the centre square. Where the longer
-    # side comes to an even number of pixels more, that is the same; else the crops are apart by half a pixel.
+    # Theirs resizes to the shorter side in whole pixels, and then cuts; ours resizes the centre square. Where the
+    # longer side comes to an even number of pixels more, that is the same; else the crops are half a pixel apart.
     theirs = run_theirs(model, pixels)
     assert_close(ours[:-1], theirs[:-1], LARGEST_ENTRY)
     product = (ours[-1] * theirs[-1]).sum(-1)
     cosine = product / np.linalg.norm(ours[-1], axis=-1) / np.linalg.norm(theirs[-1], axis=-1)
     assert 0.98 < cosine.mean() < 0.99999
+
+
+def test_card_when_its_lines_are_run_on_a_smaller_type_then_features(trained, tmp_path, monkeypatch):
+    assert hf.main([f"--checkpoint={trained}", f"--output={tmp_path}/hf", "--dtype=bfloat16"]) == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    sample_pictures()[0].save("picture.jpg")
+    names: dict = {}
+    exec(code.replace("PATH", "hf"), names)
+    assert names["features"].shape == (1, 16, 32) and names["features"].dtype == torch.bfloat16
 
 
 def test_native_model_when_exported_then_transformers_sees_the_same_at_any_grid(trained, tmp_path):

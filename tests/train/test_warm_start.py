@@ -110,13 +110,27 @@ def test_run_when_started_from_hugging_faces_folder_then_its_encoder(small, tmp_
     arguments = dict(init__path=tmp_path / "hf", train__steps=1, eval__sources={})
     assert main(tiny_arguments(tmp_path / "run", **arguments)) == 2
     assert "config init.path lacks: 'decoder/" in capsys.readouterr().err
+    assert main(tiny_arguments(tmp_path / "run", **arguments, init__parts="encoder", model__encoder__heads=4)) == 2
+    assert "another model.encoder.heads: '2 there, 4 here'" in capsys.readouterr().err
     # At a rate of next to nothing, what was taken is what is there after a step.
     still = dict(init__parts="encoder", optimizer__peak_lr=1e-30, optimizer__start_lr=0.0, optimizer__weight_decay=0.0)
     assert main(tiny_arguments(tmp_path / "run", **arguments, **still)) == 0
-    assert f"parameters of {tmp_path}/hf: 16 tensors taken" in capsys.readouterr().out
+    assert f"parameters of {tmp_path}/hf: 14 tensors taken" in capsys.readouterr().out
     taken, theirs = saved_params(tmp_path / "run", 1, tiny_config()), saved_params(small, 2, tiny_config())
     jax.tree.map(np.testing.assert_array_equal, taken["encoder"], theirs["encoder"])
     assert not np.array_equal(taken["decoder"]["begin"], theirs["decoder"]["begin"])
+
+
+def test_run_when_what_it_starts_from_kept_an_average_then_that(tmp_path, capsys):
+    ema = dict(optimizer__ema_decay=0.5, train__steps=2, train__save_every=0, eval__sources={})
+    assert main(tiny_arguments(tmp_path / "ema", **ema)) == 0
+    config = tiny_config(init__path=str(tmp_path / "ema"))
+    program = build_program(config)
+    params, _ = warm_start(program, program.init().params, config.init, RunDonor(config.init.path))
+    abstract = dict.fromkeys(("average", "params"), program.abstract_state.params)
+    saved = CheckpointReader(tmp_path / "ema").restore_part(2, abstract)
+    jax.tree.map(np.testing.assert_array_equal, params, saved["average"])
+    assert not np.array_equal(params["decoder"]["begin"], saved["params"]["decoder"]["begin"])
 
 
 def test_native_run_when_started_from_learned_positions_then_all_but_the_table(small, tmp_path, capsys):

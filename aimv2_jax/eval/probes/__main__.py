@@ -77,9 +77,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder (default %(default)s)")
     add("--heads", type=positive, metavar="N", help="of a .safetensors file that does not tell")
     add("--weights", choices=("average", "raw"), default="average", help="of a run that kept an average")
-    add("--encoder-batch", type=positive, default=32, metavar="N", help="pictures at a time (default %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of the split, the order and the head (default %(default)s)")
+    add("--encoder-batch", type=positive, metavar="N", help="pictures at a time (default: 32 of 256 patches)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of the split, the order and the head (default %(default)s)")
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: nowhere)")
+    add(
+        "--no-floor", dest="floor", action="store_false", help="without the floor, which decodes all pictures once more"
+    )
     add("--json", type=Path, metavar="FILE", help="the figures")
     add("--confusion", type=Path, metavar="FILE.png", help="the confusion matrix")
     flags = parser.parse_args(arguments)
@@ -87,9 +90,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--checkpoint random and --like go together")
     if flags.kind == "knn" and flags.augment == "paper":
         parser.error("--augment paper is for heads that are trained, not for knn")
+    if flags.cache is not None and flags.augment == "paper":
+        parser.error("--augment paper keeps no features: leave --cache out")
     if flags.warmup_epochs < 0:
         parser.error("--warmup-epochs is below 0")
     return flags
+
+
+def _seed(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def _share(text: str) -> float:
@@ -124,6 +133,8 @@ def open_encoder(flags: argparse.Namespace) -> LoadedEncoder:
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    if flags.cache is not None and flags.cache.exists() and not flags.cache.is_dir():
+        raise UserError("--cache is a file", str(flags.cache), "Name a folder")
     for path, flag, suffix in ((flags.json, "--json", ""), (flags.confusion, "--confusion", ".png")):
         if path is not None:
             check_output(path, suffix, flag)
@@ -133,8 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not len(held):
         raise UserError("--train has too few pictures of each class to choose by", len(known), "Give a larger set")
     encoder = open_encoder(flags)
-    found = (neighbours if flags.kind == "knn" else trained_head)(encoder, (known, asked), flags)
-    floor = figures(asked, pixel_floor(known, asked))
+    flags.encoder_batch = flags.encoder_batch or encoder.batch_size
+    found = (neighbours if flags.kind == "knn" else trained_head)(encoder, (known, asked), fit, held, flags)
+    floor = figures(asked, pixel_floor(known, asked)) if flags.floor else None
     result = {
         **figures(asked, found.predicted),
         "kind": flags.kind,

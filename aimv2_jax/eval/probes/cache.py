@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
+from aimv2_jax.data.workers import cores
+from aimv2_jax.errors import UserError
 from aimv2_jax.eval.encoders import LoadedEncoder
 from aimv2_jax.eval.probes.examples import Examples
 
 Pooling = Literal["patches", "mean"]
+T = TypeVar("T")
 _STORED = np.float16  # Rounds by 2^-11: far below what a probe can tell.
-_READERS = 4  # Threads that decode ahead of the encoder.
+_VERSION = 1  # To be raised with any change of what features are, so that kept ones are not taken for new ones.
+_MOST_OF_MEMORY = 0.7  # That all features of a set may take.
+_AHEAD = 2  # Batches that are decoded ahead of the encoder, by a thread a core.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +80,18 @@ class FeatureCache:
         return made
 
     def _key(self, examples: Examples) -> str:
-        transform = [self.pooling, self.layer, self.flips, self.encoder.dtype]
+        transform = [_VERSION, self.pooling, self.layer, self.flips, self.encoder.dtype]
         content = [self.encoder.digest, examples.digest, transform]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def _make(self, examples: Examples, what: str) -> FeatureSet:
         views = 1 + self.flips
         length = 1 if self.pooling == "mean" else self.encoder.num_patches
-        features = np.zeros((len(examples), views, length, self.encoder.vision.width), _STORED)
+        shape = (len(examples), views, length, self.encoder.vision.width)
+        _check_memory(math.prod(shape) * np.dtype(_STORED).itemsize, what)
+        features = np.zeros(shape, _STORED)
         valid = np.zeros((len(examples), length), bool)
+        self.encode([self.encoder.pixels(examples.image(0))])  # Compiles: that is no part of the clock.
         start, inside = time.perf_counter(), 0.0
         count = -(-len(examples) // self.batch_size)
         for first, pixels in tqdm(self._pixels(examples), total=count, desc=what, unit="batch"):
@@ -105,24 +115,48 @@ class FeatureCache:
         found, valid = self.encoder.features(**batch, layer=self.layer), batch["valid"]
         if self.pooling == "mean":
             found, valid = mean_of_patches(found, valid), valid[:, :1]
-        rows = slice(len(pixels))
-        return np.asarray(found)[rows].astype(_STORED), np.asarray(valid)[rows], time.perf_counter() - start
+        found, valid = (np.asarray(one)[: len(pixels)] for one in (found, valid))
+        with np.errstate(over="ignore"):
+            stored = found.astype(_STORED)
+        if not np.isfinite(stored).all():
+            remedy = (
+                "Give another --layer"
+                if np.isfinite(found).all()
+                else "The model is broken: try --weights or another step"
+            )
+            raise UserError("features are too large to be kept, or not finite", float(np.abs(found).max()), remedy)
+        return stored, valid, time.perf_counter() - start
 
     def _pixels(self, examples: Examples) -> Iterator[tuple[int, list[np.ndarray]]]:
         """(place of the first, pictures as the encoder sees them) of each batch, decoded ahead."""
-
-        def load(place: int) -> np.ndarray:
-            return self.encoder.pixels(examples.image(place))
-
         starts = range(0, len(examples), self.batch_size)
-        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-            batches = [range(start, min(start + self.batch_size, len(examples))) for start in starts]
-            ahead = [pool.map(load, batch) for batch in batches[:2]]
-            for number, start in enumerate(starts):
-                pixels = list(ahead.pop(0))
-                if number + 2 < len(batches):
-                    ahead.append(pool.map(load, batches[number + 2]))
-                yield start, pixels
+        batches = [range(start, min(start + self.batch_size, len(examples))) for start in starts]
+        return zip(starts, made_ahead(lambda place: self.encoder.pixels(examples.image(place)), batches))
+
+
+def made_ahead(make: Callable[[T], np.ndarray], groups: Iterable[Iterable[T]]) -> Iterator[list[np.ndarray]]:
+    """`make` of all in each group, in order, some groups ahead."""
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+        waiting: collections.deque[list[concurrent.futures.Future]] = collections.deque()
+        try:
+            for group in groups:
+                waiting.append([pool.submit(make, one) for one in group])
+                if len(waiting) > _AHEAD:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_memory(num_bytes: int, what: str) -> None:
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > _MOST_OF_MEMORY * whole:
+        raise UserError(
+            f"features of all {what} pictures do not fit into memory",
+            f"{num_bytes / 2**30:.0f} GiB of {whole / 2**30:.0f}",
+            "Give --augment paper, which keeps none, or --kind linear, which keeps their mean",
+        )
 
 
 @jax.jit

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from aimv2_jax.data import records
-from aimv2_jax.data.records import BadRecord, Record
+from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import UserError
+from aimv2_jax.eval.images import NamedPicture
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """The records of a set that have a label: where they lie, their class, and the value of another label, or "".
 
-    `digest` tells which set it is, and which of its records these are.
+    `content` tells which bytes the set has, `digest` besides which of its records these are.
     """
 
     source: Source
@@ -27,19 +29,21 @@ class Examples:
     classes: Int[np.ndarray, " N"]
     groups: tuple[str, ...]
     names: tuple[str, ...]
+    content: str
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @property
     def digest(self) -> str:
-        content = hashlib.sha256(self.source.info.to_json().encode())
+        content = hashlib.sha256(self.content.encode())
         content.update(np.ascontiguousarray(self.indices, dtype="<i8").tobytes())
         return content.hexdigest()[:16]
 
-    def image(self, place: int) -> bytes:
+    def image(self, place: int) -> NamedPicture:
         """The encoded picture of example `place`."""
-        return _record(self.source, int(self.indices[place])).image
+        record = records.decode(_read(self.source, int(self.indices[place])))
+        return NamedPicture(f"{self.source.name}: {record.key}", record.image)
 
     def take(self, places: Int[np.ndarray, " M"]) -> Examples:
         """Those at `places`, in that order."""
@@ -66,8 +70,11 @@ def read_examples(
     source = Source(path, path, flag)
     indices, values, groups = [], [], []
     seen: set[str] = set()
+    checksum = 0
     for index in range(len(source)):
-        labels = _record(source, index).labels
+        data = _read(source, index)
+        checksum = zlib.crc32(data, checksum)
+        labels = records.decode(data).labels
         seen |= labels.keys()
         value = labels.get(label)
         if value is None or value in without:
@@ -88,7 +95,7 @@ def read_examples(
         raise UserError(f"{flag} {path} has one {label} alone", classes[0], "Give a label with several values")
     number = {name: place for place, name in enumerate(classes)}
     numbers = np.array([number[value] for value in values])
-    return Examples(source, np.array(indices), numbers, tuple(groups), classes)
+    return Examples(source, np.array(indices), numbers, tuple(groups), classes, f"{len(source)}:{checksum}")
 
 
 def split(examples: Examples, share: float, seed: int) -> tuple[Int[np.ndarray, " F"], Int[np.ndarray, " V"]]:
@@ -97,13 +104,16 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Int[np.ndarray, 
     held: list[int] = []
     for number in range(len(examples.names)):
         places = rng.permutation(np.flatnonzero(examples.classes == number))
-        held += places[: max(1, round(share * len(places))) if len(places) > 1 else 0].tolist()
+        held += places[: max(1, min(round(share * len(places)), len(places) - 1)) if len(places) > 1 else 0].tolist()
     kept = np.setdiff1d(np.arange(len(examples)), held)
     return kept, np.sort(held)
 
 
-def _record(source: Source, index: int) -> Record:
+def _read(source: Source, index: int) -> bytes:
+    """The bytes of a record that is whole."""
     try:
-        return records.decode(source.read(index))
+        data = source.read(index)
+        records.decode(data)
     except BadRecord as error:
         raise UserError(f"{source.name} has a record that cannot be read", index, "Prepare the set again") from error
+    return data

@@ -14,10 +14,10 @@ from jaxtyping import Int
 
 from aimv2_jax.data.batches import TrainingView
 from aimv2_jax.data.clock import StageClock
-from aimv2_jax.data.pictures import open_picture
 from aimv2_jax.eval.encoders import LoadedEncoder
-from aimv2_jax.eval.probes.cache import FeatureCache, FeatureSet
-from aimv2_jax.eval.probes.examples import Examples, split
+from aimv2_jax.eval.images import open_image
+from aimv2_jax.eval.probes.cache import FeatureCache, FeatureSet, made_ahead
+from aimv2_jax.eval.probes.examples import Examples
 from aimv2_jax.eval.probes.heads import AttentiveHead, LinearHead
 from aimv2_jax.eval.probes.neighbours import COUNTS, vote
 from aimv2_jax.eval.probes.sweep import (
@@ -45,37 +45,39 @@ class Found:
 
     predicted: np.ndarray
     best: dict[str, Any]
-    validation: int
     seconds: dict[str, float]
 
 
-def neighbours(encoder: LoadedEncoder, sets: tuple[Examples, Examples], flags: argparse.Namespace) -> Found:
-    """Weighted k nearest neighbours on the mean of the patches."""
+def neighbours(
+    encoder: LoadedEncoder, sets: tuple[Examples, Examples], fit: Places, held: Places, flags: argparse.Namespace
+) -> Found:
+    """Weighted k nearest neighbours on the mean of the patches; `held` chooses how many, of those in `fit`."""
     cache = FeatureCache(flags.cache, encoder, "mean", flags.layer, False, flags.encoder_batch)
     made = [cache(examples, what) for examples, what in zip(sets, ("train", "test"))]
     known, asked = (one.features[:, 0, 0].astype(np.float32) for one in made)
-    classes, fit, held = sets[0].classes, *split(sets[0], flags.validation, flags.seed)
+    classes = sets[0].classes
     start, counts = time.perf_counter(), tuple(k for k in COUNTS if k <= len(fit))
     guesses = vote(known[fit], classes[fit], known[held], counts, len(sets[0].names))
     scores = [float(np.mean(guess == classes[held])) for guess in guesses]
     best = int(np.argmax(scores))
     [predicted] = vote(known, classes, asked, (counts[best],), len(sets[0].names))
     chosen = {"neighbours": counts[best], "validation_top1": scores[best]}
-    return Found(predicted, chosen, len(held), _seconds(made, start))
+    return Found(predicted, chosen, _seconds(made, start))
 
 
-def trained_head(encoder: LoadedEncoder, sets: tuple[Examples, Examples], flags: argparse.Namespace) -> Found:
-    """An attentive or linear head, the best of the grid."""
+def trained_head(
+    encoder: LoadedEncoder, sets: tuple[Examples, Examples], fit: Places, held: Places, flags: argparse.Namespace
+) -> Found:
+    """An attentive or linear head, trained on `fit`, the one of the grid that is best on `held`."""
     attentive, width, names = flags.kind == "attentive", encoder.vision.width, sets[0].names
     pooling = "patches" if attentive else "mean"
     cache = FeatureCache(flags.cache, encoder, pooling, flags.layer, flags.augment == "flip", flags.encoder_batch)
-    fit, held = split(sets[0], flags.validation, flags.seed)
     size = min(flags.batch_size, len(fit))
     grid = PAPER_GRID if flags.grid == "paper" else SMALL_GRID
     plan = Plan(grid, flags.epochs, min(flags.warmup_epochs, flags.epochs - 1), size, flags.seed)
     views = (NewCrops if flags.augment == "paper" else KeptFeatures)(cache, sets, fit, held, plan)
     start = time.perf_counter()
-    standard = Standard.of(*views.sample()) if flags.normalise else Standard.none(width)
+    standard = views.standard() if flags.normalise else Standard.none(width)
     head = AttentiveHead(encoder.vision.heads, len(names)) if attentive else LinearHead(len(names))
     params = train(head, standard, plan, -(-len(fit) // size), views.epochs(), width)
 
@@ -89,35 +91,34 @@ def trained_head(encoder: LoadedEncoder, sets: tuple[Examples, Examples], flags:
     one = jax.tree.map(lambda leaf: leaf[best : best + 1], params)
     predicted = scored(one, views.test(), len(sets[1]))[0].argmax(-1)
     chosen = {"lr": grid[best][0], "weight_decay": grid[best][1], "validation_top1": float(right[best])}
-    return Found(predicted, chosen, len(held), _seconds(views.made, start))
+    return Found(predicted, chosen, _seconds(views.made, start))
 
 
 class KeptFeatures:
     """What a head is trained on and asked, where all features are computed once and kept in memory."""
 
     def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples], fit: Places, held: Places, plan: Plan):
-        self._sets, self._fit, self._held, self._plan = sets, fit, held, plan
-        self.made = [cache(examples, what) for examples, what in zip(sets, ("train", "test"))]
+        self._fit, self._held, self._plan, self._classes = fit, held, plan, sets[0].classes
+        asked = dataclasses.replace(cache, flips=False)
+        self.made = [cache(sets[0], "train"), asked(sets[1], "test")]
 
-    def sample(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features to be standardised by: all."""
-        return self.made[0].features[self._fit], self.made[0].valid[self._fit]
+    def standard(self) -> Standard:
+        """Mean and variance over the pictures that train."""
+        return Standard.of(self.made[0].features, self.made[0].valid, self._fit)
 
     def epochs(self) -> Iterator[Batch]:
         """The batches of all epochs."""
-        return epochs_of(*self.sample(), self._sets[0].classes[self._fit], self._plan)
+        known = self.made[0]
+        return epochs_of(known.features, known.valid, self._classes, self._fit, self._plan)
 
     def held(self) -> Iterator[Batch]:
         """The pictures that choose, in order."""
-        return self._in_order(self.made[0], self._held)
+        return in_order(self.made[0].features, self.made[0].valid, self._held, self._plan.batch_size)
 
     def test(self) -> Iterator[Batch]:
         """The pictures that are asked, in order."""
-        return self._in_order(self.made[1], np.arange(len(self._sets[1])))
-
-    def _in_order(self, made: FeatureSet, places: Places) -> Iterator[Batch]:
-        classes = np.zeros(len(places), int)
-        return in_order(made.features[places], made.valid[places], classes, self._plan.batch_size)
+        asked = self.made[1]
+        return in_order(asked.features, asked.valid, np.arange(len(asked.features)), self._plan.batch_size)
 
 
 class NewCrops:
@@ -128,36 +129,37 @@ class NewCrops:
     def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples], fit: Places, held: Places, plan: Plan):
         self._cache, self._sets, self._fit, self._held, self._plan = cache, sets, fit, held, plan
 
-    def sample(self) -> tuple[np.ndarray, np.ndarray]:
-        """Features to be standardised by: those of some train pictures."""
+    def standard(self) -> Standard:
+        """Mean and variance over some of the pictures that train."""
         places = np.random.default_rng(self._plan.seed).permutation(self._fit)[:_SAMPLE]
-        features, valid = zip(*self._cache.stream(self._sets[0].take(places)))
-        return np.concatenate(features)[:, None], np.concatenate(valid)
+        features, valid = (np.concatenate(parts) for parts in zip(*self._cache.stream(self._sets[0].take(places))))
+        return Standard.of(features[:, None], valid, np.arange(len(places)))
 
     def epochs(self) -> Iterator[Batch]:
-        """The batches of all epochs (`TrainingView`)."""
-        encoder, examples, size = self._cache.encoder, self._sets[0], self._plan.batch_size
-        view, rng = (
-            TrainingView(self._plan.seed, encoder.vision.image_size, **_CROP),
-            np.random.default_rng(self._plan.seed),
+        """The batches of all epochs (`TrainingView`), decoded ahead of the encoder."""
+        examples, size, part = self._sets[0], self._plan.batch_size, self._cache.batch_size
+        view = TrainingView(self._plan.seed, self._cache.encoder.vision.image_size, **_CROP)
+        rng = np.random.default_rng(self._plan.seed)
+
+        def crop(one: tuple[int, int]) -> np.ndarray:
+            epoch, place = one
+            return view(open_image(examples.image(place)), epoch * len(examples) + place, 0, StageClock())
+
+        orders = [(epoch, rng.permutation(self._fit)) for epoch in range(self._plan.epochs)]
+        batches = [
+            (epoch, order[start : start + size]) for epoch, order in orders for start in range(0, len(order), size)
+        ]
+        groups = (
+            [(epoch, int(place)) for place in places[first : first + part]]
+            for epoch, places in batches
+            for first in range(0, len(places), part)
         )
-
-        def crop(epoch: int, place: int) -> np.ndarray:
-            return view(open_picture(examples.image(place)), epoch * len(examples) + place, 0, StageClock())
-
-        for epoch in range(self._plan.epochs):
-            order = rng.permutation(self._fit)
-            for start in range(0, len(order), size):
-                places = order[start : start + size]
-                parts = [
-                    self._cache.encode(
-                        [crop(epoch, int(place)) for place in places[first : first + self._cache.batch_size]]
-                    )
-                    for first in range(0, len(places), self._cache.batch_size)
-                ]
-                features, valid = (np.concatenate([part[kind] for part in parts]) for kind in (0, 1))
-                rows = np.arange(len(places))
-                yield filled(features[:, None], valid, examples.classes[places], rows, np.zeros_like(rows), size)
+        pixels = made_ahead(crop, groups)
+        for _, places in batches:
+            parts = [self._cache.encode(next(pixels)) for _ in range(0, len(places), part)]
+            features, valid = (np.concatenate([made[kind] for made in parts]) for kind in (0, 1))
+            rows = np.arange(len(places))
+            yield filled(features[:, None], valid, examples.classes[places], rows, np.zeros_like(rows), size)
 
     def held(self) -> Iterator[Batch]:
         """The pictures that choose, in order."""
@@ -169,7 +171,7 @@ class NewCrops:
 
     def _streamed(self, examples: Examples) -> Iterator[Batch]:
         for features, valid in self._cache.stream(examples):
-            yield next(in_order(features[:, None], valid, np.zeros(len(features), int), self._cache.batch_size))
+            yield from in_order(features[:, None], valid, np.arange(len(features)), self._cache.batch_size)
 
 
 def _seconds(made: Sequence[FeatureSet], start: float) -> dict[str, float]:

@@ -6,13 +6,14 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from aimv2_jax.data.pictures import decode_image
+from aimv2_jax.eval.images import open_image
+from aimv2_jax.eval.probes.cache import made_ahead
 from aimv2_jax.eval.probes.examples import Examples
 
 TEMPERATURE = 0.07  # Of the vote's weights, exp(cosine / temperature): DINO's, now everybody's.
 COUNTS = (1, 5, 10, 20)  # Neighbours: the validation pictures choose.
 _FLOOR_SIDE = 16
-_ROWS = 1024  # Test pictures at a time.
+_PAIRS = 1 << 25  # Of a test and a train picture, that are compared at a time.
 
 
 def vote(
@@ -25,10 +26,12 @@ def vote(
     """The class of each test picture by its nearest in cosine, for each of `counts` neighbours."""
     train, test = (one / np.maximum(np.linalg.norm(one, axis=1, keepdims=True), 1e-12) for one in (train, test))
     found: list[list[np.ndarray]] = [[] for _ in counts]
-    for start in range(0, len(test), _ROWS):
-        cosine = test[start : start + _ROWS] @ train.T
-        most = min(max(counts), len(train))
-        near = np.argsort(-cosine, axis=1, kind="stable")[:, :most]
+    most, rows = min(max(counts), len(train)), max(1, _PAIRS // len(train))
+    for start in range(0, len(test), rows):
+        cosine = test[start : start + rows] @ train.T
+        near = np.argpartition(cosine, len(train) - most, axis=1)[:, len(train) - most :]
+        order = np.argsort(-np.take_along_axis(cosine, near, axis=1), axis=1, kind="stable")
+        near = np.take_along_axis(near, order, axis=1)
         weights = np.exp(np.take_along_axis(cosine, near, axis=1) / TEMPERATURE)
         for number, count in enumerate(counts):
             votes = np.zeros((len(cosine), num_classes))
@@ -40,16 +43,25 @@ def vote(
 
 def pixel_floor(train: Examples, test: Examples) -> Int[np.ndarray, " M"]:
     """What the nearest train picture says of each test picture, by Euclidean distance of 16 x 16 pixels."""
-    ours, theirs = (np.stack([_small(one.image(place)) for place in range(len(one))]) for one in (train, test))
-    found = []
-    for start in range(0, len(theirs), _ROWS):
-        part = theirs[start : start + _ROWS]
-        distance = np.square(part).sum(1)[:, None] - 2 * part @ ours.T + np.square(ours).sum(1)
+    ours, theirs = (_small(examples) for examples in (train, test))
+    found, rows = [], max(1, _PAIRS // len(ours))
+    lengths = np.square(ours).sum(1)
+    for start in range(0, len(theirs), rows):
+        distance = lengths - 2 * theirs[start : start + rows] @ ours.T  # Less what each test picture has anyway.
         found.append(train.classes[distance.argmin(axis=1)])
     return np.concatenate(found)
 
 
-def _small(data: bytes) -> np.ndarray:
-    """The whole picture at 16 x 16, whatever its aspect."""
-    image = decode_image(data).resize((_FLOOR_SIDE, _FLOOR_SIDE), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.float32).reshape(-1) / 255
+def _small(examples: Examples) -> Float[np.ndarray, "N 768"]:
+    """The whole pictures at 16 x 16, whatever their aspect."""
+
+    def load(place: int) -> np.ndarray:
+        picture = open_image(examples.image(place))
+        image, box = picture.decode((0, 0, *picture.size), _FLOOR_SIDE)
+        return (
+            np.asarray(image.resize((_FLOOR_SIDE,) * 2, Image.Resampling.BICUBIC, box=box), np.float32).reshape(-1)
+            / 255
+        )
+
+    groups = (range(start, min(start + 64, len(examples))) for start in range(0, len(examples), 64))
+    return np.concatenate([np.stack(group) for group in made_ahead(load, groups)])

@@ -76,13 +76,14 @@ def confusion_figure(test: Examples, predicted: Int[np.ndarray, " M"], heading: 
 def summary(found: dict[str, Any], names: Sequence[str]) -> str:
     """The figures for a person."""
     low, high = found["ci95"]
-    floor = found["floor"]
     lines = [
         f"{found['kind']} probe of {found['label']}: top-1 {found['top1']:.3f}, 95 % interval {low:.3f} to {high:.3f}, "
         f"{found['examples']['test']} test pictures, {len(names)} classes",
-        f"floor, the nearest of 16 x 16 pixels: {floor['top1']:.3f} ({floor['ci95'][0]:.3f} to {floor['ci95'][1]:.3f})",
         f"chosen on {found['examples']['validation']} validation pictures: {found['best']}",
     ]
+    if found["floor"] is not None:
+        low, high = found["floor"]["ci95"]
+        lines.append(f"floor, the nearest of 16 x 16 pixels: {found['floor']['top1']:.3f} ({low:.3f} to {high:.3f})")
     for title, part in (("by class", found["per_class"]), ("by group", found.get("by", {}))):
         if part:
             shown = {name: one["top1"] if isinstance(one, dict) else one for name, one in part.items()}

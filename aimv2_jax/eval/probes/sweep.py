@@ -36,6 +36,9 @@ class Plan:
     seed: int
 
 
+_EPS = 1e-6  # RECIPE.md §11.
+
+
 @dataclasses.dataclass(frozen=True)
 class Standard:
     """Mean and variance of each feature over the train pictures: BatchNorm without affine, statistics taken once."""
@@ -44,16 +47,18 @@ class Standard:
     inverse: Float[np.ndarray, " D"]
 
     @classmethod
-    def of(cls, features: Float[np.ndarray, "N V L D"], valid: Bool[np.ndarray, "N L"], eps: float = 1e-6) -> Standard:
-        """The statistics of all valid patches of all views."""
+    def of(
+        cls, features: Float[np.ndarray, "N V L D"], valid: Bool[np.ndarray, "N L"], places: Int[np.ndarray, " P"]
+    ) -> Standard:
+        """The statistics of all valid patches in all views of the pictures at `places`."""
         total = np.zeros((2, features.shape[-1]))
         count = 0
-        for rows, mask in zip(features, valid):  # In float64, a picture at a time: the whole may not fit.
-            patches = rows[:, mask].reshape(-1, features.shape[-1]).astype(np.float64)
+        for place in places:  # In float64, a picture at a time: the whole may not fit.
+            patches = features[place][:, valid[place]].reshape(-1, features.shape[-1]).astype(np.float64)
             total += patches.sum(0), np.square(patches).sum(0)
             count += len(patches)
         mean, square = total / max(count, 1)
-        return cls(mean.astype(np.float32), (1 / np.sqrt(np.maximum(square - mean**2, 0) + eps)).astype(np.float32))
+        return cls(mean.astype(np.float32), (1 / np.sqrt(np.maximum(square - mean**2, 0) + _EPS)).astype(np.float32))
 
     @classmethod
     def none(cls, width: int) -> Standard:
@@ -123,12 +128,13 @@ def epochs_of(
     features: Float[np.ndarray, "N V L D"],
     valid: Bool[np.ndarray, "N L"],
     classes: Int[np.ndarray, " N"],
+    places: Int[np.ndarray, " P"],
     plan: Plan,
 ) -> Iterator[Batch]:
-    """The batches of all epochs: every picture once an epoch, in one of its views; an epoch's last is filled up."""
+    """The batches of all epochs: each picture of `places` once an epoch, in one of its views; the last is filled up."""
     rng = np.random.default_rng(plan.seed)
     for _ in range(plan.epochs):
-        order, views = rng.permutation(len(classes)), rng.integers(features.shape[1], size=len(classes))
+        order, views = rng.permutation(places), rng.integers(features.shape[1], size=len(classes))
         for start in range(0, len(order), plan.batch_size):
             yield filled(features, valid, classes, order[start : start + plan.batch_size], views, plan.batch_size)
 
@@ -136,14 +142,13 @@ def epochs_of(
 def in_order(
     features: Float[np.ndarray, "N V L D"],
     valid: Bool[np.ndarray, "N L"],
-    classes: Int[np.ndarray, " N"],
+    places: Int[np.ndarray, " P"],
     batch_size: int,
 ) -> Iterator[Batch]:
-    """Batches of every picture's first view, in order."""
-    views = np.zeros(len(classes), int)
-    for start in range(0, len(classes), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(classes)))
-        yield filled(features, valid, classes, rows, views, batch_size)
+    """Batches of the first view of the pictures at `places`, in order, to be predicted: their classes are not told."""
+    unknown = np.zeros(len(features), int)
+    for start in range(0, len(places), batch_size):
+        yield filled(features, valid, unknown, places[start : start + batch_size], unknown, batch_size)
 
 
 def filled(features: Any, valid: Any, classes: Any, rows: np.ndarray, views: np.ndarray, size: int) -> Batch:
