@@ -19,7 +19,12 @@ from aimv2_jax.train.program import Program
 
 MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export.hf"]
 MODULES += [f"-m aimv2_jax.eval.{name}" for name in ("show", "heldout", "features", "probes", "zeroshot", "retrieval")]
-MODULES += ["experiments/make_sample.py", "experiments/benchmarks/step_time.py", "experiments/drills/kill.py"]
+MODULES += [
+    "experiments/probe_imagenet.py",
+    "experiments/make_sample.py",
+    "experiments/benchmarks/step_time.py",
+    "experiments/drills/kill.py",
+]
 
 
 @pytest.fixture
