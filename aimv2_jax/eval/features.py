@@ -42,7 +42,7 @@ from aimv2_jax.flags import Parser, check_output, make_output_folder, positive
 from aimv2_jax.platforms import skip_absent_tpu
 
 _RECORDS = ".array_record"
-_DRAWN = 8  # Pictures of --pca.
+_DRAWN, _PAIRS = 8, 4  # Pictures of --pca, and how many side by side.
 
 Features = Float[np.ndarray, "h w D"]
 
@@ -110,8 +110,13 @@ def principal_colors(maps: Sequence[Features]) -> list[UInt8[np.ndarray, "h w 3"
 def pca_figure(pictures: Sequence[np.ndarray], maps: Sequence[Features], heading: str, patch_size: int) -> Figure:
     """Each picture as the encoder saw it, and beside it its patches' main directions as colours."""
     colors = [one.repeat(patch_size, axis=0).repeat(patch_size, axis=1) for one in principal_colors(maps)]
-    note = "Right: the three main directions of the features of all patches here, as red, green and blue."
-    return picture_grid([Column("", "picture", pictures), Column("", "features", colors)], heading, note)
+    note = "Right of each: the three main directions of the features of all patches here, as red, green and blue."
+    columns = [
+        Column(" " * turn, title, ones[turn::_PAIRS])  # Groups without a name, each another.
+        for turn in range(min(_PAIRS, len(pictures)))
+        for title, ones in (("picture", list(pictures)), ("features", colors))
+    ]
+    return picture_grid(columns, heading, note)
 
 
 class _Folder:

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogFormatter, StrMethodFormatter
 from aimv2_jax.drawing import BLUE, DARK, GREY, MARGIN, STYLE, Pixels, draw_heading, drawable
 
 _CELL = 1.3  # Inches that a picture is wide.
+_LEAST_WIDTH = 7  # Inches, so that headings fit.
 _LABEL, _LINE = 0.21, 0.155  # Inches that a label and a line of text are high.
 
 
@@ -58,7 +59,7 @@ def picture_grid(columns: Sequence[Column], heading: str, note: str) -> Figure:
         places.append(x)
         x += _CELL
     rows = max(len(column.pictures) for column in columns)
-    width, height = x + MARGIN, head + title + rows * (_CELL + 0.05) + MARGIN
+    width, height = max(x + MARGIN, _LEAST_WIDTH), head + title + rows * (_CELL + 0.05) + MARGIN
     with rc_context(STYLE):
         figure = Figure((width, height), facecolor="white")
         draw_heading(figure, heading, note)
@@ -88,7 +89,7 @@ def picture_cards(
     ]
     tall = max(sum(_LABEL + _LINE * len(lines) for _, lines in block) for block in blocks)
     pitch = max(side, tall) + 0.22
-    width = max(columns * card + 2 * MARGIN, 7)
+    width = max(columns * card + 2 * MARGIN, _LEAST_WIDTH)
     height = head + -(-len(pictures) // columns) * pitch + MARGIN
     with rc_context(STYLE):
         figure = Figure((width, height), facecolor="white")

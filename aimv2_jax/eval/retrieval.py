@@ -4,7 +4,8 @@
 
 SPEC is a run with its decoder, or an export with --whole; --data a prepared set. Every caption is scored for every
 picture, so the cost grows with the square of --examples. A picture is found by the caption's likelihood; a caption by
-its likelihood less its mean over the pictures, so that short and common captions do not win everywhere. --json writes
+its likelihood standardised over the pictures, so that short, common or fickle captions do not win everywhere.
+--json writes
 text_to_image and image_to_text, each {recall@1, recall@5, recall@10, chance@1}, and examples.
 """
 
@@ -115,16 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pictures, captions = read_pairs(flags.data, flags.kind, flags.examples)
     scorer = Scorer(load(flags.checkpoint, flags.weights))
     scores = scorer(pictures, *scorer.encode(captions))
-    less_mean = scores - scores.mean(0)
-    found = {"text_to_image": recalls(scores.T), "image_to_text": recalls(less_mean)}
+    standardised = (scores - scores.mean(0)) / np.maximum(scores.std(0), 1e-6)
+    found = {"text_to_image": recalls(scores.T), "image_to_text": recalls(standardised)}
     for name, one in found.items():
         print(f"{name.replace('_', ' ')}: " + ", ".join(f"{key} {value:.3f}" for key, value in one.items()))
     if flags.json is not None:
         flags.json.write_text(json.dumps(found | {"examples": len(captions)}, indent=1) + "\n", encoding="utf-8")
     if flags.picture is not None:
         seen = [scorer.eyes.pixels(picture) for picture in pictures[:_DRAWN]]
-        note = f"Of {len(captions)} captions ({flags.kind}), by likelihood less the caption's mean over the pictures."
-        retrieval_figure(seen, captions, less_mean, note).savefig(flags.picture, dpi=110)
+        note = f"Of {len(captions)} captions ({flags.kind}), by likelihood standardised over the pictures."
+        retrieval_figure(seen, captions, standardised, note).savefig(flags.picture, dpi=110)
     return EXIT_FINISHED
 
 
