@@ -5,8 +5,7 @@
 SPEC is a run with its decoder, or an export with --whole; --data a prepared set. Every caption is scored for every
 picture, so the cost grows with the square of --examples. A picture is found by the caption's likelihood; a caption by
 its likelihood standardised over the pictures, so that short, common or fickle captions do not win everywhere.
---json writes
-text_to_image and image_to_text, each {recall@1, recall@5, recall@10, chance@1}, and examples.
+--json writes text_to_image and image_to_text, each {recall@1, recall@5, recall@10, chance@1}, and examples.
 """
 
 from __future__ import annotations
