@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from aimv2_jax.flags import positive
+
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The flags that every one of them has."""
@@ -16,3 +18,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         default="average",
         help="the average of the parameters, where the run kept one (default), or those of that very step",
     )
+
+
+def add_encoder(parser: argparse.ArgumentParser) -> None:
+    """The flags of commands on an encoder: which, and how it sees pictures."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="SPEC", help="the encoder, see below")
+    add("--layer", type=int, metavar="N", help="after block N, 0 before the first (default: after the final norm)")
+    add("--image-size", type=positive, metavar="PIXELS", help="of the centre square, in place of the model's own")
+    add("--area", type=positive, metavar="PATCHES", help="whole pictures in at most so many patches (native models)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder (default %(default)s)")
+    add("--heads", type=positive, metavar="N", help="of a .safetensors file that does not tell")
+    add("--weights", choices=("average", "raw"), default="average", help="of a run that kept an average")

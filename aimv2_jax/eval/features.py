@@ -35,6 +35,7 @@ from aimv2_jax.data.pictures import FORMAT_OF
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
+from aimv2_jax.eval.arguments import add_encoder
 from aimv2_jax.eval.encoders import LoadedEncoder, load_encoder
 from aimv2_jax.eval.figures import Column, picture_grid
 from aimv2_jax.eval.images import ImageLike, NamedPicture
@@ -166,16 +167,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The checked flags of a command line."""
     summary, _, epilog = __doc__.partition("\n\n")
     parser = Parser(prog="python -m aimv2_jax.eval.features", description=summary, epilog=epilog)
+    add_encoder(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="SPEC", help="the encoder, see below")
     add("--input", required=True, type=Path, metavar="DIR", help="pictures, or a prepared data set")
     add("--output", required=True, type=Path, metavar="PATH", help="a new folder, or a new file.array_record")
-    add("--layer", type=int, metavar="N", help="after block N, 0 before the first (default: after the final norm)")
-    add("--image-size", type=positive, metavar="PIXELS", help="of the centre square, in place of the model's own")
-    add("--area", type=positive, metavar="PATCHES", help="whole pictures in at most so many patches (native models)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default %(default)s)")
-    add("--heads", type=positive, metavar="N", help="of a .safetensors file that does not tell")
-    add("--weights", choices=("average", "raw"), default="average", help="of a run that kept an average")
     add("--batch-size", type=positive, metavar="N", help="pictures at a time (default: 32 of 256 patches)")
     add("--pca", type=Path, metavar="FILE.png", help=f"draws the first {_DRAWN} pictures and their features")
     return parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
+from aimv2_jax.eval.arguments import add_encoder
 from aimv2_jax.eval.encoders import LoadedEncoder, encoder_of
 from aimv2_jax.eval.probes.examples import read_examples, split
 from aimv2_jax.eval.probes.methods import neighbours, trained_head
@@ -43,8 +44,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The checked flags of a command line."""
     summary, _, epilog = __doc__.partition("\n\n")
     parser = Parser(prog="python -m aimv2_jax.eval.probes", description=summary, epilog=epilog)
+    add_encoder(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="SPEC", help="the encoder, see below")
     add("--like", metavar="SPEC", help="with --checkpoint random: whose architecture")
     add("--train", required=True, metavar="DATA", help="a prepared set with labels")
     add("--test", required=True, metavar="DATA", help="another one")
@@ -56,7 +57,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--warmup-epochs", type=int, default=3, metavar="N", help="default %(default)s; the paper's 5")
     add("--batch-size", type=positive, default=256, metavar="N", help="default %(default)s; the paper's 1024")
     add("--no-normalise", dest="normalise", action="store_false", help="features as they are")
-    add("--layer", type=int, metavar="N", help="after block N (default: after the final norm)")
     add("--by", metavar="NAME", help="another label, by whose values results are told apart")
     add(
         "--without",
@@ -72,11 +72,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="of --train, to choose by (default %(default)s)",
     )
-    add("--image-size", type=positive, metavar="PIXELS", help="of the centre square, in place of the model's own")
-    add("--area", type=positive, metavar="PATCHES", help="whole pictures in at most so many patches (native models)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder (default %(default)s)")
-    add("--heads", type=positive, metavar="N", help="of a .safetensors file that does not tell")
-    add("--weights", choices=("average", "raw"), default="average", help="of a run that kept an average")
     add("--encoder-batch", type=positive, metavar="N", help="pictures at a time (default: 32 of 256 patches)")
     add("--seed", type=_seed, default=0, metavar="N", help="of the split, the order and the head (default %(default)s)")
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: nowhere)")
