@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from aimv2_jax.errors import UserError
 from aimv2_jax.flags import positive
 
 
@@ -30,3 +31,9 @@ def add_encoder(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the encoder (default %(default)s)")
     add("--heads", type=positive, metavar="N", help="of a .safetensors file that does not tell")
     add("--weights", choices=("average", "raw"), default="average", help="of a run that kept an average")
+
+
+def check_layer(layer: int | None, depth: int) -> None:
+    """Raises `UserError` for a --layer that an encoder of so many blocks does not have."""
+    if layer is not None and not 0 <= layer <= depth:
+        raise UserError("--layer is out of range", layer, f"Give 0 to {depth}")

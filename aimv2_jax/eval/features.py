@@ -35,7 +35,7 @@ from aimv2_jax.data.pictures import FORMAT_OF
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_encoder
+from aimv2_jax.eval.arguments import add_encoder, check_layer
 from aimv2_jax.eval.encoders import LoadedEncoder, load_encoder
 from aimv2_jax.eval.figures import Column, picture_grid
 from aimv2_jax.eval.images import ImageLike, NamedPicture
@@ -187,8 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.checkpoint, flags.dtype, flags.image_size, flags.area, flags.heads, weights=flags.weights
     )
     depth = encoder.vision.depth
-    if flags.layer is not None and not 0 <= flags.layer <= depth:
-        raise UserError("--layer is out of range", flags.layer, f"Give 0 to {depth}")
+    check_layer(flags.layer, depth)
     write = _Records(flags.output) if flags.output.name.endswith(_RECORDS) else _Folder(flags.output)
     drawn: list[tuple[np.ndarray, Features]] = []
     found = dense_features(encoder, pictures, flags.layer, flags.batch_size or encoder.batch_size)

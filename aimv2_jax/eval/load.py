@@ -18,7 +18,7 @@ from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.platforms import skip_absent_tpu
-from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.checkpoint import CheckpointReader, has_average, parse_spec
 from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
 
 Choice = Literal["average", "raw"]
@@ -120,8 +120,7 @@ def load(spec: str, weights: Choice = "average") -> Loaded:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
     )
-    averaged = any(leaf.startswith("average/") for leaf in meta["leaves"])
-    part = "average" if weights == "average" and averaged else "params"
+    part = "average" if weights == "average" and has_average(meta) else "params"
     params = reader.restore_part(step, {part: abstract})[part]
     return Loaded(config, task, params, workdir, step, mesh)
 

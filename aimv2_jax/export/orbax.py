@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from aimv2_jax.eval.load import TOKENIZER, Choice, load
 from aimv2_jax.export.weights import Weights
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, has_average
 
 
 def write_encoder(folder: Path, weights: Weights) -> None:
@@ -30,8 +30,7 @@ def write_model(folder: Path, spec: str, weights: Choice) -> None:
     loaded = load(spec, weights)
     tokenizer = loaded.tokenizer_file()
     meta = CheckpointReader(loaded.workdir).meta(loaded.step)
-    averaged = any(leaf.startswith("average/") for leaf in meta["leaves"])
-    eval_loss = None if averaged and weights == "raw" else meta["eval_loss"]  # That of the average.
+    eval_loss = None if has_average(meta) and weights == "raw" else meta["eval_loss"]  # That of the average.
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(loaded.step, {"params": loaded.params}, loaded.config, eval_loss)
     (folder / TOKENIZER).write_bytes(tokenizer)

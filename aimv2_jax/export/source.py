@@ -16,7 +16,7 @@ from aimv2_jax.eval.load import Choice, read_config
 from aimv2_jax.export.reading import is_foreign, read_weights
 from aimv2_jax.export.vision import Vision, vision_from_json, vision_of
 from aimv2_jax.export.weights import Trained, Weights
-from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.checkpoint import CheckpointReader, has_average, parse_spec
 from aimv2_jax.train.task import run_key
 
 
@@ -39,9 +39,8 @@ def open_weights(spec: str | Path, heads: int | None = None, weights: Choice = "
     workdir, step = parse_spec(spec)
     reader = CheckpointReader(workdir)
     meta = reader.meta(step)
-    averaged = any(name.startswith("average/") for name in meta["leaves"])
+    averaged = has_average(meta)
     part = "average" if weights == "average" and averaged else "params"
-
     vision, trained = _vision(meta, workdir, step)
     if trained is not None and averaged and part == "params":
         trained = dataclasses.replace(trained, evaluated=False)

@@ -260,6 +260,11 @@ class _StepVanished(UserError):
     """The step isn't there."""
 
 
+def has_average(meta: Mapping[str, Any]) -> bool:
+    """Whether the state of this `meta` has an average of the parameters, beside those of the step."""
+    return any(leaf.startswith("average/") for leaf in meta["leaves"])
+
+
 def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:
     """Reads what `--checkpoint` takes as `(workdir, step)`; `key` is what it is called where it was given.
 

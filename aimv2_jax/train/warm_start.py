@@ -18,7 +18,7 @@ from aimv2_jax.config import InitConfig
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.parallel import rules
-from aimv2_jax.train.checkpoint import CheckpointReader, parse_spec
+from aimv2_jax.train.checkpoint import CheckpointReader, has_average, parse_spec
 from aimv2_jax.train.program import Program
 
 POSITION = "encoder/position"
@@ -64,9 +64,10 @@ class RunDonor:
     def __init__(self, path: str):
         workdir, self._step = parse_spec(path, "config init.path")
         self._reader = CheckpointReader(workdir)
-        leaves = self._reader.meta(self._step)["leaves"]
+        meta = self._reader.meta(self._step)
+        leaves = meta["leaves"]
         self.name = f"{workdir}:{self._step}"
-        self._part = "average" if any(name.startswith("average/") for name in leaves) else "params"
+        self._part = "average" if has_average(meta) else "params"
         prefix = f"{self._part}/"
         self.shapes = {name.removeprefix(prefix): tuple(leaves[name][0]) for name in leaves if name.startswith(prefix)}
 

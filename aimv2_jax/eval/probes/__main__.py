@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_encoder
+from aimv2_jax.eval.arguments import add_encoder, check_layer
 from aimv2_jax.eval.encoders import LoadedEncoder, encoder_of
 from aimv2_jax.eval.probes.examples import read_examples, split
 from aimv2_jax.eval.probes.methods import neighbours, trained_head
@@ -112,9 +112,7 @@ def open_encoder(flags: argparse.Namespace) -> LoadedEncoder:
     if flags.checkpoint == RANDOM:
         weights = untrained(weights.vision, flags.seed)
     encoder = encoder_of(weights, flags.dtype, flags.image_size, flags.area)
-    depth = encoder.vision.depth
-    if flags.layer is not None and not 0 <= flags.layer <= depth:
-        raise UserError("--layer is out of range", flags.layer, f"Give 0 to {depth}")
+    check_layer(flags.layer, encoder.vision.depth)
     if flags.augment == "paper" and encoder.vision.area is not None:
         raise UserError(
             "--augment paper crops squares, which a native model does not see",

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from aimv2_jax.data import records
-from aimv2_jax.data.records import BadRecord
+from aimv2_jax.data.records import BadRecord, Record
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.images import NamedPicture
@@ -42,7 +42,7 @@ class Examples:
 
     def image(self, place: int) -> NamedPicture:
         """The encoded picture of example `place`."""
-        record = records.decode(_read(self.source, int(self.indices[place])))
+        _, record = _read(self.source, int(self.indices[place]))
         return NamedPicture(f"{self.source.name}: {record.key}", record.image)
 
     def take(self, places: Int[np.ndarray, " M"]) -> Examples:
@@ -72,9 +72,9 @@ def read_examples(
     seen: set[str] = set()
     checksum = 0
     for index in range(len(source)):
-        data = _read(source, index)
+        data, record = _read(source, index)
         checksum = zlib.crc32(data, checksum)
-        labels = records.decode(data).labels
+        labels = record.labels
         seen |= labels.keys()
         value = labels.get(label)
         if value is None or value in without:
@@ -109,11 +109,10 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Int[np.ndarray, 
     return kept, np.sort(held)
 
 
-def _read(source: Source, index: int) -> bytes:
-    """The bytes of a record that is whole."""
+def _read(source: Source, index: int) -> tuple[bytes, Record]:
+    """A record, and its bytes."""
     try:
         data = source.read(index)
-        records.decode(data)
+        return data, records.decode(data)
     except BadRecord as error:
         raise UserError(f"{source.name} has a record that cannot be read", index, "Prepare the set again") from error
-    return data
