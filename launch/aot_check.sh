@@ -48,7 +48,7 @@ for size in base large huge 1b 3b; do
   done
 done
 for area in 128 256 512 1024 2048 4096; do
-  predict "8_v5e_large_native_$area" native_large v5e:16x16 --no-xla-attention --area "$area"
+  predict "8_v5e_large_native_$(printf %04d "$area")" native_large v5e:16x16 --no-xla-attention --area "$area"
 done
 
 .venv/bin/python -m aimv2_jax.aot.summary "$folder" --output experiments/results/aot.md
