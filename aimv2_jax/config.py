@@ -153,6 +153,26 @@ class ProcessesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    max_nonfinite: int
+    spike: Literal["off", "log", "skip", "rewind"]
+    spike_sigma: float
+    rewind_batches: int
+    max_rewinds: int
+    recompute_every: int
+    recompute_elsewhere: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    start_s: int
+    data_s: int
+    step_s: int
+    evaluation_s: int
+    save_s: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     steps: int
     log_every: int
@@ -200,6 +220,8 @@ class Config:
     mesh: MeshConfig
     processes: ProcessesConfig
     train: TrainConfig
+    guard: GuardConfig
+    watch: WatchConfig
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -496,6 +518,9 @@ def _check(config: Config) -> None:
         )
     for key in ("startup_timeout_s", "heartbeat_timeout_s", "barrier_timeout_s"):
         _at_least(1, getattr(config.processes, key), f"processes.{key}")
+    _check_guard(config.guard)
+    for field in dataclasses.fields(config.watch):
+        _at_least(0, getattr(config.watch, field.name), f"watch.{field.name}")
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
@@ -503,6 +528,14 @@ def _check(config: Config) -> None:
             sizes,
             "Give sizes of at least 1; one of them may be -1, which takes the devices that are left",
         )
+
+
+def _check_guard(guard: GuardConfig) -> None:
+    for key in ("max_nonfinite", "rewind_batches"):
+        _at_least(1, getattr(guard, key), f"guard.{key}")
+    for key in ("max_rewinds", "recompute_every"):
+        _at_least(0, getattr(guard, key), f"guard.{key}")
+    _positive(guard.spike_sigma, "guard.spike_sigma")
 
 
 def _check_losses(config: Config) -> None:

@@ -46,6 +46,31 @@ def get_config() -> ConfigDict:
         )
     )
     config.train = _train()
+    config.guard = ConfigDict(
+        dict(
+            # Steps in a row whose loss or gradient isn't finite: each changes no parameter; after so many the run stops. [O]
+            max_nonfinite=3,
+            # What is done where the loss or the gradient's norm is beyond spike_sigma deviations of the last 128 steps:
+            # "off"; "log" it; "skip" the update; or "rewind": go back to a checkpoint, and jump over the batches. [O]
+            spike="log",
+            spike_sigma=6.0,  # [O: OLMo's]
+            rewind_batches=200,  # Batches up to the spike that a rewind jumps over, as far as it goes back. [O: PaLM's]
+            max_rewinds=20,  # Of a run; then it stops. [O: PaLM's number of spikes]
+            # Every so many steps the same step is computed twice and compared bit by bit; 0: never. Costs one step, and
+            # the memory of a second state while it lasts. [O]
+            recompute_every=0,
+            recompute_elsewhere=True,  # The second time on the devices in another order, where there are several. [O]
+        )
+    )
+    config.watch = ConfigDict(  # Seconds after which the run counts as hung, and ends with all stacks in its log; 0: never.
+        dict(
+            start_s=1800,  # From joining the others to the first batch, compilation aside. [O]
+            data_s=600,  # For the next batch. [O]
+            step_s=600,  # For a step's numbers. [O]
+            evaluation_s=7200,  # For a whole evaluation. [O]
+            save_s=1800,  # For a checkpoint to be written. [O]
+        )
+    )
     return config
 
 

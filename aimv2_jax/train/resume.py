@@ -24,6 +24,8 @@ MAY_CHANGE = {
     "train.wandb_project": "where metrics go",
     "train.profile": "how it is looked at",
     "processes.*": "how long they wait for one another",
+    "guard.*": "what is done from now on; what was decided before is in the checkpoint",
+    "watch.*": "when it counts as hung",
     "mesh.*": "rounding only: examples, prefixes and the saved state are the same on any mesh",
     "model.layers": "one parameter tree, run in two ways: rounding only",
     "model.remat": "what is computed again in the backward pass: rounding only",
@@ -40,7 +42,7 @@ MAY_CHANGE = {
     "eval.*": "evaluation changes no parameter; the best is chosen among losses measured in the same way",
 }
 # Below these a key may also come and go; of the others only the value may change.
-_NAMES_MAY_CHANGE = ("eval.*", "processes.*", "train.profile", "train.tpu_compiler_options.*")
+_NAMES_MAY_CHANGE = ("eval.*", "guard.*", "watch.*", "processes.*", "train.profile", "train.tpu_compiler_options.*")
 
 # What makes a run a cooldown of another; in these alone, beside the above, it may differ from it.
 COOLDOWN = ("train.cooldown_from", "optimizer.cooldown_share", "optimizer.cooldown_lr")
