@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.train = _train()
     config.guard = ConfigDict(
         dict(
-            # Steps in a row whose loss or gradient isn't finite: each changes no parameter; after so many the run stops. [O]
+            # Steps in a row whose loss or gradient isn't finite; each changes no parameter, the last stops the run. [O]
             max_nonfinite=3,
             # What is done where the loss or the gradient's norm is beyond spike_sigma deviations of the last 128 steps:
             # "off"; "log" it; "skip" the update; or "rewind": go back to a checkpoint, and jump over the batches. [O]
@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
             recompute_elsewhere=True,  # The second time on the devices in another order, where there are several. [O]
         )
     )
-    config.watch = ConfigDict(  # Seconds after which the run counts as hung, and ends with all stacks in its log; 0: never.
+    # Seconds after which the run counts as hung, and ends with all stacks in its log; 0: never.
+    config.watch = ConfigDict(
         dict(
             start_s=1800,  # From joining the others to the first batch, compilation aside. [O]
             data_s=600,  # For the next batch. [O]
