@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from etils import epath
 
@@ -27,24 +28,47 @@ is being computed and ends the run; Ctrl-C again ends it without.
 The same config with --config.train.cooldown_from=RUN:STEP and another workdir cools down from a kept step of that run.
 Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
 elsewhere the flags do.
-exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (non-finite loss, too much bad data),
-75 stopped on request or another process went missing: start it again, 130 Ctrl-C without a save
+exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (steps that are not finite, spikes
+again and again, too much bad data, a device that computes wrongly), 4 hung twice at the same step, 75 stopped on
+request, hung once, or another process went missing: start it again, 130 Ctrl-C without a save
 """
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Config, epath.Path, Launch]:
-    """The checked config, the workdir, and the flags about processes of a command line."""
+class Command(NamedTuple):
+    """What a command line asks for: what to train, where, as which process of a run; and two things out of the way."""
+
+    config: Config
+    workdir: epath.Path
+    launch: Launch
+    skip_examples: tuple[int, int] | None
+    replay: int | None
+
+
+def parse_arguments(arguments: Sequence[str]) -> Command:
+    """A command line, with the checked config."""
     parser = Parser(prog="python -m aimv2_jax.main", description="Trains a config.", epilog=_EPILOG)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="an experiment, such as experiments/quickstart.py")
     add("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go, a folder or gs://BUCKET/...")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, where the others find it")
     add("--processes", type=positive, metavar="N", help="of the run, all hosts together; 1: this one alone")
+    add("--skip_examples", type=_examples, metavar="A:B", help="jump over all batches with examples A to B - 1")
+    add(
+        "--replay", type=positive, metavar="STEP", help="compute that step again, print norms of tensors, write nothing"
+    )
     add("--process", type=_index, metavar="I", help="this one, counted from 0")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
     config = load_config(flags.config, overrides)
-    return config, _folder(flags.workdir), Launch(flags.coordinator, flags.processes, flags.process)
+    launch = Launch(flags.coordinator, flags.processes, flags.process)
+    return Command(config, _folder(flags.workdir), launch, flags.skip_examples, flags.replay)
+
+
+def _examples(text: str) -> tuple[int, int]:
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise UserError("--skip_examples is no range of examples", text, "Give the first and the one behind the last")
+    return int(first), int(end)
 
 
 def _index(text: str) -> int:
@@ -67,24 +91,25 @@ def _folder(workdir: str) -> epath.Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     arguments = sys.argv[1:] if arguments is None else arguments
-    config, workdir, launch = parse_arguments(arguments)
+    command = parse_arguments(arguments)
     from aimv2_jax.parallel import processes
 
-    trainer = processes.trainer()
+    trainer, settings = processes.trainer(), command.config.processes
     if trainer is not None:
-        return trainer.run(lambda: _train(config, workdir), config.processes)
-    place = find_place(launch, config.processes)
+        return trainer.run(lambda: _train(command), settings)
+    place = find_place(command.launch, settings)
     if place is None:
-        return _train(config, workdir)
+        return _train(command)
     from aimv2_jax.parallel.supervisor import supervise
 
-    return supervise(place, config, workdir, arguments)
+    return supervise(place, command.config, command.workdir, arguments)
 
 
-def _train(config: Config, workdir: epath.Path) -> int:
+def _train(command: Command) -> int:
     from aimv2_jax.data import pipeline
     from aimv2_jax.data.tokenizer import Tokenizer
 
+    config = command.config
     pipeline.check_sources(config)
     decoder = config.model.decoder
     tokenizer = Tokenizer(
@@ -93,7 +118,12 @@ def _train(config: Config, workdir: epath.Path) -> int:
     from aimv2_jax.export.donor import find_donor
     from aimv2_jax.train.loop import train
 
-    return train(config, workdir, tokenizer, find_donor(config))
+    donor = find_donor(config)
+    if command.replay is not None:
+        from aimv2_jax.train.replay import replay
+
+        return replay(config, command.workdir, tokenizer, command.replay, donor)
+    return train(config, command.workdir, tokenizer, donor, command.skip_examples)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import Run
 from aimv2_jax.models.positions import resize_positions, sincos_positions
-from aimv2_jax.train import losses
+from aimv2_jax.train import guard, losses
 from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
 from aimv2_jax.train.step import TrainState, accumulate, train_step
 from aimv2_jax.train.task import PretrainTask, run_key
@@ -297,7 +297,7 @@ def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equa
     )
     task = pretrain.task(*way)
     params = pretrain.params
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard.fresh())
     step = jax.jit(partial(train_step, task=task, optimizer=optimizer, schedule=schedule))
     assert [expected["step"] for expected in golden["steps"]] == [1, 2, 3]  # the files that the README lists
     for expected in golden["steps"]:

@@ -33,6 +33,7 @@ from aimv2_jax.data.batches import (
 from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.readahead import QUICK_S, ReadAhead
 from aimv2_jax.data.records import REASONS
+from aimv2_jax.data.skips import Skips
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.steps import Steps
 from aimv2_jax.data.workers import cores, start_reader
@@ -119,6 +120,7 @@ def training_batches(
     rows_of: Callable[[int], Sequence[int] | np.ndarray],
     start_step: int,
     tokenizer: Tokenizer | None = None,
+    skips: Skips = Skips(),
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, … without end.
 
@@ -128,6 +130,7 @@ def training_batches(
         wants them; `range` for all.
       start_step: the first step.
       tokenizer: without one, `tokens` and `token_valid` are zero.
+      skips: batches that no step has; `HostBatch.step` is the number of the batch.
 
     Raises:
       UserError: if a source cannot be read.
@@ -148,7 +151,7 @@ def training_batches(
         ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
-    return Batches(build, range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
+    return Batches(_OfStep(build, skips), range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
 
 
 def evaluation_batches(
@@ -182,6 +185,17 @@ def evaluation_batches(
         with Batches(build, range(len(build)), tokenise, workers=0, prefetch=config.data.prefetch) as batches:
             for batch in batches:
                 yield kind, batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfStep:
+    """step -> this process' rows of the batch that it trains on."""
+
+    build: Callable[[int], LocalBatch]
+    skips: Skips
+
+    def __call__(self, step: int) -> LocalBatch:
+        return self.build(self.skips.batch(step))
 
 
 @dataclasses.dataclass(frozen=True)

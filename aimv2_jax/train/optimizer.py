@@ -109,6 +109,11 @@ def adamlh(
     )
 
 
+def num_updates(opt_state: Any) -> Int[Array, ""]:
+    """The updates that made this state of `adamlh`: its steps, less those that were skipped."""
+    return opt_state[1].count
+
+
 def step_average(average: Any, params: Any, steps: Int[Array, ""], decay: float) -> Any:
     """The exponential average of the parameters after each of `steps` steps, given that of all but the last.
 

@@ -21,6 +21,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.chips import chip_kind
 from aimv2_jax.parallel.mesh import build_mesh, check_batch
+from aimv2_jax.train import guard
 from aimv2_jax.train.optimizer import COSINE_PARTS, Schedule, adamlh, learning_rate
 from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step, with_average
 from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
@@ -53,7 +54,9 @@ class Program:
         params = rules.param_shardings(self.task.logical_axes(), self.mesh)
         rules.check_divisible(abstract, params)
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
-        state = TrainState(step=rules.replicated(self.mesh), params=params, opt_state=opt_state)
+        whole = rules.replicated(self.mesh)
+        guarded = jax.tree.map(lambda _: whole, jax.eval_shape(guard.fresh))
+        state = TrainState(step=whole, params=params, opt_state=opt_state, guard=guarded)
         return with_average(state, params) if self.config.optimizer.ema_decay else state
 
     @property
@@ -95,6 +98,7 @@ class Program:
     @cached_property
     def step(self) -> Any:
         """The jitted train step (state, batch, rng) -> (state, metrics); the old state's memory is reused."""
+        settings = self.config.guard
         run = partial(
             train_step,
             task=self.task,
@@ -103,6 +107,7 @@ class Program:
             microbatches=self.config.train.microbatches,
             grad_shardings=self.state_shardings.params,
             ema_decay=self.config.optimizer.ema_decay,
+            skip_beyond=settings.spike_sigma if settings.spike == "skip" else None,
         )
         whole = rules.replicated(self.mesh)
         return jax.jit(

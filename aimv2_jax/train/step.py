@@ -10,8 +10,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from aimv2_jax.train import losses
-from aimv2_jax.train.optimizer import Schedule, step_average
+from aimv2_jax.train import guard, losses
+from aimv2_jax.train.guard import GuardState
+from aimv2_jax.train.optimizer import Schedule, num_updates, step_average
 from aimv2_jax.train.task import Batch, PretrainTask, SumCount
 
 
@@ -21,6 +22,7 @@ class TrainState(struct.PyTreeNode):
     step: Int[Array, ""]
     params: Any
     opt_state: Any
+    guard: GuardState
 
 
 class AveragedState(TrainState):
@@ -34,13 +36,14 @@ def init_state(
 ) -> TrainState:
     """The state before step 0, a function of the run's key; with a decay it has an average, still empty."""
     params = task.init(rng)
-    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    step = jnp.zeros((), jnp.int32)
+    state = TrainState(step=step, params=params, opt_state=optimizer.init(params), guard=guard.fresh())
     return with_average(state, jax.tree.map(jnp.zeros_like, params)) if ema_decay else state
 
 
 def with_average(state: TrainState, average: Any) -> AveragedState:
     """`state` and an average, or the like of their shapes or shardings."""
-    return AveragedState(step=state.step, params=state.params, opt_state=state.opt_state, average=average)
+    return AveragedState(**vars(state), average=average)
 
 
 def train_step(
@@ -55,11 +58,18 @@ def train_step(
     microbatches: int = 1,
     grad_shardings: Any = None,
     ema_decay: float = 0.0,
+    skip_beyond: float | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Forward, backward, clip, update. `rng` is the run's key; what is per example is folded in from its number.
 
-    Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm, and
-    patch_utilisation, the share of the batch's patches that is no padding.
+    A step whose loss or gradient is not finite changes no parameter, nothing of the optimiser's, and no average; nor
+    does, with `skip_beyond`, one whose loss or gradient norm is so many deviations above those before (guard.py). The
+    learning rate follows the updates that were made.
+
+    Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm;
+    loss_deviations and grad_norm_deviations, how far above the last steps' they are; skipped, 1 where nothing was
+    changed; nonfinite_steps, how many in a row were not finite; and patch_utilisation, the share of the batch's patches
+    that is no padding.
     """
     prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
     batch = {**batch, **task.draw_kept(rng, batch)}
@@ -68,20 +78,31 @@ def train_step(
     if grad_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    after = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state}
+    if ema_decay:
+        after["average"] = step_average(state.average, after["params"], num_updates(opt_state), ema_decay)
+
+    loss, grad_norm = task.total(sums, counts), optax.tree.norm(grads)
+    guarded, verdict = guard.judge(state.guard, loss, grad_norm)
+    skipped = ~verdict.finite
+    if skip_beyond is not None:
+        skipped |= verdict.is_spike(skip_beyond)
+    before = {name: getattr(state, name) for name in after}
+    after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, after)
     metrics = {
-        "loss": task.total(sums, counts),
+        "loss": loss,
         **{f"loss_{name}": losses.divide(total, counts[name]) for name, total in sums.items()},
         **{f"count_{name}": count.astype(jnp.float32) for name, count in counts.items()},
-        "lr": schedule(state.step),
-        "grad_norm": optax.tree.norm(grads),
+        "lr": schedule(num_updates(state.opt_state)),
+        "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(state.params),
+        "loss_deviations": verdict.loss_deviations,
+        "grad_norm_deviations": verdict.grad_norm_deviations,
+        "skipped": skipped.astype(jnp.float32),
+        "nonfinite_steps": guarded.nonfinite.astype(jnp.float32),
         "patch_utilisation": jnp.mean(batch["valid"], dtype=jnp.float32),
     }
-    after = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-    if ema_decay:
-        after = after.replace(average=step_average(state.average, params, after.step, ema_decay))
-    return after, metrics
+    return state.replace(step=state.step + 1, guard=guarded, **after), metrics
 
 
 def accumulate(

@@ -1,0 +1,34 @@
+"""The record of a step whose loss or gradient was not finite: `WORKDIR/nonfinite/STEP.json`, for `--replay STEP`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from aimv2_jax.files import write_whole
+
+_FOLDER = "nonfinite"
+
+
+def write_record(workdir: epath.PathLike, step: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+    """Writes the record of a step: `step`, what is in `record`, and its metrics; the path."""
+    folder = epath.Path(workdir) / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step}.json"
+    # JSON has no NaN: what isn't finite is written as text.
+    plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    write_whole(path, (json.dumps({"step": step, **record, "metrics": plain}, indent=1) + "\n").encode())
+    return str(path)
+
+
+def read_record(workdir: epath.PathLike, step: int) -> dict[str, Any] | None:
+    """The record of a step with its metrics as numbers again, or None where there is none."""
+    path = epath.Path(workdir) / _FOLDER / f"{step}.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return record | {"metrics": {name: float(value) for name, value in record["metrics"].items()}}

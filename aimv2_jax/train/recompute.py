@@ -1,0 +1,116 @@
+"""Silent corruption: one step computed twice, and compared bit for bit.
+
+A chip that computes wrongly says nothing: its numbers are finite and nearly right, and all that are trained from them
+are wrong, too. The same program on the same numbers gives the same bits; where it doesn't, a device is broken. Where
+a process has several devices, the second computation has them in another order, so that one which is always wrong in
+the same way is found as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from aimv2_jax.config import BatchShape
+from aimv2_jax.parallel import rules
+from aimv2_jax.train.program import Program
+from aimv2_jax.train.step import TrainState
+
+
+class Difference(NamedTuple):
+    """A leaf of state or metrics that came out different: its path, how many of its entries, on which devices."""
+
+    leaf: str
+    entries: int
+    devices: tuple[str, ...]  # Of this process.
+
+
+class Recompute:
+    """Computes steps a second time.
+
+    Args:
+      program: of the run.
+      compiled: its train step, by the shape of the batch.
+      elsewhere: use the devices of each process in another order, where it has several; the step is then compiled once
+        more.
+    """
+
+    def __init__(self, program: Program, compiled: Mapping[BatchShape, Any], elsewhere: bool):
+        self._home, self._away = program.mesh, program.mesh
+        self._rng, self._compiled = program.rng, compiled
+        other = _rotated(program.mesh) if elsewhere else program.mesh
+        if other != program.mesh:
+            away = dataclasses.replace(program, mesh=other)
+            self._away, self._rng = other, away.rng
+            self._compiled = {shape: away.compile_step(shape) for shape in compiled}
+        self._count = jax.jit(_count, out_shardings=rules.replicated(program.mesh))
+
+    def start(self, state: TrainState, batch: Mapping[str, jax.Array], shape: BatchShape) -> Any:
+        """Starts the step on copies; before the step itself takes over the state's memory. For `differences`."""
+        return self._compiled[shape](*(_moved(tree, self._home, self._away) for tree in (state, batch)), self._rng)
+
+    def differences(self, once: Any, again: Any) -> list[Difference]:
+        """Where the two results differ: of the leaves all processes know alike, of devices each its own."""
+        again = _moved(again, self._away, self._home)
+        counts = jax.tree.leaves_with_path(jax.device_get(self._count(once, again)))
+        pairs = zip(counts, jax.tree.leaves(once), jax.tree.leaves(again), strict=True)
+        return [
+            Difference(jax.tree_util.keystr(path, simple=True, separator="/"), int(count), _devices(one, other))
+            for (path, count), one, other in pairs
+            if count
+        ]
+
+
+def _rotated(mesh: Mesh) -> Mesh:
+    """The mesh with the next device of the same process in the place of each."""
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in mesh.devices.flat:
+        by_process.setdefault(device.process_index, []).append(device)
+    after = {
+        device: devices[(place + 1) % len(devices)]
+        for devices in by_process.values()
+        for place, device in enumerate(devices)
+    }
+    devices = np.array([after[device] for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    return Mesh(devices, mesh.axis_names)
+
+
+def _moved(tree: Any, source: Mesh, target: Mesh) -> Any:
+    """Copies of the arrays of `tree`, from the places of one mesh to those of another; no byte leaves its host."""
+    place = dict(zip(source.devices.flat, target.devices.flat, strict=True))
+
+    def moved(array: jax.Array) -> jax.Array:
+        if source == target:
+            return jnp.copy(array)
+        parts = [jax.device_put(shard.data, place[shard.device]) for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(target, array.sharding.spec), parts)
+
+    return jax.tree.map(moved, tree)
+
+
+def _count(once: Any, again: Any) -> Any:
+    return jax.tree.map(lambda one, other: jnp.sum(_bits(one) != _bits(other)), once, again)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """The entries as whole numbers: two that are not numbers are the same where their bits are."""
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+
+def _devices(one: jax.Array, other: jax.Array) -> tuple[str, ...]:
+    pairs = zip(_by_device(one.addressable_shards), _by_device(other.addressable_shards), strict=True)
+    return tuple(str(mine.device) for mine, its in pairs if _raw(mine.data) != _raw(its.data))
+
+
+def _by_device(shards: Iterable[Any]) -> list[Any]:
+    return sorted(shards, key=lambda shard: shard.device.id)
+
+
+def _raw(array: jax.Array) -> bytes:
+    return np.asarray(jax.device_get(array)).tobytes()

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in less than half an hour,
+# then probed for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json.
+# Usage: launch/comparison.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes
+#                                                them, with captions in .txt and in the json's field "synthetic", labels
+#                                                in its fields "coarse" and "source".
+set -euo pipefail
+pairs=${1:?"Name the folder with the pairs: launch/comparison.sh PAIRS [WORKDIR]"}
+[ -d "$pairs" ] || { echo "error: no such folder: $pairs. Give one with SOURCE/{train,test}/*.tar." >&2; exit 2; }
+pairs=$(cd "$pairs" && pwd)
+workdir=${2:-$(dirname "$0")/../runs/comparison}
+mkdir -p "$workdir"
+workdir=$(cd "$workdir" && pwd)
+. "$(dirname "$0")/environment.sh"
+
+for split in train test; do
+  [ -f "$workdir/data/$split/dataset.json" ] ||
+    .venv/bin/python -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
+      --caption alt=txt --caption synthetic=json:synthetic --label coarse=json:coarse --label source=json:source
+done
+
+for model in aimv2 aimv2_alt captioning; do
+  .venv/bin/python -m aimv2_jax.main --config="experiments/comparison/$model.py" --workdir="$workdir/$model" \
+    --config.data.sources.pairs="$workdir/data/train" --config.eval.sources.pairs="$workdir/data/test"
+done
+
+probe() { # NAME FLAGS...    With all categories, and without the two that a statistic of single pixels gives away.
+  local name=$1
+  shift
+  .venv/bin/python -m aimv2_jax.eval.probes "$@" --train "$workdir/data/train" --test "$workdir/data/test" \
+    --label coarse --by source --json "$workdir/$name.json"
+  .venv/bin/python -m aimv2_jax.eval.probes "$@" --train "$workdir/data/train" --test "$workdir/data/test" \
+    --label coarse --by source --without space,screen --json "$workdir/${name}_without.json"
+}
+for model in aimv2 aimv2_alt captioning; do
+  probe "$model" --checkpoint "$workdir/$model:last"
+done
+probe random --checkpoint random --like "$workdir/aimv2:last"
