@@ -53,10 +53,15 @@ class CheckpointReader:
     def __init__(self, workdir: str | Path):
         self._folder = step_folders.absolute(workdir) / FOLDER
         self._verified: dict[int, Manifest | None] = {}
+        self._told_unverified: set[int] = set()
 
     def steps(self) -> list[int]:
         """The steps that were saved to their end, in rising order."""
         return step_folders.committed_steps(self._folder)
+
+    def set_aside(self) -> list[str]:
+        """The folders beside the steps that damaged and abandoned steps were moved to."""
+        return step_folders.set_aside_names(self._folder)
 
     def latest_step(self) -> int | None:
         """The newest step, or None."""
@@ -139,9 +144,10 @@ class CheckpointReader:
 
     def _verify_once(self, step: int) -> None:
         """Verifies a step unless this reader has, and nothing was saved in its place since."""
-        if step in self._verified and self._verified[step] == step_meta.read_manifest(self._folder, step):
-            return
-        if not self.verify(step):
+        if step not in self._verified or self._verified[step] != step_meta.read_manifest(self._folder, step):
+            self.verify(step)
+        if self._verified[step] is None and step not in self._told_unverified:
+            self._told_unverified.add(step)
             print(
                 f"the checkpoint of step {step} in {self._folder} has no manifest, since an older aimv2_jax wrote it: "
                 "its files are not verified",

@@ -52,7 +52,7 @@ class Manifest:
     files: Mapping[str, Entry]
 
     def to_bytes(self) -> bytes:
-        files = {name: [entry.size, entry.sha256] for name, entry in sorted(self.files.items())}
+        files = {name: f"{entry.size} {entry.sha256}" for name, entry in sorted(self.files.items())}
         return _signed({**self.about, "files": files})
 
     @classmethod
@@ -63,7 +63,8 @@ class Manifest:
             del tree["digest"]
             if _signed(tree) != data:
                 raise ValueError(OTHER_CONTENTS)
-            files = {name: Entry(*entry) for name, entry in tree.pop("files").items()}
+            words = {name: entry.split() for name, entry in tree.pop("files").items()}
+            files = {name: Entry(int(size), sha256) for name, (size, sha256) in words.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(OTHER_CONTENTS if data else "empty") from error
         return cls(tree, files)

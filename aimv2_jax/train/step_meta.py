@@ -71,7 +71,7 @@ def about(meta: Mapping[str, Any]) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in packages},
         },
-        "leaves": meta["leaves"],
+        "leaves": {path: _array(leaf) for path, leaf in meta["leaves"].items()},
     }
 
 

@@ -23,7 +23,11 @@ def human_bytes(num_bytes: float) -> str:
 def reason_of(error: Exception) -> str:
     """Why a write failed: TensorStore's half a screen of nested messages ends in the operating system's number."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else first_line(error)
+    if code:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:
