@@ -97,7 +97,7 @@ def write(folder: epath.Path, about: Mapping[str, Any]) -> Manifest:
 
     A step's files are on the disk for good before it takes the place of older ones, which are deleted: each is synced.
     """
-    names = list(list_files(folder).items())
+    names = [(name, path) for name, path in list_files(folder).items() if name != NAME]
     entries = _in_threads(lambda item: hash_file(item[1], sync=True), names)
     manifest = Manifest(about, {name: entry for (name, _), entry in zip(names, entries)})
     (folder / NAME).write_bytes(manifest.to_bytes())
