@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drill(flags: argparse.Namespace) -> int:
-    from aimv2_jax.train.report import gather, summary
+    from aimv2_jax.train.report import summary
+    from aimv2_jax.train.report_facts import gather
     from aimv2_jax.train.report_page import page
 
     run = Run(flags.steps, flags.failure_every, flags.save_every, flags.log_every)
