@@ -29,7 +29,8 @@ def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def copy(self, path, dst, overwrite):
             assert str(dst).startswith("gs://")
-            shutil.copyfile(path, local(dst))
+            Path(local(dst)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(local(path), local(dst))
 
         def rename(self, path, dst):
             raise AssertionError("a bucket can't rename")

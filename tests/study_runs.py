@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 from aimv2_jax.config import config_to_dict
-from aimv2_jax.train.checkpoint import FORMAT_VERSION
 from experiments.scaling.study import Run
 
 
 def leave(run: Run, step: int | None = None, **losses: float) -> None:
     """The checkpoint of a step (the last), without its arrays; and a line of metrics with the losses, if there are."""
     step = run.steps if step is None else step
-    meta = {"format_version": FORMAT_VERSION, "step": step, "config": config_to_dict(run.config), "eval_loss": None}
+    meta = {"format_version": 1, "step": step, "config": config_to_dict(run.config), "eval_loss": None}
     folder = run.workdir / "checkpoints" / str(step) / "meta"
     folder.mkdir(parents=True)
     (folder / "metadata").write_text(json.dumps(meta | {"extra": {}, "leaves": {}}))

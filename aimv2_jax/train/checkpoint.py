@@ -1,58 +1,67 @@
 """Checkpoints: the whole state and the run's config, once a step, in `WORKDIR/checkpoints/STEP/`.
 
-A step's folder has two parts: `state` (the arrays, sharded as they lie on the devices) and `meta` (a small JSON record:
-format, step, config, evaluation, and the path, shape and dtype of every array). It comes into being by one rename when
-all of it is written, and stops being one by a rename before anything of it is deleted: a folder whose name is a number
-is a whole checkpoint. The only module that knows Orbax.
+A step's folder has three parts: `state` (the arrays, sharded as they lie on the devices), `meta` (a small JSON record:
+format, step, config, evaluation, and the path, shape and dtype of every array), and `manifest.json` (size and hash of
+every other file, manifest.py). How it comes into being at one stroke, and ends so, is told in step_folders.py. Every
+file is compared with the manifest before an array of the step is given out. The only module that knows Orbax.
 """
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
+import errno
+import itertools
 import logging
 import math
 import os
 import re
-import shutil
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from aimv2_jax.config import Config, config_to_dict
 from aimv2_jax.errors import UserError
+from aimv2_jax.parallel import processes
+from aimv2_jax.train import step_folders, step_meta
+from aimv2_jax.train.event_loops import reads_seen_through
+from aimv2_jax.train.manifest import Manifest, Wrong
+from aimv2_jax.train.step_folders import FOLDER
+from aimv2_jax.train.step_meta import FORMAT_VERSION, DamagedStep, Evaluation, StepVanished
+from aimv2_jax.train.step_meta import measured_on as measured_on
+from aimv2_jax.train.words import human_bytes, is_news, reason_of
 
-FORMAT_VERSION = 1
-
-_FOLDER = "checkpoints"
-_TEMPORARY = ocp.utils.TMP_DIR_SUFFIX
-_COMMIT_FILE = "commit_success.txt"  # Orbax writes it last; where a rename isn't atomic (gs://) it alone counts.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Evaluation:
-    """A held-out loss, and what it was measured on: only losses on the same can be compared."""
-
-    loss: float
-    conditions: str
+_FILLED = "guard/"  # Leaves that format 1 lacks: they start as zeros.
+_PATIENCE_S = 1800  # That other processes wait for process 0 to read a whole checkpoint.
+_turns = itertools.count()  # Of what processes agree on here: all of them do it in the same order.
 
 
 class CheckpointReader:
-    """Reads the checkpoints of a run; writes, sweeps and deletes nothing, so a running trainer is not disturbed."""
+    """Reads the checkpoints of a run; writes, sweeps and deletes nothing, so a running trainer is not disturbed.
+
+    Nothing of a damaged step is given out. In a run of several processes the first alone compares files; the others
+    take its word, since they use the step that it names.
+    """
 
     def __init__(self, workdir: str | Path):
-        self._folder = _absolute(workdir) / _FOLDER
+        self._folder = step_folders.absolute(workdir) / FOLDER
+        self._verified: dict[int, Manifest | None] = {}
+        self._told_unverified: set[int] = set()
 
     def steps(self) -> list[int]:
         """The steps that were saved to their end, in rising order."""
-        return _committed_steps(self._folder)
+        return step_folders.committed_steps(self._folder)
+
+    def set_aside(self) -> list[str]:
+        """The folders beside the steps that damaged and abandoned steps were moved to."""
+        return step_folders.set_aside_names(self._folder)
 
     def latest_step(self) -> int | None:
         """The newest step, or None."""
@@ -63,7 +72,7 @@ class CheckpointReader:
 
         Where the evaluation's own settings were changed on a resume, only the losses under the newest are compared.
         """
-        return _best(self._record())
+        return step_meta.best(self._record())
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was written beside the state: `format_version, step, config, eval_loss, extra, leaves`.
@@ -71,53 +80,105 @@ class CheckpointReader:
         Raises:
           UserError: when the step isn't there, its record is damaged, or a newer version wrote it.
         """
-        return _read_meta(self._folder, step)
+        return step_meta.read_meta(self._folder, step)
+
+    def verify(self, step: int, progress: Callable[[int], None] | None = None) -> bool:
+        """Compares every file of a step with its manifest; False for a step of format 1, which has none.
+
+        Args:
+          step: one of `steps()`.
+          progress: is told the number of bytes that were read since it was told before.
+
+        Raises:
+          UserError: naming the files that are missing, extra or not what was saved (`DamagedStep`); when the step isn't
+            there, or a newer version wrote it.
+        """
+        self._verified[step] = step_meta.verify(self._folder, step, progress)
+        return self._verified[step] is not None
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The state of `step`, placed as the shardings of `abstract_state` (`jax.ShapeDtypeStruct` leaves) say.
 
+        A step of format 1 is restored unverified, and says so; what it lacks below `guard/` is zeros.
+
         Raises:
-          UserError: when an array is missing, extra, or has another shape or dtype.
+          UserError: when a file is damaged; when an array is missing, extra, or has another shape or dtype.
         """
         return self._restore(step, abstract_state, partial=False)
 
     def restore_part(self, step: int, abstract_part: Any) -> Any:
-        """Part of the state, such as `{"params": ...}`; arrays that are not asked for are not read.
+        """Part of the state, such as `{"params": ...}`; all files are compared, arrays not asked for are not kept.
 
         Raises:
-          UserError: when an array of `abstract_part` is missing, or has another shape or dtype.
+          UserError: when a file is damaged; when an array of `abstract_part` is missing, or has another shape or dtype.
         """
         return self._restore(step, abstract_part, partial=True)
 
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
-        _check_leaves(step, saved=self.meta(step)["leaves"], wanted=_leaves(abstract), partial=partial)
+        meta = self.meta(step)
+        fresh = _fresh_leaves(abstract, meta)
+        wanted = {path: leaf for path, leaf in step_meta.leaves(abstract).items() if path not in fresh}
+        step_meta.check_leaves(step, saved=meta["leaves"], wanted=wanted, partial=partial)
+        if jax.process_index() == 0:
+            self._verify_once(step)
+        asked = _map_paths(lambda path, leaf: ocp.PLACEHOLDER if path in fresh else leaf, abstract)
         args = ocp.args.PyTreeRestore(
-            item=abstract,
+            item=asked,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-            partial_restore=partial,
+            partial_restore=partial or bool(fresh),
         )
         path = self._folder / str(step) / "state"
         try:
             with (
-                _reads_seen_through(),
+                reads_seen_through(),
                 ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
                 jax.transfer_guard("allow"),
             ):
-                return reader.restore(path, args=args)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ) as error:  # Shapes and types were compared before: it's the files.
-            raise _damaged(path, error) from error
+                restored = reader.restore(path, args=args)
+                return _map_paths(lambda path, leaf: _zeros(fresh[path]) if path in fresh else leaf, restored)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if step not in step_folders.committed_steps(self._folder):
+                raise StepVanished(self._folder, step) from error
+            # Shapes and types were compared before: it's the files.
+            raise DamagedStep(self._folder, step, [Wrong("state", reason_of(error))]) from error
 
-    def _record(self) -> dict[int, _Evaluation | None]:
+    def _verify_once(self, step: int) -> None:
+        """Verifies a step unless this reader has, and nothing was saved in its place since."""
+        if step not in self._verified or self._verified[step] != step_meta.read_manifest(self._folder, step):
+            self.verify(step)
+        if self._verified[step] is None and step not in self._told_unverified:
+            self._told_unverified.add(step)
+            print(
+                f"the checkpoint of step {step} in {self._folder} has no manifest, since an older aimv2_jax wrote it: "
+                "its files are not verified",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _record(self) -> dict[int, Evaluation | None]:
         return _read_record(self._folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """A damaged step: what is wrong with its files, and the folder beside the steps that they were moved to."""
+
+    step: int
+    wrong: tuple[Wrong, ...]
+    moved_to: str
+
+    def __str__(self) -> str:
+        return (
+            f"the checkpoint of step {self.step} is damaged and was set aside as {FOLDER}/{self.moved_to}: "
+            f"{step_meta.shortened(self.wrong)}"
+        )
 
 
 class Checkpointer(CheckpointReader):
     """Saves a run's state without stopping it, and keeps the newest, the best and some more; every process makes one.
+
+    A save that failed is told once, for the caller to save again; the second failure in a row is raised. In a run of
+    several processes the first is, since the others may not have seen it.
 
     Args:
       workdir: the run's folder; half-written steps that a killed run left in it are swept away.
@@ -127,20 +188,66 @@ class Checkpointer(CheckpointReader):
 
     def __init__(self, workdir: str | Path, keep: int, keep_steps: Collection[int] = ()):
         super().__init__(workdir)
-        logging.getLogger("absl").addFilter(_is_news)
+        logging.getLogger("absl").addFilter(is_news)
         self._keep, self._keep_steps = keep, frozenset(keep_steps)
-        self._pending: concurrent.futures.Future[dict[int, _Evaluation | None]] | None = None
-        _make_folder(self._folder)
-        _sweep(self._folder)
-        self._known = _read_record(self._folder)
+        self._pending: concurrent.futures.Future[_Outcome] | None = None
+        self._failure: UserError | None = None  # Of the newest save; None when it has not failed.
+        self._is_told, self._failures = False, 0  # In a row.
+        step_folders.make_folder(self._folder)
+        step_folders.sweep(self._folder)
+        self._unreadable: set[int] = set()
+        self._known = _read_record(self._folder, self._unreadable)
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         # When folders are made in the background and one cannot be, Orbax's other threads wait for it for minutes.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def steps(self) -> list[int]:
-        self.check_errors()
+        self._settle(block=False)
         return sorted(self._known)
+
+    def newest_intact(self) -> tuple[int | None, list[Damage]]:
+        """The newest step whose files are all what was saved, and the damaged ones, which are set aside.
+
+        To be called once at a start, by every process; all get what process 0 finds. Steps older than the intact one
+        are not read, those apart whose meta is damaged. None where the run has no steps.
+
+        Raises:
+          UserError: when there are steps and none is intact; then all stay where they are.
+        """
+        self._settle(block=True)
+        found = self._find_intact() if jax.process_index() == 0 else None
+        found = processes.agree(f"newest intact checkpoint {next(_turns)}", found, _PATIENCE_S)
+        wrong = {step: tuple(Wrong(*pair) for pair in pairs) for step, pairs in found["wrong"]}
+        if found["step"] is None and wrong:
+            raise UserError(
+                f"no checkpoint in {self._folder} is intact",
+                "; ".join(f"step {step}: {step_meta.shortened(files[:1])}" for step, files in wrong.items()),
+                f"See all of it by python -m aimv2_jax.train.verify {self._folder.parent}; put an intact copy back, or "
+                "give another --workdir to start anew",
+            )
+        self._forget(wrong)
+        return found["step"], [Damage(step, wrong[step], name) for step, name in found["moved"]]
+
+    def set_aside_newer(self, step: int, why: str) -> list[int]:
+        """Makes all steps newer than `step` no steps any more, and returns them; to be called by every process.
+
+        Their files are kept as `WHY-STEP-N` beside the steps, also those of the best and of `keep_steps`: they belong
+        to a course that the run leaves, and would be taken for its newest.
+
+        Args:
+          step: the newest that stays; a save in progress is waited for, and doesn't.
+          why: a word in small letters, such as "rewound".
+        """
+        assert re.fullmatch("[a-z]+", why), why
+        self._settle(block=True)
+        newer = sorted(known for known in self._known if known > step)
+        if jax.process_index() == 0:
+            for known in reversed(newer):  # A kill in between leaves the course as it was, shorter.
+                step_folders.set_aside(self._folder, known, why)
+        processes.agree(f"checkpoints set aside {next(_turns)}", True, _PATIENCE_S)
+        self._forget(newer)
+        return newer
 
     def save(
         self,
@@ -149,7 +256,7 @@ class Checkpointer(CheckpointReader):
         config: Config | None,
         eval_loss: float | None = None,
         extra: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> UserError | None:
         """Starts to save `state` as `step`, after the save before has ended.
 
         On return the arrays are copied: the caller may donate them. They are written in the background.
@@ -162,10 +269,15 @@ class Checkpointer(CheckpointReader):
             counts as none.
           extra: whatever else shall stand in `meta`, as JSON.
 
+        Returns:
+          A first failure that nobody was told of yet: that of the save before, which this one makes up for, or of the
+          start of this one, which was tried again at once. This save is on its way in any case.
+
         Raises:
-          UserError: when the save before, or the start of this one, could not be written.
+          UserError: at the second failure in a row; in a run of several processes, at the first.
         """
-        self.wait()
+        self._settle(block=True)
+        failed = self._tell()
         assert step not in self._known, f"step {step} is saved already"
         meta = {
             "format_version": FORMAT_VERSION,
@@ -173,36 +285,34 @@ class Checkpointer(CheckpointReader):
             "config": {} if config is None else config_to_dict(config),
             "eval_loss": float(eval_loss) if eval_loss is not None and math.isfinite(eval_loss) else None,
             "extra": dict(extra or {}),
-            "leaves": _leaves(state),
+            "leaves": step_meta.leaves(state),
         }
         num_bytes = state_bytes(state)
-        try:
-            _sweep(self._folder)  # What a failed save left would take the room of this one.
-            with jax.transfer_guard("allow"):
-                self._orbax.save(
-                    self._folder / str(step),
-                    args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-                    force=True,  # Replaces what a killed save left where nothing is renamed; never a whole step.
-                )
-        except OSError as error:
-            raise self._not_written(step, num_bytes, error) from error
-        record = {**self._known, step: _evaluation(meta)}
-        self._pending = self._finisher.submit(self._finish, step, num_bytes, record)
+        while not self._start(step, state, meta, num_bytes):
+            failed = self._tell()
+        self._pending = self._finisher.submit(self._finish, step, num_bytes, meta, next(_turns))
+        return failed
 
-    def check_errors(self) -> None:
-        """Raises the error of a save that failed in the background; costs nothing, to be called every step."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def check_errors(self) -> UserError | None:
+        """The error of a save that failed in the background, once; costs nothing, to be called every step.
+
+        The caller saves the state that it has now: nothing else makes up for the step that was not written.
+
+        Raises:
+          UserError: at the second failure in a row; in a run of several processes, at the first.
+        """
+        self._settle(block=False)
+        return self._tell()
 
     def wait(self) -> None:
         """Returns when the save in progress is complete, and steps that need not be kept are gone.
 
         Raises:
-          UserError: when it could not be written; the steps that were there before still are.
+          UserError: when the newest save could not be written, even if that was told before: no other made up for it.
+            The steps that were there before still are.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._known = pending.result()
+        self._settle(block=True)
+        self._raise_failure()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         self.wait()
@@ -218,7 +328,8 @@ class Checkpointer(CheckpointReader):
             self.wait()
         finally:
             self._finisher.shutdown()
-            _sweep(self._folder)
+            with contextlib.suppress(OSError):  # What is left is swept at the next start.
+                step_folders.sweep(self._folder)
             self._orbax.close()
 
     def __enter__(self) -> Checkpointer:
@@ -227,37 +338,159 @@ class Checkpointer(CheckpointReader):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _record(self) -> dict[int, _Evaluation | None]:
-        self.check_errors()
+    def _record(self) -> dict[int, Evaluation | None]:
+        self._settle(block=False)
         return self._known
 
-    def _finish(
-        self, step: int, num_bytes: int, record: dict[int, _Evaluation | None]
-    ) -> dict[int, _Evaluation | None]:
-        """In the background: sees the save of `step` through, deletes what need not be kept, returns what is left."""
+    def _find_intact(self) -> dict[str, Any]:
+        """On process 0: what `newest_intact` tells, as JSON; has set aside what is damaged, if anything is intact."""
+        newest, wrong = None, {}
+        for step in sorted(self._known, reverse=True):
+            if newest is not None and step not in self._unreadable:
+                continue
+            try:
+                self.verify(step)
+                newest = step
+            except DamagedStep as error:
+                wrong[step] = error.wrong
+        moved = (
+            [] if newest is None else [(step, step_folders.set_aside(self._folder, step, "damaged")) for step in wrong]
+        )
+        files = [(step, [dataclasses.astuple(file) for file in files]) for step, files in wrong.items()]
+        return {"step": newest, "wrong": files, "moved": moved}
+
+    def _forget(self, steps: Collection[int]) -> None:
+        self._unreadable -= set(steps)
+        self._known = {step: known for step, known in self._known.items() if step not in steps}
+
+    def _start(self, step: int, state: Any, meta: Mapping[str, Any], num_bytes: int) -> bool:
+        """Whether Orbax is at work on it; else the reason is kept to be told."""
+        try:
+            if step_folders.renames(self._folder) and not self._folder.is_dir():
+                # Orbax would make it anew: on the wrong disk, where that of the workdir is gone.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._folder))
+            step_folders.sweep(self._folder)  # What a failed save left would take the room of this one.
+            with jax.transfer_guard("allow"):
+                self._orbax.save(
+                    step_folders.saving_place(self._folder, step),
+                    args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+                    force=True,  # Replaces what a killed save left where nothing is renamed; never a whole step.
+                )
+            return True
+        except OSError as error:
+            self._fail(self._not_written(step, num_bytes, reason_of(error)))
+            return False
+
+    def _finish(self, step: int, num_bytes: int, meta: Mapping[str, Any], turn: int) -> _Outcome:
+        """In the background: sees a save through, makes it a step, and deletes those that need not be kept."""
+        reason = None
         try:
             self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                step_folders.commit(self._folder, step, step_meta.about(meta))
         except (OSError, ValueError, TimeoutError) as error:  # TensorStore tells of a full disk by ValueError.
-            raise self._not_written(step, num_bytes, error) from error
-        kept = {*sorted(record)[-self._keep :], _best(record), *self._keep_steps}
-        for old in record.keys() - kept:
-            _delete(self._folder, old)
-        return {step: record[step] for step in sorted(record.keys() & kept)}
+            reason = reason_of(error)
+        if reason is None or jax.process_index() == 0:  # It is a step on all processes, or on none.
+            reason = processes.agree(f"checkpoint {turn}", reason, _PATIENCE_S)
+        if reason is not None:
+            return _Outcome(self._known, self._not_written(step, num_bytes, reason))
+        record = {**self._known, step: step_meta.evaluation(meta)}
+        kept = {*sorted(record)[-self._keep :], step_meta.best(record), *self._keep_steps, *self._unreadable}
+        left = dict(record)
+        try:
+            for old in record.keys() - kept:
+                step_folders.delete(self._folder, old)
+                del left[old]
+        except OSError as error:
+            remedy = f"See that {self._folder} can be written, and start the same command again; step {step} is saved"
+            return _Outcome(left, UserError(f"could not delete the checkpoint of step {old}", reason_of(error), remedy))
+        return _Outcome(left, None)
 
-    def _not_written(self, step: int, num_bytes: int, error: Exception) -> UserError:
-        free = _free_bytes(self._folder)
-        room = "" if free is None else f" ({_human(free)} free)"
+    def _settle(self, block: bool) -> None:
+        """Takes note of how the save in progress ended, if it has; with `block`, waits for that."""
+        if self._pending is None or not (block or self._pending.done()):
+            return
+        pending, self._pending = self._pending, None
+        outcome = pending.result()
+        self._known = outcome.known
+        if outcome.failure is None:
+            self._failure, self._failures = None, 0
+        else:
+            self._fail(outcome.failure)
+
+    def _fail(self, failure: UserError) -> None:
+        self._failure, self._is_told = failure, False
+        self._failures += 1
+
+    def _tell(self) -> UserError | None:
+        """The failure that nobody was told of, if there is one; raises it where the caller cannot make up for it."""
+        if self._failure is None or self._is_told:
+            return None
+        if self._failures > 1 or jax.process_count() > 1:
+            self._raise_failure()
+        self._is_told = True
+        return self._failure
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _not_written(self, step: int, num_bytes: int, reason: str) -> UserError:
+        try:
+            free = step_folders.free_bytes(self._folder)
+        except OSError:  # The disk is gone.
+            free = None
+        room = "" if free is None else f" ({human_bytes(free)} free)"
         last = max((known for known in self._known if known != step), default=None)
         good = "no checkpoint was written before" if last is None else f"the last good one, step {last}, is untouched"
         return UserError(
-            f"could not write the checkpoint of step {step}, which needs {_human(num_bytes)}{room}",
-            _reason(error),
+            f"could not write the checkpoint of step {step}, which needs {human_bytes(num_bytes)}{room}",
+            reason,
             f"Make room in {self._folder} or mend what is said above, and start the same command again; {good}",
         )
 
 
-class _StepVanished(UserError):
-    """The step isn't there."""
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """How a save ended: the steps that there are, and why it or what was to be deleted after it failed."""
+
+    known: dict[int, Evaluation | None]
+    failure: UserError | None
+
+
+def _read_record(folder: epath.Path, unreadable: set[int] | None = None) -> dict[int, Evaluation | None]:
+    """What is known of every step of the run; those with a damaged meta go to `unreadable`, or are an error."""
+    record = {}
+    for step in step_folders.committed_steps(folder):
+        try:
+            record[step] = step_meta.evaluation(step_meta.read_meta(folder, step))
+        except StepVanished:  # A running trainer deleted it since: no longer one of the run's checkpoints.
+            continue
+        except DamagedStep:
+            if unreadable is None:
+                raise
+            unreadable.add(step)
+            record[step] = None
+    return record
+
+
+def _fresh_leaves(abstract: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that a step of an older format lacks and that start as zeros, by path."""
+    if meta["format_version"] > 1:
+        return {}
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    named = {step_meta.leaf_path(path): leaf for path, leaf in leaves}
+    return {path: leaf for path, leaf in named.items() if path.startswith(_FILLED) and path not in meta["leaves"]}
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda _: np.zeros(shape, leaf.dtype))
+
+
+def _map_paths(change: Callable[[str, Any], Any], tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: change(step_meta.leaf_path(path), leaf), tree)
 
 
 def has_average(meta: Mapping[str, Any]) -> bool:
@@ -275,9 +508,9 @@ def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:
       UserError: when there is no such folder, no checkpoint in it, or not that step.
     """
     workdir, which = _split_spec(str(spec))
-    if which != "best" and (_absolute(spec) / _FOLDER).is_dir():
+    if which != "best" and (step_folders.absolute(spec) / FOLDER).is_dir():
         workdir, which = str(spec), "best"
-    if not workdir or not _absolute(workdir).is_dir():
+    if not workdir or not step_folders.absolute(workdir).is_dir():
         raise UserError(f"{key}: no such folder", workdir, "Give WORKDIR, WORKDIR:STEP or WORKDIR:last")
     reader = CheckpointReader(workdir)
     steps = reader.steps()
@@ -289,7 +522,7 @@ def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:
         best = reader.best_step()
         return workdir, steps[-1] if best is None else best
     if int(which) not in steps:
-        raise UserError(f"{key}: the run has no such step", int(which), _there(steps))
+        raise UserError(f"{key}: the run has no such step", int(which), step_meta.there(steps))
     return workdir, int(which)
 
 
@@ -307,225 +540,10 @@ def state_bytes(abstract_state: Any) -> int:
 
 def check_free_space(workdir: str | Path, state_bytes: int) -> None:
     """Raises `UserError` when two checkpoints don't fit: the last good one, and one in the making."""
-    free = _free_bytes(_absolute(workdir))
+    free = step_folders.free_bytes(step_folders.absolute(workdir))
     if free is not None and free < 2 * state_bytes:
         raise UserError(
-            f"--workdir {workdir}: too little room for two checkpoints of {_human(state_bytes)}",
-            f"{_human(free)} free, {_human(2 * state_bytes)} needed",
+            f"--workdir {workdir}: too little room for two checkpoints of {human_bytes(state_bytes)}",
+            f"{human_bytes(free)} free, {human_bytes(2 * state_bytes)} needed",
             "Make room there, or give a --workdir on another disk",
         )
-
-
-# --- the record ----------------------------------------------------------------------------------------------------
-
-
-def _read_meta(folder: epath.Path, step: int) -> dict[str, Any]:
-    path = folder / str(step) / "meta" / "metadata"
-    try:
-        meta = json.loads(path.read_text())
-        version = int(meta["format_version"])
-        if version <= FORMAT_VERSION:
-            dict(meta["config"]), dict(meta["leaves"]), _evaluation(meta)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        steps = _committed_steps(folder)
-        if step in steps:
-            raise _damaged(path, error) from error
-        raise _StepVanished(f"no checkpoint of this step in {folder}", step, _there(steps)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"checkpoint {folder / str(step)} was written by a newer aimv2_jax",
-            f"format {version}, this one reads up to {FORMAT_VERSION}",
-            "Update aimv2_jax",
-        )
-    return meta
-
-
-def _read_record(folder: epath.Path) -> dict[int, _Evaluation | None]:
-    """What is known of every step of the run."""
-    record = {}
-    for step in _committed_steps(folder):
-        try:
-            record[step] = _evaluation(_read_meta(folder, step))
-        except _StepVanished:  # A running trainer deleted it since: no longer one of the run's checkpoints.
-            continue
-    return record
-
-
-def _damaged(path: epath.Path, error: Exception) -> UserError:
-    return UserError(f"damaged checkpoint: {path}", _reason(error), "Move the step's folder away to use another")
-
-
-def _evaluation(meta: Mapping[str, Any]) -> _Evaluation | None:
-    if meta["eval_loss"] is None:
-        return None
-    return _Evaluation(meta["eval_loss"], json.dumps(measured_on(meta["config"]["eval"]), sort_keys=True))
-
-
-def measured_on(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of config `eval`, as a plain dict, a held-out loss depends on: a set may move, its name tells what it is."""
-    return {**settings, "batch_size": None, "sources": sorted(settings["sources"])}
-
-
-def _best(record: Mapping[int, _Evaluation | None]) -> int | None:
-    evaluated = {step: evaluation for step, evaluation in record.items() if evaluation is not None}
-    if not evaluated:
-        return None
-    conditions = evaluated[max(evaluated)].conditions
-    return min((value.loss, step) for step, value in evaluated.items() if value.conditions == conditions)[1]
-
-
-def _leaves(tree: Any) -> dict[str, list]:
-    """`{"params/encoder/...": [shape, dtype]}` of every array."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)]
-        for path, leaf in leaves
-    }
-
-
-def _check_leaves(step: int, saved: Mapping[str, list], wanted: Mapping[str, list], partial: bool) -> None:
-    differences = [f"{path} is not in it" for path in wanted if path not in saved]
-    if not partial:
-        differences += [f"{path} is in it and not in this model" for path in saved if path not in wanted]
-    differences += [
-        f"{path} is {_array(saved[path])} in it, {_array(wanted[path])} here"
-        for path in wanted
-        if path in saved and saved[path] != wanted[path]
-    ]
-    if differences:
-        more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise UserError(
-            f"checkpoint of step {step} is of a different model",
-            differences[0] + more,
-            "Use the config it was made with, or another --workdir",
-        )
-
-
-def _array(leaf: list) -> str:
-    shape, dtype = leaf
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-# --- the folder ----------------------------------------------------------------------------------------------------
-
-
-def _committed_steps(folder: epath.Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    steps = sorted(int(path.name) for path in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
-    if _renames(folder):
-        return steps
-    return [step for step in steps if (folder / str(step) / _COMMIT_FILE).exists()]
-
-
-def _absolute(workdir: str | Path) -> epath.Path:
-    """The path from the root, which Orbax wants; a bucket's is that anyway."""
-    if "://" not in str(workdir):
-        return epath.Path(os.path.abspath(workdir))
-    try:
-        return epath.Path(workdir)
-    except KeyError as error:
-        raise UserError("no such kind of storage", str(workdir), "Give a folder, or gs://BUCKET/FOLDER") from error
-
-
-def _renames(folder: epath.Path) -> bool:
-    return "://" not in str(folder)
-
-
-def _make_folder(folder: epath.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("--workdir cannot be made", _first_line(error), "Give a folder that can be written") from error
-
-
-def _sweep(folder: epath.Path) -> None:
-    """Deletes half-written and half-deleted steps; nothing that could be anybody else's."""
-    if jax.process_index() == 0 and folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.partition(_TEMPORARY)[0].isdecimal() and _TEMPORARY in path.name:
-                path.rmtree(missing_ok=True)
-
-
-def _delete(folder: epath.Path, step: int) -> None:
-    """Deletes a step so that it is at no moment a step with something missing."""
-    if jax.process_index() != 0:
-        return
-    path = folder / str(step)
-    if _renames(folder):
-        path = path.rename(folder / f"{step}{_TEMPORARY}-deleted")
-    else:
-        (path / _COMMIT_FILE).unlink()
-    path.rmtree()
-
-
-def _free_bytes(path: epath.Path) -> int | None:
-    """Room on the disk of `path` or of the nearest folder above that exists; None where there is no such limit."""
-    if not _renames(path):
-        return None
-    local = Path(path).absolute()
-    return shutil.disk_usage(next(place for place in (local, *local.parents) if place.exists())).free
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that closes when all its tasks have ended."""
-
-    def close(self) -> None:
-        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
-
-
-class _PatientLoops(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _PatientLoop()
-
-
-@contextlib.contextmanager
-def _reads_seen_through() -> Iterator[None]:
-    """While this lasts, event loops of this process wait for all their tasks before they close. Not for two threads.
-
-    Orbax closes its loop at the first read that fails; each read still on its way would then end in a traceback of its
-    own, beside the one line that tells the user.
-    """
-    policy = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_PatientLoops())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(policy)
-
-
-# --- words ---------------------------------------------------------------------------------------------------------
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax's threads log of an error which then reaches us, and is raised, anyway."""
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-def _there(steps: list[int]) -> str:
-    return f"Steps that are there: {', '.join(map(str, steps))}" if steps else "There is none; give another folder"
-
-
-def _human(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
-def _reason(error: Exception) -> str:
-    """Why a write failed: TensorStore's half a screen of nested messages ends in the operating system's number."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,76 +1,38 @@
 """Checkpoints: what comes back is what was saved, whatever happens in between."""
 
+import errno
 import functools
 import gc
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
+from checkpoints import (
+    CONFIG,
+    abstract,
+    assert_same,
+    edit_meta,
+    folders,
+    make_config,
+    make_format_1,
+    make_state,
+    save_all,
+)
 from full_disk import files_of_at_most
 
-from aimv2_jax.config import build_config, config_to_dict
+from aimv2_jax.config import config_to_dict
 from aimv2_jax.errors import UserError
-from aimv2_jax.train import checkpoint
+from aimv2_jax.train import checkpoint, step_folders
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, parse_spec, state_bytes
-from experiments import base
-
-Moments = namedtuple("Moments", ["count", "mu"])
-
-
-class State(struct.PyTreeNode):
-    step: jax.Array
-    params: dict
-    opt_state: tuple
-
-
-def make_config(**evaluation):
-    tree = base.get_config().to_dict()
-    tree["data"]["sources"] = {"photos": "/a/photos"}
-    tree["data"]["mixture"] = {"photos": {"alt": 1.0}}
-    tree["eval"].update({"sources": {"held_out": "/a/test"}, **evaluation})
-    return build_config(tree)
-
-
-CONFIG = make_config()
-
-
-def make_state(seed=0, size=16):
-    weights = jax.random.normal(jax.random.key(seed), (size, 8))
-    params = {"encoder": {"w": weights}, "scale": weights[0].astype(jnp.bfloat16)}
-    return State(jnp.int32(seed), params, (Moments(jnp.int32(7), params), None))
-
-
-def abstract(tree, sharding=None):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape and np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def folders(workdir):
-    return sorted(path.name for path in (Path(workdir) / "checkpoints").iterdir())
-
-
-def save_all(workdir, losses, keep=10):
-    """A run whose step s was saved with `losses[s]`."""
-    with Checkpointer(workdir, keep) as checkpointer:
-        for step, loss in losses.items():
-            checkpointer.save(step, make_state(step), CONFIG, loss)
-
 
 # --- there and back ------------------------------------------------------------------------------------------------
 
@@ -88,7 +50,7 @@ def test_meta_when_saved_then_it_holds_config_and_evaluation(tmp_path):
         checkpointer.save(3, make_state(), CONFIG, eval_loss=jnp.float32(0.5), extra={"skipped": [[4, 8]]})
         checkpointer.save(4, make_state(), CONFIG)
     meta = CheckpointReader(tmp_path).meta(3)
-    assert (meta["format_version"], meta["step"], meta["eval_loss"]) == (1, 3, 0.5)
+    assert (meta["format_version"], meta["step"], meta["eval_loss"]) == (2, 3, 0.5)
     assert meta["config"] == config_to_dict(CONFIG) and meta["extra"] == {"skipped": [[4, 8]]}
     assert meta["leaves"]["params/encoder/w"] == [[16, 8], "float32"]
     assert meta["leaves"]["opt_state/0/mu/scale"] == [[8], "bfloat16"]
@@ -170,16 +132,12 @@ def test_state_when_the_model_differs_then_user_error_names_the_array(tmp_path, 
         CheckpointReader(tmp_path).restore(1, shapes)
 
 
-def _edit_meta(workdir, step, edit):
-    path = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
-    path.write_text(edit(path.read_text()))
-
-
 def test_format_when_newer_than_ours_then_refused(tmp_path):
     save_all(tmp_path, {1: None})
-    _edit_meta(tmp_path, 1, lambda text: json.dumps({**json.loads(text), "format_version": 2}))
-    with pytest.raises(UserError, match=r"newer.*format 2, this one reads up to 1"):
-        CheckpointReader(tmp_path).meta(1)
+    edit_meta(tmp_path, 1, lambda text: json.dumps({**json.loads(text), "format_version": 3}))
+    for action in (lambda: CheckpointReader(tmp_path).meta(1), lambda: Checkpointer(tmp_path, keep=1)):
+        with pytest.raises(UserError, match=r"newer.*format 3, this one reads up to 2"):
+            action()
 
 
 @pytest.mark.parametrize(
@@ -192,10 +150,10 @@ def test_format_when_newer_than_ours_then_refused(tmp_path):
         lambda text: '{"format_version": "one"}',
     ],
 )
-def test_meta_when_damaged_then_user_error_names_the_file(tmp_path, edit):
+def test_meta_when_it_cannot_be_understood_and_there_is_no_manifest_then_user_error_names_the_file(tmp_path, edit):
     save_all(tmp_path, {1: None})
-    _edit_meta(tmp_path, 1, edit)
-    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1/meta/metadata"):
+    edit_meta(tmp_path, 1, edit)
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: .meta/metadata: cannot be understood"):
         CheckpointReader(tmp_path).meta(1)
 
 
@@ -206,6 +164,7 @@ def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
         CheckpointReader(tmp_path).best_step()
 
 
+@pytest.mark.parametrize("has_manifest", [True, False])
 @pytest.mark.parametrize(
     "harm",
     [
@@ -216,10 +175,12 @@ def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
         lambda state: [file.write_bytes(b"") for file in (state / "d").iterdir()],
     ],
 )
-def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, harm):
+def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, harm, has_manifest):
     save_all(tmp_path, {1: None})
+    if not has_manifest:
+        make_format_1(tmp_path, 1)
     harm(tmp_path / "checkpoints" / "1" / "state")
-    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1/state.*Move the step's folder away") as error:
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: 'state.*Name another step") as error:
         CheckpointReader(tmp_path).restore(1, abstract(make_state()))
     assert len(str(error.value)) < 700
 
@@ -228,6 +189,7 @@ def test_state_when_many_arrays_are_damaged_then_nothing_is_told_beside_the_sent
     state = {f"array{i}": jnp.ones((8, 8)) for i in range(60)}
     with Checkpointer(tmp_path, 1) as checkpointer:
         checkpointer.save(1, state, CONFIG)
+    make_format_1(tmp_path, 1)  # Else nothing of it would be read.
     for file in (tmp_path / "checkpoints" / "1" / "state" / "d").iterdir():
         file.write_bytes(b"")
     stray = []
@@ -338,14 +300,14 @@ KILLED_IN_A_SAVE = """
 import os, signal, sys, time
 from pathlib import Path
 import jax
-from train import test_checkpoint as test
+import checkpoints as test
 
 workdir = Path(sys.argv[1])
 checkpointer = test.Checkpointer(workdir, keep=2)
 checkpointer.save(1, test.make_state(1), test.CONFIG)
 checkpointer.wait()
 checkpointer.save(2, {"w": jax.random.normal(jax.random.key(0), (32, 1024, 1024))}, test.CONFIG)
-half_written = workdir / "checkpoints" / "2.orbax-checkpoint-tmp"
+half_written = workdir / "checkpoints" / "2.orbax-checkpoint-tmp-saving.orbax-checkpoint-tmp"
 while not any(path.stat().st_size for path in half_written.glob("state*/**/d/*")):
     assert not (workdir / "checkpoints" / "2").exists(), "the save was faster than the kill"
     time.sleep(0.0005)
@@ -358,7 +320,7 @@ def test_step_when_killed_in_the_middle_of_its_save_then_ignored_and_saved_again
     script = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{KILLED_IN_A_SAVE}"
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert killed.returncode == -9, killed.stderr
-    assert folders(tmp_path) == ["1", "2.orbax-checkpoint-tmp"]
+    assert folders(tmp_path) == ["1", "2.orbax-checkpoint-tmp-saving.orbax-checkpoint-tmp"]
     reader = CheckpointReader(tmp_path)
     assert (reader.steps(), parse_spec(f"{tmp_path}:last")) == ([1], (str(tmp_path), 1))
     assert_same(reader.restore(1, abstract(make_state())), make_state(1))
@@ -393,39 +355,131 @@ def test_save_when_the_disk_is_full_then_the_last_good_step_stays_and_the_error_
     assert not [record for record in caplog.records if record.exc_info]  # Orbax's tracebacks: the error says it all.
 
 
-@pytest.mark.parametrize("notice", ["check_errors", "save", "close"])
-def test_save_when_it_failed_in_the_background_then_the_next_call_says_so(tmp_path, notice):
-    big = {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
-    checkpointer = Checkpointer(tmp_path, keep=1)
-    with files_of_at_most(64 * 1024):
-        checkpointer.save(5, big, CONFIG)
+BIG = {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
+LIMIT = 64 * 1024  # Of bytes in a file, which BIG does not keep to.
 
-        def check_each_step():
-            for _ in range(2000):
-                checkpointer.check_errors()
-                time.sleep(0.01)
 
+def _ask_each_step(checkpointer):
+    """What a trainer is told by `check_errors`, within 20 s."""
+    for _ in range(2000):
+        failure = checkpointer.check_errors()
+        if failure is not None:
+            return failure
+        time.sleep(0.01)
+    raise AssertionError("never told")
+
+
+@pytest.mark.parametrize("notice", ["check_errors", "save"])
+def test_save_when_it_failed_in_the_background_then_told_once_and_the_next_makes_up_for_it(tmp_path, notice):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        with files_of_at_most(LIMIT):
+            assert checkpointer.save(5, BIG, CONFIG) is None
+            if notice == "check_errors":
+                failure = _ask_each_step(checkpointer)
+                assert (checkpointer.check_errors(), checkpointer.save(6, make_state(6), CONFIG)) == (None, None)
+            else:
+                failure = checkpointer.save(6, make_state(6), CONFIG)
+        assert "step 5" in failure.what and "no checkpoint was written before" in failure.remedy
+        checkpointer.wait()
+        assert (checkpointer.steps(), checkpointer.check_errors()) == ([6], None)
+        with files_of_at_most(LIMIT):
+            checkpointer.save(7, BIG, CONFIG)
+            assert "step 7" in _ask_each_step(checkpointer).what  # A first failure again.
+            checkpointer.save(8, make_state(8), CONFIG)
+    assert folders(tmp_path) == ["8"]
+
+
+@pytest.mark.parametrize("notice", ["check_errors", "save", "wait"])
+def test_save_when_it_failed_twice_in_a_row_then_raised(tmp_path, notice):
+    with Checkpointer(tmp_path, keep=1) as checkpointer, files_of_at_most(LIMIT):
+        checkpointer.save(5, BIG, CONFIG)
+        assert "step 5" in _ask_each_step(checkpointer).what
+        checkpointer.save(6, BIG, CONFIG)
         calls = {
-            "check_errors": check_each_step,
-            "save": lambda: checkpointer.save(6, make_state(), CONFIG),
-            "close": checkpointer.close,
+            "check_errors": lambda: _ask_each_step(checkpointer),
+            "save": lambda: checkpointer.save(7, make_state(), CONFIG),
+            "wait": checkpointer.wait,
         }
-        error = _failure_of(calls[notice])
-    assert "step 5" in error.what and "no checkpoint was written before" in error.remedy
+        assert "step 6" in _failure_of(calls[notice]).what
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("notice", ["wait", "close"])
+def test_save_when_the_last_failed_then_the_end_raises_even_if_it_was_told(tmp_path, notice):
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    with files_of_at_most(LIMIT):
+        checkpointer.save(5, BIG, CONFIG)
+        assert "step 5" in _ask_each_step(checkpointer).what
+    assert "step 5" in _failure_of(getattr(checkpointer, notice)).what
     checkpointer.close()
     assert folders(tmp_path) == []
 
 
-def test_save_when_the_folder_vanished_then_user_error(tmp_path):
+def test_save_when_one_of_several_processes_sees_a_failure_then_raised_at_once(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path, keep=1) as checkpointer, files_of_at_most(LIMIT):
+        checkpointer.save(5, BIG, CONFIG)
+        while not checkpointer._pending.done():
+            time.sleep(0.01)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        assert "step 5" in _failure_of(checkpointer.check_errors).what
+
+
+def _refusing(monkeypatch, times):
+    """Orbax cannot begin a save that often; returns the steps that it was asked for."""
+    begin, asked = checkpoint.ocp.AsyncCheckpointer.save, []
+
+    def refuse(self, path, *args, **kwargs):
+        asked.append(path.name)
+        if len(asked) <= times:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return begin(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.ocp.AsyncCheckpointer, "save", refuse)
+    return asked
+
+
+def test_save_when_it_cannot_begin_then_tried_again_at_once_and_told(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        asked = _refusing(monkeypatch, times=1)
+        assert "Input/output error" in str(checkpointer.save(5, make_state(5), CONFIG))
+        checkpointer.wait()
+        assert (len(asked), checkpointer.steps()) == (2, [5])
+
+
+def test_save_when_it_cannot_begin_twice_then_raised(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        asked = _refusing(monkeypatch, times=2)
+        assert "Input/output error" in str(_failure_of(lambda: checkpointer.save(5, make_state(5), CONFIG)))
+        assert (len(asked), checkpointer.steps()) == (2, [])
+
+
+def test_save_when_old_steps_cannot_be_deleted_then_told_and_the_new_one_is_there(tmp_path, monkeypatch):
+    def refuse(folder, step):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / str(step)))
+
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, make_state(1), CONFIG)
+        checkpointer.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(step_folders, "delete", refuse)
+            checkpointer.save(2, make_state(2), CONFIG)
+            failure = _ask_each_step(checkpointer)
+        assert "could not delete the checkpoint of step 1" in failure.what and "step 2 is saved" in failure.remedy
+        assert checkpointer.steps() == [1, 2]
+        checkpointer.save(3, make_state(3), CONFIG)
+    assert folders(tmp_path) == ["3"]
+
+
+@pytest.mark.parametrize("instead", [None, "a file"])
+def test_save_when_the_folder_vanished_then_user_error_and_it_is_not_made_anew(tmp_path, instead):
     checkpointer = Checkpointer(tmp_path / "run", keep=1)
     shutil.rmtree(tmp_path / "run")
-    (tmp_path / "run").write_text("a file")
-    try:
-        error = _failure_of(lambda: (checkpointer.save(1, make_state(), CONFIG), checkpointer.wait()))
-        assert "step 1" in error.what
-    finally:
-        (tmp_path / "run").unlink()
-        checkpointer.close()
+    if instead:
+        (tmp_path / "run").write_text(instead)
+    error = _failure_of(lambda: checkpointer.save(1, make_state(), CONFIG))
+    assert "step 1" in error.what and error.value == f"No such file or directory: {tmp_path}/run/checkpoints"
+    checkpointer.close()
+    assert not (tmp_path / "run").is_dir()
 
 
 def test_workdir_when_it_cannot_be_made_then_user_error(tmp_path):

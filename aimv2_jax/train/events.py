@@ -1,0 +1,281 @@
+"""The books of a run: `WORKDIR/events.jsonl`, a line whenever something happened that is no number of a step.
+
+Unlike the metrics, it is only ever added to. A resume cuts nothing away: a start that was killed, and the steps that
+went with it, stay told. `train/goodput.py` makes the story of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import numbers
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.files import is_remote
+from aimv2_jax.growing import GrowingFile
+
+_FILE = "events.jsonl"
+
+# The fields of each kind, beside those that all have: kind, step, time, clock, run. `step` is the last one that was
+# done when it happened; where a line below says so, it is another.
+KINDS: Mapping[str, tuple[str, ...]] = {
+    # A trainer begins, from the state after `step`. config: digest of the resolved one; steps: where the run ends.
+    "start": ("processes", "devices", "device_kind", "config", "steps", "save_every", "versions"),
+    "compiled": ("seconds",),  # The train step, of one shape of batches.
+    "restore": ("seconds",),  # The state after `step` was read from a checkpoint.
+    "damaged": ("files", "moved_to"),  # The checkpoint of `step` is not intact; it was set aside.
+    "save": ("seconds",),  # The state after `step` is being saved; steps waited so long for that.
+    "save_failed": ("why",),  # The save of `step` came to nothing.
+    "evaluation": ("seconds", "eval_loss"),
+    # Where the time of this start went since its first step was begun: sums, so that a kill loses only the last bit.
+    "progress": ("step_s", "data_s", "evaluation_s", "saving_s"),
+    "preemption": (),  # Asked to stop; `step` is saved.
+    "nonfinite": ("loss", "grad_norm", "file"),  # `step` has changed nothing; file: what a replay needs.
+    "spike": ("values", "action"),  # values: {"loss": …, "grad_norm": …}, with what was expected; action: as config.
+    "skip": ("a", "b", "why"),  # Batches [a, b) are not trained on.
+    "rewind": ("from_step", "to_step", "a", "b"),  # Back to the state after `to_step`, without the batches [a, b).
+    "bad_data": ("counts",),  # {reason: records} that could not be used since the last such line.
+    "hang": ("what", "file"),  # A time-out: `what` was waited for, in `step`, which is not done; file: all stacks.
+    "worker_restarted": ("exit_code", "shard", "record"),  # A loader's worker died, or stalled.
+    "corruption": ("leaf", "device", "host"),  # `step` computed twice did not give the same bits.
+    "stop": ("code", "why"),  # In good order, by a guard, or by an error that was told; a kill leaves none.
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A line of the books.
+
+    Attributes:
+      kind: one of `KINDS`, or of a newer version's.
+      step: of the run.
+      time_s: what the wall clock showed, seconds since 1970.
+      clock_s: seconds since the start of the process that wrote it, never going back.
+      run: which start it was: every start of a trainer has another.
+      values: the fields of its kind.
+    """
+
+    kind: str
+    step: int
+    time_s: float
+    clock_s: float
+    run: str
+    values: Mapping[str, Any]
+
+
+class Events:
+    """Writes the books; on every process but the first it writes nothing.
+
+    A line is on the disk when `write` returns, and outlives a kill -9 (in a bucket: some seconds later). Threads may
+    write at the same time once the first line is written: the system keeps lines apart.
+
+    Args:
+      workdir: the run's folder.
+      age_s: seconds that this process has spent on the run before, such as imports: see `process_age_s`.
+      clock: seconds from any start, never going back.
+      wall: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        age_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ):
+        self._active = jax.process_index() == 0
+        self._path = epath.Path(workdir) / _FILE
+        self._file = GrowingFile(self._path)
+        self._clock, self._wall = clock, wall
+        self._begin_s = clock() - age_s
+        self._run = secrets.token_hex(4)
+        self._whole = False  # Whether what is there ends with the end of a line.
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Adds a line; `values` are exactly the fields of `kind` in `KINDS`. A number that isn't finite becomes null.
+
+        Raises:
+          UserError: when it cannot be written.
+        """
+        assert set(values) == set(KINDS[kind]), (kind, sorted(values))
+        if not self._active:
+            return
+        head = {"kind": kind, "step": int(step), "time": round(self._wall(), 3)}
+        head |= {"clock": round(self._clock() - self._begin_s, 3), "run": self._run}
+        line = json.dumps(head | _plain(values), allow_nan=False).encode() + b"\n"
+        with _writing(self._path):
+            if not self._whole and not _ends_whole(self._path):
+                line = b"\n" + line  # So that the half line of a killed process, or of a full disk, stays alone.
+            self._whole = False
+            self._file.write(line)
+            self._whole = True
+
+    def flush(self) -> None:
+        """Returns when all of it is in the workdir, which may be in a bucket."""
+        if self._active:
+            with _writing(self._path):
+                self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        if self._active:
+            with _writing(self._path):
+                self._file.close()
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Spending:
+    """Where the time of a start goes from its first step on, for `progress`: what is nothing else is steps.
+
+        spending = Spending()
+        with spending.on("data"):
+            batch = next(batches)
+        ...
+        events.write("progress", step, **spending.seconds())
+
+    Args:
+      clock: seconds from any start, never going back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._begin_s = clock()
+        self._spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Counts the time inside as "data", "evaluation" or "saving"; one is not to be used inside another."""
+        start_s = self._clock()
+        try:
+            yield
+        finally:
+            self._spent[what] += self._clock() - start_s
+
+    def seconds(self) -> dict[str, float]:
+        """The sums so far, as the fields of `progress`."""
+        step_s = self._clock() - self._begin_s - sum(self._spent.values())
+        sums = {"step_s": step_s} | {f"{what}_s": spent for what, spent in self._spent.items()}
+        return {name: round(value, 3) for name, value in sums.items()}
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, imports included; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # "starttime", in ticks since the machine's boot.
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
+    except (OSError, AttributeError, IndexError, ValueError):  # Linux alone has all of it.
+        return 0.0
+
+
+def has_events(workdir: epath.PathLike) -> bool:
+    """Whether the folder has books; runs of older versions have none."""
+    return (epath.Path(workdir) / _FILE).exists()
+
+
+def read_events(workdir: epath.PathLike) -> list[Event]:
+    """All events of a run, as they were written; none where there are no books.
+
+    Half a line, which a kill or a full disk left, is passed over.
+
+    Raises:
+      UserError: naming a line that is something else.
+    """
+    path = epath.Path(workdir) / _FILE
+    if not path.exists():
+        return []
+    events = []
+    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+        event = _event(text)
+        if event is not None:
+            events.append(event)
+        elif not _is_half(text.decode(errors="replace")):
+            remedy = "Take the line out of the file, or move the file away"
+            raise UserError(f"{path}:{number} is no event", text[:80].decode(errors="replace"), remedy)
+    return events
+
+
+def _event(text: bytes) -> Event | None:
+    try:
+        values = json.loads(text)
+        kind, step, run = (values.pop(name) for name in ("kind", "step", "run"))
+        time_s, clock_s = (float(values.pop(name)) for name in ("time", "clock"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    known = isinstance(kind, str) and isinstance(step, int) and isinstance(run, str)
+    return Event(kind, step, time_s, clock_s, run, values) if known else None
+
+
+def _is_half(text: str) -> bool:
+    """Whether `text` is what a line of ours may be when it breaks off, which may be before its first letter."""
+    text = text.rstrip("\0")  # What some file systems leave of a line when the machine dies.
+    head = '{"kind": '
+    if not text.startswith(head[: len(text)]):
+        return False
+    open_brackets, in_string, escaped = 0, False, False
+    for letter in text:
+        if in_string:
+            in_string = escaped or letter != '"'
+            escaped = letter == "\\" and not escaped
+        elif letter == '"':
+            in_string = True
+        else:
+            open_brackets += (letter in "{[") - (letter in "}]")
+    return open_brackets > 0 or not text
+
+
+def _ends_whole(path: epath.Path) -> bool:
+    """Whether a file is absent, empty, or ends with the end of a line."""
+    if not path.exists():
+        return True
+    if is_remote(path):
+        return path.read_bytes()[-1:] in (b"", b"\n")
+    with Path(path).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        return file.read() in (b"", b"\n")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, JAX or Python, text, and lists and mappings of them, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, bool)) or value is None:
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, numbers.Number):
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or is_remote(path):  # Of a bucket: TensorFlow's or fsspec's own kinds.
+            said = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{path} cannot be written", said, "Make room, or give a --workdir that can be") from error
+        raise

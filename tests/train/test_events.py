@@ -1,0 +1,159 @@
+"""The books of a run: what a line holds, half lines, and where the time of a start goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bucket import NAME, stand_in
+from full_disk import files_of_at_most
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.train.events import Events, Spending, has_events, process_age_s, read_events
+
+SAVE = dict(seconds=0.5)
+
+
+def _text(folder):
+    return (folder / "events.jsonl").read_bytes()
+
+
+def test_events_when_written_by_two_starts_then_read_with_their_kinds_clocks_and_runs(tmp_path):
+    clock, wall = iter([10.0, 12.5, 20.0]), iter([100.0, 90.0])
+    assert not has_events(tmp_path) and read_events(tmp_path) == []
+    with Events(tmp_path / "new", age_s=4.0, clock=clock.__next__, wall=wall.__next__) as events:
+        events.write("save", 20, seconds=jnp.float32(0.5))
+        events.write("nonfinite", np.int64(21), loss=float("nan"), grad_norm=np.float32("inf"), file=tmp_path)
+    with Events(tmp_path / "new") as events:
+        events.write("spike", 3, values={"loss": np.float64(2), "window": (1, None)}, action="log")
+    first, second, third = read_events(tmp_path / "new")
+    assert has_events(tmp_path / "new")
+    assert (first.kind, first.step, first.time_s, first.clock_s, first.values) == ("save", 20, 100.0, 6.5, SAVE)
+    assert (second.step, second.time_s, second.clock_s) == (21, 90.0, 14.0)
+    assert second.values == {"loss": None, "grad_norm": None, "file": str(tmp_path)}
+    assert third.values == {"values": {"loss": 2.0, "window": [1, None]}, "action": "log"}
+    assert first.run == second.run != third.run
+
+
+@pytest.mark.parametrize("kind, values", [("sav", SAVE), ("save", {}), ("save", {**SAVE, "more": 1})])
+def test_write_when_kind_or_fields_are_not_in_the_table_then_our_bug(tmp_path, kind, values):
+    with Events(tmp_path) as events, pytest.raises((KeyError, AssertionError)):
+        events.write(kind, 1, **values)
+    assert not has_events(tmp_path)
+
+
+def test_write_when_on_another_process_then_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with Events(tmp_path) as events:
+        events.write("save", 1, **SAVE)
+        events.flush()
+    assert not has_events(tmp_path)
+
+
+def test_line_when_its_writer_is_killed_right_after_then_there(tmp_path):
+    code = (
+        "import sys, os, time, jax\n"
+        "from aimv2_jax.train.events import Events\n"
+        "events = Events(sys.argv[1])\n"
+        "events.write('save', 7, seconds=0.5)\n"
+        "print('written', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"written\n"
+        process.send_signal(signal.SIGKILL)
+    assert [event.step for event in read_events(tmp_path)] == [7]
+
+
+def test_half_line_of_any_length_when_a_start_follows_then_no_event_is_lost_or_merged(tmp_path):
+    values = dict(values={"loss": 3.5, "why": 'a "brace" } and \\'}, action="log")
+    with Events(tmp_path) as events:
+        events.write("save", 1, **SAVE)
+        events.write("spike", 2, **values)
+    whole = _text(tmp_path)
+    first = whole.index(b"\n") + 1
+    for length in range(first, len(whole)):
+        (tmp_path / "events.jsonl").write_bytes(whole[:length])
+        steps = [event.step for event in read_events(tmp_path)]
+        with Events(tmp_path) as events:
+            events.write("save", 3, **SAVE)
+        assert _text(tmp_path).startswith(whole[:length])  # Nothing is ever cut.
+        assert [event.step for event in read_events(tmp_path)] == [*steps, 3]
+        assert steps == ([1, 2] if length == len(whole) - 1 else [1])
+
+
+def test_half_line_when_followed_by_zeros_of_a_machine_that_died_then_passed_over(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b'{"kind": "sa' + bytes(20) + b"\n" + bytes(5))
+    assert read_events(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"hello",
+        b'{"kind": "save", "step": x}',
+        b'{"kind": "save", "step": 1}',
+        b'{"step": 1}',
+        b"[1",
+        b'{"kind": "save", "step": "1", "time": 1, "clock": 1, "run": "a"}',
+    ],
+)
+def test_read_when_a_line_is_no_event_then_user_error_naming_it(tmp_path, line):
+    with Events(tmp_path) as events:
+        events.write("save", 1, **SAVE)
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(UserError, match=r"events.jsonl:2 is no event"):
+        read_events(tmp_path)
+
+
+def test_write_when_the_disk_is_full_then_user_error_and_later_lines_stay_whole(tmp_path):
+    with Events(tmp_path) as events:
+        events.write("save", 1, **SAVE)
+        with files_of_at_most(len(_text(tmp_path))), pytest.raises(UserError, match="cannot be written"):
+            events.write("save", 2, **SAVE)
+        with (tmp_path / "events.jsonl").open("ab") as file:
+            file.write(b'{"kind": "save", "st')  # What had room of it.
+        events.write("save", 3, **SAVE)
+    assert [event.step for event in read_events(tmp_path)] == [1, 3]
+
+
+def test_events_in_a_bucket_when_a_half_line_is_there_then_repaired_too(tmp_path, monkeypatch):
+    bucket = stand_in(tmp_path / "bucket", monkeypatch)
+    (bucket / "run").mkdir()
+    (bucket / "run/events.jsonl").write_bytes(b'{"kind": "save", "step": 1')
+    with Events(f"{NAME}/run") as events:
+        events.write("save", 2, **SAVE)
+        events.flush()
+        assert [event.step for event in read_events(f"{NAME}/run")] == [2]
+    assert json.loads(_text(bucket / "run").splitlines()[-1])["step"] == 2
+
+
+def test_spending_when_time_goes_by_then_what_is_nothing_else_is_steps():
+    now = [5.0]
+    spending = Spending(lambda: now[0])
+    now[0] += 3
+    with spending.on("data"):
+        now[0] += 1
+    with pytest.raises(ZeroDivisionError), spending.on("evaluation"):
+        now[0] += 10
+        raise ZeroDivisionError
+    now[0] += 2
+    assert spending.seconds() == {"step_s": 5.0, "data_s": 1.0, "evaluation_s": 10.0, "saving_s": 0.0}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells when a process began")
+def test_process_age_when_asked_then_grows_as_the_clock_does():
+    before = process_age_s()
+    time.sleep(0.1)
+    assert before > 0 and 0.09 < process_age_s() - before < 5

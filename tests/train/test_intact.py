@@ -1,0 +1,410 @@
+"""Steps that were damaged: found before anything of them is used, named, set aside; and steps of older formats."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bucket import NAME, stand_in, stand_in_for_arrays
+from checkpoints import CONFIG, abstract, assert_same, edit_meta, folders, make_format_1, make_state, save_all
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.train import checkpoint, manifest, step_folders, step_meta
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
+from aimv2_jax.train.step_meta import DamagedStep
+
+
+def data_file(workdir: Path, step: int) -> Path:
+    """The largest file of a step, which holds arrays."""
+    files = (workdir / "checkpoints" / str(step) / "state" / "d").iterdir()
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def flip_a_bit(file: Path, bit: int = 1001) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_state_when_one_bit_of_an_array_is_flipped_then_nothing_is_given_out_and_the_file_named(tmp_path):
+    save_all(tmp_path, {1: None})
+    file = data_file(tmp_path, 1)
+    flip_a_bit(file)
+    reader, state = CheckpointReader(tmp_path), make_state(1)
+    for action in (
+        lambda: reader.restore(1, abstract(state)),
+        lambda: reader.restore_part(1, {"params": abstract(state.params)}),
+        lambda: reader.verify(1),
+    ):
+        with pytest.raises(DamagedStep, match=f"/checkpoints/1: 'state/d/{file.name}: other contents'"):
+            action()
+    assert reader.meta(1)["step"] == 1  # Its own file is as it was.
+
+
+def test_state_when_restored_twice_by_a_reader_then_read_once_to_compare_unless_it_was_saved_anew(
+    tmp_path, monkeypatch
+):
+    compared, compare = [], manifest.compare
+    monkeypatch.setattr(manifest, "compare", lambda *args: (compared.append(args[0].name), compare(*args))[1])
+    save_all(tmp_path, {1: None})
+    reader, shapes = CheckpointReader(tmp_path), abstract(make_state())
+    reader.verify(1)
+    reader.restore(1, shapes)
+    reader.restore_part(1, {"params": shapes.params})
+    assert compared == ["1"]
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, make_state(2), CONFIG)
+    flip_a_bit(data_file(tmp_path, 1))
+    with pytest.raises(DamagedStep):
+        reader.restore(1, shapes)
+
+
+class _SecondProcess:
+    """jax as a process sees it that is not the first."""
+
+    def __getattr__(self, name: str):
+        return getattr(jax, name)
+
+    def process_index(self) -> int:
+        return 1
+
+
+def test_state_when_this_is_not_the_first_process_then_the_word_of_that_one_is_taken(tmp_path, monkeypatch):
+    save_all(tmp_path, {1: None})
+    (tmp_path / "checkpoints/1/more").write_text("")
+    with pytest.raises(DamagedStep, match="more: extra"):
+        CheckpointReader(tmp_path).restore(1, abstract(make_state()))
+    monkeypatch.setattr(checkpoint, "jax", _SecondProcess())
+    assert_same(CheckpointReader(tmp_path).restore(1, abstract(make_state())), make_state(1))
+
+
+def _meanwhile(monkeypatch, then) -> None:
+    """A trainer does `then` when the reader has read the first file of the step."""
+    hash_file = manifest.hash_file
+
+    def watched(path, *args, **kwargs):
+        entry = hash_file(path, *args, **kwargs)
+        monkeypatch.undo()
+        then()
+        return entry
+
+    monkeypatch.setattr(manifest, "hash_file", watched)
+    monkeypatch.setattr(manifest, "_THREADS", 1)
+
+
+def test_step_when_its_trainer_deletes_it_meanwhile_then_not_there_and_not_damaged(tmp_path, monkeypatch):
+    save_all(tmp_path, {1: None, 2: None})
+    reader = CheckpointReader(tmp_path)
+    _meanwhile(monkeypatch, lambda: step_folders.delete(reader._folder, 1))
+    with pytest.raises(step_meta.StepVanished, match="Steps that are there: 2"):
+        reader.verify(1)
+    assert folders(tmp_path) == ["2"]
+
+
+def test_step_when_its_trainer_saves_it_anew_meanwhile_then_the_new_one_is_compared(tmp_path, monkeypatch):
+    save_all(tmp_path / "other", {1: None})
+    save_all(tmp_path, {1: None})
+    place = tmp_path / "checkpoints" / "1"
+
+    def replace():
+        place.rename(place.with_name("rewound-1-1"))
+        shutil.copytree(tmp_path / "other/checkpoints/1", place)
+
+    assert (place / "manifest.json").read_bytes() != (tmp_path / "other/checkpoints/1/manifest.json").read_bytes()
+    _meanwhile(monkeypatch, replace)
+    assert CheckpointReader(tmp_path).verify(1)
+
+
+# --- the newest intact one -----------------------------------------------------------------------------------------
+
+
+def test_newest_when_it_and_the_one_before_are_damaged_then_both_set_aside_named_and_the_next_is_used(tmp_path):
+    save_all(tmp_path, {10: 1.0, 20: None, 30: 0.5})
+    place = tmp_path / "checkpoints"
+    file, meta = data_file(tmp_path, 30), place / "20/meta/metadata"
+    flip_a_bit(file)
+    meta.write_bytes(meta.read_bytes()[:-1])
+    (place / "20/more").write_text("")
+    before = {step: contents(place / step) for step in ("20", "30")}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        newest, damages = checkpointer.newest_intact()
+        assert (newest, checkpointer.steps(), checkpointer.best_step()) == (10, [10], 10)
+        assert_same(checkpointer.restore(10, abstract(make_state())), make_state(10))
+        size = len((place / "damaged-20-1/meta/metadata").read_bytes())
+        assert [str(damage) for damage in damages] == [
+            "the checkpoint of step 30 is damaged and was set aside as checkpoints/damaged-30-1: "
+            f"state/d/{file.name}: other contents",
+            "the checkpoint of step 20 is damaged and was set aside as checkpoints/damaged-20-1: "
+            f"meta/metadata: size {size:,} instead of {size + 1:,}; more: extra",
+        ]
+        checkpointer.save(20, make_state(20), CONFIG)  # Again, as if nothing had been.
+        checkpointer.save(30, make_state(31), CONFIG)
+    assert folders(tmp_path) == ["10", "30", "damaged-20-1", "damaged-30-1"]
+    assert contents(place / "damaged-20-1") == before["20"] and contents(place / "damaged-30-1") == before["30"]
+    reader = CheckpointReader(tmp_path)
+    assert (reader.steps(), reader.set_aside()) == ([10, 30], ["damaged-20-1", "damaged-30-1"])
+    flip_a_bit(data_file(tmp_path, 30))
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert checkpointer.newest_intact()[1][0].moved_to == "damaged-30-2"
+
+
+def test_newest_when_intact_then_older_ones_are_not_read_and_nothing_changes(tmp_path):
+    save_all(tmp_path, {10: None, 20: None})
+    flip_a_bit(data_file(tmp_path, 10))
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.newest_intact() == (20, [])
+    assert folders(tmp_path) == ["10", "20"]
+
+
+def test_newest_when_there_are_no_steps_then_none(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.newest_intact() == (None, [])
+
+
+def test_newest_when_no_step_is_intact_then_user_error_names_them_and_they_stay(tmp_path):
+    save_all(tmp_path, {10: None, 20: None})
+    for step in (10, 20):
+        flip_a_bit(data_file(tmp_path, step))
+    for _ in range(2):  # A second start may not take it for a new run.
+        with (
+            Checkpointer(tmp_path, keep=2) as checkpointer,
+            pytest.raises(UserError, match=r"is intact: 'step 20: state/d/.*: other contents; step 10: state/d/"),
+        ):
+            checkpointer.newest_intact()
+        assert folders(tmp_path) == ["10", "20"]
+
+
+def test_newest_when_an_older_meta_cannot_be_read_then_that_step_is_set_aside_too(tmp_path):
+    save_all(tmp_path, {10: 1.0, 20: 2.0, 30: 3.0})
+    (tmp_path / "checkpoints/10/meta/metadata").write_text("")
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        newest, [damage] = checkpointer.newest_intact()
+        assert (newest, damage.step, damage.wrong[0].file) == (30, 10, "meta/metadata")
+        assert (checkpointer.steps(), checkpointer.best_step()) == ([20, 30], 20)
+    assert folders(tmp_path) == ["20", "30", "damaged-10-1"]
+
+
+def test_steps_when_a_meta_cannot_be_read_and_nobody_asked_then_that_step_is_never_deleted(tmp_path):
+    save_all(tmp_path, {10: 1.0, 20: 2.0})
+    (tmp_path / "checkpoints/10/meta/metadata").write_text("")
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        for step in (30, 40):
+            checkpointer.save(step, make_state(step), CONFIG)
+    assert folders(tmp_path) == ["10", "20", "40"]
+
+
+def test_newest_when_its_manifest_is_gone_then_damaged_and_not_of_an_older_format(tmp_path):
+    save_all(tmp_path, {10: None, 20: None})
+    (tmp_path / "checkpoints/20/manifest.json").unlink()
+    with pytest.raises(DamagedStep, match=r"manifest\.json: missing"):
+        CheckpointReader(tmp_path).restore(20, abstract(make_state()))
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        newest, [damage] = checkpointer.newest_intact()
+    assert (newest, damage.step, folders(tmp_path)) == (10, 20, ["10", "damaged-20-1"])
+
+
+def test_steps_when_the_disk_refuses_to_be_read_then_told_and_nothing_is_set_aside(tmp_path, monkeypatch):
+    save_all(tmp_path, {10: None, 20: None})
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "the file")
+
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        monkeypatch.setattr(manifest, "hash_file", refuse)
+        with pytest.raises(PermissionError):  # `last_words` has a sentence for it.
+            checkpointer.newest_intact()
+    assert folders(tmp_path) == ["10", "20"]
+
+
+# --- a course that is left -----------------------------------------------------------------------------------------
+
+
+def test_newer_steps_when_set_aside_then_their_numbers_are_free_and_nothing_of_them_is_lost(tmp_path):
+    place = tmp_path / "checkpoints"
+    with Checkpointer(tmp_path, keep=5, keep_steps=(30,)) as checkpointer:
+        for step in (10, 20, 30):
+            checkpointer.save(step, make_state(step), CONFIG, eval_loss=40 - step)
+        assert checkpointer.set_aside_newer(10, "rewound") == [20, 30]  # The last was still on its way.
+        assert (checkpointer.steps(), checkpointer.best_step()) == ([10], 10)
+        checkpointer.save(20, make_state(21), CONFIG)
+        assert_same(checkpointer.restore(20, abstract(make_state())), make_state(21))
+        assert checkpointer.set_aside_newer(10, "rewound") == [20]
+        assert checkpointer.set_aside_newer(10, "rewound") == []
+    assert folders(tmp_path) == ["10", "rewound-20-1", "rewound-20-2", "rewound-30-1"]
+    (place / "rewound-20-1").rename(place / "20")
+    assert_same(CheckpointReader(tmp_path).restore(20, abstract(make_state())), make_state(20))
+
+
+# --- the moment it becomes a step ----------------------------------------------------------------------------------
+
+KILLED_BEFORE_THE_MANIFEST = """
+import os, signal, sys
+import checkpoints as test
+from aimv2_jax.train import manifest
+
+with test.Checkpointer(sys.argv[1], keep=2) as checkpointer:
+    checkpointer.save(1, test.make_state(1), test.CONFIG)
+    checkpointer.wait()
+    manifest.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    checkpointer.save(2, test.make_state(2), test.CONFIG)
+"""
+
+
+def test_step_when_killed_after_orbax_and_before_the_manifest_then_no_step_and_swept(tmp_path):
+    root = Path(__file__).parents[2]
+    script = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{KILLED_BEFORE_THE_MANIFEST}"
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -9, killed.stderr
+    assert folders(tmp_path) == ["1", "2.orbax-checkpoint-tmp-saving"]
+    assert CheckpointReader(tmp_path).steps() == [1]
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.newest_intact() == (1, [])
+        assert folders(tmp_path) == ["1"]
+
+
+def test_step_when_a_folder_of_its_name_is_there_then_not_replaced(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        (tmp_path / "checkpoints" / "5").mkdir()  # Somebody's, even if empty.
+        checkpointer.save(5, make_state(5), CONFIG)
+        with pytest.raises(UserError, match="File exists"):
+            checkpointer.wait()
+    assert list((tmp_path / "checkpoints" / "5").iterdir()) == []
+
+
+def test_temporary_names_when_orbax_has_them_then_they_are_those_that_are_swept():
+    import orbax.checkpoint as ocp
+
+    assert ocp.utils.TMP_DIR_SUFFIX == step_folders.TEMPORARY
+
+
+# --- format 1 ------------------------------------------------------------------------------------------------------
+
+
+def test_format_1_when_restored_then_it_is_told_that_nothing_is_verified(tmp_path, capsys):
+    save_all(tmp_path, {1: None, 2: None})
+    make_format_1(tmp_path, 1)
+    make_format_1(tmp_path, 2)
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        assert checkpointer.newest_intact() == (2, [])
+        for _ in range(2):
+            assert_same(checkpointer.restore(2, abstract(make_state())), make_state(2))
+        checkpointer.save(3, make_state(3), CONFIG)
+    said = capsys.readouterr().err
+    assert said.count("the checkpoint of step 2") == 1 and "no manifest" in said and "not verified" in said
+    reader = CheckpointReader(tmp_path)
+    assert [reader.verify(step) for step in reader.steps()] == [False, False, True]
+
+
+def test_format_1_when_the_state_has_a_guard_since_then_it_starts_as_zeros_where_it_belongs(tmp_path):
+    old = {"step": jnp.int32(3), "params": {"w": jnp.arange(8.0)}}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(3, old, CONFIG)
+    make_format_1(tmp_path, 3)
+    mesh = jax.make_mesh((8,), ("data",))
+    spread, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    guard = {
+        "losses": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spread),
+        "count": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    }
+    wanted = abstract(old, whole) | {"guard": guard}
+    with jax.transfer_guard("disallow"):
+        restored = CheckpointReader(tmp_path).restore(3, wanted)
+    assert_same(restored, old | {"guard": {"losses": np.zeros(16, np.float32), "count": np.zeros((), np.int32)}})
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
+    part = CheckpointReader(tmp_path).restore_part(3, {"params": abstract(old["params"])})
+    assert_same(part, {"params": old["params"]})
+
+
+@pytest.mark.parametrize(
+    "change, format_1, message",
+    [
+        (lambda tree: tree | {"other": tree["step"]}, True, "other is not in it"),
+        (lambda tree: {"guard": tree["step"]} | tree, True, "guard is not in it"),
+        (lambda tree: tree | {"guard": {"n": tree["step"]}}, False, "guard/n is not in it"),
+        (lambda tree: {"guard": {"n": tree["step"]}, "step": tree["step"]}, True, "w is in it and not in this model"),
+    ],
+)
+def test_format_1_when_more_differs_than_the_guard_then_refused_with_the_path(tmp_path, change, format_1, message):
+    old = {"step": jnp.int32(3), "w": jnp.arange(8.0)}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(3, old, CONFIG)
+    if format_1:
+        make_format_1(tmp_path, 3)
+    with pytest.raises(UserError, match=message):
+        CheckpointReader(tmp_path).restore(3, change(abstract(old)))
+
+
+def test_format_1_when_its_meta_is_damaged_then_set_aside(tmp_path):
+    save_all(tmp_path, {1: None, 2: None})
+    make_format_1(tmp_path, 2)
+    edit_meta(tmp_path, 2, lambda text: text[:100])
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        newest, [damage] = checkpointer.newest_intact()
+    assert (newest, damage.step, damage.wrong[0].file) == (1, 2, "meta/metadata")
+
+
+# --- in a bucket ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    root = stand_in(tmp_path / "bucket", monkeypatch)
+    stand_in_for_arrays(root, monkeypatch)
+    return root
+
+
+def test_bucket_when_its_newest_step_is_damaged_then_set_aside_and_the_next_is_used(bucket):
+    workdir, place = f"{NAME}/run", bucket / "run/checkpoints"
+    save_all(workdir, {10: None, 20: None})
+    flip_a_bit(data_file(bucket / "run", 20))
+    before = contents(place / "20")
+    with Checkpointer(workdir, keep=2) as checkpointer:
+        newest, [damage] = checkpointer.newest_intact()
+        assert (newest, damage.step, damage.moved_to, checkpointer.steps()) == (10, 20, "damaged-20-1", [10])
+        assert (contents(place / "damaged-20-1"), (place / "20").exists()) == (before, False)
+        assert_same(checkpointer.restore(10, abstract(make_state())), make_state(10))
+        checkpointer.save(20, make_state(21), CONFIG)
+    assert_same(CheckpointReader(workdir).restore(20, abstract(make_state())), make_state(21))
+
+
+def test_bucket_when_a_step_has_no_manifest_then_it_is_none_unless_it_is_of_format_1(bucket):
+    workdir, place = f"{NAME}/run", bucket / "run/checkpoints"
+    save_all(workdir, {10: None, 20: None, 30: None})
+    (place / "30/manifest.json").unlink()  # As a kill before the end of its save leaves it.
+    make_format_1(bucket / "run", 10)
+    assert CheckpointReader(workdir).steps() == [10, 20]
+    (place / "10/commit_success.txt").unlink()
+    with Checkpointer(workdir, keep=3) as checkpointer:
+        assert checkpointer.newest_intact() == (20, [])
+        checkpointer.save(30, make_state(31), CONFIG)
+    assert_same(CheckpointReader(workdir).restore(30, abstract(make_state())), make_state(31))
+
+
+def test_bucket_when_a_step_is_being_deleted_then_it_is_none_first(bucket, monkeypatch):
+    workdir, seen = f"{NAME}/run", []
+    kind = type(CheckpointReader(workdir)._folder)
+    rmtree = kind.rmtree
+    monkeypatch.setattr(
+        kind, "rmtree", lambda path, **kw: (seen.append(CheckpointReader(workdir).steps()), rmtree(path, **kw))
+    )
+    save_all(workdir, {1: None, 2: None}, keep=1)
+    assert [2] in seen and [1, 2] not in seen

@@ -1,0 +1,153 @@
+"""The manifest: every change to any byte of a folder, and of the manifest itself, is found and named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import threading
+
+import pytest
+from etils import epath
+
+from aimv2_jax.train import manifest
+from aimv2_jax.train.manifest import Entry, Manifest, Wrong
+
+ABOUT = {"format_version": 2, "step": 7, "versions": {"python": "3.11"}, "leaves": {"params/ä": "float32[2]"}}
+FILES = {"meta/metadata": b"{}", "state/d/one": bytes(range(256)) * 8, "state/d/two": b"two", "state/empty": b""}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, data in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    manifest.write(epath.Path(tmp_path), ABOUT)
+    return epath.Path(tmp_path)
+
+
+def test_manifest_when_written_then_it_has_every_file_and_comes_back(folder):
+    written = manifest.read(folder)
+    assert written.about == ABOUT and written.num_bytes == 2 + 2048 + 3
+    assert written.files == {name: Entry(len(data), hashlib.sha256(data).hexdigest()) for name, data in FILES.items()}
+    assert manifest.compare(folder, written) == []
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 7
+
+
+def test_manifest_when_any_single_bit_of_it_is_flipped_then_damaged(folder):
+    path = folder / "manifest.json"
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match="other contents"):
+            Manifest.from_bytes(bytes(flipped))
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda data: data[:-1], "other contents"),
+        (lambda data: data[: len(data) // 2], "other contents"),
+        (lambda data: b"", "empty"),
+        (lambda data: data + b"\n", "other contents"),
+        (lambda data: b"[]", "other contents"),
+        (lambda data: b"{}", "other contents"),
+        (lambda data: b"[" * 100_000, "other contents"),
+        (lambda data: data.replace(b'"step": 7', b'"step": 8'), "other contents"),
+        (lambda data: data.replace(b"\n ", b"\n  "), "other contents"),
+    ],
+)
+def test_manifest_when_it_was_changed_then_damaged(folder, edit, message):
+    path = folder / "manifest.json"
+    path.write_bytes(edit(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        manifest.read(folder)
+
+
+def test_manifest_when_there_is_none_then_none(tmp_path):
+    assert manifest.read(epath.Path(tmp_path)) is None
+    assert manifest.read(epath.Path(tmp_path) / "nowhere") is None
+
+
+def test_files_when_changed_then_each_is_named_with_what_is_wrong(folder):
+    known = manifest.read(folder)
+    flipped = bytearray(FILES["state/d/one"])
+    flipped[1000] ^= 16
+    (folder / "state/d/one").write_bytes(flipped)
+    (folder / "state/d/two").write_bytes(b"t" * 1234)
+    (folder / "state/d/three").write_bytes(b"")
+    (folder / "meta/metadata").unlink()
+    os.symlink(folder / "state", folder / "link")
+    (folder / "state/empty").unlink()
+    (folder / "state/empty").mkdir()  # Folders are no files: a bucket has none.
+    assert manifest.compare(folder, known) == [
+        Wrong("link", "extra"),
+        Wrong("meta/metadata", "missing"),
+        Wrong("state/d/one", "other contents"),
+        Wrong("state/d/three", "extra"),
+        Wrong("state/d/two", "size 1,234 instead of 3"),
+        Wrong("state/empty", "missing"),
+    ]
+
+
+def test_files_when_two_are_swapped_then_both_are_named(folder):
+    (folder / "state/d/three").write_bytes(b"too")
+    known = manifest.write(folder, ABOUT)  # The manifest of before is no file of it.
+    assert manifest.NAME not in known.files
+    (folder / "state/d/two").write_bytes(b"too")
+    (folder / "state/d/three").write_bytes(b"two")
+    assert [wrong.file for wrong in manifest.compare(folder, known)] == ["state/d/three", "state/d/two"]
+
+
+def test_progress_when_given_then_it_adds_up_to_all_bytes(folder):
+    lock, told = threading.Lock(), []
+
+    def tell(num_bytes):
+        with lock:
+            told.append(num_bytes)
+
+    known = manifest.read(folder)
+    manifest.compare(folder, known, tell)
+    assert sum(told) == known.num_bytes
+
+
+def test_file_when_larger_than_what_is_read_at_a_time_then_its_hash_is_that_of_all(tmp_path):
+    data = random.Random(0).randbytes(2 * manifest._CHUNK + 17)
+    (tmp_path / "file").write_bytes(data)
+    assert manifest.hash_file(epath.Path(tmp_path / "file"), sync=True) == Entry(
+        len(data), hashlib.sha256(data).hexdigest()
+    )
+
+
+@pytest.mark.parametrize("number, damaged", [(5, True), (13, False), (116, False)])
+def test_file_when_the_disk_cannot_read_it_then_damaged_and_a_refusal_is_an_error(folder, monkeypatch, number, damaged):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number), "a file")
+
+    known = manifest.read(folder)
+    monkeypatch.setattr(manifest, "hash_file", fail)
+    if damaged:
+        assert {wrong.what for wrong in manifest.compare(folder, known)} == {"cannot be read (Input/output error)"}
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            manifest.compare(folder, known)
+
+
+def test_files_when_written_then_all_are_synced_before_the_step_counts(tmp_path, monkeypatch):
+    synced, sync = set(), os.fsync
+
+    def watched(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    for name, data in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    manifest.write(epath.Path(tmp_path), ABOUT)
+    folders = ("", "/meta", "/state", "/state/d")
+    assert synced == {f"{tmp_path}{place}" for place in folders} | {
+        f"{tmp_path}/{name}" for name in (*FILES, "manifest.json")
+    }

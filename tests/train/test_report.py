@@ -1,0 +1,301 @@
+"""A run's report: the text, and a page that is whole, needs nothing else, and believes nothing it is given."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from bucket import NAME, stand_in
+from PIL import Image
+
+from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER
+from aimv2_jax.train import report, report_figures
+from aimv2_jax.train.events import KINDS, Events
+from aimv2_jax.train.report_facts import gather, is_news
+from aimv2_jax.train.report_page import page
+
+HOSTILE = "<script>alert(1)</script>\"'&"
+NOW_S = 5000.0
+START = dict(processes=1, devices=8, device_kind="cpu", config="ab", steps=40, save_every=10, versions={})
+VOID = ("meta", "img", "br", "hr", "link", "input")
+
+
+class Books:
+    """Writes the events of starts whose steps take 2 s each."""
+
+    def __init__(self, workdir):
+        self.workdir, self.now_s = workdir, 1000.0
+
+    def __call__(self):
+        return self.now_s
+
+    def start(self, first, last, *more, code=None):
+        with Events(self.workdir, clock=self, wall=self) as events:
+            events.write("start", first, **START)
+            self.now_s += 20
+            events.write("compiled", first, seconds=20)
+            begin_s = self.now_s
+            for step in range(first + 1, last + 1):
+                self.now_s += 2
+                sums = dict(step_s=self.now_s - begin_s, data_s=0.0, evaluation_s=0.0, saving_s=0.0)
+                events.write("progress", step, **sums)
+            for kind, values in more:
+                events.write(kind, last, **values)
+            if code is not None:
+                events.write("stop", last, code=code, why=HOSTILE if code else "")
+        self.now_s += 10
+
+
+# One of each kind that a person reads of.
+NEWS = {
+    "damaged": dict(files=["state/d/0", HOSTILE], moved_to="damaged/20"),
+    "save_failed": dict(why=HOSTILE),
+    "preemption": {},
+    "nonfinite": dict(loss=None, grad_norm=float("inf"), file="nonfinite/17.npz"),
+    "spike": dict(values={"loss": 9.0, "mean": 1.5}, action="log"),
+    "skip": dict(a=17, b=20, why="--skip_examples"),
+    "rewind": dict(from_step=17, to_step=10, a=12, b=17),
+    "bad_data": dict(counts={"corrupt_record": 2}),
+    "hang": dict(what="data", file="hang.txt"),
+    "worker_restarted": dict(exit_code=-9, shard=HOSTILE, record=3),
+    "corruption": dict(leaf="encoder/norm", device="cpu:1", host="here"),
+}
+
+
+def write_metrics(folder, last=40):
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, last + 1):
+            loss = None if step == 7 else 5 / step
+            line = {"step": step, "loss": loss, "loss_image": 0.5, "lr": 1e-3, "grad_norm": 1.0, "images_per_s": 100.0}
+            line |= {"images/photos": 8} | ({"bad/photos/corrupt_record": 2} if step == 17 else {})
+            file.write(json.dumps(line) + "\n")
+            if step % 20 == 0:
+                file.write(json.dumps({"step": step, "eval_loss": 0.1 * step, "eval_loss_image": 0.6}) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Killed at 17, told of everything, and finished at 40; with metrics, pictures and results."""
+    workdir = tmp_path / "my run"
+    workdir.mkdir()
+    books = Books(workdir)
+    books.start(0, 17, *[(kind, values) for kind, values in NEWS.items() if kind not in ("hang", "rewind")])
+    books.start(10, 40, code=0)
+    write_metrics(workdir)
+    (workdir / "config.txt").write_text(f"train.steps = 40\ndata.sources.a = {HOSTILE!r}\n")
+    fault = {"step": 17, "example": 9, "source": "photos", "record": 4, "key": HOSTILE, "reason": "corrupt_record"}
+    (workdir / "bad_records.1.jsonl").write_text(json.dumps(fault) + "\n")
+    return workdir
+
+
+def parse(text):
+    """Checks that every tag is closed and nothing comes from elsewhere; (data of all text, sources of pictures)."""
+
+    class Parser(HTMLParser):
+        def __init__(self):
+            super().__init__(convert_charrefs=True)
+            self.open, self.words, self.pictures, self.tags = [], [], [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.tags.append(tag)
+            if tag not in VOID:
+                self.open.append(tag)
+            for name, value in attributes:
+                assert not name.startswith("on"), (tag, name)
+                if name in ("src", "href", "action", "data"):
+                    assert value.startswith("data:image/"), (tag, name, value[:80])
+                    self.pictures.append(value)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_data(self, data):
+            self.words.append(data)
+
+    parser = Parser()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == [] and {"script", "link", "iframe"}.isdisjoint(parser.tags)
+    assert text.startswith("<!DOCTYPE html>") and "http:" not in text and "https:" not in text
+    assert "@import" not in text and "url(" not in text
+    return "\n".join(parser.words), parser.pictures
+
+
+def picture(source):
+    return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+
+
+def test_every_kind_of_news_when_in_the_books_then_said_in_text_and_page(run):
+    facts = gather(run, NOW_S)
+    text, words = report.summary(facts), parse(page(facts))[0]
+    for said in (text, words):
+        for part in (
+            "checkpoint is damaged: state/d/0",
+            "nothing of it kept; for a replay: nonfinite/17.npz",
+            "batches 17 to 19 left out: --skip_examples",
+            "shard " + HOSTILE,
+            "encoder/norm on cpu:1",
+            "records left out: corrupt_record 2",
+        ):
+            assert part in said
+    everyday = {"start", "compiled", "restore", "save", "evaluation", "progress", "stop"}
+    assert everyday | set(NEWS) == set(KINDS)
+    assert {event.kind for event in facts.events if is_news(event)} == set(NEWS) - {"hang", "rewind"}
+
+
+def test_text_when_the_run_was_killed_once_then_starts_time_and_goodput(run):
+    text = " ".join(report.summary(gather(run, NOW_S)).split())
+    assert "finished: step 40 of 40" in text
+    assert "2 starts in 2 min 24 s" in text  # 20 + 34, 10 down, 20 + 60.
+    assert "1 1970-01-01 00:16:40 0 to 17 7 54 s killed" in text
+    assert "2 1970-01-01 00:17:44 10 s 10 to 40 0 1 min 20 s finished (0)" in text
+    assert "productive 1 min 20 s 55.6 %" in text and "lost 14 s 9.7 %" in text and "down 10 s 6.9 %" in text
+    # Of 47 steps 40 count; half of ten lost at the one failure would be 40 of 45.
+    assert "goodput: 55.6 % of the time, and 85.1 % of the steps: of 47 steps done 7 were done again" in text
+    assert "at each of 1 failure: 88.9 % of the steps" in text and "reached 95.7 % in steps, 97.2 % in time" in text
+    assert "320 examples; 2 records could not be used: photos: corrupt_record 2" in text
+
+
+def test_page_when_there_is_everything_then_whole_and_escaped(run):
+    noise = np.random.default_rng(0).integers(0, 255, (900, 3000, 3), dtype=np.uint8)
+    (run / "show").mkdir()
+    Image.fromarray(noise).save(run / "show/predictions.png")
+    (run / "show/broken.png").write_bytes(b"none")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/not_this.png").write_bytes(b"none")
+    (run / "heldout.json").write_text(json.dumps({"224": {"loss_image": 0.5, "loss_text": None, "examples": 11}}))
+    probe = {"top1": 0.75, "ci95": [0.7, 0.8], "kind": "linear", "label": HOSTILE, "floor": {"top1": 0.25}}
+    (run / "probe.json").write_text(json.dumps(probe))
+    (run / "retrieval.json").write_text(json.dumps({"text_to_image": {"r1": 0.5}, "image_to_text": {"r1": 0.25}}))
+    (run / "other.json").write_text("[1, 2]")
+    (run / "half.json").write_text("{")
+    text = page(gather(run, NOW_S))
+    words, pictures = parse(text)
+    assert text.count(HOSTILE) == 0 and "&lt;script&gt;alert(1)" in text
+    assert f"data.sources.a = {HOSTILE!r}" in words and HOSTILE in words
+    for part in ("my run", "Finished: step 40 of 40", "55.6 %", "show/predictions.png", "0.7500", "0.7000 to 0.8000"):
+        assert part in words
+    assert "Held-out figures at 224" in words and "text to image r1" in words and "Linear probe of " in words
+    assert words.count("It cannot be read.") == 1 and "not_this" not in words
+    *drawn, shown = pictures
+    assert [picture(source).format for source in drawn] == ["PNG"] * 3  # Timeline, goodput, curves.
+    assert picture(shown).size == (1400, 420) and len(text) < 4e6
+
+
+def test_page_when_the_run_has_no_books_then_says_so_and_shows_the_curves(run):
+    (run / "events.jsonl").unlink()
+    facts = gather(run, NOW_S)
+    words, pictures = parse(page(facts))
+    assert "no events.jsonl" in words and "no events.jsonl" in report.summary(facts) and len(pictures) == 1
+    assert facts.state() == "finished: step 40 of 40"
+
+
+def test_page_when_there_are_only_books_then_without_curves(tmp_path):
+    Books(tmp_path).start(0, 5)
+    words, pictures = parse(page(gather(tmp_path, NOW_S)))
+    assert "There are no metrics yet." in words and len(pictures) == 2
+
+
+def test_page_when_a_start_was_just_written_then_whole(tmp_path):
+    with Events(tmp_path, clock=lambda: 0.0) as events:
+        events.write("start", 0, **START)
+    facts = gather(tmp_path)
+    assert "The run has just begun." in parse(page(facts))[0]
+    assert "at work: step 0 of 40" in report.summary(facts)
+
+
+@pytest.mark.parametrize(
+    "code, later_s, state",
+    [
+        (None, 60, "at work: step 17 of 40, last sign 1 min 00 s ago"),
+        (
+            None,
+            86400,
+            "no end is written: killed, or it cannot reach its workdir: step 17 of 40, last sign 1 d 00 h ago",
+        ),
+        (75, 60, f"stopped on request: step 17 of 40 ({HOSTILE})"),
+        (3, 60, f"stopped by a guard: step 17 of 40 ({HOSTILE})"),
+    ],
+)
+def test_state_when_the_last_start_ended_so_then_said(tmp_path, code, later_s, state):
+    books = Books(tmp_path)
+    books.start(0, 17, code=code)
+    assert gather(tmp_path, books.now_s - 10 + later_s).state() == state
+
+
+def test_state_when_it_hung_then_said(tmp_path):
+    Books(tmp_path).start(0, 17, ("hang", NEWS["hang"]))
+    assert gather(tmp_path).state() == "ended after a hang: step 17 of 40 (waiting for data)"
+
+
+def test_marks_when_starts_and_rewinds_are_there_then_only_restarts_and_what_went_wrong(tmp_path):
+    books = Books(tmp_path)
+    books.start(0, 17, ("rewind", NEWS["rewind"]))
+    books.start(10, 20, code=0)
+    marks = report_figures.marked(gather(tmp_path).events)
+    assert {kind: [event.step for event in events] for kind, events in marks.items()} == {"start": [10], "rewind": [17]}
+
+
+def test_timeline_when_drawn_then_every_stretch_is_full(run):
+    story = gather(run).story
+    _, shares = report_figures._shares(story.spans, story.total_s)
+    np.testing.assert_allclose(sum(shares.values()), 1.0, atol=1e-9)
+    # Half a stretch may be of another class: 20 s of start-up at the beginning, 10 s of down after 54 s.
+    stretch_s = story.total_s / len(shares["down"])
+    assert (shares["start-up"][: int(20 / stretch_s)] == pytest.approx(1)) and shares["down"].sum() * stretch_s == (
+        pytest.approx(10)
+    )
+    assert shares["down"][int(59 / stretch_s)] == pytest.approx(1)
+
+
+def test_starts_when_there_are_very_many_then_the_page_stays_small(tmp_path):
+    books = Books(tmp_path)
+    for _ in range(300):
+        books.start(0, 2)
+    write_metrics(tmp_path)
+    text = page(gather(tmp_path))
+    words, _ = parse(text)
+    assert "275 older ones" in words and len(text) < 2e6
+
+
+def test_command_when_given_a_run_then_prints_and_writes_one_file(run, capsys):
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert report.main([str(run)]) == EXIT_FINISHED
+    printed = capsys.readouterr().out
+    assert "goodput: 55.6 %" in printed and printed.endswith(f"{run / 'report.html'}\n")
+    assert {path: path.read_bytes() for path in run.iterdir() if path.name != "report.html"} == before
+    parse((run / "report.html").read_text(encoding="utf-8"))
+    assert report.main([str(run), "--output", str(run / "other.html")]) == EXIT_FINISHED
+    assert (run / "other.html").exists()
+
+
+@pytest.mark.parametrize(
+    "make, flags, said",
+    [
+        (lambda folder: None, [], "no run in this folder"),
+        (lambda folder: folder.rmdir(), [], "no such folder"),
+        (write_metrics, ["--output", "page.txt"], "--output: the name does not end in .html"),
+        (write_metrics, ["--output", "no/such/page.html"], "--output: no such folder"),
+    ],
+)
+def test_command_when_it_cannot_work_then_one_sentence(tmp_path, capsys, make, flags, said):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make(folder)
+    assert report.main([str(folder), *flags]) == EXIT_USER
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_command_when_the_run_is_in_a_bucket_then_reads_and_writes_there(run, tmp_path, monkeypatch):
+    bucket = stand_in(tmp_path / "bucket", monkeypatch)
+    Image.new("RGB", (8, 8)).save(run / "captions.png")
+    os.rename(run, bucket / "run")
+    assert report.main([f"{NAME}/run"]) == EXIT_FINISHED
+    words, pictures = parse((bucket / "run/report.html").read_text(encoding="utf-8"))
+    assert "Finished: step 40 of 40" in words and "captions.png" in words and len(pictures) == 4
