@@ -72,7 +72,9 @@ class GrowingFile:
         """Writes at the end: on a disk when this returns, in a bucket some seconds later."""
         if self._file is None:
             self._open()
-        self._file.write(data)
+        left = memoryview(data)
+        while left:  # A full disk takes a part of it, and says so at the next.
+            left = left[self._file.write(left) :]
         if self._upload is not None:
             self._upload.changed()
 

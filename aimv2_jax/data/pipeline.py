@@ -120,7 +120,7 @@ def training_batches(
     rows_of: Callable[[int], Sequence[int] | np.ndarray],
     start_step: int,
     tokenizer: Tokenizer | None = None,
-    skips: Skips = Skips(),
+    skips: Skips | None = None,
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, … without end.
 
@@ -151,7 +151,7 @@ def training_batches(
         ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
-    return Batches(_OfStep(build, skips), range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
+    return Batches(_OfStep(build, skips or Skips()), range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
 
 
 def evaluation_batches(

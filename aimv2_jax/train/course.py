@@ -14,7 +14,7 @@ class Course:
     """`step` steps are done; `skips` says which batches the run trains on; it has gone back `rewinds` times."""
 
     step: int = 0
-    skips: Skips = Skips()
+    skips: Skips = dataclasses.field(default_factory=Skips)
     rewinds: int = 0
 
     def at(self, step: int) -> Course:

@@ -9,16 +9,16 @@ the same way is found as well.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from aimv2_jax.config import BatchShape
-from aimv2_jax.parallel import rules
 from aimv2_jax.train.program import Program
 from aimv2_jax.train.step import TrainState
 
@@ -49,7 +49,6 @@ class Recompute:
             away = dataclasses.replace(program, mesh=other)
             self._away, self._rng = other, away.rng
             self._compiled = {shape: away.compile_step(shape) for shape in compiled}
-        self._count = jax.jit(_count, out_shardings=rules.replicated(program.mesh))
 
     def start(self, state: TrainState, batch: Mapping[str, jax.Array], shape: BatchShape) -> Any:
         """Starts the step on copies; before the step itself takes over the state's memory. For `differences`."""
@@ -58,12 +57,20 @@ class Recompute:
     def differences(self, once: Any, again: Any) -> list[Difference]:
         """Where the two results differ: of the leaves all processes know alike, of devices each its own."""
         again = _moved(again, self._away, self._home)
-        counts = jax.tree.leaves_with_path(jax.device_get(self._count(once, again)))
-        pairs = zip(counts, jax.tree.leaves(once), jax.tree.leaves(again), strict=True)
+        paths = [path for path, _ in jax.tree.leaves_with_path(once)]
+        # Device by device: where a leaf is whole on several, one of them may have it wrong.
+        ours, theirs = _by_device(once), _by_device(again)
+        counts = {device: np.asarray(jax.device_get(_count(ours[device], theirs[device]))) for device in ours}
+        with jax.transfer_guard("allow"):
+            total = multihost_utils.process_allgather(sum(counts.values())).reshape(-1, len(paths)).sum(axis=0)
         return [
-            Difference(jax.tree_util.keystr(path, simple=True, separator="/"), int(count), _devices(one, other))
-            for (path, count), one, other in pairs
-            if count
+            Difference(
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                int(total[place]),
+                tuple(str(device) for device, own in counts.items() if own[place]),
+            )
+            for place, path in enumerate(paths)
+            if total[place]
         ]
 
 
@@ -94,23 +101,22 @@ def _moved(tree: Any, source: Mesh, target: Mesh) -> Any:
     return jax.tree.map(moved, tree)
 
 
-def _count(once: Any, again: Any) -> Any:
-    return jax.tree.map(lambda one, other: jnp.sum(_bits(one) != _bits(other)), once, again)
+def _by_device(tree: Any) -> dict[jax.Device, list[jax.Array]]:
+    """What each device of this process holds of every leaf."""
+    parts: dict[jax.Device, list[jax.Array]] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            parts.setdefault(shard.device, []).append(shard.data)
+    return parts
+
+
+@jax.jit
+def _count(once: list[jax.Array], again: list[jax.Array]) -> jax.Array:
+    """How many entries of each leaf differ."""
+    pairs = zip(once, again, strict=True)
+    return jnp.stack([jnp.sum(_bits(one) != _bits(other), dtype=jnp.int32) for one, other in pairs])
 
 
 def _bits(array: jax.Array) -> jax.Array:
     """The entries as whole numbers: two that are not numbers are the same where their bits are."""
     return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-
-
-def _devices(one: jax.Array, other: jax.Array) -> tuple[str, ...]:
-    pairs = zip(_by_device(one.addressable_shards), _by_device(other.addressable_shards), strict=True)
-    return tuple(str(mine.device) for mine, its in pairs if _raw(mine.data) != _raw(its.data))
-
-
-def _by_device(shards: Iterable[Any]) -> list[Any]:
-    return sorted(shards, key=lambda shard: shard.device.id)
-
-
-def _raw(array: jax.Array) -> bytes:
-    return np.asarray(jax.device_get(array)).tobytes()

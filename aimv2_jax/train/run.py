@@ -153,7 +153,7 @@ class Run:
         return stopped
 
     def _compile(self) -> None:
-        """Compiles the train step for all shapes of batches, once; and the second one that checks it, where there is."""
+        """Compiles the train step for all shapes of batches, once; and the one that checks it, where there is."""
         config = self.config
         if self.compiled:
             return
@@ -163,6 +163,7 @@ class Run:
                 self.compiled[shape] = self._compiled_for(shape)
                 self.events.write("compiled", self.done, seconds=round(time.monotonic() - begin_s, 3))
             if config.guard.recompute_every:
+                say("compiling the step that checks it ...")
                 steps = {shape: step.compiled for shape, step in self.compiled.items()}
                 self.recompute = Recompute(self.program, steps, config.guard.recompute_elsewhere)
         self.spending = Spending()
@@ -245,6 +246,7 @@ class Run:
         with self.spending.on("saving"):
             self.writer.flush()
             self.bad_records.flush()
+            self.events.flush()
             start_s = time.perf_counter()
             failure = self.checkpointer.save(course.step, state, self.config, eval_loss, course.extra())
             if failure is not None:
@@ -350,6 +352,7 @@ class Run:
             )
             self.checkpointer.set_aside_newer(back.step, "rewound")
             state = begin[0] if begin else self.checkpointer.restore(back.step, self.program.abstract_state)
+        self.tally.forget()
         self.events.write("rewind", spike.step, from_step=spike.step, to_step=back.step, a=back.first, b=back.end)
         return state, Course(back.step, course.skips.adding(back.first, back.end), turn)
 

@@ -47,6 +47,10 @@ class Tally:
         self._counts = self._add(self._counts, source, faults)
         return self._counts
 
+    def forget(self) -> None:
+        """Leaves out what was counted since the last lap, by steps that the run goes back behind."""
+        self._lap = np.asarray(jax.device_get(self._counts))
+
     def lap(self, counts: Int[Array, "S C"]) -> dict[str, int]:
         """`images/SOURCE` and, where there were any, `bad/SOURCE/REASON`, between the last lap's `counts` and these."""
         now = np.asarray(jax.device_get(counts))

@@ -33,6 +33,7 @@ from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.run import Run
 from aimv2_jax.train.tally import Tally
 
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
@@ -221,7 +222,8 @@ def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_th
     capsys.readouterr()
     assert main(tiny_arguments(tmp_path, train__save_every=1)) == 3
     message = capsys.readouterr().err
-    assert "loss is nan at step 12" in message and "newest checkpoint is that of step 11" in message
+    assert "loss is nan at step 14, and so in 3 steps in a row" in message
+    assert "newest checkpoint is that of step 11" in message and "--replay 14" in message
     assert CheckpointReader(tmp_path).steps() == [10, 11]
     assert_bitwise(saved_state(tmp_path, 10), kept)
     assert all(line["step"] <= 11 for line in read_metrics(tmp_path)[0])
@@ -274,8 +276,8 @@ def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch)
         return lambda *args: (events.append(f"dispatch {next(numbers)}"), step(*args))[1]
 
     monkeypatch.setattr(Program, "compile_step", counted_steps)
-    recorded(loop._Run, "_read", lambda args: args[0] and f"read {args[0].number}")
-    recorded(loop._Run, "_evaluate", lambda args: f"evaluate {args[0]}")
+    recorded(Run, "_read", lambda args: args[0] and f"read {args[0].number}")
+    recorded(Run, "_evaluate", lambda args: f"evaluate {args[0]}")
     recorded(Checkpointer, "save", lambda args: f"save {args[0]}")
     assert main(tiny_arguments(tmp_path, train__steps=4, train__eval_every=2, train__save_every=2)) == 0
     assert events == [

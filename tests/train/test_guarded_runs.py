@@ -1,0 +1,258 @@
+"""Runs with losses that are not finite, that leap, and with a device that computes wrongly.
+
+What goes wrong is put into the task, by the numbers of the examples: nothing of the product knows of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bytes_tokenizer import BytesTokenizer
+from runs import saved_state
+from tiny import tiny_config
+
+from aimv2_jax.errors import EXIT_FINISHED, GuardStop, UserError
+from aimv2_jax.train import loop
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
+from aimv2_jax.train.events import read_events
+from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.recompute import Recompute
+from aimv2_jax.train.replay import replay
+from aimv2_jax.train.task import PretrainTask
+
+BATCH = 16
+SETTINGS = dict(
+    model__layers="scan",
+    model__encoder__depth=1,
+    model__decoder__depth=1,
+    eval__sources={},
+    train__log_every=1,
+    train__tensorboard=False,
+    train__save_every=10,
+    train__steps=50,
+    optimizer__warmup_steps=1,
+)
+
+
+def settings(**changes):
+    return SETTINGS | changes
+
+
+def train(workdir: Path, skip_examples=None, **changes) -> int:
+    config = tiny_config(**settings(**changes))
+    tokenizer = BytesTokenizer("", config.model.decoder.text_length)
+    return loop.train(config, workdir, tokenizer, skip_examples=skip_examples)
+
+
+@contextlib.contextmanager
+def spoilt(batches: list[int], factor: float):
+    """While this lasts, losses of these batches are multiplied, and their gradients with them."""
+    plain = PretrainTask.loss
+
+    def loss(self, params, batch, prefix):
+        number = batch["example_index"][:, 1].min() // BATCH
+        times = jnp.where(jnp.isin(number, jnp.array(batches)), factor, 1.0)
+        return {name: term._replace(sum=term.sum * times) for name, term in plain(self, params, batch, prefix).items()}
+
+    PretrainTask.loss = loss
+    try:
+        yield
+    finally:
+        PretrainTask.loss = plain
+
+
+def state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """The leaves of a saved step, by name."""
+    leaves = CheckpointReader(workdir).meta(step)["leaves"]
+    return dict(zip(leaves, saved_state(workdir, step, **settings()), strict=True))
+
+
+def unlike(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> set[str]:
+    return {name.partition("/")[0] for name in one if one[name].tobytes() != other[name].tobytes()}
+
+
+def test_step_when_its_gradient_is_nan_then_nothing_but_the_count_of_steps_changes_and_a_replay_is_the_same(
+    tmp_path, capsys
+):
+    """Batches 5 and 6 make steps 6 and 7."""
+    with spoilt([5, 6], np.nan):
+        assert train(tmp_path, train__steps=8, train__save_every=1, train__keep=9) == EXIT_FINISHED
+        said = capsys.readouterr().out
+        assert "loss is nan at step 6, which therefore changed nothing (1 in a row, 3 end the run)" in said
+        # After steps that were not finite nothing is saved, before one that is.
+        assert CheckpointReader(tmp_path).steps() == [1, 2, 3, 4, 5, 8]
+        lines = {line["step"]: line for line in read_metrics(tmp_path)[0]}
+        assert lines[6]["loss"] is None and [lines[i]["skipped"] for i in range(5, 9)] == [0, 1, 1, 0]
+        assert lines[6]["param_norm"] == lines[7]["param_norm"] == lines[8]["param_norm"] != lines[5]["param_norm"]
+        assert lines[6]["lr"] == lines[7]["lr"] == lines[8]["lr"]  # The rate follows the updates.
+        record = json.loads((tmp_path / "nonfinite/6.json").read_text())
+        assert record["batch"] == 5 and record["examples"] == [80, 96] and record["metrics"]["loss"] == "nan"
+
+        config = tiny_config(**settings(train__steps=8))
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert replay(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length), 6) == EXIT_FINISHED
+        told = capsys.readouterr().out
+        assert "from step 5 on, to step 6" in told and "batch 5, examples 80 to 95, seed 0" in told
+        assert "all figures are those that the run saw, bit for bit" in told
+        assert "encoder/patch_embed" in told and "of the gradient" in told
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        # Stopped right after step 7, as the last one it is saved: the state is that of step 5, bit for bit.
+        other = tmp_path / "other"
+        assert train(other, train__steps=7, train__save_every=5) == EXIT_FINISHED
+    assert unlike(state(other, 5), state(other, 7)) == {"step", "guard"}
+    assert state(other, 7)["guard/nonfinite"] == 2
+
+
+def test_run_when_m_steps_in_a_row_are_not_finite_then_stopped_and_again_when_it_is_started_again(tmp_path):
+    with spoilt([12, 13, 14], np.nan):
+        for _ in range(2):
+            with pytest.raises(GuardStop, match="loss is nan at step 15, and so in 3 steps in a row"):
+                train(tmp_path, train__steps=20)
+    assert CheckpointReader(tmp_path).steps() == [10]
+    assert [event.values["code"] for event in read_events(tmp_path) if event.kind == "stop"] == [3, 3]
+    assert train(tmp_path, train__steps=20) == EXIT_FINISHED
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory) -> Path:
+    """A run that was told from the start to jump over batches 35 to 44."""
+    workdir = tmp_path_factory.mktemp("without") / "run"
+    assert train(workdir, skip_examples=(35 * BATCH, 45 * BATCH), train__keep=5) == EXIT_FINISHED
+    return workdir
+
+
+def told(workdir: Path) -> list[tuple]:
+    return [(line["step"], line["loss"], line["images/photo"]) for line in read_metrics(workdir)[0]]
+
+
+def test_run_when_a_loss_is_tenfold_then_it_goes_back_and_is_exactly_the_run_without_those_batches(
+    without, tmp_path, capsys
+):
+    changes = dict(guard__spike="rewind", guard__rewind_batches=10)
+    with spoilt([44], 10.0):
+        assert train(tmp_path, **changes) == EXIT_FINISHED
+    said = capsys.readouterr().out
+    assert "back to step 30, jumping over batches 35 to 44 (1 of 20)" in said
+    assert told(tmp_path) == told(without)
+    ours, theirs = state(tmp_path, 50), state(without, 50)
+    assert not unlike(ours, theirs)
+    assert CheckpointReader(tmp_path).meta(50)["extra"] == {"skips": [[35, 45]], "rewinds": 1}
+    [rewind] = [event for event in read_events(tmp_path) if event.kind == "rewind"]
+    assert rewind.values == {"from_step": 45, "to_step": 30, "a": 35, "b": 45}
+    assert list((tmp_path / "checkpoints").glob("rewound-40-*"))  # Set aside, not deleted.
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_run_when_killed_around_a_rewind_then_the_next_start_decides_the_same(without, tmp_path, monkeypatch, moment):
+    """Before anything is set aside, and right after."""
+    plain = Checkpointer.set_aside_newer
+
+    def killed(self, step, why):
+        if moment == "after":
+            plain(self, step, why)
+        raise Killed
+
+    changes = dict(guard__spike="rewind", guard__rewind_batches=10)
+    with spoilt([44], 10.0):
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Checkpointer, "set_aside_newer", killed)
+            train(tmp_path, **changes)
+        assert CheckpointReader(tmp_path).steps() == [20, 30, 40][: 3 if moment == "before" else 2]
+        assert train(tmp_path, **changes) == EXIT_FINISHED
+    assert not unlike(state(tmp_path, 50), state(without, 50))
+    assert told(tmp_path) == told(without)
+
+
+def test_run_when_every_course_has_spikes_then_it_gives_up_after_so_many(tmp_path):
+    with spoilt([40, 42], 10.0), pytest.raises(GuardStop, match=r"gone back 1 times, as often as guard.max_rewinds"):
+        train(tmp_path, guard__spike="rewind", guard__rewind_batches=2, guard__max_rewinds=1)
+
+
+def test_run_when_a_spike_is_to_be_skipped_then_its_update_alone_is_left_out(tmp_path, capsys):
+    with spoilt([44], 10.0):
+        assert train(tmp_path, guard__spike="skip", train__save_every=1, train__keep=8) == EXIT_FINISHED
+    assert "; its update is left out" in capsys.readouterr().out
+    assert unlike(state(tmp_path, 44), state(tmp_path, 45)) == {"step", "guard"}
+    assert unlike(state(tmp_path, 45), state(tmp_path, 46)) == {"step", "guard", "params", "opt_state"}
+    [spike] = [event for event in read_events(tmp_path) if event.kind == "spike"]
+    assert spike.step == 45 and spike.values["action"] == "skip"
+
+
+def test_examples_when_jumped_over_by_hand_then_no_step_has_them_and_the_same_command_again_changes_nothing(without):
+    assert CheckpointReader(without).meta(40)["extra"]["skips"] == [[35, 45]]
+    [skip] = [event for event in read_events(without) if event.kind == "skip"]
+    assert (skip.values["a"], skip.values["b"]) == (35, 45)
+    again = (35 * BATCH, 45 * BATCH)
+    assert train(without, skip_examples=again, train__steps=52, train__keep=5) == EXIT_FINISHED
+    with pytest.raises(UserError, match="trained on already, in the 52 steps that are saved"):
+        train(without, skip_examples=(3, 4), train__steps=54, train__keep=5)
+
+
+# --- silent corruption ----------------------------------------------------------------------------------------------
+
+
+def flipped(tree, rng: np.random.Generator):
+    """The tree with one bit flipped in one leaf, on one of its devices; the leaf's path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    place = rng.integers(len(leaves))
+    path, leaf = leaves[place]
+    shards = [np.array(shard.data) for shard in leaf.addressable_shards]
+    part = shards[rng.integers(len(shards))].reshape(-1).view(np.uint8)
+    part[rng.integers(part.size)] ^= 1 << int(rng.integers(8))
+    devices = [shard.device for shard in leaf.addressable_shards]
+    arrays = [jax.device_put(data, device) for data, device in zip(shards, devices, strict=True)]
+    changed = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+    flat = [leaf for _, leaf in leaves]
+    flat[place] = changed
+    return jax.tree.unflatten(jax.tree.structure(tree), flat), jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@pytest.mark.parametrize(("devices", "trials"), [(1, 100), (8, 20)])
+def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every_time(
+    tmp_path, monkeypatch, devices, trials
+):
+    """With eight devices the second computation has each part on another one."""
+    mesh = dict(mesh__data=2, mesh__fsdp=4) if devices == 8 else dict(mesh__data=1)
+    every = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: every[:devices])
+    rng, plain, found = np.random.default_rng(0), Recompute.differences, []
+
+    def tried(self, once, again):
+        assert plain(self, once, again) == []
+        home = jax.tree.map(jnp.copy, once)
+        monkeypatch.setattr("aimv2_jax.train.recompute._moved", lambda tree, *_: tree)
+        for _ in range(trials):
+            spoilt, path = flipped(home, rng)
+            [difference] = plain(self, once, spoilt)
+            found.append(difference.leaf == path and difference.entries == 1 and len(difference.devices) == 1)
+        raise GuardStop("tried")
+
+    monkeypatch.setattr(Recompute, "differences", tried)
+    with pytest.raises(GuardStop, match="tried"):
+        train(tmp_path, guard__recompute_every=2, train__steps=2, **mesh)
+    assert found == [True] * trials
+
+
+def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_leaf_and_device(tmp_path, monkeypatch):
+    start, rng = Recompute.start, np.random.default_rng(1)
+
+    def broken(self, state, batch, shape):
+        again = start(self, state, batch, shape)
+        return flipped(again, rng)[0] if int(again[0].step) == 10 else again
+
+    monkeypatch.setattr(Recompute, "start", broken)
+    with pytest.raises(GuardStop, match=r"step 10, computed twice, differs: .* entries, on .*; nothing of it is saved"):
+        train(tmp_path, guard__recompute_every=5, train__steps=20)
+    assert CheckpointReader(tmp_path).steps() == []
+    [event] = [event for event in read_events(tmp_path) if event.kind == "corruption"]
+    assert event.step == 10 and event.values["device"]
