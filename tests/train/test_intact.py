@@ -222,6 +222,13 @@ def test_newest_when_its_manifest_is_gone_then_damaged_and_not_of_an_older_forma
     assert (newest, damage.step, folders(tmp_path)) == (10, 20, ["10", "damaged-20-1"])
 
 
+def test_step_when_its_folder_is_that_of_another_then_damaged(tmp_path):
+    save_all(tmp_path, {10: None})
+    (tmp_path / "checkpoints/10").rename(tmp_path / "checkpoints/20")
+    with pytest.raises(DamagedStep, match=r"manifest\.json: that of step 10"):
+        CheckpointReader(tmp_path).restore(20, abstract(make_state()))
+
+
 def test_steps_when_the_disk_refuses_to_be_read_then_told_and_nothing_is_set_aside(tmp_path, monkeypatch):
     save_all(tmp_path, {10: None, 20: None})
 
@@ -334,6 +341,14 @@ def test_format_1_when_the_state_has_a_guard_since_then_it_starts_as_zeros_where
     assert_same(part, {"params": old["params"]})
 
 
+def test_format_1_when_it_has_a_guard_then_that_is_restored(tmp_path):
+    state = {"guard": {"n": jnp.int32(5)}, "w": jnp.arange(8.0)}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(3, state, CONFIG)
+    make_format_1(tmp_path, 3)
+    assert_same(CheckpointReader(tmp_path).restore(3, abstract(state)), state)
+
+
 @pytest.mark.parametrize(
     "change, format_1, message",
     [
@@ -399,12 +414,29 @@ def test_bucket_when_a_step_has_no_manifest_then_it_is_none_unless_it_is_of_form
     assert_same(CheckpointReader(workdir).restore(30, abstract(make_state())), make_state(31))
 
 
-def test_bucket_when_a_step_is_being_deleted_then_it_is_none_first(bucket, monkeypatch):
-    workdir, seen = f"{NAME}/run", []
+def steps_at_each_deletion(workdir: str, monkeypatch) -> list[list[int]]:
+    """The steps that a reader sees whenever a folder is about to be deleted."""
+    seen = []
     kind = type(CheckpointReader(workdir)._folder)
     rmtree = kind.rmtree
-    monkeypatch.setattr(
-        kind, "rmtree", lambda path, **kw: (seen.append(CheckpointReader(workdir).steps()), rmtree(path, **kw))
-    )
-    save_all(workdir, {1: None, 2: None}, keep=1)
-    assert [2] in seen and [1, 2] not in seen
+
+    def watched(path, **options):
+        seen.append(CheckpointReader(workdir).steps())
+        rmtree(path, **options)
+
+    monkeypatch.setattr(kind, "rmtree", watched)
+    return seen
+
+
+def test_bucket_when_a_step_is_being_deleted_then_it_is_none_first(bucket, monkeypatch):
+    seen = steps_at_each_deletion(f"{NAME}/run", monkeypatch)
+    save_all(f"{NAME}/run", {1: None, 2: None}, keep=1)
+    assert seen == [[2]]
+
+
+def test_bucket_when_a_step_is_set_aside_then_it_is_none_before_its_old_place_is_emptied(bucket, monkeypatch):
+    save_all(f"{NAME}/run", {1: None, 2: None})
+    with Checkpointer(f"{NAME}/run", keep=2) as checkpointer:
+        seen = steps_at_each_deletion(f"{NAME}/run", monkeypatch)
+        assert checkpointer.set_aside_newer(1, "rewound") == [2]
+    assert seen == [[1]]
