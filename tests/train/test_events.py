@@ -76,7 +76,7 @@ def test_line_when_its_writer_is_killed_right_after_then_there(tmp_path):
 
 
 def test_half_line_of_any_length_when_a_start_follows_then_no_event_is_lost_or_merged(tmp_path):
-    values = dict(values={"loss": 3.5, "why": 'a "brace" } and \\'}, action="log")
+    values = dict(values={"loss": 3.5, "why": 'a " and }}} and \\'}, action="log")
     with Events(tmp_path) as events:
         events.write("save", 1, **SAVE)
         events.write("spike", 2, **values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Books:
 
     def __init__(self, began_s=1000.0):
         self.events, self.wall_s = [], began_s
-        self.runs = 0
+        self.runs = self.step = 0
 
     def start(self, step, save_every=10, start_up_s=30.0):
         self.runs += 1
@@ -182,6 +183,38 @@ def test_restart_before_the_same_step_twice_when_told_then_lost_steps_add_up():
     story = books.start(10).steps(10).stop().tell()
     assert (story.kept_steps, story.lost_by_restarts) == (20, 10)
     assert sum(start.lost for start in story.starts) == 10
+
+
+def test_restart_when_a_start_further_back_follows_one_in_order_then_both_lose():
+    books = Books().start(0).steps(17).stop(75)
+    books.start(17).steps(3).down(1)  # Loses nothing; then all later checkpoints turn out to be damaged.
+    story = books.start(5).steps(15).stop().tell()
+    assert [start.lost for start in story.starts] == [12, 3, 0]
+    assert (story.kept_steps, story.lost_by_restarts) == (20, 15)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_run_when_told_then_the_steps_that_count_are_those_from_the_first_to_the_last(seed):
+    chance = random.Random(seed)
+    books, done = Books(), 0
+    for _ in range(chance.randint(1, 8)):
+        books.start(chance.randint(0, books.step) if books.events else 0)
+        for _ in range(chance.randint(0, 6)):
+            count = chance.randint(0, 9)
+            books.steps(count, told=chance.random() < 0.5)
+            done += count
+            if chance.random() < 0.3:
+                to_step = chance.randint(0, books.step)
+                books.add("rewind", from_step=books.step, to_step=to_step, a=0, b=1)
+                books.step = to_step
+            if chance.random() < 0.2:
+                books.wall_s += chance.uniform(-100, 100)
+        books.spend(chance.uniform(0, 5))
+        books.add("evaluation", seconds=1.0, eval_loss=1.0)  # So that all steps are known.
+    story = books.tell()
+    assert story.kept_steps == books.step
+    assert story.kept_steps + story.lost_by_restarts + story.lost_by_rewinds == done
+    assert sum(start.lost for start in story.starts) == story.lost_by_restarts + story.lost_by_rewinds
 
 
 def test_end_of_a_start_when_after_its_last_sums_then_told_from_single_events():

@@ -14,7 +14,7 @@ from bucket import NAME, stand_in
 from PIL import Image
 
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER
-from aimv2_jax.train import report, report_figures
+from aimv2_jax.train import report, report_figures, report_page
 from aimv2_jax.train.events import KINDS, Events
 from aimv2_jax.train.report_facts import gather, is_news
 from aimv2_jax.train.report_page import page
@@ -76,6 +76,12 @@ def write_metrics(folder, last=40):
             file.write(json.dumps(line) + "\n")
             if step % 20 == 0:
                 file.write(json.dumps({"step": step, "eval_loss": 0.1 * step, "eval_loss_image": 0.6}) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Drawings of few dots, which are written sooner."""
+    monkeypatch.setattr(report_page, "_DOTS_PER_INCH", 40)
 
 
 @pytest.fixture
@@ -247,9 +253,8 @@ def test_timeline_when_drawn_then_every_stretch_is_full(run):
     np.testing.assert_allclose(sum(shares.values()), 1.0, atol=1e-9)
     # Half a stretch may be of another class: 20 s of start-up at the beginning, 10 s of down after 54 s.
     stretch_s = story.total_s / len(shares["down"])
-    assert (shares["start-up"][: int(20 / stretch_s)] == pytest.approx(1)) and shares["down"].sum() * stretch_s == (
-        pytest.approx(10)
-    )
+    assert shares["start-up"][: int(20 / stretch_s)] == pytest.approx(1)
+    assert shares["down"].sum() * stretch_s == pytest.approx(10)
     assert shares["down"][int(59 / stretch_s)] == pytest.approx(1)
 
 
