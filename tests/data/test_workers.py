@@ -179,7 +179,7 @@ KILLED_MAKER = """
 import multiprocessing.shared_memory as shared_memory, os, signal
 from aimv2_jax.data import workers
 
-workers._announce_segments()
+workers._announce_segments("")
 plain = shared_memory._posixshmem.shm_open
 
 
