@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -58,6 +59,7 @@ def start_worker(index: int, count: int, family: str = "") -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     parent = multiprocessing.parent_process()
     assert parent is not None
+    _be_killed_with(parent.sentinel)
     threading.Thread(target=_end_with, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()
 
 
@@ -123,6 +125,15 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 128 << 20)
+
+
+def _be_killed_with(sentinel: int) -> None:
+    """Has the system kill this process when its starter has ended: a thread needs Python's lock, which C may hold."""
+    if sys.platform == "linux":  # The others have the thread alone.
+        set_signal = 10  # F_SETSIG of fcntl(2).
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sentinel, set_signal, signal.SIGKILL)
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _end_with(sentinel: int) -> None:
