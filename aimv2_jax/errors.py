@@ -12,7 +12,10 @@ EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
-EXIT_AGAIN = 75  # Stopped on request, with its state saved: the same command goes on. As sysexits.h has it: TEMPFAIL.
+EXIT_HUNG = 4  # It hung at a step at which it had hung before: starting it again would be no help.
+EXIT_AGAIN = (
+    75  # Stopped on request, with its state saved, or hung once: the same command goes on. TEMPFAIL in sysexits.h.
+)
 EXIT_INTERRUPTED = 130  # As shells have it: 128 and the number of SIGINT.
 
 _MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.

@@ -124,13 +124,13 @@ class _Search:
         self.found: Record | None = None
         self.faults: list[Fault] = []
         self._candidates = iter(candidates)
-        self._index = -1
+        self.index = -1
 
     def advance(self) -> None:
         """Reads on until a record has the caption; those that cannot be read or lack it are faults."""
         self.found = None
         for index in self._candidates:
-            self._index = index
+            self.index = index
             try:
                 record = records.decode(self.source.read(index))
             except BadRecord as error:
@@ -147,7 +147,7 @@ class _Search:
 
     def reject(self, error: BadRecord) -> None:
         """The record that was read last is unusable."""
-        self.faults.append(Fault(self.example, self.source.name, self._index, error.key, error.reason))
+        self.faults.append(Fault(self.example, self.source.name, self.index, error.key, error.reason))
 
 
 def render(

@@ -7,17 +7,12 @@ b rows of this process, B rows of the global batch, L patches, P numbers a patch
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from aimv2_jax.config import Config, mixture_counts
 from aimv2_jax.data.batches import (
@@ -30,13 +25,15 @@ from aimv2_jax.data.batches import (
     TrainingView,
     View,
 )
+from aimv2_jax.data.noted import NotedReads, NotedSource
 from aimv2_jax.data.plan import Plan
+from aimv2_jax.data.prefetch import Batches, Failure, HostBatch, builders
 from aimv2_jax.data.readahead import QUICK_S, ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.skips import Skips
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.steps import Steps
-from aimv2_jax.data.workers import cores, start_reader
+from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "REASONS",
     "Batches",
+    "Failure",
     "Fault",
     "HostBatch",
     "builders",
@@ -60,29 +58,11 @@ __all__ = [
 ]
 
 _ENDLESS = 1 << 48  # Steps: more than any run has.
-_FINISHED_BATCHES = 2  # Kept ready by the thread, beside what the workers keep.
-_MAX_THREADS = 4  # That build batches in the trainer itself, where there are no workers.
-
-
-@dataclasses.dataclass(frozen=True)
-class HostBatch:
-    """This process' rows of a batch.
-
-    `arrays`: `patches [b L P] uint8`, `coords [b L 2] int32`, `valid [b L] bool`, `tokens [b T] int32`,
-    `token_valid [b T] bool`, `example_index [b 2] uint32` (high and low word of the example's number),
-    `source [b] int32` (place in the config's list of sources), `faults [b R] int32` (records that the example met and
-    could not use, by `REASONS`). `seconds` is the time that each stage of building took, by name.
-    """
-
-    step: int
-    arrays: dict[str, np.ndarray]
-    faults: list[Fault]
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def open_sources(sources: Mapping[str, str]) -> dict[str, Source]:
     """The sources of a config by name, in its order; raises `UserError` for one that cannot be read."""
-    return {name: Source(name, path) for name, path in sources.items()}
+    return {name: NotedSource(name, path) for name, path in sources.items()}
 
 
 def check_sources(config: Config) -> None:
@@ -121,6 +101,8 @@ def training_batches(
     start_step: int,
     tokenizer: Tokenizer | None = None,
     skips: Skips | None = None,
+    stall_s: float = 0.0,
+    on_restart: Callable[[Failure], None] | None = None,
 ) -> Batches:
     """The batches of steps start_step, start_step + 1, … without end.
 
@@ -131,6 +113,8 @@ def training_batches(
       start_step: the first step.
       tokenizer: without one, `tokens` and `token_valid` are zero.
       skips: batches that no step has; `HostBatch.step` is the number of the batch.
+      stall_s: after so long at one record, the workers are started again; 0: never. See `Batches`.
+      on_restart: told of a worker that died or stalled, from a thread.
 
     Raises:
       UserError: if a source cannot be read.
@@ -148,10 +132,11 @@ def training_batches(
         view,
         patch_size,
         # Worker i of n builds every n-th batch. Threads of one process wait for one another: there no read is quick.
-        ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
+        NotedReads(ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0)),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
-    return Batches(_OfStep(build, skips or Skips()), range(start_step, _ENDLESS), tokenise, data.workers, data.prefetch)
+    steps = range(start_step, _ENDLESS)
+    return Batches(_OfStep(build, skips or Skips()), steps, tokenise, data.workers, data.prefetch, stall_s, on_restart)
 
 
 def evaluation_batches(
@@ -178,7 +163,7 @@ def evaluation_batches(
             view,
             area or config.num_patches,
             patch_size,
-            ReadAhead(config.data.read_threads),
+            NotedReads(ReadAhead(config.data.read_threads)),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
         # In threads of this process: an evaluation is short, and starting workers for each would cost seconds.
@@ -212,126 +197,6 @@ class _Tokenise:
             seconds = seconds | {"tokenise": time.perf_counter() - start}
         arrays = batch.arrays | {"tokens": tokens, "token_valid": token_valid}
         return HostBatch(batch.step, arrays, batch.faults, seconds)
-
-
-class Batches(contextlib.AbstractContextManager):
-    """Finished batches, in order, a few of them ready ahead. Close it: workers and memory are gone when that returns.
-
-    An error while a batch is built is raised where that batch would have come.
-
-    Args:
-      build: number -> that batch; sent to the workers.
-      numbers: the batches to give.
-      finish: what remains to be done in this process, in a background thread.
-      workers: processes that build, each a whole batch at a time; 0: threads of this process.
-      prefetch: batches that each worker keeps ready.
-    """
-
-    def __init__(
-        self,
-        build: Callable[[int], LocalBatch],
-        numbers: range,
-        finish: Callable[[LocalBatch], HostBatch],
-        workers: int,
-        prefetch: int,
-    ):
-        self._finish = finish
-        self._ready: queue.Queue[HostBatch | BaseException] = queue.Queue(_FINISHED_BATCHES)
-        self._stop = threading.Event()
-        self._ended: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(_read_ahead(build, numbers, workers, prefetch),), name="batches", daemon=True
-        )
-        self._thread.start()
-
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> HostBatch:
-        if self._ended is None:
-            item = self._ready.get()
-            if isinstance(item, HostBatch):
-                return item
-            self._ended = item
-        raise self._ended
-
-    @property
-    def depth(self) -> int:
-        """Finished batches that wait for the consumer."""
-        return self._ready.qsize()
-
-    def close(self) -> None:
-        """Ends the thread and the workers; waits for the batches that are being built."""
-        self._stop.set()
-        while self._thread.is_alive():
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.05)
-        self._ended = self._ended or StopIteration()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _run(self, dataset: grain.IterDataset) -> None:
-        """The thread: the only one that touches grain's iterator."""
-        end: BaseException = StopIteration()
-        try:
-            with contextlib.closing(iter(dataset)) as iterator:
-                while not self._stop.is_set() and (element := next(iterator, None)) is not None:
-                    # Copied out of shared memory, so that its segments can go at once.
-                    arrays = {name: np.array(array) for name, array in sorted(element["arrays"].items())}
-                    self._put(self._finish(LocalBatch(**element | {"arrays": arrays})))
-        except BaseException as error:  # The consumer's to handle: raised there, in its turn.
-            end = _readable(error)
-        self._put(end)
-
-    def _put(self, item: HostBatch | BaseException) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._ready.put(item, timeout=0.1)
-
-
-def builders(workers: int) -> int:
-    """How many batches are built at a time: by `workers` processes, or where there are none by threads."""
-    return workers or min(_MAX_THREADS, cores())
-
-
-def _read_ahead(
-    build: Callable[[int], LocalBatch], numbers: range, workers: int, prefetch: int
-) -> grain.IterDataset[dict[str, Any]]:
-    """Builds batch after batch of `numbers`, in order, ahead of who asks for them."""
-    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only `app.run` parses.
-        flags.FLAGS.mark_as_parsed()
-    steps = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(_Fields(build))
-    if not workers:
-        threads = builders(0)
-        return steps.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
-        )
-    # A worker builds one batch after another: parallelism is the number of workers, memory the batches they hold.
-    steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-    return steps.mp_prefetch(options, worker_init_fn=start_reader)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-    """A batch as a dict, whose arrays grain then hands over in shared memory."""
-
-    build: Callable[[int], LocalBatch]
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        batch = self.build(step)
-        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-
-
-def _readable(error: BaseException) -> BaseException:
-    if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
-        return UserError(
-            "a data worker died",
-            str(error).split(". ")[0],
-            "Exit code -9 is mostly the system's want of memory: lower data.workers or data.prefetch",
-        )
-    return error
 
 
 def to_devices(

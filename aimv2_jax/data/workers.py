@@ -1,10 +1,12 @@
 """Worker processes: how many fit, and what each does before its first batch, so that it never outlives the trainer or
-touches its devices."""
+touches its devices; and what can be done to those of a trainer: look at their stacks, end them, clear up after them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -13,7 +15,14 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
+
+from aimv2_jax.data import whereabouts
+
+_STACKS_S = 1.0  # In which the stacks of all workers are written.
+_ERRORS = 2  # The file of this process, and of its workers, that ends up in the log.
+_SEGMENTS = "/dev/shm"  # Where Linux has them.
 
 
 def cores() -> int:
@@ -21,23 +30,27 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_reader(index: int, count: int) -> None:
+def start_reader(index: int, count: int, desk: str) -> None:
     """Grain's `worker_init_fn`: a worker that SIGTERM, which some send to all processes, does not end either.
 
-    That is the trainer's to handle: it needs batches until it has come to the step that it saves.
+    That is the trainer's to handle: it needs batches until it has come to the step that it saves. The worker notes what
+    it does at the trainer's `desk`, and its shared memory can be told by that name, too.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    start_worker(index, count)
+    start_worker(index, count, _family(desk))
+    whereabouts.note_at(desk, index)
 
 
-def start_worker(index: int, count: int) -> None:
-    """What a worker of anybody's begins with.
+def start_worker(index: int, count: int, family: str = "") -> None:
+    """What a worker of anybody's begins with; names of its shared memory end with `family`.
 
     It ends when its starter does, by kill -9 too; the resource tracker then unlinks the shared memory, since
-    nobody holds its pipe any more. Ctrl-C is not its to handle. No backend of jax may start here.
+    nobody holds its pipe any more. Ctrl-C is not its to handle. SIGUSR1 has it write its stacks to the log. No backend
+    of jax may start here.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _announce_segments()
+    faulthandler.register(signal.SIGUSR1, _ERRORS, all_threads=True)
+    _announce_segments(family)
     _keep_memory()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # grain brings it
@@ -46,18 +59,56 @@ def start_worker(index: int, count: int) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     parent = multiprocessing.parent_process()
     assert parent is not None
+    _be_killed_with(parent.sentinel)
     threading.Thread(target=_end_with, args=(parent.sentinel,), name="end-with-trainer", daemon=True).start()
 
 
-def _announce_segments() -> None:
-    """Tells the resource tracker of a segment of shared memory before it is made.
+def write_stacks(only: int | None = None) -> None:
+    """Has the workers of this process that build batches write what all their threads do to the log, one after another.
+
+    `only` is the process id of one of them. A worker that is stopped, or waits for a disk in the kernel, cannot.
+    """
+    pids = [pid for pid in reading() if only in (None, pid)]
+    for pid in pids:
+        with contextlib.suppress(OSError):  # It has ended.
+            os.write(_ERRORS, f"--- stacks of data worker {pid}:\n".encode())
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(min(0.1, _STACKS_S / len(pids)))
+    if pids:
+        time.sleep(0.2)
+
+
+def reading() -> list[int]:
+    """The process ids of this process' workers that build batches, and live."""
+    children = {child.pid for child in multiprocessing.active_children()}
+    noted = [notes.pid for desk in whereabouts.desks() for notes in desk.workers]
+    return sorted({pid for pid in noted if pid in children})
+
+
+def clear_up(desk: str) -> None:
+    """Frees the shared memory of ended workers that have noted at `desk`, and of which nobody has heard."""
+    if not os.path.isdir(_SEGMENTS):
+        return  # Other systems don't list them: then they go when this process ends.
+    for name in os.listdir(_SEGMENTS):
+        if name.endswith(_family(desk)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(_SEGMENTS, name))
+                multiprocessing.resource_tracker.unregister(f"/{name}", "shared_memory")
+
+
+def _family(desk: str) -> str:
+    return f".{desk[-6:]}"
+
+
+def _announce_segments(family: str) -> None:
+    """Tells the resource tracker of a segment of shared memory before it is made; its name ends with `family`.
 
     Python does so right after: a segment whose maker is killed in between would stay for good.
     """
     make_name = multiprocessing.shared_memory._make_filename
 
     def announced() -> str:
-        name = make_name()
+        name = make_name() + family
         multiprocessing.resource_tracker.register(name, "shared_memory")
         return name
 
@@ -74,6 +125,15 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 128 << 20)
+
+
+def _be_killed_with(sentinel: int) -> None:
+    """Has the system kill this process when its starter has ended: a thread needs Python's lock, which C may hold."""
+    if sys.platform == "linux":  # The others have the thread alone.
+        set_signal = 10  # F_SETSIG of fcntl(2).
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(sentinel, set_signal, signal.SIGKILL)
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _end_with(sentinel: int) -> None:

@@ -27,6 +27,7 @@ from aimv2_jax.parallel.clusters import Place
 _TRAINER = "AIMV2_JAX_TRAINER"  # Of the environment of a trainer that has a watcher: its `Place`, and its channel.
 _STORE = "aimv2_jax"  # Above our keys in the coordination store.
 _Value = TypeVar("_Value")
+_channel: socket.socket | None = None  # To this trainer's watcher, if it has one.
 
 
 def trainer_environment(place: Place, channel: int) -> dict[str, str]:
@@ -48,7 +49,20 @@ def trainer() -> Trainer | None:
     _end_with(known["watcher"])
     channel = socket.socket(fileno=known["channel"])
     channel.set_inheritable(False)
+    global _channel
+    _channel = channel
     return Trainer(place, channel)
+
+
+def tell_hung(code: int, text: str) -> None:
+    """Tells this trainer's watcher, if it has one, that it hangs, and will end with `code`."""
+    if _channel is not None:
+        _tell(_channel, {"code": code, "text": text, "hung": True})
+
+
+def _tell(channel: socket.socket, end: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        channel.sendall(json.dumps(end).encode() + b"\n")
 
 
 def _end_with(watcher: int) -> None:
@@ -81,8 +95,7 @@ class Trainer:
         except BaseException as error:
             words = last_words(error)
             code, text = (EXIT_BUG, traceback.format_exc()) if words is None else words
-            with contextlib.suppress(OSError):
-                self.channel.sendall(json.dumps({"code": code, "text": text}).encode() + b"\n")
+            _tell(self.channel, {"code": code, "text": text})
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

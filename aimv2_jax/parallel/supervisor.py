@@ -6,6 +6,9 @@ could fail: its word is the last one.
 
 Each watcher tells how its trainer ended. Process 0's hears all of them, decides whose end it was that ended the run,
 and tells that. When process 0 is missing, each of the others knows by itself.
+
+A trainer that hangs says so before it ends (train/watchdog.py): then each watcher first has its own trainer, which
+mostly waits for that one, write the stacks of its threads to its log.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ _BEATS = 10  # In a heartbeat time-out.
 _CRASH_S = 3.0  # After a trainer crashed: maybe since another process is missing, whose watcher then tells so.
 _UNWIND_S = 30.0  # After one ended for a reason that it tells: others may end for the same, and see a save through.
 _WRITTEN_S = 5.0  # For what is yet to be written in the end.
+_STACKS_S = 1.0  # For a trainer to write the stacks of its threads, where another one hangs.
+_HUNG_S = 30.0  # For one that hangs to end by itself, when it has told so: more than it takes at most.
 _LAST_WORDS_S = 1.0  # For pipes of an ended trainer: its data workers hold them, too, until they end.
 
 
@@ -54,6 +59,7 @@ class End:
       text: what it said of it.
       well: whether it came to its end together with all others: finished, or stopped on request.
       lost: why it is missing, if it could not say anything.
+      hung: whether it is about to end because it hangs.
     """
 
     index: int
@@ -61,6 +67,7 @@ class End:
     text: str = ""
     well: bool = False
     lost: str | None = None
+    hung: bool = False
 
 
 class Watcher:
@@ -113,6 +120,8 @@ class Watcher:
             try:
                 while not self._over():
                     self._turn()
+                if any(end.hung for end in [*self._ends.values(), self._verdict] if end is not None):
+                    self._take_stacks()
             finally:
                 self._trainer.kill()
                 self._trainer.wait()
@@ -124,6 +133,15 @@ class Watcher:
         code = self._conclude()
         self._writer.close()
         return code
+
+    def _take_stacks(self) -> None:
+        """Some process hangs: waits until this one's trainer has written what all its threads do."""
+        ended = self._place.index in self._ends  # It hangs itself, and has yet to write.
+        if not ended and self._trainer.poll() is None:
+            self._trainer.send_signal(signal.SIGUSR1)
+        deadline_s = time.monotonic() + (_HUNG_S if ended else _STACKS_S)
+        while time.monotonic() < deadline_s and self._trainer.poll() is None:
+            self._turn()
 
     def _unheard(self) -> bool:
         """Whether others may not yet have heard process 0's verdict: those that have, end."""
@@ -198,8 +216,11 @@ class Watcher:
             data = b""
         self._told += data
         if data.endswith(b"\n"):
-            self._words = json.loads(self._told)["text"].rstrip()
+            said = json.loads(self._told)
+            self._words = said["text"].rstrip()
             self._write_line(self._words, to_people=False)
+            if said.get("hung"):
+                self._ended(End(self._place.index, said["code"], self._words, hung=True))
         return bool(data)
 
     def _hear_watcher(self, index: int) -> bool:
@@ -236,15 +257,18 @@ class Watcher:
             # SIGABRT is mostly jax's, whose own watch found another process missing; SIGTERM came before any training.
             lost = None if number in (signal.SIGABRT, signal.SIGTERM) else text
             code = EXIT_AGAIN if number == signal.SIGTERM else 128 + number
-        end = End(self._place.index, code, text, well, lost)
-        self._wait_s = time.monotonic() + (self._barrier_s if well else _UNWIND_S + self._timeout_s)
+        self._ended(End(self._place.index, code, text, well, lost))
+
+    def _ended(self, end: End) -> None:
+        """Tells of the end of this process' trainer."""
+        self._wait_s = time.monotonic() + (self._barrier_s if end.well else _UNWIND_S + self._timeout_s)
         self._send({"end": dataclasses.asdict(end)})
         self._record(end)
 
     def _record(self, end: End) -> None:
         """Notes how a process ended; what follows, process 0 decides, or each where it is process 0 that is missing."""
         self._ends.setdefault(end.index, end)
-        if end.lost is not None and (self._first or end.index == 0):
+        if (end.lost is not None or end.hung) and (self._first or end.index == 0):
             self._decide(end)
         elif not end.well and self._first:
             reason = end.code in (EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED)

@@ -38,6 +38,7 @@ from aimv2_jax.train.resume import check_resumable, check_trunk
 from aimv2_jax.train.run import Run, say
 from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.warm_start import Donor, RunDonor, warm_start
+from aimv2_jax.train.watchdog import FOLDER, Hang, Watchdog, register_dump_signal
 
 _LOCK = "lock"
 
@@ -78,6 +79,9 @@ def train(
             remedy = "Give a folder on a disk that all hosts share, or gs://BUCKET/FOLDER"
             raise UserError("--workdir is another folder here than on process 0's host", str(workdir), remedy)
         events = stack.enter_context(Events(workdir, process_age_s()))
+        watchdog = stack.enter_context(_watchdog(workdir, config, events))
+        starting = stack.enter_context(contextlib.ExitStack())
+        starting.enter_context(watchdog.watching("start", 0))
         checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep, config.train.keep_steps))
         latest = _newest_intact(checkpointer, events)
         if latest is not None:
@@ -99,9 +103,23 @@ def train(
         _note_start(events, program, course.step, None if latest is None else time.monotonic() - begin_s)
         if jax.process_index() == 0:
             write_whole(workdir / "config.txt", config_text(config).encode())
-        run = Run(program, workdir, tokenizer, checkpointer, writer, events, profiler, partial(begin, program, donor))
+        again = partial(begin, program, donor)
+        run = Run(program, workdir, tokenizer, checkpointer, writer, events, profiler, watchdog, again)
+        starting.close()
         with _end_noted(events, run):
             return run.train(state, course)
+
+
+def _watchdog(workdir: epath.Path, config: Config, events: Events) -> Watchdog:
+    """Looks after the run from now on; what hangs is told to the watcher of this process, and to the books."""
+    register_dump_signal()
+    file = str(workdir / FOLDER)
+
+    def note(hang: Hang) -> None:
+        events.write("hang", hang.step, what=hang.what, file=file)
+        events.write("stop", max(0, hang.step - 1), code=hang.code, why=str(hang))
+
+    return Watchdog(workdir, jax.process_index(), config.watch, on_hang=note, tell=processes.tell_hung)
 
 
 def _newest_intact(checkpointer: Checkpointer, events: Events) -> int | None:

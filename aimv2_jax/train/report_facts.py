@@ -286,8 +286,7 @@ _TOLD = {
     "bad_data": lambda e: f"records left out: {_listed(e.values.get('counts'))}",
     "hang": lambda e: f"hung, waiting for {e.values.get('what')}; stacks: {e.values.get('file')}",
     "worker_restarted": lambda e: (
-        f"a loader's worker ended with code {e.values.get('exit_code')} and was restarted; "
-        f"shard {e.values.get('shard')}, record {e.values.get('record')}"
+        f"a loader's worker {e.values.get('what')}, and all were started again; it {e.values.get('at')}"
     ),
     "corruption": lambda e: (
         f"computed twice, with different bits: {e.values.get('leaf')} on {e.values.get('device')} "

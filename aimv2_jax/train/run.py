@@ -51,6 +51,7 @@ from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import AveragedState, TrainState
 from aimv2_jax.train.stopping import StopRequests
 from aimv2_jax.train.tally import BadRecordFile, Tally
+from aimv2_jax.train.watchdog import Watchdog
 
 
 class _Step(NamedTuple):
@@ -88,6 +89,7 @@ class Run:
         writer: MetricsWriter,
         events: Events,
         profiler: Profiler,
+        watchdog: Watchdog,
         begin: Callable[[], tuple[TrainState, Course]],
     ):
         config = program.config
@@ -95,7 +97,7 @@ class Run:
         self.checkpointer, self.writer, self.events, self.begin = checkpointer, writer, events, begin
         self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size)
         self.tally = Tally(list(config.data.sources), pipeline.REASONS, replicated(program.mesh))
-        self.profiler, self.stop = profiler, StopRequests()
+        self.profiler, self.watchdog, self.stop = profiler, watchdog, StopRequests()
         self.plan = pipeline.training_plan(config, pipeline.open_sources(config.data.sources))
         self.compiled: dict[BatchShape, _Step] = {}
         self.recompute: Recompute | None = None
@@ -139,18 +141,28 @@ class Run:
         config = self.config
         self.done, self.nonfinite = course.step, 0
         self.writer.cut_after(course.step)
-        rows_of = partial(local_rows, self.program.batch_sharding)
         with (
             BadRecordFile(self.workdir, jax.process_index(), course.step) as self.bad_records,
-            pipeline.training_batches(config, rows_of, course.step, self.tokenizer, course.skips) as batches,
+            self._batches(course) as batches,
         ):
             self._compile()
             if course.step == 0 and config.train.eval_at_start and config.eval.sources:
                 self._evaluate(0, state)
             stopped = self._steps(state, course, batches)
-            with self.spending.on("saving"):
+            with self.spending.on("saving"), self.watchdog.watching("save", self.done):
                 self.checkpointer.wait()
         return stopped
+
+    def _batches(self, course: Course) -> pipeline.Batches:
+        """The batches from where the course is; stalled workers are started again in half the time that ends a run."""
+        config, rows_of = self.config, partial(local_rows, self.program.batch_sharding)
+
+        def note(failure: pipeline.Failure) -> None:
+            self.events.write("worker_restarted", self.done, what=failure.what, at=failure.at)
+
+        return pipeline.training_batches(
+            config, rows_of, course.step, self.tokenizer, course.skips, config.watch.data_s / 2, note
+        )
 
     def _compile(self) -> None:
         """Compiles the train step for all shapes of batches, once; and the one that checks it, where there is."""
@@ -189,7 +201,8 @@ class Run:
                 with self.stopwatch.pause():
                     self.profiler.before(number)
             depth = batches.depth
-            with self.stopwatch.waiting(), self.spending.on("data"):
+            watching = self.watchdog.watching("data", number, batches.last_read)
+            with self.stopwatch.waiting(), self.spending.on("data"), watching:
                 host = next(batches)
             assert host.step == course.skips.batch(number - 1)
             if number == course.step + 1 and not course.rewinds:
@@ -198,18 +211,19 @@ class Run:
             self.feed.add(host.seconds, depth)
             shape = self.plan.steps.shape(host.step)
             step = self.compiled[shape]
-            with self.feed.transferring():
+            with self.feed.transferring(), self.watchdog.watching("step", number):
                 batch = step.put(host.arrays)
             counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
             self.bad_records.write(number, host.faults)
             checked = self.recompute is not None and _every(config.guard.recompute_every, number)
             # Before the step itself, which takes over the memory of the state.
-            again = self.recompute.start(state, batch, shape) if checked else None
-            with jax.profiler.StepTraceAnnotation("train", step_num=number):  # So that XProf knows of steps.
-                state, metrics = step.compiled(state, batch, program.rng)
-            if again is not None:
-                self._compare(number, (state, metrics), again)
-                del again
+            with self.watchdog.watching("step", number):
+                again = self.recompute.start(state, batch, shape) if checked else None
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):  # So that XProf knows of steps.
+                    state, metrics = step.compiled(state, batch, program.rng)
+                if again is not None:
+                    self._compare(number, (state, metrics), again)
+                    del again
             self._read(pending)
             pending = _Pending(number, host.step, metrics, counts, shape.examples, step.flops)
             failed = self._check_saved(number)
@@ -243,7 +257,7 @@ class Run:
     def _save(self, course: Course, state: TrainState, eval_loss: float | None) -> None:
         """Starts the save of a step, after what was told of the steps before is where it belongs."""
         begin_s = time.perf_counter()
-        with self.spending.on("saving"):
+        with self.spending.on("saving"), self.watchdog.watching("save", course.step):
             self.writer.flush()
             self.bad_records.flush()
             self.events.flush()
@@ -266,7 +280,8 @@ class Run:
         if pending is None:
             return
         number = pending.number
-        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        with self.watchdog.watching("step", number):
+            values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
         self.stopwatch.count(pending.examples, pending.flops)
         self.done = number
         self._check_finite(pending, values)
@@ -382,7 +397,7 @@ class Run:
         )
         faults: list[pipeline.Fault] = []
         average = state.average if isinstance(state, AveragedState) else None
-        with self.spending.on("evaluation"):
+        with self.spending.on("evaluation"), self.watchdog.watching("evaluation", number):
             values = evaluate(self.program, state.params, self._eval_arrays(faults), put, average)
         names: Sequence[str] = [name for name in ("eval_loss", "eval_loss_ema") if name in values]
         for name in names:

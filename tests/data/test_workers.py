@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -46,6 +47,8 @@ class Report:
 def main():
     from aimv2_jax.config import BatchShape
     from aimv2_jax.data import pipeline
+    from aimv2_jax.data.noted import NotedReads
+    from aimv2_jax.data.readahead import ReadAhead
 
     build = pipeline.TrainingBatches(
         pipeline.Plan(0, pipeline.Steps(0, [BatchShape(64, 64)]), {"photo": 209}, {"photo": {"alt": 1}}),
@@ -53,6 +56,7 @@ def main():
         {64: tuple(range(64))},
         pipeline.TrainingView(0, 112, (0.4, 1.0), (0.75, 4 / 3), 0.5),
         14,
+        NotedReads(ReadAhead()),
     )
     facts = {}
 
@@ -61,7 +65,10 @@ def main():
         facts[fact["pid"]] = fact
         return pipeline.HostBatch(batch.step, batch.arrays, batch.faults)
 
-    batches = pipeline.Batches(Report(build), range(10**6), finish, workers=2, prefetch=2)
+    def restarted(failure):
+        print(failure, flush=True)
+
+    batches = pipeline.Batches(Report(build), range(10**6), finish, workers=2, prefetch=2, on_restart=restarted)
     for _ in range(6):
         next(batches)
     print(json.dumps(list(facts.values())), flush=True)
@@ -72,12 +79,18 @@ def main():
         alive = [pid for pid in facts if os.path.exists(f"/proc/{pid}")]
         print(json.dumps([names, alive, int(kept.arrays["patches"].sum() > 0)]), flush=True)
     elif sys.argv[1] == "go on":
-        try:
-            while True:
-                next(batches)
-        except Exception as error:
-            batches.close()
-            print(type(error).__name__, error, flush=True)
+        family = sys.stdin.readline().strip()
+        steps = [next(batches).step for _ in range(24)]  # More than are ready.
+        names = [name for name in os.listdir("/dev/shm") if name.endswith(family)]
+        batches.close()
+        print(json.dumps([steps, names]), flush=True)
+    elif sys.argv[1] == "hang":
+        from types import SimpleNamespace
+        from aimv2_jax.train.watchdog import Watchdog
+
+        settings = SimpleNamespace(start_s=0, data_s=0, step_s=1, evaluation_s=0, save_s=0)
+        with Watchdog(sys.argv[2], 0, settings) as watchdog, watchdog.watching("step", 6, batches.last_read):
+            time.sleep(60)
     elif sys.argv[1] == "forget":
         pass
     else:
@@ -96,8 +109,12 @@ class Trainer:
         self.name = secrets.token_hex(3)
         environment = os.environ | {"TRAINER_NAME": self.name, "PYTHONPATH": str(Path(__file__).parents[2])}
         environment.pop("JAX_PLATFORMS", None)  # The workers must choose for themselves.
-        command = [sys.executable, str(path), what]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(path), what, str(folder)]
+        self.errors = folder / "errors"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         self.facts = json.loads(self.process.stdout.readline())
         self.workers = [fact["pid"] for fact in self.facts]
 
@@ -133,7 +150,7 @@ def start(tmp_path):
     for trainer in trainers:
         trainer.process.kill()
         trainer.process.wait()
-        trainer.process.stdout.close()
+        trainer.process.stdin.close(), trainer.process.stdout.close()
 
 
 def test_workers_when_the_trainer_is_killed_then_gone_with_their_shared_memory_within_10_s(start):
@@ -155,17 +172,40 @@ def test_workers_when_closed_then_gone_at_once_and_batches_in_hand_stay(start):
     assert [fact["platforms"] for fact in trainer.facts] == ["cpu", "cpu"]
 
 
-def test_worker_when_killed_then_the_trainer_is_told_and_nothing_is_left(start):
+def test_worker_when_killed_then_named_with_its_record_and_all_goes_on_from_the_batch_that_it_owed(start):
     trainer = start("go on")
     for number in (signal.SIGTERM, signal.SIGINT):  # Which some send to all processes: the trainer's to handle.
         os.kill(trainer.workers[1], number)
     time.sleep(0.5)
+    before = trainer.left()[2:]
     os.kill(trainer.workers[1], signal.SIGKILL)
+    [family] = {name.rpartition(".")[2] for name in before if "." in name and not name.startswith("sem.")}
+    trainer.process.stdin.write(f".{family}\n")
+    trainer.process.stdin.flush()
     said = trainer.process.stdout.readline()
-    assert said.startswith(
-        "UserError a data worker died: 'Worker process was terminated unexpectedly with exit code -9'"
+    died = (
+        rf"data worker [01] of 2 \(process {trainer.workers[1]}\) died with exit code -9 while batch \d+ was awaited; "
     )
+    assert re.match(died + r"it (has built step|builds step|reads|has read) ", said), said
+    steps, segments = json.loads(trainer.process.stdout.readline())
+    assert steps == list(range(6, 30)) and segments == []
     assert trainer.process.wait(30) == 0
+    assert said.strip() + "; the workers are started again from that batch" in trainer.errors.read_text()
+    trainer.assert_gone_within(10)
+
+
+def test_trainer_when_it_hangs_then_its_workers_stacks_are_in_the_log_and_nothing_is_left(start, tmp_path):
+    trainer = start("hang")
+    assert trainer.process.wait(30) == 75
+    said = trainer.errors.read_text()
+    for pid in trainer.workers:
+        stacks = said.split(f"--- stacks of data worker {pid}:\n")[1].split("--- stacks")[0]
+        assert "_put_dataset_elements_in_buffer" in stacks and "end-with-trainer" not in stacks
+        assert stacks.count("hread 0x") >= 3  # Of all its threads.
+        assert f"(process {pid}): has built step" in said
+    [file] = (tmp_path / "hangs").iterdir()
+    assert file.name == "00000006-00000-step.txt"
+    assert "in main" in file.read_text() and f"(process {trainer.workers[0]})" in file.read_text()
     trainer.assert_gone_within(10)
 
 
@@ -179,7 +219,7 @@ KILLED_MAKER = """
 import multiprocessing.shared_memory as shared_memory, os, signal
 from aimv2_jax.data import workers
 
-workers._announce_segments()
+workers._announce_segments("")
 plain = shared_memory._posixshmem.shm_open
 
 
@@ -204,3 +244,35 @@ def test_segment_when_its_maker_is_killed_right_after_making_it_then_it_goes():
     while segment.exists():
         assert time.monotonic() < end, segment
         time.sleep(0.05)
+
+
+STUCK = """
+import ctypes, multiprocessing, sys, time
+from aimv2_jax.data.workers import start_worker
+
+
+def stick():
+    start_worker(0, 1)
+    print(multiprocessing.current_process().pid, flush=True)
+    ctypes.PyDLL(None).sleep(60)  # Which keeps Python's lock.
+
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=stick).start()
+    time.sleep(60)
+"""
+
+
+def test_worker_when_c_keeps_pythons_lock_then_it_ends_with_its_starter_all_the_same(tmp_path):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "stuck.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        time.sleep(0.2)
+        assert _runs(pid)
+        process.kill()
+        end = time.monotonic() + 10
+        while _runs(pid):
+            assert time.monotonic() < end
+            time.sleep(0.05)

@@ -1,0 +1,204 @@
+"""The watchdog: what hangs is ended in time, with the stacks of all threads; what does not is left alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from aimv2_jax.train import watchdog
+from aimv2_jax.train.watchdog import Watchdog, hung_steps
+
+ROOT = Path(__file__).parents[2]
+NEVER = {f"{what}_s": 0 for what in ("start", "data", "step", "evaluation", "save")}
+# What a process does, in a function of a name that its stacks must have; another thread sleeps meanwhile.
+PROGRAM = """
+import ctypes, os, signal, sys, threading, time
+from types import SimpleNamespace
+from aimv2_jax.train import watchdog
+from aimv2_jax.train.watchdog import Watchdog, register_dump_signal
+
+NEVER = dict(start_s=0, data_s=0, step_s=0, evaluation_s=0, save_s=0)
+workdir = sys.argv[1]
+
+
+def aside():
+    time.sleep(60)
+
+
+def dog(**settings):
+    calls = {name: settings.pop(name) for name in ("on_hang", "tell", "say") if name in settings}
+    return Watchdog(workdir, 3, SimpleNamespace(**NEVER | settings), **calls)
+
+
+def here():
+    CODE
+
+
+threading.Thread(target=aside, name="another", daemon=True).start()
+here()
+"""
+
+
+def run(code: str, workdir: Path, seconds: float = 20) -> tuple[int, str, str, float]:
+    """Exit code, output, errors and how long it took of a process that does `code`."""
+    program = PROGRAM.replace("CODE", code.replace("\n", "\n    "))
+    start_s = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(workdir)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start_s
+
+
+HANG = 'with dog(step_s=1) as d, d.watching("step", 12, lambda: "record 5 of red"):\n    time.sleep(60)'
+
+
+def test_hang_when_a_step_takes_too_long_then_all_stacks_in_log_and_workdir_and_code_75(tmp_path):
+    code, _, said, seconds = run(HANG, tmp_path)
+    assert code == 75 and seconds < 1 + 2
+    [file] = (tmp_path / "hangs").iterdir()
+    assert file.name == "00000012-00003-step.txt"
+    for text in (said, file.read_text()):
+        assert re.search(r"hung: process 3 on \S+ waits for step at step 12 since 1 s", text)
+        assert "record 5 of red" in text and "is another\n" in text
+        assert re.search(r'line \d+ in here\n  File ".*", line \d+ in <module>', text) and "in aside\n" in text
+
+
+def test_hang_when_it_is_at_the_step_of_an_earlier_one_then_code_4_and_at_another_75(tmp_path):
+    (tmp_path / "hangs").mkdir()
+    (tmp_path / "hangs/00000012-00000-data.txt").touch()
+    (tmp_path / "hangs/00000013-00000-data.txt.part").touch()
+    assert hung_steps(tmp_path) == {12}
+    code, _, said, _ = run(HANG, tmp_path)
+    assert code == 4 and "step 12 since 1 s, as it did before" in said
+    assert run(HANG.replace("12", "13"), tmp_path)[0] == 75
+
+
+def test_hang_when_an_inner_context_goes_on_and_on_then_the_outer_one_ends_it_and_callbacks_are_told(tmp_path):
+    code, out, _, _ = run(
+        """told = lambda *what: print(*what, flush=True)
+with dog(evaluation_s=1, data_s=1, on_hang=lambda h: told(h.what, h.step, h.code), tell=told, say=told) as d:
+    with d.watching("evaluation", 4):
+        while True:
+            with d.watching("data", 4):
+                time.sleep(0.05)""",
+        tmp_path,
+    )
+    told, hang, said = out.splitlines()
+    assert code == 75 and hang == "evaluation 4 75"
+    assert told.startswith("75 hung: process 3 on ") and told == f"75 {said}" and "waits for evaluation" in said
+
+
+def test_hang_when_the_disk_and_the_callbacks_hang_too_then_it_ends_all_the_same(tmp_path):
+    forever = "lambda *_: time.sleep(60)"
+    code, _, said, seconds = run(
+        f"""watchdog._PATIENCE_S, watchdog.write_whole = 0.5, {forever}
+with dog(save_s=1, on_hang={forever}, tell={forever}, say={forever}) as d, d.watching("save", 1, {forever}):
+    time.sleep(60)""",
+        tmp_path,
+    )
+    assert code == 75 and seconds < 6 and "in aside" in said
+
+
+def test_hang_when_even_the_log_is_not_read_then_it_ends_all_the_same(tmp_path):
+    code = f"watchdog._LAST_S = 1\nos.write(1, b'!')\n{HANG}".replace("\n", "\n    ")
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    command = [sys.executable, "-c", PROGRAM.replace("CODE", code), str(tmp_path)]
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=write, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.read(1) == b"!" and process.wait(10) == 75
+    finally:
+        process.kill()
+        process.stdout.close()
+        os.close(read), os.close(write)
+
+
+def test_hang_when_c_keeps_pythons_lock_then_the_timer_below_ends_it_with_its_stacks(tmp_path):
+    code, _, said, seconds = run(
+        'with dog(step_s=2) as d, d.watching("step", 1):\n    time.sleep(0.5)\n    ctypes.PyDLL(None).sleep(60)',
+        tmp_path,
+    )
+    assert code == 1 and "Timeout" in said and "in here" in said and "in aside" in said
+    assert seconds < 3 + 2
+
+
+def test_watchdog_when_nothing_hangs_then_it_is_not_heard(tmp_path):
+    settings = SimpleNamespace(**NEVER | {"data_s": 0.5, "step_s": 0.5})
+    with Watchdog(tmp_path, 0, settings) as dog:
+        with dog.watching("evaluation", 1):  # Which may take for ever.
+            for step in range(12):
+                with dog.watching("data", step), dog.watching("step", step):
+                    time.sleep(0.1)
+            time.sleep(0.8)
+        with pytest.raises(KeyError), dog.watching("save", 1):
+            raise KeyError
+        assert not dog._open
+    assert not list(tmp_path.iterdir())
+    assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_watchdog_when_the_process_was_held_up_then_the_time_does_not_count(tmp_path):
+    code = """watchdog._PAUSE_S = 0.5
+with dog(step_s=2) as d, d.watching("step", 1):
+    print(os.getpid(), flush=True)
+    time.sleep(1.2)
+    time.sleep(1.0)
+print("went on", flush=True)"""
+    program = PROGRAM.replace("CODE", code.replace("\n", "\n    "))
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == "went on\n" and process.wait(10) == 0
+
+
+def test_dump_signal_when_it_comes_then_the_stacks_are_written_and_the_process_goes_on(tmp_path):
+    code = "register_dump_signal()\nos.kill(os.getpid(), signal.SIGUSR1)\ntime.sleep(0.1)\nprint('went on')"
+    code, out, said, _ = run(code, tmp_path)
+    assert (code, out) == (0, "went on\n") and "in here" in said and "in aside" in said
+
+
+def test_watching_when_nothing_hangs_then_it_costs_microseconds(tmp_path):
+    with Watchdog(tmp_path, 0, SimpleNamespace(**NEVER | {"data_s": 600})) as dog:
+        start_s = time.perf_counter()
+        for step in range(10_000):
+            with dog.watching("data", step):
+                pass
+    assert (time.perf_counter() - start_s) / 10_000 < 50e-6  # 1 to 2 here; a busy machine is given time.
+
+
+def test_limits_when_a_name_is_unknown_then_our_bug(tmp_path):
+    with Watchdog(tmp_path, 0, SimpleNamespace(**NEVER)) as dog, pytest.raises(KeyError):
+        dog.watching("lunch", 1)
+
+
+def test_exit_code_when_told_then_none_of_the_others():
+    from aimv2_jax import errors
+
+    taken = {value for name, value in vars(errors).items() if name.startswith("EXIT_") and name != "EXIT_HUNG"}
+    assert watchdog.EXIT_HUNG == 4 and watchdog.EXIT_HUNG not in taken
