@@ -129,6 +129,7 @@ class Run:
         steps = self.config.train.steps
         if stopped is not None:
             say(f"stopped on request: step {stopped} of {steps} is saved; the same command goes on from it")
+            self.events.write("progress", stopped, **self.spending.seconds())
             self.events.write("preemption", stopped)
             self.events.write("stop", stopped, code=EXIT_AGAIN, why="asked to stop")
             return EXIT_AGAIN
@@ -368,6 +369,7 @@ class Run:
             self.checkpointer.set_aside_newer(back.step, "rewound")
             state = begin[0] if begin else self.checkpointer.restore(back.step, self.program.abstract_state)
         self.tally.forget()
+        self.events.write("progress", spike.step, **self.spending.seconds())
         self.events.write("rewind", spike.step, from_step=spike.step, to_step=back.step, a=back.first, b=back.end)
         return state, Course(back.step, course.skips.adding(back.first, back.end), turn)
 
