@@ -31,7 +31,9 @@ from aimv2_jax.errors import UserError
 
 _FINISHED_BATCHES = 2  # Kept ready by the thread, beside what the workers keep.
 _MAX_THREADS = 4  # That build batches in the trainer itself, where there are no workers.
-_BEGIN_S = 60.0  # That a worker may take for its imports, beyond the time after which one has stalled.
+_BEGIN_S = (
+    60.0  # That a worker may take for imports before its first batch, beyond the time after which one has stalled.
+)
 _CLOSE_S = 30.0  # For grain to end the other workers, when one has failed; it gives each 25 s.
 
 
@@ -233,7 +235,8 @@ class _Crew:
             return None
         notes = desk.workers[self._taken % self._count]
         silence_s = time.monotonic() - max(since_s, notes.changed_s)
-        if silence_s < stall_s + (0 if notes.pid else _BEGIN_S):
+        begun = self._taken >= self._count or notes.read()
+        if silence_s < stall_s + (0 if begun else _BEGIN_S):
             return None
         return self._fails(f"has stalled for {silence_s:.0f} s")
 

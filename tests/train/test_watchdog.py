@@ -122,7 +122,9 @@ def test_hang_when_even_the_log_is_not_read_then_it_ends_all_the_same(tmp_path):
     except BlockingIOError:
         os.set_blocking(write, True)
     command = [sys.executable, "-c", PROGRAM.replace("CODE", code), str(tmp_path)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=write, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=write, stdout=subprocess.PIPE
+    )
     try:
         assert process.stdout.read(1) == b"!" and process.wait(10) == 75
     finally:
@@ -133,7 +135,8 @@ def test_hang_when_even_the_log_is_not_read_then_it_ends_all_the_same(tmp_path):
 
 def test_hang_when_c_keeps_pythons_lock_then_the_timer_below_ends_it_with_its_stacks(tmp_path):
     code, _, said, seconds = run(
-        'with dog(step_s=2) as d, d.watching("step", 1):\n    time.sleep(0.5)\n    ctypes.PyDLL(None).sleep(60)', tmp_path
+        'with dog(step_s=2) as d, d.watching("step", 1):\n    time.sleep(0.5)\n    ctypes.PyDLL(None).sleep(60)',
+        tmp_path,
     )
     assert code == 1 and "Timeout" in said and "in here" in said and "in aside" in said
     assert seconds < 3 + 2
