@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pickle
 import queue
@@ -165,15 +166,18 @@ class Batches(contextlib.AbstractContextManager):
 
     def _take(self, left: range) -> range:
         """Puts batches of `left`, until none is left or a worker fails; those that remain."""
-        with contextlib.closing(self._new_crew(left)) as crew:
-            self._crew = crew
+        self._crew = crew = self._new_crew(left)
+        try:
             while left and not self._stop.is_set():
                 item = crew.take()
+                assert item is not None
                 if isinstance(item, Failure):
                     self._failed(item)
                     break
                 self._put(self._finish(item))
                 left = left[1:]
+        finally:
+            crew.close()
         return left
 
     def _failed(self, failure: Failure) -> None:
@@ -210,11 +214,11 @@ class _Crew:
         self._awaited_s: float | None = None  # Since when a batch is awaited.
         self._failure: Failure | None = None
 
-    def take(self) -> LocalBatch | Failure:
-        """The next batch, or what became of the worker that owed it; raises what building it raises."""
+    def take(self) -> LocalBatch | Failure | None:
+        """The next batch, or what became of the worker that owed it, None at the end; raises what building it raises."""
         self._awaited_s = time.monotonic()
         try:
-            element = next(self._iterator)
+            element = next(self._iterator, None)
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -223,6 +227,8 @@ class _Crew:
             return self._failure
         finally:
             self._awaited_s = None
+        if element is None:
+            return None
         self._taken += 1
         # Copied out of shared memory, so that its segments can go at once.
         arrays = {name: np.array(array) for name, array in sorted(element["arrays"].items())}
@@ -252,15 +258,18 @@ class _Crew:
         return [f"data worker {index} (process {one.pid}): {one.told()}" for index, one in enumerate(notes)]
 
     def close(self) -> None:
-        """Ends the workers, and frees all that they shared."""
+        """Ends the workers, and frees all that they shared: what each was at can still be told."""
+        iterator, self._iterator = self._iterator, iter(())  # It holds batches.
         if self._failure is None:
-            self._iterator.close()
+            iterator.close()
         else:
             # It may wait for ever, for a lock that a killed worker held.
-            closing = threading.Thread(target=self._iterator.close, name="ending workers", daemon=True)
+            closing = threading.Thread(target=iterator.close, name="ending workers", daemon=True)
             closing.start()
             closing.join(_CLOSE_S)
             self._kill()
+        del iterator
+        gc.collect()  # Grain's objects form cycles, and have hold of batches in shared memory.
         if self._desk is not None:
             self._desk.close()
             if self._failure is not None:
