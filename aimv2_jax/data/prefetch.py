@@ -27,7 +27,7 @@ from absl import flags
 
 from aimv2_jax.data import whereabouts
 from aimv2_jax.data.batches import Fault, LocalBatch
-from aimv2_jax.data.workers import clear_up, cores, reading, start_reader, write_stacks
+from aimv2_jax.data.workers import announce_semaphores, clear_up, cores, reading, start_reader, write_stacks
 from aimv2_jax.errors import UserError
 
 _FINISHED_BATCHES = 2  # Kept ready by the thread, beside what the workers keep.
@@ -207,6 +207,7 @@ class _Crew:
     """The workers, or threads, that build batches of `numbers`, and what each of the workers is at."""
 
     def __init__(self, build: Callable[[int], LocalBatch], numbers: range, workers: int, prefetch: int):
+        announce_semaphores()
         self._desk = whereabouts.Desk(workers) if workers else None
         self._count, self._numbers = workers, numbers
         self._iterator = iter(_read_ahead(build, numbers, workers, prefetch, self._desk))
@@ -215,7 +216,7 @@ class _Crew:
         self._failure: Failure | None = None
 
     def take(self) -> LocalBatch | Failure | None:
-        """The next batch, or what became of the worker that owed it, None at the end; raises what building it raises."""
+        """The next batch, or what became of the worker that owed it; None at the end. Raises what building it raises."""
         self._awaited_s = time.monotonic()
         try:
             element = next(self._iterator, None)
