@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pickle
 import queue
@@ -26,12 +27,14 @@ from absl import flags
 
 from aimv2_jax.data import whereabouts
 from aimv2_jax.data.batches import Fault, LocalBatch
-from aimv2_jax.data.workers import clear_up, cores, reading, start_reader, write_stacks
+from aimv2_jax.data.workers import announce_semaphores, clear_up, cores, reading, start_reader, write_stacks
 from aimv2_jax.errors import UserError
 
 _FINISHED_BATCHES = 2  # Kept ready by the thread, beside what the workers keep.
 _MAX_THREADS = 4  # That build batches in the trainer itself, where there are no workers.
-_BEGIN_S = 60.0  # That a worker may take for its imports, beyond the time after which one has stalled.
+_BEGIN_S = (
+    60.0  # That a worker may take for imports before its first batch, beyond the time after which one has stalled.
+)
 _CLOSE_S = 30.0  # For grain to end the other workers, when one has failed; it gives each 25 s.
 
 
@@ -163,15 +166,18 @@ class Batches(contextlib.AbstractContextManager):
 
     def _take(self, left: range) -> range:
         """Puts batches of `left`, until none is left or a worker fails; those that remain."""
-        with contextlib.closing(self._new_crew(left)) as crew:
-            self._crew = crew
+        self._crew = crew = self._new_crew(left)
+        try:
             while left and not self._stop.is_set():
                 item = crew.take()
+                assert item is not None
                 if isinstance(item, Failure):
                     self._failed(item)
                     break
                 self._put(self._finish(item))
                 left = left[1:]
+        finally:
+            crew.close()
         return left
 
     def _failed(self, failure: Failure) -> None:
@@ -201,6 +207,7 @@ class _Crew:
     """The workers, or threads, that build batches of `numbers`, and what each of the workers is at."""
 
     def __init__(self, build: Callable[[int], LocalBatch], numbers: range, workers: int, prefetch: int):
+        announce_semaphores()
         self._desk = whereabouts.Desk(workers) if workers else None
         self._count, self._numbers = workers, numbers
         self._iterator = iter(_read_ahead(build, numbers, workers, prefetch, self._desk))
@@ -208,11 +215,11 @@ class _Crew:
         self._awaited_s: float | None = None  # Since when a batch is awaited.
         self._failure: Failure | None = None
 
-    def take(self) -> LocalBatch | Failure:
-        """The next batch, or what became of the worker that owed it; raises what building it raises."""
+    def take(self) -> LocalBatch | Failure | None:
+        """The next batch, or what became of the worker that owed it; None at the end. Raises what building it raises."""
         self._awaited_s = time.monotonic()
         try:
-            element = next(self._iterator)
+            element = next(self._iterator, None)
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -221,6 +228,8 @@ class _Crew:
             return self._failure
         finally:
             self._awaited_s = None
+        if element is None:
+            return None
         self._taken += 1
         # Copied out of shared memory, so that its segments can go at once.
         arrays = {name: np.array(array) for name, array in sorted(element["arrays"].items())}
@@ -233,7 +242,8 @@ class _Crew:
             return None
         notes = desk.workers[self._taken % self._count]
         silence_s = time.monotonic() - max(since_s, notes.changed_s)
-        if silence_s < stall_s + (0 if notes.pid else _BEGIN_S):
+        begun = self._taken >= self._count or notes.read()
+        if silence_s < stall_s + (0 if begun else _BEGIN_S):
             return None
         return self._fails(f"has stalled for {silence_s:.0f} s")
 
@@ -249,15 +259,18 @@ class _Crew:
         return [f"data worker {index} (process {one.pid}): {one.told()}" for index, one in enumerate(notes)]
 
     def close(self) -> None:
-        """Ends the workers, and frees all that they shared."""
+        """Ends the workers, and frees all that they shared: what each was at can still be told."""
+        iterator, self._iterator = self._iterator, iter(())  # It holds batches.
         if self._failure is None:
-            self._iterator.close()
+            iterator.close()
         else:
             # It may wait for ever, for a lock that a killed worker held.
-            closing = threading.Thread(target=self._iterator.close, name="ending workers", daemon=True)
+            closing = threading.Thread(target=iterator.close, name="ending workers", daemon=True)
             closing.start()
             closing.join(_CLOSE_S)
             self._kill()
+        del iterator
+        gc.collect()  # Grain's objects form cycles, and have hold of batches in shared memory.
         if self._desk is not None:
             self._desk.close()
             if self._failure is not None:

@@ -11,12 +11,14 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import multiprocessing.shared_memory
+import multiprocessing.synchronize
 import os
 import signal
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 
 from aimv2_jax.data import whereabouts
 
@@ -113,6 +115,27 @@ def _announce_segments(family: str) -> None:
         return name
 
     multiprocessing.shared_memory._make_filename = announced
+
+
+def announce_semaphores() -> None:
+    """Tells the resource tracker of a semaphore before it is made, in the process that starts workers.
+
+    Python does so right after: one that was made in between, when the process is killed or ends itself, would stay.
+    """
+    make_name = multiprocessing.synchronize.SemLock._make_name
+    if make_name is _announced_semaphore:
+        return
+    _names.append(make_name)
+    multiprocessing.synchronize.SemLock._make_name = staticmethod(_announced_semaphore)
+
+
+_names: list[Callable[[], str]] = []  # Python's own way to name a semaphore.
+
+
+def _announced_semaphore() -> str:
+    name = _names[0]()
+    multiprocessing.resource_tracker.register(name, "semaphore")
+    return name
 
 
 def _keep_memory() -> None:

@@ -136,11 +136,14 @@ class Watcher:
 
     def _take_stacks(self) -> None:
         """Some process hangs: waits until this one's trainer has written what all its threads do."""
-        ended = self._place.index in self._ends  # It hangs itself, and has yet to write.
-        if not ended and self._trainer.poll() is None:
+        start_s = time.monotonic()
+        if self._place.index not in self._ends and self._trainer.poll() is None:
             self._trainer.send_signal(signal.SIGUSR1)
-        deadline_s = time.monotonic() + (_HUNG_S if ended else _STACKS_S)
-        while time.monotonic() < deadline_s and self._trainer.poll() is None:
+        while self._trainer.poll() is None:
+            # Where it has told of an end, it is itself one that hangs, and still writes.
+            limit_s = _HUNG_S if self._place.index in self._ends else _STACKS_S
+            if time.monotonic() > start_s + limit_s:
+                break
             self._turn()
 
     def _unheard(self) -> bool:
@@ -214,9 +217,9 @@ class Watcher:
             return True
         except OSError:
             data = b""
-        self._told += data
-        if data.endswith(b"\n"):
-            said = json.loads(self._told)
+        *lines, self._told = (self._told + data).split(b"\n")
+        for line in lines:
+            said = json.loads(line)
             self._words = said["text"].rstrip()
             self._write_line(self._words, to_people=False)
             if said.get("hung"):

@@ -176,3 +176,49 @@ def test_output_when_nobody_reads_it_then_the_watcher_watches_on(tmp_path):
             assert process.wait(60) == 0
         out, err = watched.processes[0].communicate(timeout=60)
     assert out == "x" * 1_000_000 + "\n" and not err and watched.processes[0].returncode == 0
+
+
+# A trainer as the watchdog leaves it: told first, then the stacks, then the end; the others wait in a collective.
+HANGS = """
+import faulthandler, json, os, signal
+faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
+
+def in_a_collective():
+    time.sleep(60)
+
+while len([name for name in os.listdir(FOLDER) if name.startswith("at-work")]) < 3:
+    time.sleep(0.02)
+if index == VICTIM:
+    trainer.channel.sendall(json.dumps({"code": CODE, "text": "hung: at step 7", "hung": True}).encode() + b"\\n")
+    time.sleep(1.0)
+    trainer.channel.sendall(json.dumps({"code": 1, "text": "and then failed"}).encode() + b"\n")
+    time.sleep(0.5)
+    print("stacks of the one that hangs", file=sys.stderr)
+    os._exit(CODE)
+in_a_collective()
+"""
+
+
+def hangs(folder: Path, victim: int | str, code: int) -> str:
+    return HANGS.replace("FOLDER", repr(str(folder))).replace("VICTIM", str(victim)).replace("CODE", str(code))
+
+
+@pytest.mark.parametrize(("victim", "code"), [(0, 75), (1, 4)])
+def test_end_when_a_trainer_hangs_then_the_others_write_their_stacks_and_all_end_with_its_code(tmp_path, victim, code):
+    with Watched(tmp_path, hangs(tmp_path, victim, code)) as watched:
+        codes, said = watched.ends()
+    assert codes == [code] * COUNT
+    line = f"process {victim} on host-{victim} ended with code {code}: hung: at step 7"
+    for index in range(COUNT):
+        log = watched.log(index)
+        assert ("in in_a_collective" in log) == (index != victim)
+        assert ("stacks of the one that hangs" in log) == (index == victim)
+        assert "hung: at step 7" in log if index == victim else line in log
+    assert "hung: at step 7" in said[0] and said[1:] == ["", ""]
+
+
+def test_end_when_all_hang_at_once_then_each_writes_its_stacks_and_all_end_with_one_code(tmp_path):
+    with Watched(tmp_path, hangs(tmp_path, "index", 75)) as watched:
+        codes, _ = watched.ends()
+    assert codes == [75] * COUNT
+    assert all("stacks of the one that hangs" in watched.log(index) for index in range(COUNT))
