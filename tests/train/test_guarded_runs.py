@@ -256,3 +256,19 @@ def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_
     assert CheckpointReader(tmp_path).steps() == []
     [event] = [event for event in read_events(tmp_path) if event.kind == "corruption"]
     assert event.step == 10 and event.values["device"]
+
+
+# --- saves that fail ------------------------------------------------------------------------------------------------
+
+
+def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_instead(tmp_path, monkeypatch, capsys):
+    plain, failures = (
+        Checkpointer.check_errors,
+        iter([None] * 12 + [UserError("could not write", "no room", "Make it")]),
+    )
+    monkeypatch.setattr(Checkpointer, "check_errors", lambda self: next(failures, None) or plain(self))
+    assert train(tmp_path, train__steps=20, train__keep=9) == EXIT_FINISHED
+    assert CheckpointReader(tmp_path).steps() == [10, 13, 20]
+    assert "could not write: 'no room'. Make it. It is tried once more, with step 13." in capsys.readouterr().out
+    [event] = [event for event in read_events(tmp_path) if event.kind == "save_failed"]
+    assert event.step == 13
