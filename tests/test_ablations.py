@@ -146,6 +146,7 @@ def drawn_state(program: Program) -> TrainState:
 
 
 METRICS = {"lr", "grad_norm", "param_norm", "patch_utilisation"}
+METRICS |= {"loss_deviations", "grad_norm_deviations", "skipped", "nonfinite_steps"}
 LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.startswith("captioning")}}
 ALL = {"image", "text"}
 # The others differ from AIMv2 in numbers alone, of which one stands for all.

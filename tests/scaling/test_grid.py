@@ -50,7 +50,7 @@ def test_plan_when_a_study_then_a_trunk_a_size_and_a_cooldown_for_each_count(run
 
 def test_plan_when_its_arguments_are_read_by_the_trainer_then_the_configs_of_the_plan(runs):
     for run in runs:
-        config, workdir, _ = trainer_arguments(run.arguments)
+        config, workdir, *_ = trainer_arguments(run.arguments)
         assert config == run.config and str(workdir) == str(run.workdir)
 
 
@@ -177,7 +177,7 @@ def test_main_when_not_told_to_start_then_lists_and_prints_commands(tmp_path, ca
     assert main(words) == EXIT_FINISHED
     *_, listed, first, second, third = capsys.readouterr().out.splitlines()
     assert "3 runs" in listed and not (tmp_path / "s").exists()
-    config, workdir, _ = trainer_arguments(shlex.split(third)[3:])
+    config, workdir, *_ = trainer_arguments(shlex.split(third)[3:])
     assert config.cooldown.start == 213 and config.data.workers == 0 and workdir.name == "cooldown_213"
     assert all(line.startswith("python -m aimv2_jax.main --config=") for line in (first, second, third))
 
