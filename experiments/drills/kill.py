@@ -178,6 +178,7 @@ def compare(workdir: Path, straight: Path, steps: int) -> int:
     )
     assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, other, strict=True)), "states differ"
     timed = ("images_per_s", "step_time_s", "data_wait_fraction", "data_queue_depth", "mfu")
+    timed += ("save_stall_s", "model_tflops_per_s")
     lines = [
         [[{k: v for k, v in line.items() if k not in timed} for line in part] for part in read_metrics(path)]
         for path in (workdir, straight)
