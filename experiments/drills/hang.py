@@ -14,7 +14,6 @@ Step and save hang in a small program with the trainer's watchdog; with --traine
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -55,9 +54,9 @@ _ENDS_S = 30.0  # In which a process that hangs must have ended, when its stacks
 
 
 def stall() -> None:
-    """Says so, and sleeps in C, as what waits for a disk or a device does."""
+    """Says so, and sleeps, as what waits for a disk or a device does: in C, and no signal ends it."""
     print(f"stalls {time.monotonic()}", file=sys.stderr, flush=True)
-    ctypes.CDLL(None).usleep(int(_JOB["stall_s"] * 1e6))
+    time.sleep(_JOB["stall_s"])
 
 
 def stall_in_worker() -> None:

@@ -81,7 +81,8 @@ def test_worker_when_it_stalls_twice_over_a_batch_then_its_stacks_are_written_an
         while not failures or list(tmp_path.iterdir()):
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
-        time.sleep(1.5)
+        time.sleep(2.5)
+        assert len(workers.reading()) == 1  # The worker has not been ended again.
         [failure] = failures
         assert (failure.number, failure.worker, failure.what) == (3, 0, "has stalled for 1 s")
         assert batches.depth == 0 and batches.last_read().startswith("data worker 0 (process ")
