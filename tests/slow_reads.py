@@ -7,10 +7,10 @@ import threading
 import time
 from pathlib import Path
 
-from aimv2_jax.data.noted import NotedSource
+from aimv2_jax.data.sources import Source
 
 
-class SlowSource(NotedSource):
+class SlowSource(Source):
     """Sleeps before every read, and adds a line a read to `journal`: process, source, record, reads at a time."""
 
     def __init__(self, name: str, path: str, delay_s: float, journal: Path):

@@ -1,4 +1,4 @@
-"""Sources and reads that note which record they are at (whereabouts.py), and are otherwise what they are."""
+"""Sources and reads that note which record they are at (whereabouts.py)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from aimv2_jax.data.sources import Source
 from aimv2_jax.data.whereabouts import Doing
 
 
-class NotedSource(Source):
-    """A source that notes what is read from it."""
+class NotedSource:
+    """A source, as far as batches need one, that notes what is read from it."""
+
+    def __init__(self, source: Source):
+        self._source, self.name, self.mean_bytes = source, source.name, source.mean_bytes
+        self._ends = np.cumsum([shard.records for shard in source.info.shards])
 
     def read(self, index: int) -> bytes:
+        """As the source does."""
         notes, record = whereabouts.mine(), self.describe(index)
         notes.write(Doing.READS, record)
         try:
-            return super().read(index)
+            return self._source.read(index)
         finally:
             notes.write(Doing.HAS_READ, record)
 
     def describe(self, index: int) -> str:
         """What a record is called: its number, the source, and the file that it is in."""
+        shards = self._source.info.shards
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        file = self.info.shards[shard].file if shard < len(self.info.shards) else "no shard"
-        return f"record {index} of {self.name} ({file})"
+        return f"record {index} of {self.name} ({shards[shard].file})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ _ENDLESS = 1 << 48  # Steps: more than any run has.
 
 def open_sources(sources: Mapping[str, str]) -> dict[str, Source]:
     """The sources of a config by name, in its order; raises `UserError` for one that cannot be read."""
-    return {name: NotedSource(name, path) for name, path in sources.items()}
+    return {name: Source(name, path) for name, path in sources.items()}
 
 
 def check_sources(config: Config) -> None:
@@ -127,7 +127,7 @@ def training_batches(
     sizes = {shape.examples for shape in config.batch_shapes}
     build = TrainingBatches(
         training_plan(config, sources),
-        sources,
+        {name: NotedSource(source) for name, source in sources.items()},
         {size: tuple(int(row) for row in rows_of(size)) for size in sizes},
         view,
         patch_size,
@@ -155,7 +155,7 @@ def evaluation_batches(
     for kind in config.eval.kinds:
         counts = {name: len(source) for name, source in sources.items() if source.kinds.get(kind)}
         build = EvaluationBatches(
-            sources,
+            {name: NotedSource(source) for name, source in sources.items()},
             tuple((name, count if limit is None else min(count, limit)) for name, count in counts.items()),
             kind,
             config.eval.batch_size,

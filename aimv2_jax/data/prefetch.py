@@ -216,7 +216,7 @@ class _Crew:
         self._failure: Failure | None = None
 
     def take(self) -> LocalBatch | Failure | None:
-        """The next batch, or what became of the worker that owed it; None at the end. Raises what building raises."""
+        """The next batch, or what became of the worker that owed it; None after the last; raises as building does."""
         self._awaited_s = time.monotonic()
         try:
             element = next(self._iterator, None)

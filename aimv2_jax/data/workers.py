@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
 
 from aimv2_jax.data import whereabouts
 
@@ -122,19 +121,16 @@ def announce_semaphores() -> None:
 
     Python does so right after: one that was made in between, when the process is killed or ends itself, would stay.
     """
-    make_name = multiprocessing.synchronize.SemLock._make_name
-    if make_name is _announced_semaphore:
-        return
-    _names.append(make_name)
-    multiprocessing.synchronize.SemLock._make_name = staticmethod(_announced_semaphore)
+    multiprocessing.synchronize.SemLock._make_name = _announced_semaphore
 
 
-_names: list[Callable[[], str]] = []  # Python's own way to name a semaphore.
+_semaphore_name = multiprocessing.synchronize.SemLock._make_name
 
 
-def _announced_semaphore() -> str:
-    name = _names[0]()
-    multiprocessing.resource_tracker.register(name, "semaphore")
+def _announced_semaphore(semaphore: multiprocessing.synchronize.SemLock) -> str:
+    name = _semaphore_name()
+    if not getattr(semaphore, "_is_fork_ctx", True):  # Those lose their name as soon as they are made.
+        multiprocessing.resource_tracker.register(name, "semaphore")
     return name
 
 

@@ -14,7 +14,6 @@ Step and save hang in a small program with the trainer's watchdog; with --traine
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -55,9 +54,9 @@ _ENDS_S = 30.0  # In which a process that hangs must have ended, when its stacks
 
 
 def stall() -> None:
-    """Says so, and sleeps in C, as what waits for a disk or a device does."""
+    """Says so, and sleeps, as what waits for a disk or a device does: in C, and no signal ends it."""
     print(f"stalls {time.monotonic()}", file=sys.stderr, flush=True)
-    ctypes.CDLL(None).usleep(int(_JOB["stall_s"] * 1e6))
+    time.sleep(_JOB["stall_s"])
 
 
 def stall_in_worker() -> None:
@@ -65,7 +64,7 @@ def stall_in_worker() -> None:
     read = Source.read
 
     def stalled(self: Source, index: int) -> bytes:
-        if index == 5 and not os.path.exists(_JOB["once"]):
+        if [self.name, index] == _JOB["record"] and not os.path.exists(_JOB["once"]):
             if _JOB["job"] == "worker once":
                 Path(_JOB["once"]).touch()
             stall()
@@ -82,6 +81,17 @@ def config(workers: int) -> Any:
     from aimv2_jax.config import load_config
 
     return load_config(kill.QUICKSTART, [(k, str(v)) for k, v in (kill.SETTINGS | {"data.workers": workers}).items()])
+
+
+def late_record() -> tuple[str, int]:
+    """Source and number of a record that is read first for batch 4: the workers have long begun."""
+    from aimv2_jax.data.pipeline import open_sources, training_plan
+
+    settings = config(2)
+    plan, size = training_plan(settings, open_sources(settings.data.sources)), settings.data.batch_size
+    draws = [plan.draw(example) for example in range(5 * size)]
+    read = [(draw.source, next(plan.records(draw))) for draw in draws]
+    return next(record for record in read[4 * size :] if record not in read[: 4 * size])
 
 
 def watchdog(**limits: float) -> Watchdog:
@@ -249,9 +259,9 @@ def hang(folder: Path, what: str, stall_s: float, timeout_s: float, trainer: boo
     """Lets it hang twice, at the same step; raises RuntimeError where the log or the codes are not as they should."""
     codes, stacks_s, end_s, threads = [], 0.0, 0.0, 0
     workdir = folder / what
-    job = dict(
-        job=what, stall_s=stall_s, timeout_s=timeout_s, workdir=str(workdir), once="/nonexistent", trainer=trainer
-    )
+    name, index = late_record()
+    job = dict(job=what, stall_s=stall_s, timeout_s=timeout_s, workdir=str(workdir), trainer=trainer)
+    job |= dict(record=[name, index], once="/nonexistent")
     for _ in range(2):
         with Child(folder, **job) as child:
             # A worker stalls while there still are batches: what counts is the wait for the one it owes.
@@ -263,7 +273,9 @@ def hang(folder: Path, what: str, stall_s: float, timeout_s: float, trainer: boo
             text = child.file.read_text()
             codes.append(code)
             threads = text.count("hread 0x")
-            if what == "worker" and ("stacks of data worker" not in text or "record 5 of" not in text):
+            if what == "worker" and (
+                "stacks of data worker" not in text or f"reads record {index} of {name}" not in text
+            ):
                 raise RuntimeError(f"the log says nothing of the worker:\n{text[-3000:]}")
     if codes != [EXIT_AGAIN, EXIT_HUNG]:
         raise RuntimeError(f"{what}: ended with codes {codes}")
@@ -290,14 +302,12 @@ def drill_hangs(folder: Path, long: bool, trainer: bool) -> list[Hung]:
         # The trainer's worker must come back after a first stall, or the run would not be what hangs.
         hangs.append(hang(folder, what, 10 * stall_s if what == "worker" else stall_s, timeout_s, trainer))
         print(hangs[-1], flush=True)
-    once = folder / "once"
-    with Child(
-        folder, job="worker once", stall_s=600, timeout_s=30, workdir=str(folder / "w"), once=str(once)
-    ) as child:
+    job = dict(job="worker once", stall_s=600, timeout_s=30, workdir=str(folder / "w"), once=str(folder / "once"))
+    with Child(folder, record=late_record(), **job) as child:
         code = child.process.wait()
         child.wait_until_gone()
         text = child.file.read_text()
-        if code != EXIT_FINISHED or "has stalled for 15 s" not in text:
+        if code != EXIT_FINISHED or "has stalled for " not in text:
             raise RuntimeError(f"a worker that stalled once ended the run, with code {code}:\n{child.said()}")
     print("a worker that stalled once was started again, and the run went on", flush=True)
     return hangs

@@ -14,6 +14,7 @@ import pytest
 from aimv2_jax.data import whereabouts, workers
 from aimv2_jax.data.batches import LocalBatch
 from aimv2_jax.data.datasets import DATASET_FILE
+from aimv2_jax.data.noted import NotedSource
 from aimv2_jax.data.pipeline import open_sources, training_batches, training_plan
 from aimv2_jax.data.prefetch import Batches, HostBatch
 from aimv2_jax.errors import UserError
@@ -80,7 +81,8 @@ def test_worker_when_it_stalls_twice_over_a_batch_then_its_stacks_are_written_an
         while not failures or list(tmp_path.iterdir()):
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
-        time.sleep(1.5)
+        time.sleep(2.5)
+        assert len(workers.reading()) == 1  # The worker has not been ended again.
         [failure] = failures
         assert (failure.number, failure.worker, failure.what) == (3, 0, "has stalled for 1 s")
         assert batches.depth == 0 and batches.last_read().startswith("data worker 0 (process ")
@@ -123,7 +125,7 @@ def test_worker_when_the_disk_hangs_then_record_and_shard_are_named_and_the_exam
     with training_batches(config, range, 0, stall_s=1.0, on_restart=restart) as batches:
         found = list(itertools.islice(batches, 4))
     [failure] = failures
-    source = open_sources(config.data.sources)["red"]
+    source = NotedSource(open_sources(config.data.sources)["red"])
     words = failure.at.split()
     assert (
         words[:2] == ["reads", "record"] and source.describe(int(words[2])) in failure.at and shard.name in failure.at

@@ -121,7 +121,7 @@ def slow_sources(monkeypatch, tmp_path):
 
     def slow_down(delay_s) -> Path:
         journal = tmp_path / "journal"
-        monkeypatch.setattr(pipeline, "NotedSource", lambda name, path: SlowSource(name, path, delay_s, journal))
+        monkeypatch.setattr(pipeline, "Source", lambda name, path: SlowSource(name, path, delay_s, journal))
         return journal
 
     return slow_down
