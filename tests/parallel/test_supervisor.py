@@ -189,10 +189,10 @@ def in_a_collective():
 while len([name for name in os.listdir(FOLDER) if name.startswith("at-work")]) < 3:
     time.sleep(0.02)
 if index == VICTIM:
-    trainer.channel.sendall(json.dumps({"code": CODE, "text": "hung: at step 7", "hung": True}).encode() + b"\\n")
-    time.sleep(1.0)
-    trainer.channel.sendall(json.dumps({"code": 1, "text": "and then failed"}).encode() + b"\n")
-    time.sleep(0.5)
+    time.sleep(0.5)  # Until the others are there.
+    said = [{"code": CODE, "text": "hung: at step 7", "hung": True}, {"code": 1, "text": "and then failed"}]
+    trainer.channel.sendall(b"".join(json.dumps(line).encode() + b"\\n" for line in said))
+    time.sleep(1.5)
     print("stacks of the one that hangs", file=sys.stderr)
     os._exit(CODE)
 in_a_collective()
