@@ -58,6 +58,6 @@ def test_run_when_it_keeps_an_average_and_is_resumed_then_bitwise_the_straight_o
 
 def test_state_when_no_average_is_kept_then_it_has_just_what_it_had():
     state = build_program(tiny_config()).abstract_state
-    assert set(vars(state)) == {"step", "params", "opt_state"}
+    assert set(vars(state)) == {"step", "params", "opt_state", "guard"}
     kept = build_program(tiny_config(optimizer__ema_decay=DECAY)).abstract_state
     assert jax.tree.map(str, kept.average) == jax.tree.map(str, kept.params) == jax.tree.map(str, state.params)

@@ -167,7 +167,7 @@ def test_run_when_killed_around_a_rewind_then_the_next_start_decides_the_same(wi
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(Checkpointer, "set_aside_newer", killed)
             train(tmp_path, **changes)
-        assert CheckpointReader(tmp_path).steps() == [20, 30, 40][: 3 if moment == "before" else 2]
+        assert CheckpointReader(tmp_path).steps() == ([30, 40] if moment == "before" else [30])
         assert train(tmp_path, **changes) == EXIT_FINISHED
     assert not unlike(state(tmp_path, 50), state(without, 50))
     assert told(tmp_path) == told(without)
