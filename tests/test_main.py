@@ -14,7 +14,7 @@ from tiny import ROOT, tiny_arguments
 from aimv2_jax import errors
 from aimv2_jax.flags import split_overrides
 from aimv2_jax.main import main
-from aimv2_jax.train import checkpoint
+from aimv2_jax.train import step_folders
 from aimv2_jax.train.program import Program
 
 MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export.hf"]
@@ -87,7 +87,7 @@ def test_main_when_the_config_cannot_work_then_one_line_and_code_2(case, tmp_pat
 def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(
     tmp_path, capsys, nothing_compiles, monkeypatch
 ):
-    monkeypatch.setattr(checkpoint, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(step_folders, "free_bytes", lambda _: 1000)
     assert main(tiny_arguments(tmp_path)) == errors.EXIT_USER
     assert "two checkpoints" in capsys.readouterr().err
 
