@@ -10,6 +10,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import json
 import math
@@ -290,6 +291,11 @@ def build_config(tree: Mapping[str, Any]) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The config as plain nested dicts, lists and numbers: `build_config` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_digest(config: Config) -> str:
+    """Eight letters that tell a resolved config from others."""
+    return hashlib.sha256(config_text(config).encode()).hexdigest()[:8]
 
 
 def config_text(config: Config) -> str:

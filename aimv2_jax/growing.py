@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
+import os
 import tempfile
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
+from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote, write_whole
 
 _BETWEEN_S = 10.0  # Uploads of one file: each is of the whole file, and a bucket takes one a second at most.
@@ -107,3 +113,34 @@ class GrowingFile:
             local.write_bytes(self._path.read_bytes())
         self._file = local.open("ab", buffering=0)
         self._upload = Upload(local, self._path)
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy, JAX or Python, text, and lists and mappings of them, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (str, bool)) or value is None:
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, numbers.Number):
+        value = value.item()
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """Whatever the place of `path` refuses inside is a `UserError` that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or is_remote(path):  # Of a bucket: TensorFlow's or fsspec's own kinds.
+            said = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{path} cannot be written", said, "Make room, or give a --workdir that can be") from error
+        raise

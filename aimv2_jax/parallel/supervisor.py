@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import queue
@@ -33,7 +32,7 @@ from typing import Any, BinaryIO, TextIO
 from etils import epath
 
 import aimv2_jax
-from aimv2_jax.config import Config, ProcessesConfig, config_text
+from aimv2_jax.config import Config, ProcessesConfig, config_digest
 from aimv2_jax.errors import EXIT_AGAIN, EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, UserError
 from aimv2_jax.growing import GrowingFile
 from aimv2_jax.parallel.clusters import Place
@@ -345,7 +344,7 @@ def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: 
     Raises:
       UserError: if the others don't come, or were started otherwise.
     """
-    digest = hashlib.sha256(config_text(config).encode()).hexdigest()[:8]
+    digest = config_digest(config)
     command = f"aimv2_jax {aimv2_jax.__version__}, workdir {os.fspath(workdir)}, config {digest}"
     team = call_roll(place, socket.gethostname(), command, config.processes.startup_timeout_s)
     file = log_file(workdir, place.index)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-import numbers
 import os
 import secrets
 import time
@@ -23,7 +21,7 @@ from etils import epath
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote
-from aimv2_jax.growing import GrowingFile
+from aimv2_jax.growing import GrowingFile, plain, writing
 
 _FILE = "events.jsonl"
 
@@ -113,8 +111,8 @@ class Events:
             return
         head = {"kind": kind, "step": int(step), "time": round(self._wall(), 3)}
         head |= {"clock": round(self._clock() - self._begin_s, 3), "run": self._run}
-        line = json.dumps(head | _plain(values), allow_nan=False).encode() + b"\n"
-        with _writing(self._path):
+        line = json.dumps(head | plain(values), allow_nan=False).encode() + b"\n"
+        with writing(self._path):
             if not self._whole and not _ends_whole(self._path):
                 line = b"\n" + line  # So that the half line of a killed process, or of a full disk, stays alone.
             self._whole = False
@@ -124,13 +122,13 @@ class Events:
     def flush(self) -> None:
         """Returns when all of it is in the workdir, which may be in a bucket."""
         if self._active:
-            with _writing(self._path):
+            with writing(self._path):
                 self._file.flush()
 
     def close(self) -> None:
         """Flushes and closes the file."""
         if self._active:
-            with _writing(self._path):
+            with writing(self._path):
                 self._file.close()
 
     def __enter__(self) -> Events:
@@ -249,33 +247,3 @@ def _ends_whole(path: epath.Path) -> bool:
     with Path(path).open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         return file.read() in (b"", b"\n")
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy, JAX or Python, text, and lists and mappings of them, as JSON has them."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (str, bool)) or value is None:
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, numbers.Number):
-        value = value.item()
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) or is_remote(path):  # Of a bucket: TensorFlow's or fsspec's own kinds.
-            said = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{path} cannot be written", said, "Make room, or give a --workdir that can be") from error
-        raise

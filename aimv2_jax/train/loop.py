@@ -6,7 +6,6 @@ What is decided here by what lies in the workdir, process 0 decides for all (`pr
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import platform
 import time
@@ -18,7 +17,7 @@ import jax
 from etils import epath
 
 import aimv2_jax
-from aimv2_jax.config import Config, config_text
+from aimv2_jax.config import Config, config_digest, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.skips import with_examples
 from aimv2_jax.data.tokenizer import Tokenizer
@@ -172,7 +171,7 @@ def _note_start(events: Events, program: Program, step: int, restore_s: float | 
         processes=jax.process_count(),
         devices=int(devices.size),
         device_kind=devices.flat[0].device_kind,
-        config=hashlib.sha256(config_text(config).encode()).hexdigest()[:8],
+        config=config_digest(config),
         steps=config.train.steps,
         save_every=config.train.save_every,
         versions=versions,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import numbers
 import os
 import secrets
 import tempfile
@@ -24,7 +23,7 @@ from etils import epath
 from aimv2_jax.config import Config, config_text, config_to_dict
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote, write_whole
-from aimv2_jax.growing import GrowingFile, Upload
+from aimv2_jax.growing import GrowingFile, Upload, plain, writing
 
 _FILE = "metrics.jsonl"
 
@@ -50,18 +49,18 @@ class MetricsWriter:
         self._file = GrowingFile(self._path)
         self._tensorboard = _TensorBoard(self._path.parent / "tensorboard", config) if tensorboard else None
         self._wandb = _start_wandb(self._path.parent, wandb_project, config) if wandb_project else None
-        with _writing(self._path):
+        with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends the line of `step`. A number that isn't finite becomes null, so that every line is JSON."""
         if not self._active:
             return
-        plain = {name: _plain(value) for name, value in values.items()}
-        line = json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n"
-        with _writing(self._path):
+        told = {name: plain(value) for name, value in values.items()}
+        line = json.dumps({"step": int(step), **told}, allow_nan=False) + "\n"
+        with writing(self._path):
             self._file.write(line.encode())
-        scalars = {name: value for name, value in plain.items() if isinstance(value, (int, float))}
+        scalars = {name: value for name, value in told.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:
             self._tensorboard.write(step, scalars)
         if self._wandb is not None:
@@ -71,7 +70,7 @@ class MetricsWriter:
         """Returns when all that was written is in the workdir: of one in a bucket, that may take some seconds else."""
         if not self._active:
             return
-        with _writing(self._path):
+        with writing(self._path):
             self._file.flush()
             if self._tensorboard is not None:
                 self._tensorboard.flush()
@@ -84,7 +83,7 @@ class MetricsWriter:
         """
         if not self._active:
             return
-        with _writing(self._path):
+        with writing(self._path):
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.cut_after(step)
@@ -94,7 +93,7 @@ class MetricsWriter:
         """Flushes and closes everything."""
         if not self._active:
             return
-        with _writing(self._path):
+        with writing(self._path):
             self._file.close()
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -150,32 +149,8 @@ def cut_lines(path: epath.Path, step: int) -> None:
     if not path.exists():
         return
     kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
-    with _writing(path):
+    with writing(path):
         write_whole(path, kept.encode())
-
-
-def _plain(value: Any) -> Any:
-    """A scalar of numpy, JAX or Python as JSON has it."""
-    if isinstance(value, (str, bool)) or value is None:
-        return value
-    if not isinstance(value, numbers.Number):
-        value = value.item()
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if math.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) or is_remote(path):  # Of a bucket: TensorFlow's or fsspec's own kinds.
-            said = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{path} cannot be written", said, "Make room, or give a --workdir that can be") from error
-        raise
 
 
 class _TensorBoard:
@@ -247,7 +222,7 @@ def _start_wandb(workdir: epath.Path, project: str, config: Config) -> Any:
         ) from error
     remembered = workdir / "wandb_id"
     run_id = remembered.read_text() if remembered.exists() else secrets.token_hex(8)
-    with _writing(remembered):
+    with writing(remembered):
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(remembered, run_id.encode())
     folder = None if is_remote(workdir) else str(workdir)  # What it keeps on this machine.

@@ -25,7 +25,7 @@ from aimv2_jax.train.loop import begin
 from aimv2_jax.train.nonfinite import read_record
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.resume import check_resumable
-from aimv2_jax.train.step import accumulate
+from aimv2_jax.train.step import gradients
 from aimv2_jax.train.warm_start import Donor
 
 
@@ -80,13 +80,9 @@ def replay(
 
 def _look(program: Program, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, dict[str, float]]:
     """For each tensor: norms of it and of its gradient, and how many entries of either are not finite."""
-    task = program.task
 
     def look(params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
-        prefix = task.draw_prefix(rng, batch)
-        batch = {**batch, **task.draw_kept(rng, batch)}
-        counts = task.counts(batch, prefix)
-        _, grads = accumulate(params, batch, prefix, counts, task, program.config.train.microbatches)
+        *_, grads = gradients(params, batch, rng, None, program.task, program.config.train.microbatches)
 
         def figures(leaf: jax.Array, grad: jax.Array) -> dict[str, jax.Array]:
             return {

@@ -71,10 +71,7 @@ def train_step(
     changed; nonfinite_steps, how many in a row were not finite; and patch_utilisation, the share of the batch's patches
     that is no padding.
     """
-    prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
-    batch = {**batch, **task.draw_kept(rng, batch)}
-    counts = task.counts(batch, prefix)
-    sums, grads = accumulate(state.params, batch, prefix, counts, task, microbatches)
+    sums, counts, grads = gradients(state.params, batch, rng, prefix, task, microbatches)
     if grad_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -103,6 +100,22 @@ def train_step(
         "patch_utilisation": jnp.mean(batch["valid"], dtype=jnp.float32),
     }
     return state.replace(step=state.step + 1, guard=guarded, **after), metrics
+
+
+def gradients(
+    params: Any,
+    batch: Batch,
+    rng: jax.Array,
+    prefix: Int[Array, " B"] | None,
+    task: PretrainTask,
+    microbatches: int,
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Int[Array, ""]], Any]:
+    """Loss sums, counts and the gradient of a step; `rng` and `prefix` as of `train_step`."""
+    prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
+    batch = {**batch, **task.draw_kept(rng, batch)}
+    counts = task.counts(batch, prefix)
+    sums, grads = accumulate(params, batch, prefix, counts, task, microbatches)
+    return sums, counts, grads
 
 
 def accumulate(
