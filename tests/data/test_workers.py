@@ -48,12 +48,13 @@ class Report:
 def main():
     from aimv2_jax.config import BatchShape
     from aimv2_jax.data import pipeline
-    from aimv2_jax.data.noted import NotedReads
+    from aimv2_jax.data.noted import NotedReads, NotedSource
     from aimv2_jax.data.readahead import ReadAhead
 
+    sources = pipeline.open_sources({"photo": "package:data/sample/train/photo"})
     build = pipeline.TrainingBatches(
         pipeline.Plan(0, pipeline.Steps(0, [BatchShape(64, 64)]), {"photo": 209}, {"photo": {"alt": 1}}),
-        pipeline.open_sources({"photo": "package:data/sample/train/photo"}),
+        {name: NotedSource(source) for name, source in sources.items()},
         {64: tuple(range(64))},
         pipeline.TrainingView(0, 112, (0.4, 1.0), (0.75, 4 / 3), 0.5),
         14,
