@@ -190,10 +190,9 @@ while len([name for name in os.listdir(FOLDER) if name.startswith("at-work")]) <
     time.sleep(0.02)
 if index == VICTIM:
     time.sleep(0.5)  # Until the others are there.
-    trainer.channel.sendall(json.dumps({"code": CODE, "text": "hung: at step 7", "hung": True}).encode() + b"\\n")
-    time.sleep(1.0)
-    trainer.channel.sendall(json.dumps({"code": 1, "text": "and then failed"}).encode() + b"\\n")
-    time.sleep(0.5)
+    said = [{"code": CODE, "text": "hung: at step 7", "hung": True}, {"code": 1, "text": "and then failed"}]
+    trainer.channel.sendall(b"".join(json.dumps(line).encode() + b"\\n" for line in said))
+    time.sleep(1.5)
     print("stacks of the one that hangs", file=sys.stderr)
     os._exit(CODE)
 in_a_collective()
