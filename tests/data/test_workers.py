@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
+
+from aimv2_jax.data.workers import clear_up
 
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
@@ -48,12 +51,13 @@ class Report:
 def main():
     from aimv2_jax.config import BatchShape
     from aimv2_jax.data import pipeline
-    from aimv2_jax.data.noted import NotedReads
+    from aimv2_jax.data.noted import NotedReads, NotedSource
     from aimv2_jax.data.readahead import ReadAhead
 
+    sources = pipeline.open_sources({"photo": "package:data/sample/train/photo"})
     build = pipeline.TrainingBatches(
         pipeline.Plan(0, pipeline.Steps(0, [BatchShape(64, 64)]), {"photo": 209}, {"photo": {"alt": 1}}),
-        pipeline.open_sources({"photo": "package:data/sample/train/photo"}),
+        {name: NotedSource(source) for name, source in sources.items()},
         {64: tuple(range(64))},
         pipeline.TrainingView(0, 112, (0.4, 1.0), (0.75, 4 / 3), 0.5),
         14,
@@ -278,3 +282,15 @@ def test_worker_when_c_keeps_pythons_lock_then_it_ends_with_its_starter_all_the_
         while _runs(pid):
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+def test_clear_up_when_workers_of_a_desk_have_left_segments_then_those_go_and_no_others():
+    token = secrets.token_hex(3)
+    left = [SharedMemory(f"psm_{token}.{end}", create=True, size=10) for end in ("abcdef", "abcdee")]
+    try:
+        clear_up("psm_abcdef")
+        assert [os.path.exists(f"/dev/shm/{one.name}") for one in left] == [False, True]
+    finally:
+        left[1].unlink()
+        for one in left:
+            one.close()
