@@ -315,11 +315,11 @@ class Checkpointer(CheckpointReader):
         self._raise_failure()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        self.wait()
+        self._settle(block=True)  # If it failed, `check_errors` tells.
         return super().restore(step, abstract_state)
 
     def restore_part(self, step: int, abstract_part: Any) -> Any:
-        self.wait()
+        self._settle(block=True)
         return super().restore_part(step, abstract_part)
 
     def close(self) -> None:

@@ -415,6 +415,18 @@ def test_save_when_the_last_failed_then_the_end_raises_even_if_it_was_told(tmp_p
     assert folders(tmp_path) == []
 
 
+def test_save_when_it_failed_before_a_rewind_then_that_goes_on_and_the_failure_is_told_after(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(1, make_state(1), CONFIG)
+        with files_of_at_most(LIMIT):
+            checkpointer.save(2, BIG, CONFIG)
+            assert checkpointer.set_aside_newer(1, "rewound") == []
+        assert_same(checkpointer.restore(1, abstract(make_state())), make_state(1))
+        assert "step 2" in checkpointer.check_errors().what
+        checkpointer.save(3, make_state(3), CONFIG)
+    assert folders(tmp_path) == ["1", "3"]
+
+
 def test_save_when_one_of_several_processes_sees_a_failure_then_raised_at_once(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, keep=1) as checkpointer, files_of_at_most(LIMIT):
         checkpointer.save(5, BIG, CONFIG)
