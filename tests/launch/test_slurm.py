@@ -21,6 +21,8 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task "$@" & task
 highest=0
 for task in "${tasks[@]}"; do
   until wait "$task"; code=$?; ! kill -0 "$task" 2>/dev/null; do :; done
+  # The trap may have interrupted that wait, and the task ended since: then its code is still to be had.
+  if ((code == 143)); then wait "$task"; code=$?; fi
   ((code > highest)) && highest=$code
 done
 exit "$highest"

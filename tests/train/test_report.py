@@ -144,7 +144,7 @@ def test_every_kind_of_news_when_in_the_books_then_said_in_text_and_page(run):
             "checkpoint is damaged: state/d/0",
             "nothing of it kept; for a replay: nonfinite/17.npz",
             "batches 17 to 19 left out: --skip_examples",
-            "shard " + HOSTILE,
+            "and all were started again; it " + HOSTILE,
             "encoder/norm on cpu:1",
             "records left out: corrupt_record 2",
         ):
