@@ -57,11 +57,11 @@ def main() -> None:
 def train(workdir: Path, process: int = 0, **changes: object) -> None:
     """Trains in this process, on all devices that jax knows."""
     import numpy as np
-    from bytes_tokenizer import BytesTokenizer
     from tiny import tiny_config
 
     from aimv2_jax.data import pipeline
     from aimv2_jax.train import loop
+    from experiments.drills.bytes_tokenizer import BytesTokenizer
 
     config = tiny_config(**SETTINGS | changes)
     place = pipeline.to_devices

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import bytes_tokenizer
 from tiny import ROOT
+
+from experiments.drills.bytes_tokenizer import SITE
 
 DEVICES = 2  # Of a process.
 HOST = socket.gethostname()
@@ -45,7 +46,7 @@ class Several:
         folder.mkdir(parents=True, exist_ok=True)
         site = folder / "site"
         site.mkdir(exist_ok=True)
-        (site / "sitecustomize.py").write_text(bytes_tokenizer.SITE)
+        (site / "sitecustomize.py").write_text(SITE)
         environment = os.environ | {
             "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
             "JAX_PLATFORMS": "cpu",

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bytes_tokenizer import BytesTokenizer
 from runs import saved_state
 from tiny import tiny_config
 
@@ -25,6 +24,7 @@ from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.recompute import Recompute
 from aimv2_jax.train.replay import replay
 from aimv2_jax.train.task import PretrainTask
+from experiments.drills.bytes_tokenizer import BytesTokenizer
 
 BATCH = 16
 SETTINGS = dict(

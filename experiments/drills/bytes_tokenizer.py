@@ -1,4 +1,4 @@
-"""Captions as their bytes: needs no tensorflow, which takes seconds to import."""
+"""Captions as their bytes, for drills and tests: needs no tensorflow, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 import types
 from pathlib import Path
 
-# Python imports this first, where it lies in a folder of PYTHONPATH.
+# Python imports this first, where it lies as sitecustomize.py in a folder of PYTHONPATH.
 SITE = f"""
 import sys
-sys.path.append({str(Path(__file__).parent)!r})
-import bytes_tokenizer
+sys.path.append({str(Path(__file__).resolve().parents[2])!r})
+from experiments.drills import bytes_tokenizer
 bytes_tokenizer.replace_tokenizer()
 """
 

@@ -1,0 +1,35 @@
+"""The short form of the drill that kills runs: experiments/drills/kill.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.drills import kill
+
+# It watches the clock: not beside tests that keep both cores busy.
+pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
+
+
+def test_run_when_killed_10_times_then_its_numbers_are_those_of_one_left_alone_and_nothing_is_left(tmp_path):
+    report = kill.drill(10, seed=1, folder=tmp_path)
+    assert len(report["kills"]) == 10 and report["steps"] > kill.SAVE_EVERY and report["numbers_compared"] > 100_000
+    assert any(one["saved"] for one in report["kills"]) and any(one["met"] > 2 for one in report["kills"])
+
+
+@pytest.mark.parametrize(
+    ("step", "saved", "saving", "lost", "fits"),
+    [
+        (39, 20, None, 19, True),
+        (45, 20, 40, 25, True),
+        (60, 20, 40, 40, False),
+        (45, 20, None, 25, False),
+        (65, 20, 60, 45, False),
+    ],
+)
+def test_kill_when_more_is_lost_than_lies_between_saves_and_in_one_then_it_fails(step, saved, saving, lost, fits):
+    one = kill.Kill(1.0, step, saved, saving, lost, met=3, gone_after_s=0.0)
+    if fits:
+        one.check(20)
+    else:
+        with pytest.raises(AssertionError, match="too much lost"):
+            one.check(20)
