@@ -1,7 +1,8 @@
-"""One host of a run on several, each a process: `python tests/host.py PROCESS COUNT PORT WORKDIR KEY=VALUE …`.
+"""One host of a run on several, each a process: `python tests/host.py PROCESS COUNT DEVICES PORT WORKDIR KEY=VALUE …`.
 
 Trains a tiny model, and writes what this host's devices hold of every global batch to
-`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`.
+`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`. A host that is the only
+one writes the state it goes on from to `WORKDIR/restored.npz`, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-DEVICES = 8  # Of all hosts together.
+DEVICES = 8  # Of all hosts together, unless told otherwise.
 MIXTURE = {
     "photo": {"alt": 0.30, "synthetic": 0.30},
     "other": {"alt": 0.09},
@@ -37,25 +38,27 @@ SETTINGS = {
 
 
 def main() -> None:
-    process, count, port = map(int, sys.argv[1:4])
-    workdir = Path(sys.argv[4])
-    changes = dict(argument.split("=", 1) for argument in sys.argv[5:])
+    process, count, devices, port = map(int, sys.argv[1:5])
+    workdir = Path(sys.argv[5])
+    changes = dict(argument.split("=", 1) for argument in sys.argv[6:])
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={DEVICES // count} --xla_backend_optimization_level=0"
+        f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
     )
     from tiny import tiny_config
 
     from aimv2_jax.parallel import processes
     from aimv2_jax.parallel.clusters import Place
 
-    processes.join(Place(f"127.0.0.1:{port}", count, process), tiny_config().processes)
+    if count > 1:
+        processes.join(Place(f"127.0.0.1:{port}", count, process), tiny_config().processes)
     train(workdir, process, **changes)
     processes.leave()
 
 
 def train(workdir: Path, process: int = 0, **changes: object) -> None:
     """Trains in this process, on all devices that jax knows."""
+    import jax
     import numpy as np
     from tiny import tiny_config
 
@@ -79,11 +82,19 @@ def train(workdir: Path, process: int = 0, **changes: object) -> None:
             np.savez(workdir / "batches" / f"{first // global_rows}.{process}.npz", **shards)
         return batch
 
-    pipeline.to_devices = placed_and_written
+    restored = loop._continue
+
+    def restored_and_written(*args):
+        state, course = restored(*args)
+        if jax.process_count() == 1:
+            np.savez(workdir / "restored.npz", *jax.device_get(jax.tree.leaves(state)))
+        return state, course
+
+    pipeline.to_devices, loop._continue = placed_and_written, restored_and_written
     try:
         loop.train(config, workdir, BytesTokenizer("", config.model.decoder.text_length))
     finally:
-        pipeline.to_devices = place
+        pipeline.to_devices, loop._continue = place, restored
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Several:
     Args:
       indices: those that are started; all, unless given.
       changed: arguments that some are given besides, by index.
+      setup: Python that each runs before anything else.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Several:
         devices: int = DEVICES,
         indices: Sequence[int] | None = None,
         changed: dict[int, Sequence[str]] | None = None,
+        setup: str = "",
     ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         site = folder / "site"
         site.mkdir(exist_ok=True)
-        (site / "sitecustomize.py").write_text(SITE)
+        (site / "sitecustomize.py").write_text(SITE + setup)
         environment = os.environ | {
             "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
             "JAX_PLATFORMS": "cpu",

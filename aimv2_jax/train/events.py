@@ -24,6 +24,7 @@ from aimv2_jax.files import is_remote
 from aimv2_jax.growing import GrowingFile, plain, writing
 
 _FILE = "events.jsonl"
+_TAIL_BYTES = 1 << 16
 
 # The fields of each kind, beside those that all have: kind, step, time, clock, run. `step` is the last one that was
 # done when it happened; where a line below says so, it is another.
@@ -118,6 +119,13 @@ class Events:
             self._whole = False
             self._file.write(line)
             self._whole = True
+
+    def ahead_s(self) -> float:
+        """Seconds by which the last line is ahead of the wall clock, which then was set back; 0: as it should be."""
+        if not self._active or not self._path.exists():
+            return 0.0
+        last = next((event for text in reversed(_tail(self._path)) if (event := _event(text)) is not None), None)
+        return 0.0 if last is None else max(0.0, last.time_s - self._wall())
 
     def flush(self) -> None:
         """Returns when all of it is in the workdir, which may be in a bucket."""
@@ -240,10 +248,13 @@ def _is_half(text: str) -> bool:
 
 def _ends_whole(path: epath.Path) -> bool:
     """Whether a file is absent, empty, or ends with the end of a line."""
-    if not path.exists():
-        return True
+    return not path.exists() or _tail(path)[-1] == b""
+
+
+def _tail(path: epath.Path) -> list[bytes]:
+    """The last lines of a file, the first of them perhaps cut; the very last one is empty where no line is open."""
     if is_remote(path):
-        return path.read_bytes()[-1:] in (b"", b"\n")
+        return path.read_bytes().split(b"\n")
     with Path(path).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        return file.read() in (b"", b"\n")
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read().split(b"\n")

@@ -40,6 +40,7 @@ from aimv2_jax.train.warm_start import Donor, RunDonor, warm_start
 from aimv2_jax.train.watchdog import FOLDER, Hang, Watchdog, register_dump_signal
 
 _LOCK = "lock"
+_CLOCK_S = 2.0  # By which the clocks of two hosts may differ.
 
 
 def train(
@@ -163,6 +164,12 @@ def _skipping(course: Course, examples: tuple[int, int] | None, config: Config, 
 
 def _note_start(events: Events, program: Program, step: int, restore_s: float | None) -> None:
     config, devices = program.config, program.mesh.devices
+    ahead_s = events.ahead_s()
+    if ahead_s > _CLOCK_S:
+        say(
+            f"the clock of this machine is {ahead_s:,.0f} s behind the last line of the run's events.jsonl: set it "
+            "right; nothing but dates and the time between two starts is told by it"
+        )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     versions |= {"aimv2_jax": aimv2_jax.__version__, "python": platform.python_version()}
     events.write(

@@ -24,6 +24,13 @@ from aimv2_jax.train.metrics import read_metrics
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 
 HEARTBEAT_S = 10
+STOPPED_S = 10  # From the signal until all have ended.
+SLOW_SAVES = """
+import os, time
+
+rename = os.rename
+os.rename = lambda old, new: (time.sleep(str(old).endswith("-saving")), rename(old, new))[1]  # One second.
+"""
 TINY = dict(
     eval__sources={},
     model__layers="scan",
@@ -171,25 +178,27 @@ def running_in(workdir: Path) -> list[str]:
     return found
 
 
-def test_run_when_one_process_gets_sigterm_then_all_save_one_step_end_with_75_and_go_on_exactly(tmp_path):
+def test_run_when_one_of_4_gets_sigterm_then_all_save_one_step_end_with_75_in_time_and_go_on_exactly(tmp_path):
     workdir, straight = tmp_path / "run", tmp_path / "straight"
     settings = TINY | dict(data__workers=1, train__compilation_cache=tmp_path / "compiled")
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **settings)
-    with Several(2, tmp_path / "out1", arguments) as several:
+    with Several(4, tmp_path / "out1", arguments, setup=SLOW_SAVES) as several:
         several.wait_for(lambda: "step       2/" in several.said(0)[0])
-        several.kill(1, signal.SIGTERM)
-        time.sleep(0.3)  # More of them change nothing, nor do those that come to its data workers, too.
-        several.kill(1, signal.SIGINT)
+        asked_s = several.kill(1, signal.SIGTERM)
+        several.wait_for(lambda: any((workdir / "checkpoints").glob("*-saving")))
+        # More of them while it saves change nothing, nor do those that come to its data workers, too.
+        several.kill(1, signal.SIGTERM), several.kill(2, signal.SIGTERM), several.kill(1, signal.SIGINT)
         os.killpg(trainer_of(several.processes[1].pid), signal.SIGTERM)
-        assert several.wait(60) == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
+        assert several.wait(60) == dict.fromkeys(range(4), EXIT_AGAIN)
+        assert time.monotonic() - asked_s < STOPPED_S
         said, errors = several.said(0)
         stopped = int(re.search(r"stopped on request: step (\d+) of 100000 is saved", said)[1])
-        assert not errors and several.said(1) == ("", "")
+        assert not errors and all(several.said(index) == ("", "") for index in (1, 2, 3))
     assert CheckpointReader(workdir).steps() == [stopped]
     steps, compiled = stopped + 3, set((tmp_path / "compiled").iterdir())
     assert any("train_step" in file.name for file in compiled)
     for place in (workdir, straight):
-        with Several(2, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
+        with Several(4, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
             several.finish()
     assert set((tmp_path / "compiled").iterdir()) == compiled
     assert_bitwise(saved_state(workdir, steps), saved_state(straight, steps))

@@ -42,6 +42,16 @@ def test_events_when_written_by_two_starts_then_read_with_their_kinds_clocks_and
     assert first.run == second.run != third.run
 
 
+def test_clock_when_it_was_set_back_then_the_last_line_is_ahead_of_it_by_as_much(tmp_path):
+    assert Events(tmp_path).ahead_s() == 0
+    with Events(tmp_path, wall=lambda: 1000.0) as events:
+        events.write("save", 20, **SAVE)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "sa')  # Which a kill left.
+    assert Events(tmp_path, wall=lambda: 900.0).ahead_s() == 100
+    assert Events(tmp_path, wall=lambda: 1001.0).ahead_s() == 0
+
+
 @pytest.mark.parametrize("kind, values", [("sav", SAVE), ("save", {}), ("save", {**SAVE, "more": 1})])
 def test_write_when_kind_or_fields_are_not_in_the_table_then_our_bug(tmp_path, kind, values):
     with Events(tmp_path) as events, pytest.raises((KeyError, AssertionError)):

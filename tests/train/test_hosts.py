@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import host
 import numpy as np
 import pytest
+from runs import assert_bitwise, saved_state
 from several import free_port
 from tiny import ROOT
 
@@ -22,10 +24,16 @@ pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 STEPS = 10
 
 
-def run_hosts(count: int, workdir: Path, **changes: object) -> None:
-    """Trains on `count` hosts, 8 / count devices each."""
+def run_hosts(count: int, workdir: Path, devices: int = host.DEVICES, **changes: object) -> None:
+    """Trains on `count` hosts, which have `devices` together."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    shared = [str(count), str(free_port()), str(workdir), *(f"{key}={value}" for key, value in changes.items())]
+    shared = [
+        str(count),
+        str(devices),
+        str(free_port()),
+        str(workdir),
+        *(f"{key}={value}" for key, value in changes.items()),
+    ]
     hosts = []
     try:
         for process in range(count):
@@ -60,12 +68,19 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory) -> Path:
-    """Five steps on four hosts, and from their checkpoint five more on two, which read by workers."""
-    workdir = tmp_path_factory.mktemp("together") / "run"
+def saved(tmp_path_factory) -> Path:
+    """Five steps on four hosts of two devices each."""
+    workdir = tmp_path_factory.mktemp("saved") / "run"
     workdir.mkdir()
     run_hosts(4, workdir, train__steps=5, eval__sources={})
     assert len(list(workdir.glob("batches/4.*.npz"))) == 4
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def together(saved, tmp_path_factory) -> Path:
+    """From the checkpoint of four hosts five more on two, which read by workers."""
+    workdir = shutil.copytree(saved, tmp_path_factory.mktemp("together") / "run")
     run_hosts(2, workdir, data__workers=1)
     assert len(list(workdir.glob("batches/9.*.npz"))) == 2
     return workdir
@@ -101,3 +116,42 @@ def test_run_when_4_hosts_train_and_2_continue_then_one_record_of_it_and_nearly_
         # Sums over devices come in another order; Adam's first steps divide small gradients by their own size.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     assert one[1][-1]["eval_loss"] == pytest.approx(several[1][-1]["eval_loss"], rel=1e-2)
+
+
+ONWARD = dict(train__steps=STEPS, train__log_every=1, eval__sources={})
+# What goes on from the checkpoint of four hosts of two devices each: hosts, devices of all, and their mesh.
+ELSEWHERE = {
+    "1 device": (1, 1, {"data": 1}),
+    "2 devices": (1, 2, {"data": 1, "fsdp": 2}),
+    "8 devices": (1, 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "2 hosts": (2, 8, {"data": 2, "fsdp": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def at_home(saved, tmp_path_factory) -> Path:
+    """The run goes on where it was."""
+    workdir = shutil.copytree(saved, tmp_path_factory.mktemp("home") / "run")
+    run_hosts(4, workdir, **ONWARD)
+    return workdir
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_run_when_it_goes_on_elsewhere_then_the_same_state_examples_and_pixels_and_losses_within_rounding(
+    saved, at_home, tmp_path, place
+):
+    count, devices, mesh = ELSEWHERE[place]
+    sizes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    run_hosts(count, workdir, devices, **ONWARD, **sizes)
+    if count == 1:
+        with np.load(workdir / "restored.npz") as restored:
+            assert_bitwise(list(restored.values()), saved_state(saved, 5, **host.SETTINGS))
+    for step in range(5, STEPS):
+        ours, theirs = global_batch(workdir, step), global_batch(at_home, step)
+        assert ours.keys() == theirs.keys()
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name], err_msg=f"{name} of step {step}", strict=True)
+    ours, theirs = ({line["step"]: line["loss"] for line in read_metrics(path)[0]} for path in (workdir, at_home))
+    for step in range(6, STEPS + 1):
+        assert ours[step] == pytest.approx(theirs[step], rel=2e-6)

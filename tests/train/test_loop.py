@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
-import os
-import shutil
+import re
 import signal
-import subprocess
-import sys
 import time
-import zlib
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +17,7 @@ import numpy as np
 import pytest
 from runs import assert_bitwise, broken_source, saved_state
 from slow_reads import SlowSource
-from tiny import ROOT, tiny_arguments, tiny_config
+from tiny import tiny_arguments, tiny_config
 
 from aimv2_jax import errors
 from aimv2_jax.config import config_to_dict
@@ -31,6 +26,8 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.main import main
 from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
+from aimv2_jax.train.events import read_events
+from aimv2_jax.train.goodput import tell
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.run import Run
@@ -95,91 +92,6 @@ def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_
     for step in (15, 20):
         assert ours[step]["count_image"] == theirs[step]["count_image"]  # the same prefixes
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)  # ten steps of other rounding
-
-
-def children(pid: int) -> set[int]:
-    """Processes below `pid`; threads and processes may end while we look."""
-    found = set()
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found.update(map(int, (task / "children").read_text().split()))
-    return found.union(*map(children, found))
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-# Python imports this first in the trainer and its workers, so that their shared memory and semaphores have names of
-# their own: other programs of the machine, and other tests, have some, too.
-SITE = """
-import multiprocessing.process, multiprocessing.shared_memory, os
-
-multiprocessing.shared_memory._SHM_NAME_PREFIX = "/" + os.environ["TRAINER_NAME"]
-multiprocessing.process.current_process()._config["semprefix"] = "/" + os.environ["TRAINER_NAME"]
-"""
-
-
-def start(workdir: Path, **changes) -> subprocess.Popen:
-    command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(workdir, data__workers=2, **changes)]
-    site = workdir.parent / "site"
-    site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(SITE)
-    environment = os.environ | {"PYTHONPATH": str(site), "TRAINER_NAME": segment_name(workdir)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def segment_name(workdir: Path) -> str:
-    return f"l{zlib.crc32(str(workdir).encode()):x}"  # Of 14 letters at most, with what Python adds.
-
-
-def segments(workdir: Path) -> list[str]:
-    """Shared memory and semaphores of the trainers that were started in `workdir`."""
-    return [name for name in os.listdir("/dev/shm") if segment_name(workdir) in name]
-
-
-def wait_for(condition: Callable[[], bool], trainer: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert trainer.poll() is None and time.monotonic() < deadline, trainer.stdout.read()
-        time.sleep(0.005)
-
-
-@pytest.mark.slow
-def test_run_when_killed_at_step_10_and_resumed_then_bitwise_the_straight_run_and_no_orphan(straight, tmp_path):
-    trainer = start(tmp_path, train__steps=100_000, train__save_every=10, train__log_every=1)
-    try:
-        wait_for((tmp_path / "checkpoints/10").is_dir, trainer)
-        family = children(trainer.pid)
-        assert len(family) >= 2  # the workers
-        assert segments(tmp_path)
-    finally:
-        os.kill(trainer.pid, signal.SIGKILL)
-        trainer.communicate()
-    deadline = time.monotonic() + 10
-    while any(map(running, family)) or segments(tmp_path):
-        assert time.monotonic() < deadline, "orphans or shared memory are left 10 s after the trainer was killed"
-        time.sleep(0.1)
-    for step in CheckpointReader(tmp_path).steps():
-        if step > 10:  # A fast trainer was further when the kill met it: here 10 is what is to be continued.
-            shutil.rmtree(tmp_path / f"checkpoints/{step}")
-    assert_bitwise(saved_state(tmp_path, 10), saved_state(straight, 10))
-    killed_again = start(tmp_path, train__save_every=100, train__log_every=1)
-    wait_for(lambda: any(line["step"] >= 13 for line in read_metrics(tmp_path)[0]), killed_again)
-    os.kill(killed_again.pid, signal.SIGKILL)
-    killed_again.communicate()
-    resumed = start(tmp_path)
-    output, _ = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, output
-    assert "continuing from step 10" in output
-    assert_bitwise(saved_state(tmp_path, 20), saved_state(straight, 20))
-    steps = [line["step"] for line in read_metrics(tmp_path)[0]]
-    assert steps == sorted(set(steps)) and steps[-1] == 20
 
 
 def test_batch_when_taken_after_a_resume_then_equals_that_of_the_straight_run():
@@ -393,6 +305,27 @@ def test_run_when_asked_to_stop_then_saves_that_step_ends_with_75_and_goes_on_ex
     assert CheckpointReader(tmp_path).steps() == [7]
     assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == 0
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
+
+
+def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_the_straight_run(
+    straight, tmp_path, monkeypatch, capsys
+):
+    arguments = tiny_arguments(tmp_path, train__eval_every=10, train__save_every=5)
+    with monkeypatch.context() as patched:
+        signalled(patched, 7, [signal.SIGTERM])
+        assert main(arguments) == errors.EXIT_AGAIN
+    right, back_s = time.time, iter(range(86_400, 10**9, 60))  # A day, and a minute more at every look.
+    monkeypatch.setattr(time, "time", lambda: right() - next(back_s))
+    monkeypatch.setattr(loop, "Events", partial(loop.Events, wall=time.time))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the clock of this machine is 8\d,\d{3} s behind the last line of the run's events\.jsonl", said)
+    assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
+    assert [line["step"] for line in read_metrics(tmp_path)[0]] == [5, 10, 15, 20]
+    assert CheckpointReader(tmp_path).steps() == CheckpointReader(straight).steps()
+    story = tell(read_events(tmp_path))
+    assert story.kept == 20 and min(story.seconds.values()) >= 0
 
 
 def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeypatch):
