@@ -16,3 +16,5 @@ drill() { # NAME FLAGS...
 drill kill --kills 200
 drill corrupt --injections 200
 drill goodput
+drill hang --long
+drill recompute
