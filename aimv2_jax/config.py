@@ -171,6 +171,7 @@ class WatchConfig:
     step_s: int
     evaluation_s: int
     save_s: int
+    stop_s: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,10 @@ MODULES += [
     "experiments/probe_imagenet.py",
     "experiments/make_sample.py",
     "experiments/benchmarks/step_time.py",
-    "experiments/drills/kill.py",
+    "-m aimv2_jax.train.verify",
+    "-m aimv2_jax.train.report",
 ]
+MODULES += [f"experiments/drills/{name}.py" for name in ("kill", "corrupt", "goodput", "hang", "recompute")]
 
 
 @pytest.fixture

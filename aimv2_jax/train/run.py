@@ -111,12 +111,13 @@ class Run:
             cores=pipeline.cores(),
         )
         self.progress = ProgressLine(config.train.steps)
+        self.ending = contextlib.ExitStack()  # Watched from the step at which it was asked to stop.
         self.done = 0  # Steps, as far as they were read.
         self.nonfinite = 0  # Of them the last ones, in a row, that were not finite.
 
     def train(self, state: TrainState, course: Course) -> int:
         """Trains on to the last step, or until it is asked to stop; the exit code."""
-        with jax.transfer_guard("disallow"), self.stop:
+        with jax.transfer_guard("disallow"), self.stop, self.ending:
             while True:
                 spike = None
                 try:
@@ -229,6 +230,8 @@ class Run:
             pending = _Pending(number, host.step, metrics, counts, shape.examples, step.flops)
             failed = self._check_saved(number)
             stopping = self.stop.reached(number) and number < config.train.steps
+            if stopping:
+                self.ending.enter_context(self.watchdog.watching("stop", number))
             evaluating, saving = self._due(number)
             if evaluating or saving or stopping or failed:
                 self._read(pending)

@@ -32,6 +32,7 @@ from aimv2_jax.errors import EXIT_AGAIN, EXIT_HUNG
 from aimv2_jax.files import write_whole
 
 FOLDER = "hangs"
+WATCHED = ("start", "data", "step", "evaluation", "save", "stop")
 _ERRORS = 2  # The file that ends up in the log, whatever became of `sys.stderr`.
 _LOOK_S = 1.0  # At most between two looks at the clock.
 _PAUSE_S = 5.0  # That a look may be late on a busy machine.
@@ -50,6 +51,7 @@ class Settings(Protocol):
     step_s: float
     evaluation_s: float
     save_s: float
+    stop_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +96,7 @@ class Watchdog(contextlib.AbstractContextManager):
         tell: Callable[[int, str], None] | None = None,
     ):
         self._folder, self._process = epath.Path(workdir) / FOLDER, process_index
-        self._limits = {
-            name: float(getattr(settings, f"{name}_s")) for name in ("start", "data", "step", "evaluation", "save")
-        }
+        self._limits = {name: float(getattr(settings, f"{name}_s")) for name in WATCHED}
         self._say, self._on_hang, self._tell = say, on_hang, tell
         self._before = hung_steps(workdir)
         self._open: dict[_Watch, None] = {}  # Changed by one operation each, which no other thread sees half.
@@ -107,7 +107,7 @@ class Watchdog(contextlib.AbstractContextManager):
         self._thread.start()
 
     def watching(self, what: str, step: int, detail: Callable[[], str] | None = None) -> _Watch:
-        """A context in which `what` (start, data, step, evaluation, save) at `step` is going on.
+        """A context in which `what`, one of `WATCHED`, is going on at `step`.
 
         Contexts may lie in one another, and in several threads: each has its time. `detail` says more, if it comes to
         that.

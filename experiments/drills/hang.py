@@ -3,7 +3,7 @@
     python experiments/drills/hang.py [--long] [--json hang.json]
 
 1. A small run of the trainer stalls for 3 s (--long: 30 s), three times the time-out: in a data worker, in a step, in a
-   save. Within twice the time-out the stacks of all threads must be in the log, and the process must end with 75; with
+   save, in the save of a run that was asked to stop. Within twice the time-out the stacks of all threads must be in the log, and the process must end with 75; with
    4 when it is started again and hangs at the same step. A worker that stalls only once must cost nothing.
 2. Workers killed (SIGKILL) at random moments: example numbers and pixels must be those of a run in threads.
 3. Starts and stops of the workers: no process and no shared memory may be left.
@@ -88,13 +88,13 @@ def late_record() -> tuple[str, int]:
 
 
 def hang(what: str) -> int:
-    """The trainer, in which the numbers of a step, or a save, don't come."""
+    """The trainer, in which the numbers of a step, or a save, or that of a run that is asked to stop, don't come."""
     import jax
 
     from aimv2_jax.main import main as trainer_main
     from aimv2_jax.train import loop
 
-    if what == "save":
+    if what in ("save", "stop"):
         save = loop.Checkpointer.save
 
         def stalled_save(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,12 +102,12 @@ def hang(what: str) -> int:
             return save(self, *args, **kwargs)
 
         loop.Checkpointer.save = stalled_save
-    if what == "step":
+    if what in ("step", "stop"):
         device_get, count = jax.device_get, iter(range(10**6))
 
         def stalled_get(tree: Any) -> Any:
             if isinstance(tree, dict) and "grad_norm" in tree and next(count) == 10:
-                stall()
+                stall() if what == "step" else signal.raise_signal(signal.SIGTERM)
             return device_get(tree)
 
         jax.device_get = stalled_get
@@ -248,7 +248,7 @@ def when(child: Job, said: Callable[[str], bool]) -> float:
 def drill_hangs(folder: Path, long: bool) -> list[Hung]:
     stall_s, timeout_s = (30.0, 10.0) if long else (3.0, 1.0)
     hangs = []
-    for what in ("worker", "step", "save"):
+    for what in ("worker", "step", "save", "stop"):
         # The trainer's worker must come back after a first stall, or the run would not be what hangs.
         hangs.append(hang_twice(folder, what, 10 * stall_s if what == "worker" else stall_s, timeout_s))
         print(hangs[-1], flush=True)

@@ -48,7 +48,7 @@ class Kill:
       after_s: seconds from the trainer's start.
       step: the last one in the metrics.
       saved: the newest step that was saved whole; the run goes on from it.
-      saving: the step that was being written, if any.
+      saving: a later one whose save had begun, if any.
       lost: steps that this start had done and the next does again.
       met: how many processes, segments and semaphores were there.
       gone_after_s: seconds until they were gone.

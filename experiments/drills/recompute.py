@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     parser = Parser(prog="python experiments/drills/recompute.py", description="What computing steps twice costs.")
     parser.add_argument("--every", type=positive, default=1000, help="steps, one of them checked (default %(default)s)")
-    parser.add_argument("--rounds", type=positive, default=20, help="of a plain and a checked step (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=positive, default=20, help="of a plain and a checked step (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the report goes")
     flags = parser.parse_args(arguments)
     if flags.json:

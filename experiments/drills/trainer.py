@@ -16,6 +16,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +137,26 @@ class Trainer(Child):
 
 
 def last_step(workdir: Path) -> int:
-    """The last step in the metrics, which may end in half a line; 0 where there is none."""
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            return json.loads(line)["step"]
-    return 0
+    """The last step in the metrics; 0 where there is none."""
+    return next((line["step"] for line in _lines_backwards(workdir / "metrics.jsonl")), 0)
 
 
 def steps_in(workdir: Path) -> tuple[int, int | None]:
-    """The newest step that is saved whole (0: none), and the one that is being saved, if any; without jax."""
+    """The newest step that is saved whole (0: none), and a later one whose save has begun, if any; without jax."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    being = [int(found[1]) for name in names if (found := re.fullmatch(r"(\d+)\..*-saving", name))]
-    return max([int(name) for name in names if name.isdecimal()], default=0), max(being, default=None)
+    whole = max([int(name) for name in names if name.isdecimal()], default=0)
+    begun = [int(found[1]) for name in names if (found := re.fullmatch(r"(\d+)\..*-saving", name))]
+    # Its folder is made by the thread that writes, a moment later.
+    begun += [next((line["step"] for line in _lines_backwards(workdir / "events.jsonl") if line["kind"] == "save"), 0)]
+    return whole, max((step for step in begun if step > whole), default=None)
+
+
+def _lines_backwards(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, the last first; half of one, which a kill left, is passed over."""
+    for line in reversed(file.read_text().splitlines() if file.exists() else []):
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def _slow_steps(seconds: float) -> None:

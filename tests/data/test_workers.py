@@ -94,7 +94,7 @@ def main():
         from types import SimpleNamespace
         from aimv2_jax.train.watchdog import Watchdog
 
-        settings = SimpleNamespace(start_s=0, data_s=0, step_s=1, evaluation_s=0, save_s=0)
+        settings = SimpleNamespace(start_s=0, data_s=0, step_s=1, evaluation_s=0, save_s=0, stop_s=0)
         with Watchdog(sys.argv[2], 0, settings) as watchdog, watchdog.watching("step", 6, batches.last_read):
             time.sleep(60)
     elif sys.argv[1] == "forget":

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 TIMEOUT_S = 3.0
 
 
-@pytest.mark.parametrize("what", ["worker", "step", "save"])
+@pytest.mark.parametrize("what", ["worker", "step", "save", "stop"])
 def test_run_when_it_hangs_twice_at_one_step_then_stacks_in_time_and_75_and_then_4(tmp_path, what):
     hung = hang.hang_twice(tmp_path, what, stall_s=60.0, timeout_s=TIMEOUT_S)
     assert hung.codes == (75, 4) and hung.threads > 4  # Whether stacks came in time, the drill itself has looked.

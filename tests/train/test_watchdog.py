@@ -18,7 +18,7 @@ from aimv2_jax.train import watchdog
 from aimv2_jax.train.watchdog import Watchdog, hung_steps
 
 ROOT = Path(__file__).parents[2]
-NEVER = {f"{what}_s": 0 for what in ("start", "data", "step", "evaluation", "save")}
+NEVER = {f"{what}_s": 0 for what in watchdog.WATCHED}
 # What a process does, in a function of a name that its stacks must have; another thread sleeps meanwhile.
 PROGRAM = """
 import ctypes, os, signal, sys, threading, time
@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from aimv2_jax.train import watchdog
 from aimv2_jax.train.watchdog import Watchdog, register_dump_signal
 
-NEVER = dict(start_s=0, data_s=0, step_s=0, evaluation_s=0, save_s=0)
+NEVER = {f"{what}_s": 0 for what in watchdog.WATCHED}
 workdir = sys.argv[1]
 
 
