@@ -263,6 +263,21 @@ _FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _MOST_READERS = 1024
 
 
+# Keys that came after the first format of checkpoints, with how a trainer without them behaved.
+_ADDED: Mapping[str, Mapping[str, Any]] = {
+    "guard": dict(
+        max_nonfinite=1,
+        spike="off",
+        spike_sigma=6.0,
+        rewind_batches=200,
+        max_rewinds=20,
+        recompute_every=0,
+        recompute_elsewhere=True,
+    ),
+    "watch": dict(start_s=0, data_s=0, step_s=0, evaluation_s=0, save_s=0, stop_s=0),
+}
+
+
 class _FlagText(str):
     """A value as typed on the command line; its key's type decides how it is read."""
 
@@ -287,6 +302,11 @@ def build_config(tree: Mapping[str, Any]) -> Config:
         return config
     steps = config.cooldown.start + config.cooldown.steps
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def build_saved_config(tree: Mapping[str, Any]) -> Config:
+    """As `build_config`, of what this version or an earlier one saved with a checkpoint."""
+    return build_config(dict(tree) | {name: keys | tree.get(name, {}) for name, keys in _ADDED.items()})
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

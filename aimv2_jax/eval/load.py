@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from aimv2_jax.config import Config, TokenizerConfig, build_config, config_to_dict
+from aimv2_jax.config import Config, TokenizerConfig, build_config, build_saved_config, config_to_dict
 from aimv2_jax.data.locations import locate
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
@@ -128,7 +128,7 @@ def load(spec: str, weights: Choice = "average") -> Loaded:
 def read_config(saved: Mapping[str, Any], name: str) -> Config:
     """The config that a checkpoint holds; raises `UserError` where this aimv2_jax has other keys."""
     try:
-        return build_config(saved)
+        return build_saved_config(saved)
     except UserError as error:
         what = f"the config of checkpoint {name} is not one of this aimv2_jax: {error.what}"
         raise UserError(what, error.value, "Read it with the aimv2_jax that wrote it") from error

@@ -3,8 +3,9 @@
     python experiments/drills/hang.py [--long] [--json hang.json]
 
 1. A small run of the trainer stalls for 3 s (--long: 30 s), three times the time-out: in a data worker, in a step, in a
-   save, in the save of a run that was asked to stop. Within twice the time-out the stacks of all threads must be in the log, and the process must end with 75; with
-   4 when it is started again and hangs at the same step. A worker that stalls only once must cost nothing.
+   save, in the save of a run that was asked to stop. Within twice the time-out the stacks of all threads must be in the
+   log, and the process must end with 75; with 4 when it is started again and hangs at the same step. A worker that
+   stalls only once must cost nothing.
 2. Workers killed (SIGKILL) at random moments: example numbers and pixels must be those of a run in threads.
 3. Starts and stops of the workers: no process and no shared memory may be left.
 4. Memory of the trainer and of each worker: after a warm-up it may grow by less than 1 MiB over 1,000 batches.
@@ -309,9 +310,10 @@ def work() -> int:
     """What a child does."""
     register_dump_signal()
     job = _JOB["job"]
-    if job in ("step", "save", "worker", "worker once"):
+    others = {"digests": digests, "starts": start_and_stop, "memory": measure_memory}
+    if job not in others:
         return hang(job)
-    {"digests": digests, "starts": start_and_stop, "memory": measure_memory}[job]()
+    others[job]()
     return EXIT_FINISHED
 
 

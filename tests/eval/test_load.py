@@ -34,11 +34,26 @@ def test_load_when_there_is_no_such_checkpoint_then_user_error(workdir, spec):
         load(spec.format(workdir))
 
 
+plain = CheckpointReader.meta
+
+
 def test_load_when_the_saved_config_has_a_key_of_another_version_then_told_of_the_checkpoint(workdir, monkeypatch):
     meta = CheckpointReader(workdir).meta(20)
     monkeypatch.setattr(CheckpointReader, "meta", lambda *_: {**meta, "config": {**meta["config"], "new": 1}})
     with pytest.raises(UserError, match=r"checkpoint .*:20 is not one of this aimv2_jax.*'new'"):
         load(str(workdir))
+
+
+def test_load_when_the_saved_config_is_of_a_version_with_fewer_keys_then_the_others_are_as_it_behaved(
+    workdir, monkeypatch
+):
+    config = dict(CheckpointReader(workdir).meta(20)["config"])
+    del config["guard"]
+    config["watch"] = {"data_s": 7}
+    monkeypatch.setattr(CheckpointReader, "meta", lambda self, step: plain(self, step) | {"config": config})
+    read = load(str(workdir)).config
+    assert (read.guard.max_nonfinite, read.guard.spike) == (1, "off")
+    assert (read.watch.data_s, read.watch.save_s, read.watch.stop_s) == (7, 0, 0)
 
 
 def test_model_when_seen_at_another_resolution_then_its_positions_are_resized_and_nothing_else(workdir):
