@@ -2,10 +2,10 @@
 
 python experiments/drills/kill.py --kills 20 --json kill.json
 
-Each kill is a SIGKILL to the trainer. Three of four come at a random moment, up to one and a half times what its first
-step takes to come: while it imports, compiles, reads, trains, evaluates or saves; each fourth comes while a step is
-being written. After each of them no process of it, no shared memory and no semaphore may be left, and no more steps may
-be lost than lie between two saves, and those that were done while the newest was being written. After the last, its
+Each kill is a SIGKILL to the trainer, at a random moment: one of four comes on the way to the first step and a little
+later, while it imports, restores, compiles or reads; two come while it trains, evaluates and saves; and one when a save
+has just begun. After each of them no process of it, no shared memory and no semaphore may be left, and no more steps be
+lost than lie between two saves, and those that were done while the newest was being written. After the last, its
 parameters, its optimiser's state and its metrics must be those of the other run, bit for bit.
 """
 
@@ -28,12 +28,13 @@ sys.path.insert(0, str(ROOT))
 from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, check_output, positive  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
-from experiments.drills.trainer import SAVE_EVERY, Trainer, last_step, small_config, steps_in  # noqa: E402
+from experiments.drills.trainer import SAVE_EVERY, Trainer, count_lines, last_step, small_config, steps_in  # noqa: E402
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 _START_S = 600.0  # A trainer that has done no step in this time never will.
 _STEP_S = 0.03  # That each step takes longer: without it, dozens are done while one is being written.
-_SAVE_S = 0.05  # About as long as a save takes.
+_SAVE_S, _TRAIN_S = 0.05, 2.0  # About as long as a save takes, and two intervals between saves.
+WHEN = ("starting", "training", "saving", "training")
 _ENDLESS = 10**6
 _MORE_STEPS = 20  # That the run takes in peace after the last kill.
 _TIMED = ("images_per_s", "step_time_s", "data_wait_fraction", "data_queue_depth", "mfu", "model_tflops_per_s")
@@ -45,6 +46,7 @@ class Kill:
     """A kill, and what it met.
 
     Attributes:
+      when: one of `WHEN`.
       after_s: seconds from the trainer's start.
       step: the last one in the metrics.
       saved: the newest step that was saved whole; the run goes on from it.
@@ -54,6 +56,7 @@ class Kill:
       gone_after_s: seconds until they were gone.
     """
 
+    when: str
     after_s: float
     step: int
     saved: int
@@ -69,26 +72,28 @@ class Kill:
         assert self.lost <= save_every or (self.saving == due and self.lost < 2 * save_every), f"too much lost: {self}"
 
 
-def kill_once(workdir: Path, moments: random.Random, span_s: float, while_saving: bool) -> Kill:
-    """Starts the trainer, kills it, and waits until nothing of it is left."""
-    begin_s, before = time.monotonic(), last_step(workdir)
+def kill_once(workdir: Path, moments: random.Random, when: str, start_s: float) -> Kill:
+    """Starts the trainer, kills it at such a moment (`WHEN`), and waits until nothing of it is left."""
+    begin_s, before, told = time.monotonic(), last_step(workdir), count_lines(workdir)
     with Trainer(workdir, _STEP_S, train__steps=_ENDLESS) as trainer:
-        if while_saving:
-            _wait_for(lambda: steps_in(workdir)[1] is not None and last_step(workdir) > 0, trainer)
-            time.sleep(moments.uniform(0, _SAVE_S))
+        if when == "starting":
+            time.sleep(moments.uniform(0, 1.5 * start_s))
         else:
-            time.sleep(moments.uniform(0, span_s))
+            _wait_for(lambda: last_step(workdir) > before, trainer)
+            if when == "saving":
+                _wait_for(lambda: steps_in(workdir, told)[1] is not None, trainer)
+            time.sleep(moments.uniform(0, _SAVE_S if when == "saving" else _TRAIN_S))
         trainer.check_running()
         met = len(trainer.left())
         trainer.process.send_signal(signal.SIGKILL)
         trainer.process.wait()
         after_s = time.monotonic() - begin_s
         gone_after_s = trainer.wait_until_gone()
-    step, (saved, saving) = last_step(workdir), steps_in(workdir)
+    step, (saved, saving) = last_step(workdir), steps_in(workdir, told)
     # Metrics beyond the newest checkpoint stand until the next start cuts them: of a start that had come to no step
     # they are those of the one before, whose steps are counted already.
     lost = 0 if step == before else max(0, step - saved)
-    return Kill(round(after_s, 2), step, saved, saving, lost, met, round(gone_after_s, 2))
+    return Kill(when, round(after_s, 2), step, saved, saving, lost, met, round(gone_after_s, 2))
 
 
 def _wait_for(condition, trainer: Trainer) -> None:
@@ -141,9 +146,9 @@ def drill(kills: int, seed: int, folder: Path) -> dict[str, object]:
     moments, done = random.Random(seed), []
     workdir, straight = folder / "killed", folder / "straight"
     workdir.mkdir(), straight.mkdir()
-    span_s = 1.5 * start_up_s(folder)
+    start_s = start_up_s(folder)
     for number in range(1, kills + 1):
-        done.append(kill_once(workdir, moments, span_s, while_saving=number % 4 == 0))
+        done.append(kill_once(workdir, moments, WHEN[number % 4], start_s))
         print(f"kill {number}/{kills}: {done[-1]}", flush=True)
         done[-1].check(SAVE_EVERY)
     steps = last_step(workdir) + _MORE_STEPS

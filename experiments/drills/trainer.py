@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import multiprocessing.shared_memory
 import os
-import re
 import secrets
 import subprocess
 import sys
@@ -141,20 +140,30 @@ def last_step(workdir: Path) -> int:
     return next((line["step"] for line in _lines_backwards(workdir / "metrics.jsonl")), 0)
 
 
-def steps_in(workdir: Path) -> tuple[int, int | None]:
-    """The newest step that is saved whole (0: none), and a later one whose save has begun, if any; without jax."""
+def count_lines(workdir: Path) -> int:
+    """In the run's books so far."""
+    file = workdir / "events.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def steps_in(workdir: Path, told: int) -> tuple[int, int | None]:
+    """The newest step that is saved whole (0: none), and the one whose save has begun, if any.
+
+    Args:
+      workdir: of the run.
+      told: lines of its books that an earlier start wrote: their saves will come to nothing any more.
+    """
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     whole = max([int(name) for name in names if name.isdecimal()], default=0)
-    begun = [int(found[1]) for name in names if (found := re.fullmatch(r"(\d+)\..*-saving", name))]
-    # Its folder is made by the thread that writes, a moment later.
-    begun += [next((line["step"] for line in _lines_backwards(workdir / "events.jsonl") if line["kind"] == "save"), 0)]
-    return whole, max((step for step in begun if step > whole), default=None)
+    events = _lines_backwards(workdir / "events.jsonl", told)
+    begun = next((event["step"] for event in events if event["kind"] == "save"), 0)
+    return whole, begun if begun > whole else None
 
 
-def _lines_backwards(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, the last first; half of one, which a kill left, is passed over."""
-    for line in reversed(file.read_text().splitlines() if file.exists() else []):
+def _lines_backwards(file: Path, after: int = 0) -> Iterator[dict[str, Any]]:
+    """The lines of a file from number `after` on, the last first; half of one, which a kill left, is passed over."""
+    for line in reversed(file.read_text().splitlines()[after:] if file.exists() else []):
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 def test_run_when_killed_10_times_then_its_numbers_are_those_of_one_left_alone_and_nothing_is_left(tmp_path):
     report = kill.drill(10, seed=1, folder=tmp_path)
     assert len(report["kills"]) == 10 and report["steps"] > kill.SAVE_EVERY and report["numbers_compared"] > 100_000
-    assert any(one["saved"] for one in report["kills"]) and any(one["met"] > 2 for one in report["kills"])
+    assert sum(one["met"] > 2 for one in report["kills"]) >= 7 and report["while_saving"] and report["most_lost"] > 0
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_run_when_killed_10_times_then_its_numbers_are_those_of_one_left_alone_a
     ],
 )
 def test_kill_when_more_is_lost_than_lies_between_saves_and_in_one_then_it_fails(step, saved, saving, lost, fits):
-    one = kill.Kill(1.0, step, saved, saving, lost, met=3, gone_after_s=0.0)
+    one = kill.Kill("training", 1.0, step, saved, saving, lost, met=3, gone_after_s=0.0)
     if fits:
         one.check(20)
     else:
