@@ -263,7 +263,7 @@ _FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _MOST_READERS = 1024
 
 
-# Keys that came after the first format of checkpoints, with how a trainer without them behaved.
+# Keys that came with or after format 2 of checkpoints, with how a trainer without them behaved.
 _ADDED: Mapping[str, Mapping[str, Any]] = {
     "guard": dict(
         max_nonfinite=1,
@@ -305,7 +305,7 @@ def build_config(tree: Mapping[str, Any]) -> Config:
 
 
 def build_saved_config(tree: Mapping[str, Any]) -> Config:
-    """As `build_config`, of what this version or an earlier one saved with a checkpoint."""
+    """As `build_config`, of what this version, or one without the keys of `_ADDED`, saved with a checkpoint."""
     return build_config(dict(tree) | {name: keys | tree.get(name, {}) for name, keys in _ADDED.items()})
 
 

@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
             step_s=600,  # For a step's numbers. [O]
             evaluation_s=7200,  # For a whole evaluation. [O]
             save_s=1800,  # For a checkpoint to be written. [O]
-            stop_s=600,  # For the end of a run that was asked to stop, its last save included. [O]
+            stop_s=1800,  # For the last save of a run that was asked to stop, one that was on its way included. [O]
         )
     )
     return config

@@ -17,4 +17,3 @@ drill kill --kills 200
 drill corrupt --injections 200
 drill goodput
 drill hang --long
-drill recompute

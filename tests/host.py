@@ -1,8 +1,8 @@
 """One host of a run on several, each a process: `python tests/host.py PROCESS COUNT DEVICES PORT WORKDIR KEY=VALUE …`.
 
 Trains a tiny model, and writes what this host's devices hold of every global batch to
-`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`. A host that is the only
-one writes the state it goes on from to `WORKDIR/restored.npz`, too.
+`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`. Where the run goes
+on from a checkpoint, host 0 writes that state to `WORKDIR/restored.npz`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def train(workdir: Path, process: int = 0, **changes: object) -> None:
     """Trains in this process, on all devices that jax knows."""
     import jax
     import numpy as np
+    from jax.experimental import multihost_utils
     from tiny import tiny_config
 
     from aimv2_jax.data import pipeline
@@ -86,8 +87,10 @@ def train(workdir: Path, process: int = 0, **changes: object) -> None:
 
     def restored_and_written(*args):
         state, course = restored(*args)
-        if jax.process_count() == 1:
-            np.savez(workdir / "restored.npz", *jax.device_get(jax.tree.leaves(state)))
+        with jax.transfer_guard("allow"):
+            leaves = multihost_utils.process_allgather(jax.tree.leaves(state), tiled=True)
+        if process == 0:
+            np.savez(workdir / "restored.npz", *leaves)
         return state, course
 
     pipeline.to_devices, loop._continue = placed_and_written, restored_and_written

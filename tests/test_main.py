@@ -23,10 +23,11 @@ MODULES += [
     "experiments/probe_imagenet.py",
     "experiments/make_sample.py",
     "experiments/benchmarks/step_time.py",
+    "experiments/benchmarks/recompute.py",
     "-m aimv2_jax.train.verify",
     "-m aimv2_jax.train.report",
 ]
-MODULES += [f"experiments/drills/{name}.py" for name in ("kill", "corrupt", "goodput", "hang", "recompute")]
+MODULES += [f"experiments/drills/{name}.py" for name in ("kill", "corrupt", "goodput", "hang")]
 
 
 @pytest.fixture

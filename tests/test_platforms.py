@@ -16,7 +16,8 @@ from aimv2_jax import platforms
 from aimv2_jax.platforms import may_have_gpu, may_have_tpu, platforms_without_tpu, skip_absent_tpu
 
 COMMANDS = ["aimv2_jax.main", "aimv2_jax.eval.show", "aimv2_jax.eval.heldout", "aimv2_jax.train.verify"]
-COMMANDS += [f"experiments.drills.{name}" for name in ("kill", "corrupt", "goodput", "hang", "recompute")]
+COMMANDS += [f"experiments.drills.{name}" for name in ("kill", "corrupt", "goodput", "hang")]
+COMMANDS += ["experiments.benchmarks.recompute"]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None or may_have_tpu(environment={}),
     reason="needs libtpu on a machine without TPUs",

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from aimv2_jax.errors import UserError
-from experiments.benchmarks import step_time
+from experiments.benchmarks import recompute, step_time
 from experiments.benchmarks.step_time import fits, largest_batch, main, preset_config
 
 
@@ -108,3 +108,8 @@ def test_step_time_when_the_chip_is_missing_then_one_sentence_and_code_2(platfor
 def test_step_time_when_a_pod_s_batch_meets_a_cpu_then_a_batch_is_asked_for(capsys):
     assert main(["--preset=large_224"]) == 2
     assert "Give --batch" in capsys.readouterr().err
+
+
+def test_recompute_when_measured_then_each_kind_of_step_as_often_as_asked():
+    plain_s, checked_s = recompute.measure(preset_config("tiny"), rounds=2)
+    assert len(plain_s) == len(checked_s) == 2 and min(plain_s + checked_s) > 0

@@ -122,9 +122,11 @@ class Events:
 
     def ahead_s(self) -> float:
         """Seconds by which the last line is ahead of the wall clock, which then was set back; 0: as it should be."""
-        if not self._active or not self._path.exists():
+        if not self._active:
             return 0.0
-        last = next((event for text in reversed(_tail(self._path)) if (event := _event(text)) is not None), None)
+        with writing(self._path):
+            lines = _tail(self._path) if self._path.exists() else []
+        last = next((event for text in reversed(lines) if (event := _event(text)) is not None), None)
         return 0.0 if last is None else max(0.0, last.time_s - self._wall())
 
     def flush(self) -> None:

@@ -79,6 +79,7 @@ def train(
             remedy = "Give a folder on a disk that all hosts share, or gs://BUCKET/FOLDER"
             raise UserError("--workdir is another folder here than on process 0's host", str(workdir), remedy)
         events = stack.enter_context(Events(workdir, process_age_s()))
+        _check_clock(events)
         watchdog = stack.enter_context(_watchdog(workdir, config, events))
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(watchdog.watching("start", 0))
@@ -162,14 +163,17 @@ def _skipping(course: Course, examples: tuple[int, int] | None, config: Config, 
     return course
 
 
-def _note_start(events: Events, program: Program, step: int, restore_s: float | None) -> None:
-    config, devices = program.config, program.mesh.devices
+def _check_clock(events: Events) -> None:
     ahead_s = events.ahead_s()
     if ahead_s > _CLOCK_S:
         say(
             f"the clock of this machine is {ahead_s:,.0f} s behind the last line of the run's events.jsonl: set it "
             "right; nothing but dates and the time between two starts is told by it"
         )
+
+
+def _note_start(events: Events, program: Program, step: int, restore_s: float | None) -> None:
+    config, devices = program.config, program.mesh.devices
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
     versions |= {"aimv2_jax": aimv2_jax.__version__, "python": platform.python_version()}
     events.write(

@@ -111,7 +111,7 @@ class Run:
             cores=pipeline.cores(),
         )
         self.progress = ProgressLine(config.train.steps)
-        self.ending = contextlib.ExitStack()  # Watched from the step at which it was asked to stop.
+        self.ending = contextlib.ExitStack()  # Watched from the last save of a run that was asked to stop.
         self.done = 0  # Steps, as far as they were read.
         self.nonfinite = 0  # Of them the last ones, in a row, that were not finite.
 
@@ -230,14 +230,14 @@ class Run:
             pending = _Pending(number, host.step, metrics, counts, shape.examples, step.flops)
             failed = self._check_saved(number)
             stopping = self.stop.reached(number) and number < config.train.steps
-            if stopping:
-                self.ending.enter_context(self.watchdog.watching("stop", number))
             evaluating, saving = self._due(number)
             if evaluating or saving or stopping or failed:
                 self._read(pending)
                 pending = None
                 with self.stopwatch.pause():
                     values = self._evaluate(number, state) if evaluating else {}
+                    if stopping:
+                        self.ending.enter_context(self.watchdog.watching("stop", number))
                     # A state after steps that were not finite waits for one that is, unless there will be no other.
                     last = stopping or number == config.train.steps
                     if last or ((saving or failed) and not self.nonfinite):

@@ -2,7 +2,7 @@
 
     python experiments/drills/hang.py [--long] [--json hang.json]
 
-1. A small run of the trainer stalls for 3 s (--long: 30 s), three times the time-out: in a data worker, in a step, in a
+1. A small run of the trainer stalls for 6 s (--long: 30 s), three times the time-out: in a data worker, in a step, in a
    save, in the save of a run that was asked to stop. Within twice the time-out the stacks of all threads must be in the
    log, and the process must end with 75; with 4 when it is started again and hangs at the same step. A worker that
    stalls only once must cost nothing.
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import secrets
 import signal
 import statistics
@@ -38,8 +39,7 @@ from aimv2_jax.flags import Parser, check_output  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
 from aimv2_jax.train.watchdog import EXIT_HUNG, register_dump_signal  # noqa: E402
 from experiments.drills.bytes_tokenizer import replace_tokenizer  # noqa: E402
-from experiments.drills.kill import EXIT_TERMINATED  # noqa: E402
-from experiments.drills.trainer import NAME, Child, small_config, trainer_flags  # noqa: E402
+from experiments.drills.trainer import ENDS_S, EXIT_TERMINATED, NAME, Child, small_config, trainer_flags  # noqa: E402
 
 # This file is the program that hangs, too, and its workers import it again: what it does there is in the environment.
 _JOB = json.loads(os.environ.get("DRILL_HANG", "{}"))
@@ -175,6 +175,9 @@ def anonymous_mib(pid: int) -> float:
     raise AssertionError(f"no RssAnon of {pid}")
 
 
+_TELLING = {"digests": digests, "starts": start_and_stop, "memory": measure_memory}  # Jobs that print what they found.
+
+
 # --- starting them, and looking ---------------------------------------------------------------------------------------
 
 
@@ -183,11 +186,12 @@ class Job(Child):
 
     def __init__(self, folder: Path, **job: Any):
         self.file = folder / f"{secrets.token_hex(4)}.log"
-        super().__init__([__file__], self.file, {"DRILL_HANG": json.dumps(job)}, output=subprocess.PIPE)
+        pipe = subprocess.PIPE if job["job"] in _TELLING else None
+        super().__init__([__file__], self.file, {"DRILL_HANG": json.dumps(job)}, output=pipe)
 
     def result(self) -> Any:
         """What it said at its end, as JSON, after which nothing of it may be left."""
-        out, _ = self.process.communicate()
+        out, _ = self.process.communicate(timeout=ENDS_S)
         if self.process.returncode != EXIT_FINISHED:
             raise RuntimeError(f"it ended with code {self.process.returncode}:\n{self.said()}")
         self.wait_until_gone()
@@ -223,7 +227,7 @@ def hang_twice(folder: Path, what: str, stall_s: float, timeout_s: float) -> Hun
             child.wait_until_gone()
             text = child.file.read_text()
             codes.append(code)
-            threads = text.count("hread 0x")
+            threads = len(re.findall(r"^thread 0x\S+ is ", text, re.MULTILINE))
             if what == "worker" and (
                 "stacks of data worker" not in text or f"reads record {index} of {name}" not in text
             ):
@@ -247,13 +251,14 @@ def when(child: Job, said: Callable[[str], bool]) -> float:
 
 
 def drill_hangs(folder: Path, long: bool) -> list[Hung]:
-    stall_s, timeout_s = (30.0, 10.0) if long else (3.0, 1.0)
+    stall_s, timeout_s = (30.0, 10.0) if long else (6.0, 2.0)
     hangs = []
     for what in ("worker", "step", "save", "stop"):
-        # The trainer's worker must come back after a first stall, or the run would not be what hangs.
-        hangs.append(hang_twice(folder, what, 10 * stall_s if what == "worker" else stall_s, timeout_s))
+        # A worker must come back after a first stall, or the run would not be what hangs; and begin in time.
+        in_worker = what == "worker"
+        hangs.append(hang_twice(folder, what, 300.0 if in_worker else stall_s, 10.0 if in_worker else timeout_s))
         print(hangs[-1], flush=True)
-    stall_once(folder, 3 * timeout_s)
+    stall_once(folder, 30.0)
     print("a worker that stalled once was started again, and the run went on", flush=True)
     return hangs
 
@@ -262,7 +267,7 @@ def stall_once(folder: Path, timeout_s: float) -> None:
     """Raises RuntimeError unless a run finishes whose worker stalls at its first start, and for longer than it may."""
     job = dict(job="worker once", stall_s=20 * timeout_s, timeout_s=timeout_s, once=str(folder / "once"))
     with Job(folder, record=late_record(), workdir=str(folder / "stalled"), **job) as child:
-        code = child.process.wait()
+        code = child.process.wait(ENDS_S)
         child.wait_until_gone()
         if code != EXIT_FINISHED or "has stalled for " not in child.file.read_text():
             raise RuntimeError(f"a worker that stalled once ended the run, with code {code}:\n{child.said()}")
@@ -310,10 +315,9 @@ def work() -> int:
     """What a child does."""
     register_dump_signal()
     job = _JOB["job"]
-    others = {"digests": digests, "starts": start_and_stop, "memory": measure_memory}
-    if job not in others:
+    if job not in _TELLING:
         return hang(job)
-    others[job]()
+    _TELLING[job]()
     return EXIT_FINISHED
 
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,12 +28,21 @@ sys.path.insert(0, str(ROOT))
 from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, check_output, positive  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
-from experiments.drills.trainer import SAVE_EVERY, Trainer, count_lines, last_step, small_config, steps_in  # noqa: E402
+from experiments.drills.trainer import (  # noqa: E402
+    ENDS_S,
+    EXIT_TERMINATED,
+    SAVE_EVERY,
+    Trainer,
+    count_lines,
+    last_step,
+    small_config,
+    start_step,
+    steps_in,
+)
 
-EXIT_TERMINATED = 128 + signal.SIGTERM
-_START_S = 600.0  # A trainer that has done no step in this time never will.
-_STEP_S = 0.03  # That each step takes longer: without it, dozens are done while one is being written.
-_SAVE_S, _TRAIN_S = 0.05, 2.0  # About as long as a save takes, and two intervals between saves.
+# That each step, and each save before it counts, takes longer: without it, dozens of steps are done during a save.
+_STEP_S, _SAVE_S = 0.03, 0.1
+_TRAIN_S = 2.0  # About two intervals between saves.
 WHEN = ("starting", "training", "saving", "training")
 _ENDLESS = 10**6
 _MORE_STEPS = 20  # That the run takes in peace after the last kill.
@@ -52,7 +61,8 @@ class Kill:
       saved: the newest step that was saved whole; the run goes on from it.
       saving: a later one whose save had begun, if any.
       lost: steps that this start had done and the next does again.
-      met: how many processes, segments and semaphores were there.
+      met: how many processes were there, and ...
+      shared: ... segments and semaphores.
       gone_after_s: seconds until they were gone.
     """
 
@@ -63,46 +73,54 @@ class Kill:
     saving: int | None
     lost: int
     met: int
+    shared: int
     gone_after_s: float
 
     def check(self, save_every: int) -> None:
         """Raises AssertionError where more was lost than may be."""
-        # A step that is being written counts from its commit on: until then the one before it is the newest.
+        # A step that is being written counts from its commit on: until then the one before it is the newest, and the
+        # next save waits.
         due = self.saved + save_every
-        assert self.lost <= save_every or (self.saving == due and self.lost < 2 * save_every), f"too much lost: {self}"
+        assert self.lost <= save_every or (self.saving == due and self.lost <= 2 * save_every), f"too much lost: {self}"
 
 
 def kill_once(workdir: Path, moments: random.Random, when: str, start_s: float) -> Kill:
     """Starts the trainer, kills it at such a moment (`WHEN`), and waits until nothing of it is left."""
     begin_s, before, told = time.monotonic(), last_step(workdir), count_lines(workdir)
-    with Trainer(workdir, _STEP_S, train__steps=_ENDLESS) as trainer:
+    newest, _ = steps_in(workdir, told)
+    with Trainer(workdir, _STEP_S, _SAVE_S, train__steps=_ENDLESS) as trainer:
         if when == "starting":
             time.sleep(moments.uniform(0, 1.5 * start_s))
         else:
             _wait_for(lambda: last_step(workdir) > before, trainer)
-            if when == "saving":
-                _wait_for(lambda: steps_in(workdir, told)[1] is not None, trainer)
-            time.sleep(moments.uniform(0, _SAVE_S if when == "saving" else _TRAIN_S))
+            if when == "training":
+                time.sleep(moments.uniform(0, _TRAIN_S))
+        left = trainer.left()
+        if when == "saving":
+            _wait_for(lambda: steps_in(workdir, told)[1] is not None, trainer)
+            time.sleep(moments.uniform(0, _SAVE_S))
         trainer.check_running()
-        met = len(trainer.left())
         trainer.process.send_signal(signal.SIGKILL)
         trainer.process.wait()
         after_s = time.monotonic() - begin_s
         gone_after_s = trainer.wait_until_gone()
+    begun = start_step(workdir, told)
+    assert begun in (None, newest), f"it went on from step {begun}, and step {newest} was there"
     step, (saved, saving) = last_step(workdir), steps_in(workdir, told)
+    met = sum(name.startswith("process ") for name in left)
     # Metrics beyond the newest checkpoint stand until the next start cuts them: of a start that had come to no step
     # they are those of the one before, whose steps are counted already.
     lost = 0 if step == before else max(0, step - saved)
-    return Kill(when, round(after_s, 2), step, saved, saving, lost, met, round(gone_after_s, 2))
+    return Kill(when, round(after_s, 2), step, saved, saving, lost, met, len(left) - met, round(gone_after_s, 2))
 
 
-def _wait_for(condition, trainer: Trainer) -> None:
+def _wait_for(condition: Callable[[], bool], trainer: Trainer) -> None:
     start = time.monotonic()
     while not condition():
         trainer.check_running()
-        if time.monotonic() - start > _START_S:
-            raise RuntimeError(f"what should come has not come within {_START_S:.0f} s:\n{trainer.said()}")
-        time.sleep(0.005)
+        if time.monotonic() - start > ENDS_S:
+            raise RuntimeError(f"what should come has not come within {ENDS_S:.0f} s:\n{trainer.said()}")
+        time.sleep(0.02)
 
 
 def start_up_s(folder: Path) -> float:

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.shared_memory
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -48,19 +49,25 @@ _QUICK = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+ENDS_S = 1200.0  # Within which whatever a drill waits for comes, or never will.
+EXIT_TERMINATED = 128 + signal.SIGTERM
 _GONE_S = 10.0  # Within which all that an ended trainer had must be gone.
 
 
-def trainer_flags(workdir: Path, **changes: object) -> list[str]:
-    """Of `aimv2_jax.main`; `changes` are keys with `__` for the dot."""
+def overrides(**changes: object) -> list[tuple[str, str]]:
+    """Of the quickstart's config; `changes` are keys with `__` for the dot."""
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
-    keys = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [(key, str(value)) for key, value in settings.items()]
+
+
+def trainer_flags(workdir: Path, **changes: object) -> list[str]:
+    """Of `aimv2_jax.main`."""
+    keys = [f"--config.{key}={value}" for key, value in overrides(**changes)]
     return [f"--config={QUICKSTART}", f"--workdir={workdir}", *keys]
 
 
 def small_config(**changes: object) -> Config:
-    settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
-    return load_config(QUICKSTART, [(key, str(value)) for key, value in settings.items()])
+    return load_config(QUICKSTART, overrides(**changes))
 
 
 class Child:
@@ -100,7 +107,7 @@ class Child:
 
     def finish(self) -> None:
         """Waits until it has finished, and all that it had is gone."""
-        if self.process.wait() != EXIT_FINISHED:
+        if self.process.wait(ENDS_S) != EXIT_FINISHED:
             raise RuntimeError(f"it ended with code {self.process.returncode}:\n{self.said()}")
         self.wait_until_gone()
 
@@ -128,11 +135,11 @@ class Child:
 
 
 class Trainer(Child):
-    """The trainer; `step_s` are seconds that each of its steps takes longer than it needs."""
+    """The trainer; its steps, and the last stroke of its saves, take `step_s` and `save_s` longer than they need."""
 
-    def __init__(self, workdir: Path, step_s: float = 0.0, **changes: object):
+    def __init__(self, workdir: Path, step_s: float = 0.0, save_s: float = 0.0, **changes: object):
         flags = trainer_flags(workdir, train__compilation_cache=workdir.parent / "compiled", **changes)
-        super().__init__([__file__, *flags], workdir.with_suffix(".log"), {"DRILL_STEP_S": str(step_s)})
+        super().__init__([__file__, *flags], workdir.with_suffix(".log"), {"DRILL_SLOW_S": f"{step_s} {save_s}"})
 
 
 def last_step(workdir: Path) -> int:
@@ -161,6 +168,12 @@ def steps_in(workdir: Path, told: int) -> tuple[int, int | None]:
     return whole, begun if begun > whole else None
 
 
+def start_step(workdir: Path, told: int) -> int | None:
+    """The step from which a start went on that came after `told` lines of the books; None where it came to no step."""
+    events = _lines_backwards(workdir / "events.jsonl", told)
+    return next((event["step"] for event in events if event["kind"] == "start"), None)
+
+
 def _lines_backwards(file: Path, after: int = 0) -> Iterator[dict[str, Any]]:
     """The lines of a file from number `after` on, the last first; half of one, which a kill left, is passed over."""
     for line in reversed(file.read_text().splitlines()[after:] if file.exists() else []):
@@ -168,17 +181,19 @@ def _lines_backwards(file: Path, after: int = 0) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _slow_steps(seconds: float) -> None:
-    """Lets every step take so much longer."""
+def _slow_down(step_s: float, save_s: float) -> None:
+    """Lets every step, and every save before it counts, take so much longer."""
+    from aimv2_jax.train import step_folders
     from aimv2_jax.train.program import Program
 
-    compile_step = Program.compile_step
+    compile_step, commit = Program.compile_step, step_folders.commit
+    step_folders.commit = lambda *args: (time.sleep(save_s), commit(*args))
 
     def compile_slow(*args: Any) -> Any:
         step = compile_step(*args)
 
         def slow(*arrays: Any) -> Any:
-            time.sleep(seconds)
+            time.sleep(step_s)
             return step(*arrays)
 
         return slow
@@ -191,7 +206,7 @@ def main() -> int:
     from aimv2_jax.main import main as train
 
     replace_tokenizer()
-    _slow_steps(float(os.environ["DRILL_STEP_S"]))
+    _slow_down(*map(float, os.environ["DRILL_SLOW_S"].split()))
     return train()
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from etils import epath  # noqa: E402
 
-from aimv2_jax.config import Config, build_config, config_to_dict  # noqa: E402
+from aimv2_jax.config import Config, build_saved_config, config_to_dict  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, make_output_folder  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
@@ -42,7 +42,7 @@ def read_points(workdir: epath.PathLike, loss: str) -> tuple[list[Point], list[s
         name = f"{folder.parent.name}/{folder.name}"
         reader = CheckpointReader(folder)
         latest = reader.latest_step()
-        config = None if latest is None else build_config(reader.meta(latest)["config"])
+        config = None if latest is None else build_saved_config(reader.meta(latest)["config"])
         if config is None or latest < config.train.steps:
             left_out.append(f"{name}: not finished")
             continue

@@ -34,9 +34,6 @@ def test_load_when_there_is_no_such_checkpoint_then_user_error(workdir, spec):
         load(spec.format(workdir))
 
 
-plain = CheckpointReader.meta
-
-
 def test_load_when_the_saved_config_has_a_key_of_another_version_then_told_of_the_checkpoint(workdir, monkeypatch):
     meta = CheckpointReader(workdir).meta(20)
     monkeypatch.setattr(CheckpointReader, "meta", lambda *_: {**meta, "config": {**meta["config"], "new": 1}})
@@ -47,6 +44,7 @@ def test_load_when_the_saved_config_has_a_key_of_another_version_then_told_of_th
 def test_load_when_the_saved_config_is_of_a_version_with_fewer_keys_then_the_others_are_as_it_behaved(
     workdir, monkeypatch
 ):
+    plain = CheckpointReader.meta
     config = dict(CheckpointReader(workdir).meta(20)["config"])
     del config["guard"]
     config["watch"] = {"data_s": 7}

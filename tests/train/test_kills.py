@@ -6,14 +6,15 @@ import pytest
 
 from experiments.drills import kill
 
-# It watches the clock: not beside tests that keep both cores busy.
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
 
 
 def test_run_when_killed_10_times_then_its_numbers_are_those_of_one_left_alone_and_nothing_is_left(tmp_path):
     report = kill.drill(10, seed=1, folder=tmp_path)
     assert len(report["kills"]) == 10 and report["steps"] > kill.SAVE_EVERY and report["numbers_compared"] > 100_000
-    assert sum(one["met"] > 2 for one in report["kills"]) >= 7 and report["while_saving"] and report["most_lost"] > 0
+    assert sum(one["met"] > 2 and one["shared"] > 2 for one in report["kills"]) >= 7
+    assert report["while_saving"] and report["most_lost"] > 0
 
 
 @pytest.mark.parametrize(
@@ -21,13 +22,14 @@ def test_run_when_killed_10_times_then_its_numbers_are_those_of_one_left_alone_a
     [
         (39, 20, None, 19, True),
         (45, 20, 40, 25, True),
-        (60, 20, 40, 40, False),
+        (60, 20, 40, 40, True),
+        (61, 20, 40, 41, False),
         (45, 20, None, 25, False),
         (65, 20, 60, 45, False),
     ],
 )
 def test_kill_when_more_is_lost_than_lies_between_saves_and_in_one_then_it_fails(step, saved, saving, lost, fits):
-    one = kill.Kill("training", 1.0, step, saved, saving, lost, met=3, gone_after_s=0.0)
+    one = kill.Kill("training", 1.0, step, saved, saving, lost, met=3, shared=0, gone_after_s=0.0)
     if fits:
         one.check(20)
     else:

@@ -320,7 +320,7 @@ def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_t
     capsys.readouterr()
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert re.search(r"the clock of this machine is 8\d,\d{3} s behind the last line of the run's events\.jsonl", said)
+    assert re.search(r"the clock of this machine is [\d,]+ s behind the last line of the run's events\.jsonl", said)
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
     assert [line["step"] for line in read_metrics(tmp_path)[0]] == [5, 10, 15, 20]
     assert CheckpointReader(tmp_path).steps() == CheckpointReader(straight).steps()

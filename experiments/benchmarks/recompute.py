@@ -1,10 +1,9 @@
 """What it costs to compute one step in so many twice (`guard.recompute_every`), on this machine.
 
-python experiments/drills/recompute.py --every 1000 --json recompute.json
+python experiments/benchmarks/recompute.py --every 1000 --json recompute.json
 
 Plain and checked steps of the quickstart's model take turns; a checked one copies state and batch, computes the step a
-second time, and compares all bits. The drill fails where that costs `_MOST` or more of the time of all steps. Whether a
-flipped bit is found, tests/train/test_guarded_runs.py tries, a hundred times in every run of the suite.
+second time, and compares all bits.
 """
 
 from __future__ import annotations
@@ -19,24 +18,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from aimv2_jax.config import Config, load_config  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, check_output, positive  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
 
 QUICKSTART = ROOT / "experiments/quickstart.py"
-_MOST = 0.002  # Of the time of all steps.
 
 
-def measure(rounds: int) -> tuple[list[float], list[float]]:
+def measure(config: Config, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of plain and of checked steps."""
     import jax
 
-    from aimv2_jax.config import load_config
     from aimv2_jax.train.program import build_program
     from aimv2_jax.train.recompute import Recompute
     from experiments.benchmarks.step_time import synthetic_batch
 
-    config = load_config(QUICKSTART, [])
     program = build_program(config, jax.devices()[:1])
     [shape] = config.batch_shapes
     step, batch, state = program.compile_step(shape), synthetic_batch(program), program.init()
@@ -59,7 +56,7 @@ def measure(rounds: int) -> tuple[list[float], list[float]]:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
-    parser = Parser(prog="python experiments/drills/recompute.py", description="What computing steps twice costs.")
+    parser = Parser(prog="python experiments/benchmarks/recompute.py", description="What computing steps twice costs.")
     parser.add_argument("--every", type=positive, default=1000, help="steps, one of them checked (default %(default)s)")
     parser.add_argument(
         "--rounds", type=positive, default=20, help="of a plain and a checked step (default %(default)s)"
@@ -68,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if flags.json:
         check_output(flags.json, flag="--json")
-    plain_s, checked_s = measure(flags.rounds)
+    plain_s, checked_s = measure(load_config(QUICKSTART), flags.rounds)
     extra = statistics.median(b / a for a, b in zip(plain_s, checked_s, strict=True)) - 1
     report = {
         "plain_step_s": statistics.median(plain_s),
@@ -84,8 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"a checked step takes as long as {1 + extra:.2f} plain ones ({report['plain_step_s']:.3f} s): one of "
         f"{flags.every:,} costs {100 * report['overhead']:.3f} % of the time of all steps"
     )
-    if report["overhead"] >= _MOST:
-        raise RuntimeError(f"which is {100 * _MOST} % or more")
     return EXIT_FINISHED
 
 
