@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in less than half an hour,
+# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in 37 minutes where nothing else runs,
 # then probed for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json.
 # Usage: launch/comparison.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes
 #                                                them, with captions in .txt and in the json's field "synthetic", labels
@@ -28,9 +28,9 @@ probe() { # NAME FLAGS...    With all categories, and without the two that a sta
   local name=$1
   shift
   .venv/bin/python -m aimv2_jax.eval.probes "$@" --train "$workdir/data/train" --test "$workdir/data/test" \
-    --label coarse --by source --json "$workdir/$name.json"
+    --label coarse --by source --augment paper --json "$workdir/$name.json"
   .venv/bin/python -m aimv2_jax.eval.probes "$@" --train "$workdir/data/train" --test "$workdir/data/test" \
-    --label coarse --by source --without space,screen --json "$workdir/${name}_without.json"
+    --label coarse --by source --augment paper --without space,screen --json "$workdir/${name}_without.json"
 }
 for model in aimv2 aimv2_alt captioning; do
   probe "$model" --checkpoint "$workdir/$model:last"
