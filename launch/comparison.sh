@@ -1,23 +1,11 @@
 #!/usr/bin/env bash
-# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in 37 minutes where nothing else runs,
-# then probed for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json.
+# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in 37 minutes where nothing
+# else runs, then probed for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json.
 # Usage: launch/comparison.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes
 #                                                them, with captions in .txt and in the json's field "synthetic", labels
 #                                                in its fields "coarse" and "source".
 set -euo pipefail
-pairs=${1:?"Name the folder with the pairs: launch/comparison.sh PAIRS [WORKDIR]"}
-[ -d "$pairs" ] || { echo "error: no such folder: $pairs. Give one with SOURCE/{train,test}/*.tar." >&2; exit 2; }
-pairs=$(cd "$pairs" && pwd)
-workdir=${2:-$(dirname "$0")/../runs/comparison}
-mkdir -p "$workdir"
-workdir=$(cd "$workdir" && pwd)
-. "$(dirname "$0")/environment.sh"
-
-for split in train test; do
-  [ -f "$workdir/data/$split/dataset.json" ] ||
-    .venv/bin/python -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
-      --caption alt=txt --caption synthetic=json:synthetic --label coarse=json:coarse --label source=json:source
-done
+. "$(dirname "$0")/pairs.sh" comparison "${1:-}" "${2:-}" --label coarse=json:coarse --label source=json:source
 
 for model in aimv2 aimv2_alt captioning; do
   .venv/bin/python -m aimv2_jax.main --config="experiments/comparison/$model.py" --workdir="$workdir/$model" \

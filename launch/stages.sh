@@ -4,19 +4,7 @@
 # Usage: launch/stages.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes them,
 #                                            with captions in .txt and in the json's field "synthetic".
 set -euo pipefail
-pairs=${1:?"Name the folder with the pairs: launch/stages.sh PAIRS [WORKDIR]"}
-[ -d "$pairs" ] || { echo "error: no such folder: $pairs. Give one with SOURCE/{train,test}/*.tar." >&2; exit 2; }
-pairs=$(cd "$pairs" && pwd)
-workdir=${2:-$(dirname "$0")/../runs/stages}
-mkdir -p "$workdir"
-workdir=$(cd "$workdir" && pwd)
-. "$(dirname "$0")/environment.sh"
-
-for split in train test; do
-  [ -f "$workdir/data/$split/dataset.json" ] ||
-    .venv/bin/python -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
-      --caption alt=txt --caption synthetic=json:synthetic
-done
+. "$(dirname "$0")/pairs.sh" stages "${1:-}" "${2:-}"
 
 train() { # STAGE FLAGS...
   local stage=$1
