@@ -113,10 +113,8 @@ def hang(what: str) -> int:
 
         jax.device_get = stalled_get
     replace_tokenizer()
-    workdir = Path(_JOB["workdir"])
-    changes = {f"watch__{'data' if what.startswith('worker') else what}_s": f"{_JOB['timeout_s']:.0f}"}
-    changes["train__compilation_cache"] = workdir.parent / "compiled"
-    return trainer_main(trainer_flags(workdir, train__steps=100, **changes))
+    limit = {f"watch__{'data' if what.startswith('worker') else what}_s": f"{_JOB['timeout_s']:.0f}"}
+    return trainer_main(trainer_flags(Path(_JOB["workdir"]), train__steps=100, **limit))
 
 
 def digests() -> None:

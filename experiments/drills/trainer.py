@@ -61,8 +61,9 @@ def overrides(**changes: object) -> list[tuple[str, str]]:
 
 
 def trainer_flags(workdir: Path, **changes: object) -> list[str]:
-    """Of `aimv2_jax.main`."""
-    keys = [f"--config.{key}={value}" for key, value in overrides(**changes)]
+    """Of `aimv2_jax.main`; the runs of one folder share what they compile."""
+    compiled = workdir.parent / "compiled"
+    keys = [f"--config.{key}={value}" for key, value in overrides(train__compilation_cache=compiled, **changes)]
     return [f"--config={QUICKSTART}", f"--workdir={workdir}", *keys]
 
 
@@ -138,8 +139,11 @@ class Trainer(Child):
     """The trainer; its steps, and the last stroke of its saves, take `step_s` and `save_s` longer than they need."""
 
     def __init__(self, workdir: Path, step_s: float = 0.0, save_s: float = 0.0, **changes: object):
-        flags = trainer_flags(workdir, train__compilation_cache=workdir.parent / "compiled", **changes)
-        super().__init__([__file__, *flags], workdir.with_suffix(".log"), {"DRILL_SLOW_S": f"{step_s} {save_s}"})
+        super().__init__(
+            [__file__, *trainer_flags(workdir, **changes)],
+            workdir.with_suffix(".log"),
+            {"DRILL_SLOW_S": f"{step_s} {save_s}"},
+        )
 
 
 def last_step(workdir: Path) -> int:
@@ -160,9 +164,9 @@ def steps_in(workdir: Path, told: int) -> tuple[int, int | None]:
       workdir: of the run.
       told: lines of its books that an earlier start wrote: their saves will come to nothing any more.
     """
-    folder = workdir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    whole = max([int(name) for name in names if name.isdecimal()], default=0)
+    from aimv2_jax.train.step_folders import FOLDER, absolute, committed_steps
+
+    whole = max(committed_steps(absolute(workdir) / FOLDER), default=0)
     events = _lines_backwards(workdir / "events.jsonl", told)
     begun = next((event["step"] for event in events if event["kind"] == "save"), 0)
     return whole, begun if begun > whole else None
