@@ -16,6 +16,6 @@ def get_config() -> ConfigDict:
         crop_area=(0.2, 1.0),  # Three thousand pairs are soon known by heart: smaller crops keep them new for longer.
     )
     config.model.decoder.update(depth=2, text_length=24)
-    config.optimizer.update(warmup_steps=100, schedule_steps=6400, peak_lr=1e-3, weight_decay=1e-3)
-    config.train.update(steps=6400, log_every=20, eval_every=800, save_every=800, eval_at_start=False)
+    config.optimizer.update(warmup_steps=100, schedule_steps=4800, peak_lr=1e-3, weight_decay=1e-3)
+    config.train.update(steps=4800, log_every=20, eval_every=800, save_every=800, eval_at_start=False)
     return config
