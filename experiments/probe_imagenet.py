@@ -22,7 +22,7 @@ from aimv2_jax.eval.probes.__main__ import main
 
 FLAGS = [
     "--kind=attentive", "--grid=paper", "--augment=paper", "--epochs=100", "--warmup-epochs=5", "--batch-size=1024",
-    "--label=class", "--validation=0.02", "--dtype=bfloat16", "--encoder-batch=256",
+    "--label=class", "--validation=0.02", "--no-refit", "--dtype=bfloat16", "--encoder-batch=256",
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from aimv2_jax.data.datasets import write_dataset
 from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.encoders import LoadedEncoder, encoder_of, load_encoder
-from aimv2_jax.eval.probes import neighbours, report
+from aimv2_jax.eval.probes import methods, neighbours, report
 from aimv2_jax.eval.probes.__main__ import main
 from aimv2_jax.eval.probes.cache import FeatureCache
 from aimv2_jax.eval.probes.examples import read_examples, split
@@ -222,9 +222,9 @@ def test_probe_when_the_encoder_is_random_or_crops_are_new_then_it_runs(workdir,
 
 def test_crops_when_new_then_others_in_every_epoch_and_the_same_again(workdir, sets):
     cache = FeatureCache(None, load_encoder(workdir), "patches", None, False, 16)
-    fit, held = split(sets[0], 0.2, seed=0)
+    fit, _ = split(sets[0], 0.2, seed=0)
     plan = Plan(((1e-3, 0.0),), epochs=2, warmup_epochs=0, batch_size=len(fit), seed=0)
-    runs = [list(NewCrops(cache, sets, fit, held, plan).epochs()) for _ in range(2)]
+    runs = [list(NewCrops(cache, sets).epochs(fit, plan)) for _ in range(2)]
     for (ours, _, classes), (theirs, _, numbers) in zip(*runs):
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_array_equal(classes, numbers)
@@ -255,6 +255,27 @@ def test_choice_when_made_then_without_a_look_at_the_test_pictures(workdir, data
         assert main([*arguments, *flags]) == 0
         best.append(json.loads((tmp_path / f"{name}.json").read_text())["best"])
     assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("augment", ["flip", "paper"])
+def test_head_when_chosen_then_trained_again_on_all_train_pictures(workdir, data, sets, monkeypatch, augment):
+    trainings = []
+
+    def watched(head, standard, plan, steps_per_epoch, batches, width):
+        batches = list(batches)
+        trainings.append((len(plan.grid), sum(int((classes >= 0).sum()) for _, _, classes in batches)))
+        assert len(batches) == steps_per_epoch * plan.epochs
+        return train(head, standard, plan, steps_per_epoch, batches, width)
+
+    monkeypatch.setattr(methods, "train", watched)
+    flags = ["--kind=linear", "--epochs=2", "--batch-size=8", "--validation=0.2", "--no-floor", f"--augment={augment}"]
+    assert run(workdir, data, *flags) == 0
+    fit, held = split(sets[0], 0.2, seed=0)
+    grid = (len(methods.SMALL_GRID), 2 * len(fit))
+    assert trainings == [grid, (1, 2 * (len(fit) + len(held)))]
+    trainings.clear()
+    assert run(workdir, data, *flags, "--no-refit") == 0
+    assert trainings == [grid]
 
 
 @pytest.mark.parametrize(

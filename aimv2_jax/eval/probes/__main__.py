@@ -12,8 +12,9 @@ linear     a linear layer on the mean of the patches, standardised
 knn        the nearest train pictures by the cosine of those means vote
 
 The grid of learning rates and weight decays is trained together. Its best point, or the number of neighbours, is chosen
-on pictures that are cut from --train, never on --test. Features of the centre crop and of its mirror image are
-computed once, and kept in --cache; with --augment paper the encoder runs on new random crops in every epoch.
+on pictures that are cut from --train, never on --test; what was chosen is then trained again on all of --train, unless
+--no-refit. Features of the centre crop and of its mirror image are computed once, and kept in --cache; with --augment
+paper the encoder runs on new random crops in every epoch, so that training again takes as long as the grid.
 --json writes top1, ci95 (bootstrap over test pictures), per_class, kind, label, best, floor (the nearest train picture
 by 16 x 16 pixels, on the same pictures) and examples.
 """
@@ -72,6 +73,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="of --train, to choose by (default %(default)s)",
     )
+    add("--no-refit", dest="refit", action="store_false", help="the head that was chosen, trained without those")
     add("--encoder-batch", type=positive, metavar="N", help="pictures at a time (default: 32 of 256 patches)")
     add("--seed", type=_seed, default=0, metavar="N", help="of the split, the order and the head (default %(default)s)")
     add("--cache", type=Path, metavar="DIR", help="where features are kept (default: nowhere)")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -68,28 +67,30 @@ def neighbours(
 def trained_head(
     encoder: LoadedEncoder, sets: tuple[Examples, Examples], fit: Places, held: Places, flags: argparse.Namespace
 ) -> Found:
-    """An attentive or linear head, trained on `fit`, the one of the grid that is best on `held`."""
+    """An attentive or linear head: the grid is trained on `fit`, its best on `held` again on both (`flags.refit`)."""
     attentive, width, names = flags.kind == "attentive", encoder.vision.width, sets[0].names
     pooling = "patches" if attentive else "mean"
     cache = FeatureCache(flags.cache, encoder, pooling, flags.layer, flags.augment == "flip", flags.encoder_batch)
-    size = min(flags.batch_size, len(fit))
     grid = PAPER_GRID if flags.grid == "paper" else SMALL_GRID
+    size = min(flags.batch_size, len(fit))
     plan = Plan(grid, flags.epochs, min(flags.warmup_epochs, flags.epochs - 1), size, flags.seed)
-    views = (NewCrops if flags.augment == "paper" else KeptFeatures)(cache, sets, fit, held, plan)
+    views = (NewCrops if flags.augment == "paper" else KeptFeatures)(cache, sets)
     start = time.perf_counter()
-    standard = views.standard() if flags.normalise else Standard.none(width)
     head = AttentiveHead(encoder.vision.heads, len(names)) if attentive else LinearHead(len(names))
-    params = train(head, standard, plan, -(-len(fit) // size), views.epochs(), width)
 
-    def scored(params: Any, batches: Iterator[Batch], count: int) -> np.ndarray:
-        return np.concatenate(list(predict(head, standard, params, batches)), axis=1)[:, :count]
+    def trained(places: Places, plan: Plan) -> Callable[[Iterator[Batch], int], np.ndarray]:
+        standard = views.standard(places, plan) if flags.normalise else Standard.none(width)
+        params = train(head, standard, plan, -(-len(places) // size), views.epochs(places, plan), width)
+        return lambda batches, count: np.concatenate(list(predict(head, standard, params, batches)), axis=1)[:, :count]
 
-    log_probability, classes = scored(params, views.held(), len(held)), sets[0].classes[held]
+    scored = trained(fit, plan)
+    log_probability, classes = scored(views.known(held, size), len(held)), sets[0].classes[held]
     right = (log_probability.argmax(-1) == classes).mean(1)
     loss = -log_probability[:, np.arange(len(held)), classes].mean(1)
     best = min(range(len(grid)), key=lambda point: (-right[point], loss[point]))
-    one = jax.tree.map(lambda leaf: leaf[best : best + 1], params)
-    predicted = scored(one, views.test(), len(sets[1]))[0].argmax(-1)
+    if flags.refit:  # As knn and the floor do, which look at every train picture.
+        scored = trained(np.sort(np.concatenate([fit, held])), dataclasses.replace(plan, grid=grid[best : best + 1]))
+    predicted = scored(views.asked(size), len(sets[1]))[0 if flags.refit else best].argmax(-1)
     chosen = {"lr": grid[best][0], "weight_decay": grid[best][1], "validation_top1": float(right[best])}
     return Found(predicted, chosen, _seconds(views.made, start))
 
@@ -97,28 +98,27 @@ def trained_head(
 class KeptFeatures:
     """What a head is trained on and asked, where all features are computed once and kept in memory."""
 
-    def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples], fit: Places, held: Places, plan: Plan):
-        self._fit, self._held, self._plan, self._classes = fit, held, plan, sets[0].classes
-        asked = dataclasses.replace(cache, flips=False)
-        self.made = [cache(sets[0], "train"), asked(sets[1], "test")]
+    def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples]):
+        self._classes = sets[0].classes
+        self.made = [cache(sets[0], "train"), dataclasses.replace(cache, flips=False)(sets[1], "test")]
 
-    def standard(self) -> Standard:
-        """Mean and variance over the pictures that train."""
-        return Standard.of(self.made[0].features, self.made[0].valid, self._fit)
+    def standard(self, places: Places, plan: Plan) -> Standard:
+        """Mean and variance over the train pictures at `places`."""
+        return Standard.of(self.made[0].features, self.made[0].valid, places)
 
-    def epochs(self) -> Iterator[Batch]:
-        """The batches of all epochs."""
+    def epochs(self, places: Places, plan: Plan) -> Iterator[Batch]:
+        """The batches of all epochs over the train pictures at `places`."""
         known = self.made[0]
-        return epochs_of(known.features, known.valid, self._classes, self._fit, self._plan)
+        return epochs_of(known.features, known.valid, self._classes, places, plan)
 
-    def held(self) -> Iterator[Batch]:
-        """The pictures that choose, in order."""
-        return in_order(self.made[0].features, self.made[0].valid, self._held, self._plan.batch_size)
+    def known(self, places: Places, batch_size: int) -> Iterator[Batch]:
+        """The train pictures at `places`, in order."""
+        return in_order(self.made[0].features, self.made[0].valid, places, batch_size)
 
-    def test(self) -> Iterator[Batch]:
-        """The pictures that are asked, in order."""
+    def asked(self, batch_size: int) -> Iterator[Batch]:
+        """The test pictures, in order."""
         asked = self.made[1]
-        return in_order(asked.features, asked.valid, np.arange(len(asked.features)), self._plan.batch_size)
+        return in_order(asked.features, asked.valid, np.arange(len(asked.features)), batch_size)
 
 
 class NewCrops:
@@ -126,47 +126,47 @@ class NewCrops:
 
     made: Sequence[FeatureSet] = ()
 
-    def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples], fit: Places, held: Places, plan: Plan):
-        self._cache, self._sets, self._fit, self._held, self._plan = cache, sets, fit, held, plan
+    def __init__(self, cache: FeatureCache, sets: tuple[Examples, Examples]):
+        self._cache, self._sets = cache, sets
 
-    def standard(self) -> Standard:
-        """Mean and variance over some of the pictures that train."""
-        places = np.random.default_rng(self._plan.seed).permutation(self._fit)[:_SAMPLE]
+    def standard(self, places: Places, plan: Plan) -> Standard:
+        """Mean and variance over some of the train pictures at `places`."""
+        places = np.random.default_rng(plan.seed).permutation(places)[:_SAMPLE]
         features, valid = (np.concatenate(parts) for parts in zip(*self._cache.stream(self._sets[0].take(places))))
         return Standard.of(features[:, None], valid, np.arange(len(places)))
 
-    def epochs(self) -> Iterator[Batch]:
+    def epochs(self, places: Places, plan: Plan) -> Iterator[Batch]:
         """The batches of all epochs (`TrainingView`), decoded ahead of the encoder."""
-        examples, size, part = self._sets[0], self._plan.batch_size, self._cache.batch_size
-        view = TrainingView(self._plan.seed, self._cache.encoder.vision.image_size, **_CROP)
-        rng = np.random.default_rng(self._plan.seed)
+        examples, size, part = self._sets[0], plan.batch_size, self._cache.batch_size
+        view = TrainingView(plan.seed, self._cache.encoder.vision.image_size, **_CROP)
+        rng = np.random.default_rng(plan.seed)
 
         def crop(one: tuple[int, int]) -> np.ndarray:
             epoch, place = one
             return view(open_image(examples.image(place)), epoch * len(examples) + place, 0, StageClock())
 
-        orders = [(epoch, rng.permutation(self._fit)) for epoch in range(self._plan.epochs)]
+        orders = [(epoch, rng.permutation(places)) for epoch in range(plan.epochs)]
         batches = [
             (epoch, order[start : start + size]) for epoch, order in orders for start in range(0, len(order), size)
         ]
         groups = (
-            [(epoch, int(place)) for place in places[first : first + part]]
-            for epoch, places in batches
-            for first in range(0, len(places), part)
+            [(epoch, int(place)) for place in batch[first : first + part]]
+            for epoch, batch in batches
+            for first in range(0, len(batch), part)
         )
         pixels = made_ahead(crop, groups)
-        for _, places in batches:
-            parts = [self._cache.encode(next(pixels)) for _ in range(0, len(places), part)]
+        for _, batch in batches:
+            parts = [self._cache.encode(next(pixels)) for _ in range(0, len(batch), part)]
             features, valid = (np.concatenate([made[kind] for made in parts]) for kind in (0, 1))
-            rows = np.arange(len(places))
-            yield filled(features[:, None], valid, examples.classes[places], rows, np.zeros_like(rows), size)
+            rows = np.arange(len(batch))
+            yield filled(features[:, None], valid, examples.classes[batch], rows, np.zeros_like(rows), size)
 
-    def held(self) -> Iterator[Batch]:
-        """The pictures that choose, in order."""
-        return self._streamed(self._sets[0].take(self._held))
+    def known(self, places: Places, batch_size: int) -> Iterator[Batch]:
+        """The train pictures at `places`, in order."""
+        return self._streamed(self._sets[0].take(places))
 
-    def test(self) -> Iterator[Batch]:
-        """The pictures that are asked, in order."""
+    def asked(self, batch_size: int) -> Iterator[Batch]:
+        """The test pictures, in order."""
         return self._streamed(self._sets[1])
 
     def _streamed(self, examples: Examples) -> Iterator[Batch]:
