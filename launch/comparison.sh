@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in 37 minutes where nothing
-# else runs, then probed for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json.
+# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, within 40 minutes, then probed
+# for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json, the tables in WORKDIR/comparison.md.
 # Usage: launch/comparison.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes
 #                                                them, with captions in .txt and in the json's field "synthetic", labels
 #                                                in its fields "coarse" and "source".
@@ -24,3 +24,4 @@ for model in aimv2 aimv2_alt captioning; do
   probe "$model" --checkpoint "$workdir/$model:last"
 done
 probe random --checkpoint random --like "$workdir/aimv2:last"
+.venv/bin/python experiments/comparison/table.py "$workdir" | tee "$workdir/comparison.md"
