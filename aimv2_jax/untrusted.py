@@ -1,0 +1,115 @@
+"""Reading what others wrote: regular files of bounded size, JSON of bounded depth, values in range, text for a terminal.
+
+Everything here raises `ValueError` for content that cannot be accepted and leaves `OSError` to the system's refusals,
+so that a caller can turn each into the error of its own domain. Nothing here blocks on a pipe or reads without a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 << 20
+MAX_JSON_DEPTH = 64
+_MAX_PRINTED = 200  # Characters of a foreign text in a report or an error.
+
+
+def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike | None = None) -> bytes:
+    """Reads a local regular file.
+
+    Args:
+      path: followed through symbolic links, unless they lead out of `inside`.
+      max_bytes: size above which the file is refused.
+      inside: folder in which the file must lie once all links are resolved.
+
+    Raises:
+      ValueError: if it is no regular file (a pipe, a device, a folder), larger than `max_bytes`, outside of `inside`,
+        or its name holds a zero byte.
+      OSError: if the system refuses it.
+    """
+    path = os.fspath(path)
+    if inside is not None:
+        path = os.path.realpath(path)  # What is checked is what is opened: no link is followed after this.
+        if not is_inside(path, inside):
+            raise ValueError("it lies outside of the folder")
+    # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if inside is not None else 0)
+    with open(os.open(path, flags), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"it has {status.st_size:,} bytes, the limit is {max_bytes:,}")
+        data = file.read(status.st_size + 1)  # Bounded, because files of /proc report 0 bytes and may never end.
+    if len(data) > status.st_size:
+        raise ValueError("it grows while it is read")
+    return data
+
+
+def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether `path` lies in `folder` once the links of both are resolved."""
+    folder = os.path.realpath(folder)
+    return os.path.commonpath([folder, os.path.realpath(path)]) == folder
+
+
+def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH) -> Any:
+    """Parses JSON (RFC 8259: NaN and Infinity are refused) whose arrays and objects nest up to `max_depth` deep.
+
+    Raises:
+      ValueError: if it is not JSON, not UTF-8, or nested deeper.
+    """
+    try:
+        tree = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+    if _depth(tree) > max_depth:
+        raise ValueError("JSON nested too deep")
+    return tree
+
+
+def parse_json_object(text: str | bytes, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
+    """As `parse_json`; raises `ValueError` for anything but an object, too."""
+    tree = parse_json(text, max_depth)
+    if not isinstance(tree, dict):
+        raise ValueError("JSON, but not an object")
+    return tree
+
+
+def read_json_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a local file; raises as `read_file` and `parse_json_object`."""
+    return parse_json_object(read_file(Path(path), max_bytes))
+
+
+def as_int(value: Any, low: int, high: int) -> int:
+    """`value` if it is an int (no bool, no float) from `low` to `high`; raises `ValueError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"not a whole number from {low} to {high}: {shorten(repr(value))}")
+    return value
+
+
+def printable(text: str, limit: int = _MAX_PRINTED) -> str:
+    """`text` on one line without control characters (they would reach the terminal), cut to `limit` characters."""
+    text = shorten(text, limit)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shorten(text: str, limit: int = _MAX_PRINTED) -> str:
+    """`text`, or its two ends around an ellipsis where it has more than `limit` characters."""
+    half = max((limit - 5) // 2, 1)
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _depth(tree: Any) -> int:
+    """Levels of arrays and objects, without recursion."""
+    depth, level = 0, [tree]
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return depth
