@@ -249,7 +249,8 @@ class Config:
         if self.train.cooldown_from is None:
             return None
         trunk, _, step = self.train.cooldown_from.rpartition(":")
-        return Cooldown(trunk, int(step), max(1, round(self.optimizer.cooldown_share * int(step))))
+        share = self.optimizer.cooldown_share
+        return Cooldown(trunk, int(step), max(1, round(int(step) * share / (1 - share))))
 
 
 # --- from text and ConfigDict to dataclasses ---------------------------------------------------------------------
@@ -626,7 +627,10 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def _check_cooldown(config: Config) -> None:
-    _positive(config.optimizer.cooldown_share, "optimizer.cooldown_share")
+    share = config.optimizer.cooldown_share
+    if not 0 < share < 1:
+        remedy = "Give the cooldown's share of all steps of its run, such as 0.2"
+        raise UserError("config optimizer.cooldown_share is not between 0 and 1", share, remedy)
     trunk = config.train.cooldown_from
     if trunk is None:
         return

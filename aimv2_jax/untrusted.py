@@ -1,4 +1,4 @@
-"""Reading what others wrote: regular files of bounded size, JSON of bounded depth, values in range, text for a terminal.
+"""Reading what others wrote: bounded regular files, JSON of bounded depth, values in range, text for a terminal.
 
 Everything here raises `ValueError` for content that cannot be accepted and leaves `OSError` to the system's refusals,
 so that a caller can turn each into the error of its own domain. Nothing here blocks on a pipe or reads without a limit.

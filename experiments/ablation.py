@@ -1,7 +1,8 @@
 """What the baselines and ablations have in common; `ablations/*.py` are the runs.
 
-The paper compares ViT-L or H after 2 billion pairs, by frozen-trunk accuracy on ImageNet-1k, VQAv2 and TextVQA [P?:
-RECIPE.md §10]. Its scores stand in each file's docstring, in this order; where there are none, none are published.
+The paper compares ViT-L or H after 2 billion pairs, by frozen-trunk accuracy on ImageNet-1k, VQAv2 and TextVQA [P:
+Table 9; RECIPE.md §10]. Its scores stand in each file's docstring, in this order; where there are none, none are
+published.
 """
 
 import math

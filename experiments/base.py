@@ -1,6 +1,6 @@
 """Every key of a run, with the paper's values: AIMv2-L at 224 px. Other experiments change a few of these.
 
-Tags: [P] the paper (arXiv 2411.14402), [R] Apple's public trainer, [O] ours, with the reason.
+Tags: [P] the paper (arXiv 2411.14402; A1: its Table A1), [R] Apple's public trainer, [O] ours, with the reason.
 """
 
 import ml_collections
@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
 def _model() -> ConfigDict:
     return ConfigDict(
         dict(
-            patch_size=14,  # Side of a patch, pixels. [P]
+            patch_size=14,  # Side of a patch, pixels. [P: A1]
             encoder=dict(
                 width=1024,  # Channels of the residual stream. [P]
                 depth=24,  # Blocks. [P]
@@ -96,7 +96,7 @@ def _model() -> ConfigDict:
                 heads=8,  # [R]
                 hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's. [R]
                 vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
-                text_length=77,  # Tokens of a caption, its end included. [R]
+                text_length=77,  # Tokens of a caption [P: A1], its end included [R].
                 remat=ml_collections.config_dict.placeholder(str),  # The decoder's own; None: as model.remat. [O]
                 # "joint": one trunk for both losses; "separate": a whole decoder for each; "mlp": AIMv1's head, which
                 # predicts patches only, by blocks without attention. [P]
@@ -134,21 +134,23 @@ def _loss() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     return ConfigDict(
         dict(
-            peak_lr=1e-3,  # [P]
+            peak_lr=1e-3,  # Of large and base; pretrain.py has the others. [P: A1]
             start_lr=1e-6,  # The first step's. [R]
-            end_lr=1e-5,  # From step `schedule_steps` on. [R]
-            warmup_steps=12_500,  # Linear, start_lr to peak_lr. [R]
-            schedule_steps=1_464_844,  # Warm-up and cosine together: 12e9 samples / 8192. [P: samples; O: the division]
-            betas=(0.9, 0.95),  # [P]
+            end_lr=1e-5,  # From step `schedule_steps` on. [P: A1]
+            warmup_steps=12_500,  # Linear, start_lr to peak_lr. [P: A1]
+            schedule_steps=1_500_000,  # Warm-up and cosine together; at 8192 a step 12.29e9 samples. [P: A1]
+            betas=(0.9, 0.95),  # [P: A1]
             eps=1e-8,  # [R]
-            weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [R]
-            clip_norm=1.0,  # Of the global gradient norm. [P]
+            weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [P: A1; R: the form]
+            clip_norm=1.0,  # Of the global gradient norm. [P: A1]
             # Of the parameters' exponential average, which then is what is loaded after training; 0: none is kept. [O:
             # a third more memory and disk for the state; neither the paper nor the public trainer has one]
             ema_decay=0.0,
-            schedule="cosine",  # "half_cosine" ends half the way to end_lr: the trunk of cooldowns. [R; half: P?]
-            cooldown_share=0.2,  # Steps of a cooldown (train.cooldown_from), as a share of those before it. [P?]
-            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P?]
+            schedule="cosine",  # [P: A1]; "half_cosine" ends half way to end_lr, and cooldowns branch off it [P: §3.1].
+            # Steps of a cooldown (train.cooldown_from), as a share of all steps up to its end. [P: §3.1; O: of all,
+            # since 0.8 of the paper's 6.4 billion samples are its "5 billion", and 1 / 1.2 of them are not]
+            cooldown_share=0.2,
+            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P: §3.1]
         )
     )
 
@@ -156,16 +158,16 @@ def _optimizer() -> ConfigDict:
 def _data() -> ConfigDict:
     return ConfigDict(
         dict(
-            batch_size=8192,  # Examples a step, over all devices and hosts (see also areas). [P]
+            batch_size=8192,  # Examples a step, over all devices and hosts (see also areas). [P: A1]
             workers=8,  # Processes that read and decode, on each host; 0: threads of the trainer. [O]
             read_threads=32,  # Records that each worker reads at a time, ahead of decoding. [O: 50 ms a read is 640/s]
             prefetch=2,  # Batches that each worker keeps ready. [O]
-            image_size=224,  # Side of the training crop, pixels. [P]
-            crop_area=(0.4, 1.0),  # RandomResizedCrop: share of the picture's area. [R]
-            crop_ratio=(3 / 4, 4 / 3),  # RandomResizedCrop: aspect ratio, width / height. [R]
-            flip=0.5,  # Probability of a horizontal flip. [R]
+            image_size=224,  # Side of the training crop, pixels. [P: A1]
+            crop_area=(0.4, 1.0),  # RandomResizedCrop: share of the picture's area. [P: A1]
+            crop_ratio=(3 / 4, 4 / 3),  # RandomResizedCrop: aspect ratio, width / height. [P: A1; R: 4 / 3 for 1.33]
+            flip=0.5,  # Probability of a horizontal flip. [P: A1]
             sources={},  # Name -> folder of prepared records; "package:..." is inside the package. [P]
-            mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights. [P]
+            mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights. [P: Table 2]
             max_bad_fraction=0.01,  # Records that may be unusable before the run stops. [O]
             # Native resolution: areas, in patches, of which every step draws one (RECIPE.md §9), and to which pictures
             # are resized whole, with their aspect. Batches have batch_size examples at the largest area, and at others
@@ -193,7 +195,7 @@ def _eval() -> ConfigDict:
 def _train() -> ConfigDict:
     return ConfigDict(
         dict(
-            steps=1_464_844,  # Where the run ends; the learning rate knows optimizer.schedule_steps. [P, as there]
+            steps=1_500_000,  # Where the run ends; the learning rate follows optimizer.schedule_steps. [P: A1]
             log_every=100,  # Steps between lines of metrics.jsonl. [O]
             eval_every=10_000,  # Steps between evaluations; 0: at the end only. [O]
             eval_at_start=False,  # Also before the first step: what a start from another run (init) is worth. [O]

@@ -1,17 +1,19 @@
-"""What runs at native resolution have in common; `native_SIZE.py` are the runs."""
+"""What fine-tuning at native resolution has in common; `native_SIZE.py` are the runs."""
 
 from ml_collections import ConfigDict
 
 from experiments import mixtures
 from experiments.pretrain import pretrain_config
 
-AREAS = tuple(2**n for n in range(7, 13))  # 128 … 4096 patches [P?]
+# 128 … 4096 patches. The paper draws n of 2^n from [7, 12] and states no rounding [P: §2.4]; a compiled step wants few
+# shapes, so n is rounded [O]. The probability of each area: RECIPE.md §9.
+AREAS = tuple(2**n for n in range(7, 13))
 PATCHES = 2**20  # In a batch, C = A x B [P: that it is constant; O: the number, 256 pictures of the largest area].
 SAMPLES = 2_000_000_000  # As the high-resolution stage's, at 256 patches each. [O]
 
 
 def native_config(size: str) -> ConfigDict:
-    """The run of an encoder of `size` at native resolution, with positions of the true grid (RECIPE.md §9).
+    """The fine-tuning of an encoder of `size` at native resolution, with positions of the true grid (RECIPE.md §9) [P].
 
     It starts from the whole model of the 224 px run, `init.path`, but for the table of positions: sin-cos replaces it,
     and the blocks learn to read that in the warm-up. Ours: the patches that as many pictures have at 224 px; a

@@ -5,19 +5,19 @@ from ml_collections import ConfigDict
 from aimv2_jax.models.sizes import ENCODER_SIZES
 from experiments import base, mixtures
 
-# By size: the peak learning rate [P]; over how many chips parameters and moments are split, one ring of a pod whose
-# gathers are cheap [O]; the least recomputation with which 32 pictures a chip fit a v5e (`results/aot.md`) [O].
+# By size: the peak learning rate [P: Table A1]; over how many chips parameters and moments are split, one ring of a pod
+# whose gathers are cheap [O]; the least recomputation with which 32 pictures a chip fit a v5e (`results/aot.md`) [O].
 SETTINGS = {
     "base": dict(peak_lr=1e-3, fsdp=1),  # [O: the rate of large; the paper has no base]
     "large": dict(peak_lr=1e-3, fsdp=16),
     "huge": dict(peak_lr=8e-4, fsdp=16),
     "1b": dict(peak_lr=8e-4, fsdp=16, remat="matmuls"),
-    "3b": dict(peak_lr=8e-4, fsdp=16, remat="gate", decoder_remat="full"),
+    "3b": dict(peak_lr=4e-4, fsdp=16, remat="gate", decoder_remat="full"),
 }
 
 
 def pretrain_config(size: str) -> ConfigDict:
-    """The run of an encoder of `size` at 224 px: 12 billion pairs of the paper's mixture in batches of 8192 [P]."""
+    """The run of an encoder of `size` at 224 px: the mixture of Table 2 for 1,500,000 steps of 8192 [P]."""
     config = base.get_config()
     encoder, settings = ENCODER_SIZES[size], SETTINGS[size]
     config.model.encoder.update(width=encoder.width, depth=encoder.depth, heads=encoder.heads)

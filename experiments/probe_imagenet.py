@@ -1,4 +1,4 @@
-"""The paper's attentive probe on ImageNet-1k: `aimv2_jax.eval.probes` with the recipe's numbers (RECIPE.md §11).
+"""An attentive probe on ImageNet-1k with most of the paper's settings (RECIPE.md §11 says which differ).
 
     python -m aimv2_jax.data.prepare --input 'imagenet/train/*.tar' --output data/imagenet/train \\
       --caption alt=cls --label class=cls
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aimv2_jax.eval.probes.__main__ import main
 
 FLAGS = [
-    "--kind=attentive", "--grid=paper", "--augment=paper", "--epochs=100", "--warmup-epochs=5", "--batch-size=1024",
+    "--kind=attentive", "--grid=full", "--augment=crops", "--epochs=100", "--warmup-epochs=5", "--batch-size=1024",
     "--label=class", "--validation=0.02", "--no-refit", "--dtype=bfloat16", "--encoder-batch=256",
 ]  # fmt: skip
 

@@ -103,7 +103,7 @@ def test_config_when_turned_to_plain_values_and_back_then_equal():
 
 def test_cooldown_when_a_step_is_named_then_its_length_and_the_end_of_the_run_follow():
     config = load_config(QUICKSTART, [("train.cooldown_from", "gs://b/trunk:213"), ("train.steps", "9")])
-    assert config.cooldown == Cooldown("gs://b/trunk", 213, 43)
+    assert config.cooldown == Cooldown("gs://b/trunk", 213, 53)
     assert config.train.steps == 256
     assert build_config(config_to_dict(config)) == config
     assert load_config(QUICKSTART).cooldown is None
@@ -161,7 +161,8 @@ REFUSED = {
     "a cooldown of no run": (("train.cooldown_from", "runs/trunk"), ["train.cooldown_from", "WORKDIR:STEP"]),
     "a cooldown in the warm-up": (("train.cooldown_from", "t:39"), ["cooldown_from", "step 39 of 40"]),
     "a cooldown beyond int32": (("train.cooldown_from", "t:2000000000"), ["cooldown_from", "below 2147483648"]),
-    "a cooldown of no length": (("optimizer.cooldown_share", "0"), ["optimizer.cooldown_share"]),
+    "a cooldown of no length": (("optimizer.cooldown_share", "0"), ["optimizer.cooldown_share", "between 0 and 1"]),
+    "a cooldown of all steps": (("optimizer.cooldown_share", "1"), ["optimizer.cooldown_share", "between 0 and 1"]),
     "step 0 kept": (("train.keep_steps", "(0, 5)"), ["train.keep_steps[0]", "at least 1"]),
     "both losses off": (("loss", {"image": False, "text": False}), ["loss.image and loss.text"]),
     "unknown source": (("data.mixture.paintings.alt", "1"), ["paintings", "data.sources.paintings"]),

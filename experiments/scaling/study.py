@@ -1,7 +1,7 @@
 """The scaling study: which runs it has, and where each lies (RECIPE.md §10).
 
 A size has one trunk, whose rate follows half a cosine, and for every number of samples a cooldown that branches off it:
-a point of the study costs a sixth of its samples more, not all of them. The samples of a point are those of trunk and
+a point of the study costs a fifth of its samples more, not all of them. The samples of a point are those of trunk and
 cooldown together. Below the study's folder a run lies in `SIZE/trunk` or `SIZE/cooldown_STEP`.
 """
 
@@ -69,11 +69,12 @@ STUDIES = {
             "optimizer.warmup_steps": 20, "train.eval_every": 0, "train.save_every": 100, "train.tensorboard": False,
         },
     ),
-    # The paper's: 300M to 3B parameters, 500M to 6.4B samples. [P; O: the samples in between]
+    # The paper's §3.1: 300M to 3B parameters; one run a size on 5 billion images, whose seven cooldowns are points of
+    # 500M to 6.4B samples [P; O: the five counts in between, each about 1.5 times the one before].
     "paper": Study(
         str(EXPERIMENTS / "pretrain_{size}_224.py"),
         sizes=("large", "huge", "1b", "3b"),
-        samples=(500_000_000, 800_000_000, 1_600_000_000, 3_200_000_000, 6_400_000_000),
+        samples=(500_000_000, 800_000_000, 1_200_000_000, 1_800_000_000, 2_800_000_000, 4_200_000_000, 6_400_000_000),
         batch=8192,
     ),
 }  # fmt: skip
@@ -149,7 +150,7 @@ def _runs(study: Study, size: str, folder: epath.Path, overrides: Sequence[tuple
     root = math.sqrt(study.scale)
     batch = max(1, round(study.batch * root))
     share = config.optimizer.cooldown_share
-    starts = [max(1, round(count * study.scale / batch / (1 + share))) for count in sorted(study.samples)]
+    starts = [max(1, round(count * study.scale / batch * (1 - share))) for count in sorted(study.samples)]
     if len(set(starts)) < len(starts):
         remedy = "Give counts further apart, or a smaller --batch"
         raise UserError(f"--samples: at batches of {batch} two are the same steps", list(study.samples), remedy)
@@ -158,7 +159,7 @@ def _runs(study: Study, size: str, folder: epath.Path, overrides: Sequence[tuple
         "optimizer.warmup_steps": str(round(config.optimizer.warmup_steps * root)),
         "optimizer.schedule": "half_cosine",
         "optimizer.schedule_steps": str(starts[-1]),
-        "optimizer.end_lr": "0.0",  # So that the trunk's last rate is half the peak. [P?]
+        "optimizer.end_lr": "0.0",  # So that the trunk's last rate is half the peak. [P: §3.1]
         "train.keep_steps": str(tuple(starts)),
         "train.steps": str(starts[-1]),
     }

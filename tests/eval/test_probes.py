@@ -216,7 +216,7 @@ def test_probe_when_colours_are_asked_then_told_and_written(workdir, data, tmp_p
 def test_probe_when_the_encoder_is_random_or_crops_are_new_then_it_runs(workdir, data, tmp_path, capsys):
     arguments = [f"--train={data}/train", f"--test={data}/test", "--label=color", "--epochs=2", "--encoder-batch=16"]
     assert main(["--checkpoint=random", f"--like={workdir}", *arguments, "--kind=linear"]) == 0
-    assert run(workdir, data, "--epochs=2", "--augment=paper", "--grid=paper") == 0
+    assert run(workdir, data, "--epochs=2", "--augment=crops", "--grid=full") == 0
     assert capsys.readouterr().out.count("top-1") == 2
 
 
@@ -257,7 +257,7 @@ def test_choice_when_made_then_without_a_look_at_the_test_pictures(workdir, data
     assert best[0] == best[1]
 
 
-@pytest.mark.parametrize("augment", ["flip", "paper"])
+@pytest.mark.parametrize("augment", ["flip", "crops"])
 def test_head_when_chosen_then_trained_again_on_all_train_pictures(workdir, data, sets, monkeypatch, augment):
     trainings = []
 
@@ -283,8 +283,8 @@ def test_head_when_chosen_then_trained_again_on_all_train_pictures(workdir, data
     [
         (["--checkpoint=random"], "go together"),
         (["--like={run}"], "go together"),
-        (["--kind=knn", "--augment=paper"], "not for knn"),
-        (["--augment=paper", "--cache=kept"], "keeps no features"),
+        (["--kind=knn", "--augment=crops"], "not for knn"),
+        (["--augment=crops", "--cache=kept"], "keeps no features"),
         (["--seed=-1"], "not a whole number"),
         (["--cache={run}/metrics.jsonl"], "--cache is a file"),
         (["--layer=3"], "--layer is out of range: 3. Give 0 to 2"),

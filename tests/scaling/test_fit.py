@@ -64,13 +64,13 @@ def test_main_when_a_study_is_finished_then_its_law_is_written_with_both_figures
 
 def test_points_when_some_runs_are_not_finished_then_left_out_by_name(copied):
     runs = {run.name: run for run in plan(STUDIES["miniature"], copied)}
-    for name in ("nano/cooldown_53", "tiny/cooldown_213", "micro/cooldown_427"):
+    for name in ("nano/cooldown_51", "tiny/cooldown_205", "micro/cooldown_410"):
         shutil.rmtree(runs[name].workdir)
-    leave(runs["nano/cooldown_53"], step=60)
-    leave(runs["tiny/cooldown_213"])
+    leave(runs["nano/cooldown_51"], step=60)
+    leave(runs["tiny/cooldown_205"])
     points, left_out = read_points(copied, "eval_loss")
     assert len(points) == 9
-    assert left_out == ["nano/cooldown_53: not finished", "tiny/cooldown_213: no eval_loss after its last step"]
+    assert left_out == ["nano/cooldown_51: not finished", "tiny/cooldown_205: no eval_loss after its last step"]
 
 
 def test_points_when_another_loss_is_asked_for_then_it_is_read(study):

@@ -35,14 +35,14 @@ def runs(tmp_path):
 
 def test_plan_when_a_study_then_a_trunk_a_size_and_a_cooldown_for_each_count(runs, tmp_path):
     assert names(runs) == [
-        *("nano/trunk", "nano/cooldown_53", "nano/cooldown_213"),
-        *("tiny/trunk", "tiny/cooldown_53", "tiny/cooldown_213"),
+        *("nano/trunk", "nano/cooldown_51", "nano/cooldown_205"),
+        *("tiny/trunk", "tiny/cooldown_51", "tiny/cooldown_205"),
     ]
     trunk, first, last = runs[:3]
-    assert (trunk.start, trunk.steps, first.start, first.steps, last.start, last.steps) == (0, 213, 53, 64, 213, 256)
+    assert (trunk.start, trunk.steps, first.start, first.steps, last.start, last.steps) == (0, 205, 51, 64, 205, 256)
     assert (first.samples, last.samples) == (1024, 4096)
-    assert trunk.config.optimizer.schedule == "half_cosine" and trunk.config.optimizer.schedule_steps == 213
-    assert trunk.config.train.keep_steps == (53, 213)
+    assert trunk.config.optimizer.schedule == "half_cosine" and trunk.config.optimizer.schedule_steps == 205
+    assert trunk.config.train.keep_steps == (51, 205)
     assert last.config.cooldown.trunk == str(tmp_path / "nano/trunk")
     assert [run.config.model.encoder.width for run in runs] == [64] * 3 + [192] * 3
     assert runs[3].parameters == (2_782_272, 3_674_688)
@@ -57,17 +57,23 @@ def test_plan_when_its_arguments_are_read_by_the_trainer_then_the_configs_of_the
 def test_plan_when_scaled_then_samples_by_it_and_batch_and_warm_up_by_its_root(tmp_path):
     [trunk, first, *_] = plan(dataclasses.replace(STUDY, scale=0.25), tmp_path)
     assert (trunk.config.data.batch_size, trunk.config.optimizer.warmup_steps) == (8, 10)
-    assert first.samples == 256 and trunk.steps == round(1024 / 8 / 1.2)
+    assert first.samples == 256 and trunk.steps == round(1024 / 8 * 0.8)
 
 
 def test_plan_when_the_papers_then_its_sizes_samples_and_batch(tmp_path):
     runs = plan(STUDIES["paper"], tmp_path)
     points = [run for run in runs if run.config.cooldown]
-    assert {run.size for run in points} == {"large", "huge", "1b", "3b"} and len(runs) == 24
+    assert {run.size for run in points} == {"large", "huge", "1b", "3b"} and len(runs) == 4 * (1 + 7)
     assert min(run.samples for run in points) == pytest.approx(5e8, rel=1e-4)
     assert max(run.samples for run in points) == pytest.approx(6.4e9, rel=1e-4)
     assert all(run.config.data.batch_size == 8192 and run.config.optimizer.warmup_steps == 12_500 for run in runs)
-    assert {run.size: run.config.optimizer.peak_lr for run in runs}["3b"] == 8e-4
+    assert {run.size: run.config.optimizer.peak_lr for run in runs}["3b"] == 4e-4
+    for trunk in (run for run in runs if run.config.cooldown is None):
+        assert trunk.samples == pytest.approx(5e9, rel=0.03)  # 5.12 billion, "5 billion" in the paper.
+        assert trunk.config.optimizer.schedule == "half_cosine" and trunk.config.optimizer.end_lr == 0.0
+    for run in points:
+        assert run.steps - run.start == pytest.approx(0.2 * run.steps, abs=1)
+        assert run.config.optimizer.cooldown_lr == 1e-6
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def test_missing_when_some_are_finished_then_the_others_and_trunks_only_where_co
         leave(run)
     leave(runs[3])
     leave(runs[4], step=60)
-    assert names(missing(runs)) == ["tiny/cooldown_53", "tiny/cooldown_213"]
+    assert names(missing(runs)) == ["tiny/cooldown_51", "tiny/cooldown_205"]
 
 
 def test_missing_when_the_folder_has_another_study_then_refused_by_the_key(runs, tmp_path):
@@ -178,7 +184,7 @@ def test_main_when_not_told_to_start_then_lists_and_prints_commands(tmp_path, ca
     *_, listed, first, second, third = capsys.readouterr().out.splitlines()
     assert "3 runs" in listed and not (tmp_path / "s").exists()
     config, workdir, *_ = trainer_arguments(shlex.split(third)[3:])
-    assert config.cooldown.start == 213 and config.data.workers == 0 and workdir.name == "cooldown_213"
+    assert config.cooldown.start == 205 and config.data.workers == 0 and workdir.name == "cooldown_205"
     assert all(line.startswith("python -m aimv2_jax.main --config=") for line in (first, second, third))
 
 

@@ -23,7 +23,7 @@ from aimv2_jax.train.tally import Tally
 TRUNK = {
     "optimizer__schedule": "half_cosine", "optimizer__schedule_steps": 24, "train__steps": 24, "train__save_every": 8,
     "train__keep": 1, "train__keep_steps": (10, 20), "train__log_every": 1, "model__layers": "scan",
-    "model__encoder__depth": 1, "model__decoder__depth": 1,
+    "model__encoder__depth": 1, "model__decoder__depth": 1, "optimizer__cooldown_share": 4 / 24,
     "eval__max_examples": 4, "eval__kinds": "('alt',)", "eval__prefixes": "(0.5,)",
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_trunk_when_finished_then_its_branch_points_are_there_and_it_ends_half_t
     assert float(schedule(jnp.asarray(24))) == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-6)
 
 
-def test_branch_when_finished_then_it_ran_a_fifth_of_the_steps_before_it_and_was_evaluated(trunk, branch):
+def test_branch_when_finished_then_it_ran_its_share_and_was_evaluated(trunk, branch):
     training, evaluation = read_metrics(branch)
     assert [line["step"] for line in training] == [21, 22, 23, 24]
     assert [line["step"] for line in evaluation] == [24]

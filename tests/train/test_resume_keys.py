@@ -61,7 +61,7 @@ def test_config_when_a_key_of_the_table_changed_then_resumable(changes):
     "changes, key, before, now",
     [
         ({"seed": 1}, "seed", "0", "1"),
-        ({"optimizer__schedule_steps": 100_000}, "optimizer.schedule_steps", "1464844", "100000"),
+        ({"optimizer__schedule_steps": 100_000}, "optimizer.schedule_steps", "1500000", "100000"),
         ({"optimizer__betas": (0.9, 0.99)}, "optimizer.betas", "0.95", "0.99"),
         ({"data__batch_size": 4096}, "data.batch_size", "8192", "4096"),
         ({"data__flip": 0.0}, "data.flip", "0.5", "0.0"),

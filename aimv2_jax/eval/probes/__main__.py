@@ -14,7 +14,7 @@ knn        the nearest train pictures by the cosine of those means vote
 The grid of learning rates and weight decays is trained together. Its best point, or the number of neighbours, is chosen
 on pictures that are cut from --train, never on --test; what was chosen is then trained again on all of --train, unless
 --no-refit. Features of the centre crop and of its mirror image are computed once, and kept in --cache; with --augment
-paper the encoder runs on new random crops in every epoch, so that training again takes as long as the grid.
+crops the encoder runs on new random crops in every epoch, so that training again takes as long as the grid.
 --json writes top1, ci95 (bootstrap over test pictures), per_class, kind, label, best, floor (the nearest train picture
 by 16 x 16 pixels, on the same pictures) and examples.
 """
@@ -52,11 +52,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--test", required=True, metavar="DATA", help="another one")
     add("--label", required=True, metavar="NAME", help="the label to be told")
     add("--kind", choices=("attentive", "linear", "knn"), default="attentive", help="default %(default)s")
-    add("--grid", choices=("small", "paper"), default="small", help="rates and decays (default %(default)s)")
-    add("--augment", choices=("flip", "none", "paper"), default="flip", help="of train pictures (default %(default)s)")
-    add("--epochs", type=positive, default=30, metavar="N", help="default %(default)s; the paper's 100")
-    add("--warmup-epochs", type=int, default=3, metavar="N", help="default %(default)s; the paper's 5")
-    add("--batch-size", type=positive, default=256, metavar="N", help="default %(default)s; the paper's 1024")
+    add("--grid", choices=("small", "full"), default="small", help="rates and decays (default %(default)s)")
+    add("--augment", choices=("flip", "none", "crops"), default="flip", help="of train pictures (default %(default)s)")
+    add("--epochs", type=positive, default=30, metavar="N", help="default %(default)s; Table A2: 100")
+    add("--warmup-epochs", type=int, default=3, metavar="N", help="default %(default)s; Table A2: 5 (ImageNet), 0")
+    add("--batch-size", type=positive, default=256, metavar="N", help="default %(default)s; Table A2: 1024, 512")
     add("--no-normalise", dest="normalise", action="store_false", help="features as they are")
     add("--by", metavar="NAME", help="another label, by whose values results are told apart")
     add(
@@ -85,10 +85,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if (flags.checkpoint == RANDOM) != (flags.like is not None):
         parser.error("--checkpoint random and --like go together")
-    if flags.kind == "knn" and flags.augment == "paper":
-        parser.error("--augment paper is for heads that are trained, not for knn")
-    if flags.cache is not None and flags.augment == "paper":
-        parser.error("--augment paper keeps no features: leave --cache out")
+    if flags.kind == "knn" and flags.augment == "crops":
+        parser.error("--augment crops is for heads that are trained, not for knn")
+    if flags.cache is not None and flags.augment == "crops":
+        parser.error("--augment crops keeps no features: leave --cache out")
     if flags.warmup_epochs < 0:
         parser.error("--warmup-epochs is below 0")
     return flags
@@ -115,9 +115,9 @@ def open_encoder(flags: argparse.Namespace) -> LoadedEncoder:
         weights = untrained(weights.vision, flags.seed)
     encoder = encoder_of(weights, flags.dtype, flags.image_size, flags.area)
     check_layer(flags.layer, encoder.vision.depth)
-    if flags.augment == "paper" and encoder.vision.area is not None:
+    if flags.augment == "crops" and encoder.vision.area is not None:
         raise UserError(
-            "--augment paper crops squares, which a native model does not see",
+            "--augment crops crops squares, which a native model does not see",
             flags.augment,
             "Leave it out, or give --image-size",
         )

@@ -155,7 +155,7 @@ def _check_memory(num_bytes: int, what: str) -> None:
         raise UserError(
             f"features of all {what} pictures do not fit into memory",
             f"{num_bytes / 2**30:.0f} GiB of {whole / 2**30:.0f}",
-            "Give --augment paper, which keeps none, or --kind linear, which keeps their mean",
+            "Give --augment crops, which keeps none, or --kind linear, which keeps their mean",
         )
 
 

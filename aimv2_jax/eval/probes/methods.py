@@ -20,7 +20,7 @@ from aimv2_jax.eval.probes.examples import Examples
 from aimv2_jax.eval.probes.heads import AttentiveHead, LinearHead
 from aimv2_jax.eval.probes.neighbours import COUNTS, vote
 from aimv2_jax.eval.probes.sweep import (
-    PAPER_GRID,
+    FULL_GRID,
     SMALL_GRID,
     Batch,
     Plan,
@@ -71,10 +71,10 @@ def trained_head(
     attentive, width, names = flags.kind == "attentive", encoder.vision.width, sets[0].names
     pooling = "patches" if attentive else "mean"
     cache = FeatureCache(flags.cache, encoder, pooling, flags.layer, flags.augment == "flip", flags.encoder_batch)
-    grid = PAPER_GRID if flags.grid == "paper" else SMALL_GRID
+    grid = FULL_GRID if flags.grid == "full" else SMALL_GRID
     size = min(flags.batch_size, len(fit))
     plan = Plan(grid, flags.epochs, min(flags.warmup_epochs, flags.epochs - 1), size, flags.seed)
-    views = (NewCrops if flags.augment == "paper" else KeptFeatures)(cache, sets)
+    views = (NewCrops if flags.augment == "crops" else KeptFeatures)(cache, sets)
     start = time.perf_counter()
     head = AttentiveHead(encoder.vision.heads, len(names)) if attentive else LinearHead(len(names))
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 Batch = tuple[Float[np.ndarray, "B L D"], Bool[np.ndarray, "B L"], Int[np.ndarray, " B"]]
 """Features, which patches are valid, and classes; a class of -1 is a row of padding."""
 
-PAPER_GRID = tuple(itertools.product((5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1)))  # RECIPE.md §11 [P?]
+FULL_GRID = tuple(itertools.product((5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1)))  # [P: Table A2]
 SMALL_GRID = tuple(itertools.product((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.1)))  # For some thousand pictures. [O]
 
 
