@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-# The paper's pre-training mixture [P?: figures remembered]. Weights are shares of the examples; they add up to 1.
+# The pre-training mixture of the paper [P: Table 2]. Weights are shares of the examples; they add up to 1.
 #   source   pictures          alt-text   synthetic
 #   dfn      1,901,228,573     0.30       0.30  (3,802,457,146 synthetic captions)
 #   coyo       560,171,533     0.09       -
