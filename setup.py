@@ -48,7 +48,10 @@ setup(
     description="Pre-training of AIMv2 vision encoders in JAX / Flax, on TPU pods, exact and reproducible",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    # The code is Apache-2.0; the bundled images have licences of their own (data/sample/ATTRIBUTION.md, one by one).
+    license_expression="Apache-2.0 AND CC0-1.0 AND CC-BY-3.0 AND CC-BY-3.0-US AND CC-BY-4.0 AND CC-BY-SA-3.0"
+    " AND CC-BY-SA-4.0 AND LicenseRef-Public-Domain",
+    license_files=["LICENSE", "aimv2_jax/data/sample/ATTRIBUTION.md", "aimv2_jax/data/sample/licenses/*"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["aimv2_jax", "aimv2_jax.*"]),
     package_data={"aimv2_jax": ["data/sample/**/*"]},

@@ -4,7 +4,8 @@
 #   bash launch/tpu_vm.sh COMMAND --name NAME --zone ZONE [FLAGS] [-- ARGUMENTS of aimv2_jax.main]
 #
 # Commands:
-#   run      create, copy, start and follow; rents anew after a preemption, starts again on exit code 75 only
+#   run      create, copy, start and follow; rents anew after a preemption, starts again on exit code 75, and up to five
+#            times in a row where the run was killed (134, 137, 139, or a host that crashed)
 #   create   asks for the TPU (a queued resource), and waits until it is there
 #   copy     copies what git tracks here to every host, and makes the environment there
 #   start    starts `python -m aimv2_jax.main ARGUMENTS` on every host
@@ -51,6 +52,13 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$name" ] || fail "--name is missing: what the TPU is or will be called."
 [ -n "$zone" ] || fail "--zone is missing, such as us-west4-a."
+[[ "$name" =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+  fail "--name is not a name that Google Cloud takes: '$name'. Give small letters, digits and hyphens, a letter first."
+for flag in zone project runtime; do
+  [[ "${!flag}" =~ ^([a-z0-9][-a-z0-9.:]*)?$ ]] ||
+    fail "--$flag has a character that it cannot have: '${!flag}'. Give small letters, digits, hyphens and dots."
+done
+[[ "$type" =~ ^[-a-z0-9]+$ ]] || fail "--type is no type of TPU: '$type'. Give one such as v5litepod-256."
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices is no number above zero: '$slices'."
 case "$type" in
 v4-*) generation=v4 image=tpu-ubuntu2204-base ;;
@@ -64,6 +72,8 @@ if [ "$command" = run ] || [ "$command" = start ]; then
 fi
 
 poll_s=${POLL_S:-30}
+folder='' # Of the archive that `copy` makes.
+most_killed=5 # Starts in a row that end by a signal: then something kills the run that starting it again cannot cure.
 root=$(dirname "$0")/..
 worker=aimv2_jax/launch/worker.sh # On the hosts, from their home.
 
@@ -93,9 +103,14 @@ create() {
   [ "$now" = ACTIVE ] || fail "the TPU was not given, its state is $now. Delete it, and ask again."
 }
 copy() {
-  local archive=${TMPDIR:-/tmp}/aimv2_jax-$name.tar.gz
-  do_ git -C "$root" archive --format=tar.gz --output="$archive" "$(tracked)"
-  tpu scp "$archive" "$name:aimv2_jax.tar.gz" --node=all --worker=all
+  # In a folder that nobody else can write to or read, and that goes when this script ends.
+  if [ -z "$folder" ]; then
+    folder=${TMPDIR:-/tmp}/aimv2_jax.XXXXXX
+    $dry || folder=$(mktemp -d "$folder")
+    $dry || trap 'rm -rf "$folder"' EXIT
+  fi
+  do_ git -C "$root" archive --format=tar.gz --output="$folder/aimv2_jax.tar.gz" "$(tracked)"
+  tpu scp "$folder/aimv2_jax.tar.gz" "$name:aimv2_jax.tar.gz" --node=all --worker=all
   everywhere "mkdir -p aimv2_jax && tar -xzf aimv2_jax.tar.gz -C aimv2_jax && bash $worker install"
 }
 tracked() { # A commit, on no branch, of the files as they are here; new ones after `git add`.
@@ -157,9 +172,16 @@ run)
     start "$@"
   fi
   if $dry; then follow && code && exit; fi
+  killed=0
   while watch; do
     case "$verdict" in
-    75) everywhere "bash $worker over" ;;
+    75) everywhere "bash $worker over" && killed=0 ;;
+    134 | 137 | 139 | lost)
+      killed=$((killed + 1))
+      [ "$killed" -le "$most_killed" ] || finish
+      echo "process 0 was killed (${verdict/lost/its host crashed}), time $killed of $most_killed in a row" >&2
+      everywhere "bash $worker over"
+      ;;
     preempted)
       delete
       create

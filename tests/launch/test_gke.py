@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 
 import pytest
@@ -25,14 +26,25 @@ JOB_FAILURE_REASONS = {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexe
 POD_ACTIONS = {"FailJob", "Ignore", "Count", "FailIndex"}
 
 
-@pytest.fixture(scope="module")
-def jobset() -> dict:
+# The message of a Job that its podFailurePolicy failed (pkg/controller/job/pod_failure_policy.go of Kubernetes).
+FAILED = (
+    "Container train for pod default/aimv2-slice-0-5-x7 failed with exit code {code} matching FailJob rule at index 1"
+)
+
+
+def filled(words: dict[str, str]) -> dict:
+    """The JobSet after `envsubst`, which puts values in as they are."""
     text = (LAUNCH / "gke_jobset.yaml").read_text()
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
-    for word, value in WORDS.items():
+    for word, value in words.items():
         assert body.count(word) == 1
         text = text.replace(word, value)
     return yaml.safe_load(text)
+
+
+@pytest.fixture(scope="module")
+def jobset() -> dict:
+    return filled(WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +97,8 @@ def outcome(jobset: dict, job: dict, code: int, disrupted: bool) -> str:
             break
     assert job["backoffLimit"] == 0  # So one counted pod fails its Job.
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
-        if reason in rule["onJobFailureReasons"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, FAILED.format(code=code)) for p in patterns):
             return rule["action"]
     return "RestartJobSet"
 
@@ -96,16 +109,41 @@ def outcome(jobset: dict, job: dict, code: int, disrupted: bool) -> str:
         (75, False, "RestartJobSetAndIgnoreMaxRestarts"),
         (75, True, "RestartJobSetAndIgnoreMaxRestarts"),
         (137, True, "RestartJobSetAndIgnoreMaxRestarts"),  # Its host was taken away before it could save.
-        (137, False, "FailJobSet"),
+        (137, False, "RestartJobSet"),  # Killed for want of memory: counted, and started again ten times at most.
+        (134, False, "RestartJobSet"),
+        (139, False, "RestartJobSet"),
+        (4, False, "FailJobSet"),
+        (13, False, "FailJobSet"),
         (1, False, "FailJobSet"),
         (2, False, "FailJobSet"),
         (3, False, "FailJobSet"),
     ],
 )
-def test_jobset_when_a_pod_ends_then_started_again_for_code_75_or_a_lost_host_only(
-    code, disrupted, expected, jobset, job
-):
+def test_jobset_when_a_pod_ends_then_started_again_if_that_can_help(code, disrupted, expected, jobset, job):
     assert outcome(jobset, job, code, disrupted) == expected
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 10
+
+
+def test_jobset_takes_any_character_in_its_words():
+    words = {"$IMAGE": "r/image:1", "$CONFIG": "my: config's.py", "$WORKDIR": 'gs://b/run #1 "x" {y}'}
+    container = filled(words)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == "r/image:1"
+    assert container["args"] == ["--config=my: config's.py", '--workdir=gs://b/run #1 "x" {y}']
+
+
+def test_container_has_no_privileges_beyond_locking_memory(container):
+    context = container["securityContext"]
+    assert "privileged" not in context and context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"], "add": ["SYS_RESOURCE"]}
+
+
+def test_image_holds_what_git_tracks_of_the_package_only():
+    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert patterns[0] == "*"  # All is left out but what follows.
+    taken = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    assert {"aimv2_jax", "launch", "setup.py", "README.md", "LICENSE"} <= set(taken)
+    assert all((ROOT / name).exists() for name in taken) and not {".git", ".venv", "runs", "tests"} & set(taken)
+    assert "USER aimv2" in (LAUNCH / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("slices", [1, 2])

@@ -54,14 +54,22 @@ def record(folder: Path, name: str) -> list[str]:
     return (folder / name).read_text().splitlines() if (folder / name).exists() else []
 
 
-@pytest.mark.parametrize(("code", "requeues"), [(0, []), (1, []), (2, []), (75, ["requeue 1234"])])
-def test_job_when_the_run_ends_then_only_code_75_puts_it_back_into_the_queue(code, requeues, job, tmp_path):
+@pytest.mark.parametrize(("code", "requeues"), [(0, []), (1, []), (2, []), (4, []), (75, ["requeue 1234"])])
+def test_job_when_the_run_ends_then_code_75_puts_it_back_into_the_queue(code, requeues, job, tmp_path):
     done = run(["bash", LAUNCH / "slurm.sbatch", "--config=a.py", "--workdir=a b"], job(code), cwd="/")
     assert done.returncode == code, done.stderr
     assert record(tmp_path, "scontrol") == requeues
     for process in range(2):
         assert record(tmp_path, f"process{process}") == ["-m aimv2_jax.main --config=a.py --workdir=a b"]
     assert "--kill-on-bad-exit=0" in record(tmp_path, "srun")
+
+
+def test_job_when_killed_then_requeued_five_times_in_a_row(job, tmp_path):
+    codes = [137, 139, 75, *[137] * 6]
+    for code in codes:
+        assert run(["bash", LAUNCH / "slurm.sbatch"], job(code), cwd="/").returncode == code
+    assert len(record(tmp_path, "scontrol")) == len(codes) - 1
+    assert not list(tmp_path.glob(".aimv2-*"))
 
 
 def test_job_when_slurm_sends_sigterm_then_it_waits_for_the_processes_and_goes_back_into_the_queue(job, tmp_path):

@@ -21,8 +21,8 @@ QUEUED = "gcloud compute tpus queued-resources"
 WORKER = "bash aimv2_jax/launch/worker.sh"
 DRY_RUN = f"""\
 {QUEUED} create mine --accelerator-type=v5litepod-256 --runtime-version=v2-alpha-tpuv5-lite NODES --zone=us-west4-a
-git -C CHECKOUT archive --format=tar.gz --output=/archives/aimv2_jax-mine.tar.gz COMMIT
-{QUEUED} scp /archives/aimv2_jax-mine.tar.gz mine:aimv2_jax.tar.gz --node=all --worker=all --zone=us-west4-a
+git -C CHECKOUT archive --format=tar.gz --output=/archives/FOLDER/aimv2_jax.tar.gz COMMIT
+{QUEUED} scp /archives/FOLDER/aimv2_jax.tar.gz mine:aimv2_jax.tar.gz --node=all --worker=all --zone=us-west4-a
 {QUEUED} ssh mine --node=all --worker=all '--command=mkdir -p aimv2_jax && tar -xzf aimv2_jax.tar.gz -C aimv2_jax && {WORKER} install' --zone=us-west4-a
 {QUEUED} ssh mine --node=all --worker=all '--command={WORKER} start v5e SLICES --config=experiments/pretrain_large_224.py --workdir=gs://bucket/a\\ b' --zone=us-west4-a
 {QUEUED} ssh mine --node=0 --worker=0 '--command={WORKER} follow' --zone=us-west4-a
@@ -46,7 +46,7 @@ def test_run_when_dry_then_the_commands_are_printed_and_none_is_run(flags, slice
     done = tpu_vm("run", *NAMED, *flags, "--dry-run", *TRAIN, TMPDIR="/archives", PATH="/usr/bin:/bin")
     assert (done.returncode, done.stderr) == (0, "")
     said = re.sub(r" (HEAD|[0-9a-f]{40}) ?\n", " COMMIT\n", done.stdout.replace(f"{LAUNCH}/..", "CHECKOUT"))
-    said = re.sub(r" +\n", "\n", said)
+    said = re.sub(r" +\n", "\n", said).replace("/archives/aimv2_jax.XXXXXX", "/archives/FOLDER")
     assert said == DRY_RUN.replace("NODES", nodes).replace("SLICES", str(slices))
 
 
@@ -78,6 +78,10 @@ def test_command_when_dry_then_printed(words, expected):
         (["create", *NAMED, "--slices", "0"], "'0'"),
         (["create", *NAMED, "--type", "v9-8"], "v9-8"),
         (["create", *NAMED, "--chips", "8"], "--chips"),
+        (["create", "--name", "--project=evil", "--zone", "a"], "'--project=evil'"),
+        (["create", "--name", "Mine", "--zone", "a"], "'Mine'"),
+        (["create", "--name", "a", "--zone", "a;b"], "'a;b'"),
+        (["create", *NAMED, "--type", "v4-8 x"], "'v4-8 x'"),
         (["create", "--name"], "--name needs a value"),
     ],
 )
@@ -95,7 +99,10 @@ case "$1" in
 create) mkdir -p "$CLOUD/host0" "$CLOUD/host1"; echo ACTIVE >"$CLOUD/state" ;;
 delete) rm -rf "$CLOUD"/host* "$CLOUD/state" ;;
 describe) cat "$CLOUD/state" 2>/dev/null ;;
-scp) for host in $(hosts "$@"); do cp "$2" "$host/aimv2_jax.tar.gz"; done ;;
+scp)
+  stat -c "%a" "$2" "${2%/*}" >>"$CLOUD/modes"
+  for host in $(hosts "$@"); do cp "$2" "$host/aimv2_jax.tar.gz"; done
+  ;;
 ssh)
   for word in "$@"; do [[ $word == --command=* ]] && order=${word#--command=}; done
   order=${order% && *install} # This machine has its Python.
@@ -139,8 +146,11 @@ def starts(folder: Path, host: int) -> list[str]:
 
 
 @needs_git
-@pytest.mark.parametrize(("ends", "code", "count"), [("75 2 0", 2, 2), ("1 0", 1, 1)])
-def test_run_when_the_trainer_ends_then_started_again_on_code_75_only(ends, code, count, cloud, tmp_path):
+@pytest.mark.parametrize(
+    ("ends", "code", "count"),
+    [("75 2 0", 2, 2), ("1 0", 1, 1), ("137 75 134 0", 0, 4), ("137 137 137 137 137 137 0", 137, 6)],
+)
+def test_run_when_the_trainer_ends_then_started_again_if_that_can_help(ends, code, count, cloud, tmp_path):
     (tmp_path / "unreachable").touch()  # One question goes unanswered: no verdict, so it is asked again.
     done, calls = cloud("run", ends, *TRAIN)
     assert done.returncode == code, done.stderr
@@ -148,6 +158,8 @@ def test_run_when_the_trainer_ends_then_started_again_on_code_75_only(ends, code
     for host in range(2):
         assert starts(tmp_path, host) == [command] * count
     assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (1, 0, 1)
+    assert (tmp_path / "modes").read_text().split()[1] == "700"  # What is copied holds uncommitted changes.
+    assert not list(tmp_path.glob("aimv2_jax.*"))
 
 
 @needs_git
