@@ -35,6 +35,7 @@ from aimv2_jax.data.sources import Source
 from aimv2_jax.data.steps import Steps
 from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import UserError
+from aimv2_jax.untrusted import printable
 
 if TYPE_CHECKING:
     import jax
@@ -86,7 +87,7 @@ def check_sources(config: Config) -> None:
 
 
 def _listed(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return printable(", ".join(sorted(names))) or "none"
 
 
 def training_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
