@@ -74,7 +74,7 @@ class Source:
         path = self._folder / self.info.shards[shard].file
         try:
             reader = _OPEN.reader(path)
-            self._check_count(shard, reader.num_records())
+            _check_count(path, reader.num_records(), self.info.shards[shard].records)
             [data] = reader.read([index - first])
         except (MemoryError, UserError):
             raise
@@ -86,18 +86,15 @@ class Source:
             raise BadRecord("unreadable_record") from error
         return data
 
-    def _check_count(self, shard: int, held: int) -> None:
-        """Raises `UserError` if the shard holds records that were not counted, which would never be seen.
 
-        One that holds fewer is damaged (an unreadable one opens as an empty one): its reads fail by themselves.
-        """
-        listed = self.info.shards[shard]
-        if held > listed.records:
-            raise UserError(
-                f"a shard of source {self.name!r} holds {held:,} records, and {DATASET_FILE} says {listed.records:,}",
-                str(self._folder / listed.file),
-                "Copy the data set again as a whole, or prepare it again",
-            )
+def _check_count(path: Path, held: int, listed: int) -> None:
+    """Raises `UserError` if a shard holds records that dataset.json does not count, which would never be seen.
+
+    One that holds fewer is damaged (an unreadable one opens as an empty one): its reads fail by themselves.
+    """
+    if held > listed:
+        what = f"a shard holds {held:,} records, and {DATASET_FILE} says {listed:,}"
+        raise UserError(what, str(path), "Copy the data set again as a whole, or prepare it again")
 
 
 class _OpenShards:
@@ -167,7 +164,7 @@ def _read_info(what: str, path: str) -> DatasetInfo:
                 f"{what}: its format is older than this program reads", version, "Prepare the data set again"
             )
         info = DatasetInfo.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{what}: {DATASET_FILE} cannot be read", path, "Prepare the data set again") from error
     counts = [shard.records for shard in info.shards]
     if sum(counts) != info.records:
