@@ -85,7 +85,7 @@ def _row_tile(config: Config, plan: Plan, tokenizer: Tokenizer, batch: HostBatch
     label = f"{rows} × {columns} patches · {counted(len(tokens), 'token')}"
     if tokenizer.unk_id is not None and (unknown := int((tokens == tokenizer.unk_id).sum())):
         label += f", {unknown} unknown"
-    if len(tokens) == tokenizer.length - 1:
+    if arrays["truncated"]:
         label += ", no more fit"
     texts = {label: tokenizer.decode(tokens)}
     faults = [fault for fault in batch.faults if fault.example == example]
@@ -108,6 +108,8 @@ def _batch_facts(config: Config, plan: Plan, batch: HostBatch) -> dict[str, str]
         f"{name}: " + ", ".join(f"{kind} {100 * count / total:.3g} %" for kind, count in kinds.items() if count)
         for name, kinds in counts.items()
     )
+    truncated = int(batch.arrays["truncated"].sum())
+    facts["captions cut to fit"] = f"{truncated:,} of {counted(len(batch.arrays['truncated']), 'row')}"
     reasons = collections.Counter(fault.reason for fault in batch.faults)
     facts["unusable records met"] = "\n".join(f"{reason}: {n:,}" for reason, n in sorted(reasons.items())) or "none"
     return facts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -117,13 +118,23 @@ class _Search:
     """The search for the record of one example, among candidates: a thread reads, and the builder may send it on.
 
     `found` is the candidate that was read and has the caption; None when there is none left. `faults` are those before.
+    `choose(index, count)` says which of the `count` captions of its kind record `index` shows; the first, unless given.
     """
 
-    def __init__(self, row: int, example: int, source: Source, kind: str, candidates: Iterable[int]):
+    def __init__(
+        self,
+        row: int,
+        example: int,
+        source: Source,
+        kind: str,
+        candidates: Iterable[int],
+        choose: Callable[[int, int], int] = lambda index, count: 0,
+    ):
         self.row, self.example, self.source, self.kind = row, example, source, kind
         self.found: Record | None = None
+        self.caption = ""
         self.faults: list[Fault] = []
-        self._candidates = iter(candidates)
+        self._candidates, self._choose = iter(candidates), choose
         self.index = -1
 
     def advance(self) -> None:
@@ -136,8 +147,8 @@ class _Search:
             except BadRecord as error:
                 self.reject(error)
                 continue
-            if self.kind in record.captions:
-                self.found = record
+            if texts := record.texts(self.kind):
+                self.found, self.caption = record, texts[self._choose(index, len(texts))]
                 return
             self.reject(BadRecord("missing_caption", record.key))
 
@@ -151,15 +162,13 @@ class _Search:
 
 
 def render(
-    record: Record, kind: str, view: View, example: int, most_patches: int, clock: StageClock
+    record: Record, caption: str, view: View, example: int, most_patches: int, clock: StageClock
 ) -> tuple[np.ndarray, bytes]:
-    """What `view` makes of the picture for `example`, and the cleaned caption in UTF-8; raises `BadRecord`."""
+    """What `view` makes of the picture for `example`, and `caption` cleaned in UTF-8; raises `BadRecord`."""
     try:
-        if kind not in record.captions:
-            raise BadRecord("missing_caption")
-        caption = captions.clean(record.captions[kind]).encode()
+        text = captions.clean(caption).encode()
         clock.lap("caption")
-        return view(open_picture(record.image), example, most_patches, clock), caption
+        return view(open_picture(record.image), example, most_patches, clock), text
     except BadRecord as error:
         raise BadRecord(error.reason, record.key) from error
 
@@ -194,7 +203,9 @@ class _Rows:
         """Fills the row of `search` from what it found, or finds when sent on; False where that was nothing usable."""
         while search.found is not None:
             try:
-                pixels, caption = render(search.found, search.kind, view, search.example, self._num_patches, self.clock)
+                pixels, caption = render(
+                    search.found, search.caption, view, search.example, self._num_patches, self.clock
+                )
             except BadRecord as error:
                 self.clock.lap("decode")
                 search.reject(error)
@@ -245,15 +256,17 @@ class TrainingBatches:
     def _searches(self, step: int) -> Iterator[_Search]:
         for row, example in enumerate(self._examples(step)):
             draw = self.plan.draw(example)
-            yield _Search(row, example, self.sources[draw.source], draw.kind, self.plan.records(draw))
+            candidates, choose = self.plan.records(draw), functools.partial(self.plan.caption, draw)
+            yield _Search(row, example, self.sources[draw.source], draw.kind, candidates, choose)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatches:
     """number -> this process' rows of that batch of a held-out set: records in order, each once; none is replaced.
 
-    `examples` lists (source, records of it) in order; `rows` are places in the global batch of `batch_size`. Unusable
-    records, and rows beyond the last example, are rows of filling.
+    `examples` lists (source, records of it) in order; `rows` are places in the global batch of `batch_size`. A record
+    with several captions of the kind shows its first. Unusable records, and rows beyond the last example, are rows of
+    filling.
     """
 
     sources: Mapping[str, Source]

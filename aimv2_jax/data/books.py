@@ -10,7 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from aimv2_jax import untrusted
+from aimv2_jax.data.records import texts_of
+
 FIRST_KEYS = 10
+_MAX_COUNT = (1 << 63) - 1  # What numpy's int64 holds.
 _MOST_LETTERS = 200  # Of a key in the books.
 
 SIDE, ASPECT = "shorter_side_px", "aspect"
@@ -33,12 +37,10 @@ class Histogram:
             raise ValueError(f"{len(self.counts)} counts between {len(self.edges)} edges")
         if not all(0 < low < high < math.inf for low, high in itertools.pairwise(self.edges)):
             raise ValueError(f"edges {self.edges}")
-        if not all(0 <= count < 1 << 63 for count in self.counts):
-            raise ValueError(f"counts {self.counts}")
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Histogram:
-        return cls(tuple(map(float, tree["edges"])), tuple(map(int, tree["counts"])))
+        return cls(tuple(map(float, tree["edges"])), tuple(map(count_of, tree["counts"])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Tally:
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Tally:
-        return cls(int(tree["count"]), tuple(tree["keys"]))
+        return cls(count_of(tree["count"]), tuple(tree["keys"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,13 @@ class Loss:
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Loss:
-        return cls(int(tree["samples"]), int(tree["bytes"]), tuple(tree["keys"]))
+        return cls(count_of(tree["samples"]), count_of(tree["bytes"]), tuple(tree["keys"]))
 
 
 class Books:
     """Counts of samples as they are worked on; those of parts can be added up.
 
+    `kinds` counts the captions of each kind, `records_with` the records that have one or more of them.
     `drops` are samples left out, by reason, `changes` records that are not quite their samples, `lost` what never
     became a sample.
     """
@@ -84,6 +87,7 @@ class Books:
     def __init__(self):
         self.records = 0
         self.kinds: collections.Counter[str] = collections.Counter()
+        self.records_with: collections.Counter[str] = collections.Counter()
         self.labels: set[str] = set()
         self.drops: dict[str, Tally] = {}
         self.changes: dict[str, Tally] = {}
@@ -101,10 +105,14 @@ class Books:
         """Of the records' pictures: their shorter side, and width over height."""
         return {name: Histogram(edges, tuple(self._bins[name])) for name, edges in _EDGES.items()}
 
-    def keep(self, captions: Mapping[str, str], labels: Mapping[str, str], size: tuple[int, int] | None) -> None:
+    def keep(
+        self, captions: Mapping[str, str | list[str]], labels: Mapping[str, str], size: tuple[int, int] | None
+    ) -> None:
         """Books a record; `size` is its picture's (width, height) where that is known."""
         self.records += 1
-        self.kinds.update(captions.keys())
+        for kind, texts in captions.items():
+            self.kinds[kind] += len(texts_of(texts))
+            self.records_with[kind] += 1
         self.labels.update(labels)
         if size is not None:
             for name, value in ((SIDE, min(size)), (ASPECT, size[0] / size[1])):
@@ -128,6 +136,7 @@ class Books:
         """Adds the books of the part that comes next: first keys stay those of the earlier part."""
         self.records += other.records
         self.kinds.update(other.kinds)
+        self.records_with.update(other.records_with)
         self.labels |= other.labels
         for reason, tally in other.drops.items():
             self.drops[reason] = self.drops.get(reason, Tally()).plus(tally.count, tally.keys)
@@ -143,6 +152,7 @@ class Books:
         return {
             "records": self.records,
             "kinds": dict(sorted(self.kinds.items())),
+            "records_with": dict(sorted(self.records_with.items())),
             "labels": sorted(self.labels),
             "drops": _trees(self.drops),
             "changes": _trees(self.changes),
@@ -156,12 +166,18 @@ class Books:
         books = cls()
         books.records = tree["records"]
         books.kinds.update(tree["kinds"])
+        books.records_with.update(tree["records_with"])
         books.labels = set(tree["labels"])
         books.drops = {reason: Tally.from_tree(entry) for reason, entry in tree["drops"].items()}
         books.changes = {what: Tally.from_tree(entry) for what, entry in tree["changes"].items()}
         books.lost = {reason: Loss.from_tree(entry) for reason, entry in tree["lost"].items()}
         books._bins = {name: list(tree["bins"][name]) for name in _EDGES}
         return books
+
+
+def count_of(value: Any) -> int:
+    """`value` if it is a whole number that numpy's int64 holds, from 0 on; raises `ValueError` for others."""
+    return untrusted.as_int(value, 0, _MAX_COUNT)
 
 
 def _trees(entries: Mapping[str, Tally | Loss]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ import hashlib
 import numpy as np
 from grain.experimental import index_shuffle
 
-_SHUFFLE_ROUNDS = 4  # Grain's own choice for its global shuffle.
+# Rounds of the cipher behind index_shuffle. With grain's own 4, consecutive positions correlate by up to 0.8, and a
+# batch holds several times too many neighbouring records; with 8, positions 256 apart still correlate by 0.06 at 2^32
+# records. With 12 no lag from 1 to 1,024 differs from chance at any size that was tried. A call takes 3 to 10 us.
+_SHUFFLE_ROUNDS = 12
 # index_shuffle walks through 2^16 codes to find one below a small size: 195 us at 209 records, 15 us at 4,096.
 _TABLE_SIZE = 4096
 
@@ -17,7 +20,16 @@ def shuffled(index: int, size: int, seed: int) -> int:
     """Where `index` comes in a permutation of range(size) that `seed` (32 bits) chooses."""
     if size <= _TABLE_SIZE:
         return int(_permutation(size, seed)[index])
-    return index_shuffle(index, max_index=size - 1, seed=seed, rounds=_SHUFFLE_ROUNDS)
+    # index_shuffle is no permutation of 4^k + 1 indices: its code has one value too few, so that 0 and 4^k get the same
+    # place. There, a permutation of one index more is applied until it leads back into the range ("cycle walking").
+    largest = size - 1 if not _is_power_of_4(size - 1) else size
+    while (index := index_shuffle(index, max_index=largest, seed=seed, rounds=_SHUFFLE_ROUNDS)) >= size:
+        pass
+    return index
+
+
+def _is_power_of_4(number: int) -> bool:
+    return number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def permutation(size: int, seed: int) -> np.ndarray:

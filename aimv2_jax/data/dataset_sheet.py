@@ -12,10 +12,13 @@ from aimv2_jax.data import records
 from aimv2_jax.data.books import ASPECT, SIDE, Books
 from aimv2_jax.data.charts import BarChart
 from aimv2_jax.data.contact_sheet import Tile, contact_sheet, fitted
+from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.drawing import counted
+
+_MOST_CAPTIONS = 3  # Of a kind, that are shown of a record.
 
 
 def dataset_sheet(source: Source, name: str, most_pictures: int) -> Figure:
@@ -37,7 +40,11 @@ def _record_tile(source: Source, place: int) -> tuple[Tile, tuple[int, int] | No
         record = records.decode(source.read(place))
     except BadRecord as error:
         return Tile(error.key or where, where if error.key else "", {}, problem=error.reason), None
-    texts = dict(record.captions)
+    texts = {}
+    for kind in record.captions:
+        several = record.texts(kind)
+        for number, text in enumerate(several[:_MOST_CAPTIONS], 1):
+            texts[kind if len(several) == 1 else f"{kind}, {number} of {len(several):,}"] = text
     if record.labels:
         texts["labels"] = ", ".join(f"{name} = {value}" for name, value in record.labels.items())
     try:
@@ -52,9 +59,7 @@ def _record_tile(source: Source, place: int) -> tuple[Tile, tuple[int, int] | No
 def _dataset_facts(source: Source) -> dict[str, str]:
     info = source.info
     facts = {"records": f"{info.records:,} in {counted(len(info.shards), 'shard')}, {_bytes(info.bytes)}"}
-    facts["captions"] = (
-        "\n".join(f"{kind}: {_part(count, info.records)}" for kind, count in info.kinds.items()) or "none"
-    )
+    facts["captions"] = "\n".join(f"{kind}: {_captions(info, kind)}" for kind in info.kinds) or "none"
     facts["labels"] = ", ".join(info.labels) or "none"
     if info.format_version == 1:
         facts["left out on the way"] = "not recorded: the set is of format 1"
@@ -106,6 +111,11 @@ def _without_empty_ends(counts: Sequence[int]) -> tuple[int, list[int]]:
 
 def _first(keys: Sequence[str]) -> str:
     return f" (first: {keys[0]})" if keys else ""
+
+
+def _captions(info: DatasetInfo, kind: str) -> str:
+    captions, records = info.kinds[kind], info.records_with[kind]
+    return _part(records, info.records) + (f", {captions:,} captions" if captions != records else "")
 
 
 def _part(count: int, total: int) -> str:

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aimv2_jax.data.books import ASPECT, SIDE, Books, Histogram, Loss, Tally
+from aimv2_jax import untrusted
+from aimv2_jax.data.books import ASPECT, SIDE, Books, Histogram, Loss, Tally, count_of
 from aimv2_jax.data.pictures import image_size
 from aimv2_jax.data.records import BadRecord, Record, encode
 from aimv2_jax.data.shards import Shard, ShardWriter, place_in
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import write_whole
 
-FORMAT_VERSION = 2  # Of dataset.json; the records of both versions are alike.
+FORMAT_VERSION = 3  # Of dataset.json; 3 counts the records with each kind, which may have several captions of it.
 OLDEST_FORMAT = 1
 DATASET_FILE = "dataset.json"
 
@@ -24,9 +25,10 @@ DATASET_FILE = "dataset.json"
 class DatasetInfo:
     """What `dataset.json` says.
 
-    `kinds` counts the captions of each kind, `labels` names the labels that occur; `samples` came in, of which `drops`
-    by reason and `lost` are no records, and `changes` tells which records are not quite their samples. `made` says how
-    it was prepared. Of format version 1, which has no such accounts, they are empty.
+    `kinds` counts the captions of each kind, `records_with` the records that have one or more of them, `labels` names
+    the labels that occur; `samples` came in, of which `drops` by reason and `lost` are no records, and `changes` tells
+    which records are not quite their samples. `made` says how it was prepared. Of format version 1, which has no such
+    accounts, they are empty. Before version 3 a record has one caption of a kind.
     """
 
     format_version: int
@@ -34,6 +36,7 @@ class DatasetInfo:
     records: int
     bytes: int
     kinds: dict[str, int]
+    records_with: dict[str, int]
     labels: tuple[str, ...]
     samples: int
     histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
@@ -53,6 +56,7 @@ class DatasetInfo:
             records=books.records,
             bytes=sum(shard.bytes for shard in shards),
             kinds=dict(sorted(books.kinds.items())),
+            records_with=dict(sorted(books.records_with.items())),
             labels=tuple(sorted(books.labels)),
             samples=books.samples,
             histograms=books.histograms,
@@ -67,11 +71,11 @@ class DatasetInfo:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> DatasetInfo:
+    def from_json(cls, text: str | bytes) -> DatasetInfo:
         """Raises `ValueError`, `KeyError` or `TypeError` for text that is not a `dataset.json` that can be read."""
-        tree = json.loads(text)
-        version = int(tree["format_version"])
-        if not OLDEST_FORMAT <= version <= FORMAT_VERSION:
+        tree = untrusted.parse_json_object(text)
+        version = tree["format_version"]
+        if version not in range(OLDEST_FORMAT, FORMAT_VERSION + 1):
             raise ValueError(f"format version {version}")
         if version == 1:
             tree = {
@@ -84,20 +88,29 @@ class DatasetInfo:
             } | tree
         if version > 1 and not {SIDE, ASPECT} <= tree["histograms"].keys():
             raise ValueError("a histogram is missing")
+        kinds = _counts(tree["kinds"])
+        records_with = _counts(tree["records_with"]) if version > 2 else kinds
+        if records_with.keys() != kinds.keys() or any(records_with[kind] > kinds[kind] for kind in kinds):
+            raise ValueError("more records with captions than captions")
         return cls(
             format_version=version,
-            shards=tuple(Shard(str(s["file"]), int(s["records"]), int(s["bytes"])) for s in tree["shards"]),
-            records=int(tree["records"]),
-            bytes=int(tree["bytes"]),
-            kinds={str(kind): int(count) for kind, count in tree["kinds"].items()},
+            shards=tuple(Shard(str(s["file"]), count_of(s["records"]), count_of(s["bytes"])) for s in tree["shards"]),
+            records=count_of(tree["records"]),
+            bytes=count_of(tree["bytes"]),
+            kinds=kinds,
+            records_with=records_with,
             labels=tuple(map(str, tree["labels"])),
-            samples=int(tree["samples"]),
+            samples=count_of(tree["samples"]),
             histograms={name: Histogram.from_tree(entry) for name, entry in tree["histograms"].items()},
             drops={reason: Tally.from_tree(entry) for reason, entry in tree["drops"].items()},
             changes={what: Tally.from_tree(entry) for what, entry in tree["changes"].items()},
             lost={reason: Loss.from_tree(entry) for reason, entry in tree["lost"].items()},
             made=dict(tree["made"]),
         )
+
+
+def _counts(tree: Mapping[str, Any]) -> dict[str, int]:
+    return {str(name): count_of(value) for name, value in tree.items()}
 
 
 def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: int = 1 << 30) -> DatasetInfo:

@@ -27,7 +27,7 @@ from aimv2_jax.data.batches import (
 )
 from aimv2_jax.data.noted import NotedReads, NotedSource
 from aimv2_jax.data.plan import Plan
-from aimv2_jax.data.prefetch import Batches, Failure, HostBatch, builders
+from aimv2_jax.data.prefetch import BOOKKEEPING, Batches, Failure, HostBatch, builders
 from aimv2_jax.data.readahead import QUICK_S, ReadAhead
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.skips import Skips
@@ -35,6 +35,7 @@ from aimv2_jax.data.sources import Source
 from aimv2_jax.data.steps import Steps
 from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import UserError
+from aimv2_jax.untrusted import printable
 
 if TYPE_CHECKING:
     import jax
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from aimv2_jax.data.tokenizer import Tokenizer
 
 __all__ = [
+    "BOOKKEEPING",
     "REASONS",
     "Batches",
     "Failure",
@@ -86,7 +88,7 @@ def check_sources(config: Config) -> None:
 
 
 def _listed(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return printable(", ".join(sorted(names))) or "none"
 
 
 def training_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
@@ -189,13 +191,18 @@ class _Tokenise:
     length: int
 
     def __call__(self, batch: LocalBatch) -> HostBatch:
-        shape, seconds = (len(batch.captions), self.length), batch.seconds
-        tokens, token_valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        rows, seconds = len(batch.captions), batch.seconds
+        shape = rows, self.length
+        texts = {
+            "tokens": np.zeros(shape, np.int32),
+            "token_valid": np.zeros(shape, bool),
+            "truncated": np.zeros(rows, bool),
+        }
         if self.tokenizer is not None:
             start = time.perf_counter()
-            tokens, token_valid = self.tokenizer.encode(batch.captions)
+            texts = self.tokenizer.batch_arrays(batch.captions)
             seconds = seconds | {"tokenise": time.perf_counter() - start}
-        arrays = batch.arrays | {"tokens": tokens, "token_valid": token_valid}
+        arrays = batch.arrays | texts
         return HostBatch(batch.step, arrays, batch.faults, seconds)
 
 

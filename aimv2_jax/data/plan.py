@@ -1,7 +1,8 @@
 """Who is in a batch: example numbers to (source, record, caption kind), as pure functions that read no byte.
 
 Weights are an exact integer cycle over the sources, and each source has a cycle over its caption kinds; both are dealt
-as evenly as integers allow. A source goes through all its records, in a new order, every epoch.
+as evenly as integers allow. Each caption kind of a source is a pool of its own, as in the paper's table of the mixture:
+it goes through all records in a new order every pass, and a record with several captions shows another one in each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_ATTEMPTS = 1024
 
 
 class Draw(NamedTuple):
-    """The `number`-th draw from the source called `source`, for its caption of kind `kind`."""
+    """The `number`-th draw from the captions of kind `kind` of the source called `source`."""
 
     source: str
     number: int
@@ -46,10 +47,7 @@ class Plan:
         self._cycle = deal([sum(counts[name].values()) for name in self._names])
         self._rank = _rank(self._cycle)
         self._weights = np.bincount(self._cycle, minlength=len(self._names))
-        self._kinds = {}
-        for name in self._names:
-            kinds = sorted(counts[name])
-            self._kinds[name] = [kinds[i] for i in deal([counts[name][kind] for kind in kinds])]
+        self._kinds = {name: _KindCycle(counts[name]) for name in self._names}
 
     @property
     def cycle_length(self) -> int:
@@ -57,7 +55,7 @@ class Plan:
         return len(self._cycle)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Passes over each source that the first `steps` steps make."""
+        """Passes over each source, all its kinds together, that the first `steps` steps make."""
         cycles, slots = divmod(self.steps.first_example(steps), len(self._cycle))
         drawn = [cycles * int(weight) for weight in self._weights]
         part = np.bincount(self._cycle[:slots], minlength=len(self._names))
@@ -68,19 +66,45 @@ class Plan:
         cycle, slot = divmod(example, len(self._cycle))
         source = int(self._cycle[slot])
         name, number = self._names[source], cycle * int(self._weights[source]) + int(self._rank[slot])
-        kinds = self._kinds[name]
-        return Draw(name, number, kinds[number % len(kinds)])
+        kind, number = self._kinds[name].draw(number)
+        return Draw(name, number, kind)
 
     def records(self, draw: Draw) -> Iterator[int]:
         """The records to try for `draw`: its own, then replacements, all of them different, `MAX_ATTEMPTS` at most."""
         size = self._sizes[draw.source]
         epoch, position = divmod(draw.number, size)
-        first = shuffled(position, size, hash32(self.seed, "epoch", draw.source, epoch))
+        first = shuffled(position, size, hash32(self.seed, "epoch", draw.source, draw.kind, epoch))
         yield first
-        seed = hash32(self.seed, "replacement", draw.source, draw.number)
+        seed = hash32(self.seed, "replacement", draw.source, draw.kind, draw.number)
         for attempt in range(min(size, MAX_ATTEMPTS) - 1):
             other = shuffled(attempt, size - 1, seed)
             yield other + (other >= first)
+
+    def caption(self, draw: Draw, record: int, count: int) -> int:
+        """Which of the `count` captions of its kind `record` shows to `draw`.
+
+        Each pass over the records takes the next one, from a start that the seed chooses for each record. So in every
+        pass each caption of a record is equally likely, and in `count` passes each comes once; as many independent
+        choices would leave out a quarter of two captions, and a share of 1/e of many.
+        """
+        start = hash32(self.seed, "caption", draw.source, draw.kind, record)
+        return (start + draw.number // self._sizes[draw.source]) % count
+
+
+class _KindCycle:
+    """The cycle of a source over its caption kinds, given how often each occurs in it."""
+
+    def __init__(self, counts: Mapping[str, int]):
+        self._kinds = sorted(counts)
+        self._counts = [counts[kind] for kind in self._kinds]
+        self._cycle = deal(self._counts)
+        self._rank = _rank(self._cycle)
+
+    def draw(self, number: int) -> tuple[str, int]:
+        """The kind of the source's `number`-th draw, and how many of that kind came before."""
+        cycle, slot = divmod(number, len(self._cycle))
+        kind = int(self._cycle[slot])
+        return self._kinds[kind], cycle * self._counts[kind] + int(self._rank[slot])
 
 
 def deal(counts: list[int]) -> Int32[np.ndarray, " W"]:

@@ -38,6 +38,9 @@ _BEGIN_S = (
 _CLOSE_S = 30.0  # For grain to end the other workers, when one has failed; it gives each 25 s.
 
 
+BOOKKEEPING = ("source", "faults", "truncated")
+
+
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
     """This process' rows of a batch.
@@ -45,7 +48,8 @@ class HostBatch:
     `arrays`: `patches [b L P] uint8`, `coords [b L 2] int32`, `valid [b L] bool`, `tokens [b T] int32`,
     `token_valid [b T] bool`, `example_index [b 2] uint32` (high and low word of the example's number),
     `source [b] int32` (place in the config's list of sources), `faults [b R] int32` (records that the example met and
-    could not use, by `REASONS`). `seconds` is the time that each stage of building took, by name.
+    could not use, by `REASONS`), `truncated [b] bool` (captions with more pieces than fit); `BOOKKEEPING` names those
+    that no model reads. `seconds` is the time that each stage of building took, by name.
     """
 
     step: int

@@ -7,6 +7,8 @@ Inputs, recognised by looking: webdataset tars as img2dataset writes them, img2d
 image-text parquet, .jsonl and .csv tables beside their pictures. Local, or in a bucket (gs://).
 
 FIELD is, for a tar: txt, or json:NAME for a name in the json member; for parquet and csv: a column; for jsonl: a key.
+A field may hold a list of texts, and a kind may have several fields (--caption synthetic=A synthetic=B): each text is a
+caption of that kind, and training takes another one each time that it shows the picture.
 Without --caption, the kind alt is a tar's txt (or json:caption), or the first of caption, text, alt, TEXT, alt_text,
 description that a table has.
 
@@ -22,7 +24,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -32,7 +34,7 @@ from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.inputs.discover import find
 from aimv2_jax.data.inputs.read import check_fields, default_captions, fields_of
 from aimv2_jax.data.inputs.samples import InputShard
-from aimv2_jax.data.preparing.checks import Rules
+from aimv2_jax.data.preparing.checks import Rules, fields_of_kind
 from aimv2_jax.data.preparing.groups import Task, tasks_of
 from aimv2_jax.data.preparing.output import Output
 from aimv2_jax.data.preparing.runners import Runner, beam_pipeline, run_beam, run_local
@@ -144,13 +146,14 @@ def _finish(place: Output, tasks: Sequence[Task], rules: Rules, command: Mapping
     return info
 
 
-def _check_found(flag: str, asked: Mapping[str, str], found: Collection[str], books: Books) -> None:
+def _check_found(flag: str, asked: Mapping[str, str | Sequence[str]], found: Collection[str], books: Books) -> None:
     """Refuses what no record has: a field that the inputs were thought to have."""
     for name, field in asked.items():
         if name not in found:
             counts = "; ".join([f"0 of {books.records:,} records", *_accounts(books.changes)])
             remedy = "Leave it out or name another field, and give another --output or remove this one"
-            raise UserError(f"no record has {flag} {name}={field}", counts, remedy)
+            pairs = " ".join(f"{name}={each}" for each in fields_of_kind(field))
+            raise UserError(f"no record has {flag} {pairs}", counts, remedy)
 
 
 def _accounts(*accounts: Mapping[str, Any]) -> list[str]:
@@ -167,13 +170,19 @@ def report(info: DatasetInfo) -> str:
     """What came of the samples, in lines."""
     lines = [
         f"{info.records:,} records of {info.samples:,} samples in {len(info.shards):,} shards, {info.bytes:,} bytes",
-        "captions: " + ", ".join(f"{kind} {count:,}" for kind, count in info.kinds.items()),
+        "captions: " + ", ".join(_caption_counts(info)),
     ]
     if info.labels:
         lines.append("labels: " + ", ".join(info.labels))
     for title, account in (("dropped", info.drops), ("changed", info.changes), ("lost", info.lost)):
         lines += [f"{title}: {line}" for line in _accounts(account)]
     return "\n".join(lines)
+
+
+def _caption_counts(info: DatasetInfo) -> Iterator[str]:
+    for kind, count in info.kinds.items():
+        records = info.records_with[kind]
+        yield f"{kind} {count:,}" + (f" (of {records:,} records)" if count != records else "")
 
 
 def _size(text: str) -> int:
@@ -212,6 +221,16 @@ def _named(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _caption_fields(pairs: Sequence[tuple[str, str]]) -> dict[str, str | list[str]]:
+    """By kind its field, or a list of them."""
+    fields: dict[str, list[str]] = {}
+    for kind, field in pairs:
+        if field in fields.setdefault(kind, []):
+            raise UserError(f"--caption names a field of {kind!r} twice", f"{kind}={field}", "Give it once")
+        fields[kind].append(field)
+    return {kind: found[0] if len(found) == 1 else found for kind, found in fields.items()}
+
+
 def _fields(flag: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     fields: dict[str, str] = {}
     for name, field in pairs:
@@ -231,7 +250,7 @@ def _parser() -> Parser:
         "--caption",
         type=_named,
         metavar="KIND=FIELD",
-        help="caption kinds; without, what is usual for the input",
+        help="caption kinds, each of one field or several; without, what is usual for the input",
         **several,
     )
     add("--label", type=_named, metavar="NAME=FIELD", help="labels to carry along", **several)
@@ -273,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.runner == "beam" and args.workers is not None:
         raise UserError("--workers is of the local runner", args.workers, "Tell Beam in --beam-options")
     rules = Rules(
-        captions=_fields("--caption", args.caption),
+        captions=_caption_fields(args.caption),
         labels=_fields("--label", args.label),
         keep=keep,
         min_side=args.min_side,

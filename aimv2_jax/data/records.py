@@ -1,17 +1,21 @@
 """Records: a picture's bytes, its captions by kind and its labels, with version and checksum.
 
 A record is `version (1 byte) | crc32 of the rest (4 bytes, little endian) | msgpack {key, image, captions, labels}`.
+`captions` maps a kind to a text or, from version 2 on, to a list of texts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import struct
 import zlib
 
 import msgpack
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+"""The newest that is read. A record without lists is written as version 1, which older programs read, too."""
+MAX_KEY_LETTERS = 500
 REASONS = (
     "unreadable_record",
     "corrupt_record",
@@ -45,19 +49,39 @@ class Record:
 
     key: str
     image: bytes
-    captions: dict[str, str]
+    captions: dict[str, str | list[str]]
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def texts(self, kind: str) -> list[str]:
+        """The record's captions of `kind`, in their order; empty where it has none."""
+        return texts_of(self.captions.get(kind, []))
+
+
+def texts_of(captions: str | list[str]) -> list[str]:
+    """The captions of one kind as a list, however many they are."""
+    return [captions] if isinstance(captions, str) else captions
+
+
+def bounded_key(key: str) -> str:
+    """`key`, or where it is longer than `MAX_KEY_LETTERS` its beginning and a hash, so that keys stay different."""
+    if len(key) <= MAX_KEY_LETTERS:
+        return key
+    digest = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+    return f"{key[: MAX_KEY_LETTERS - len(digest) - 3]}...{digest}"
 
 
 def encode(record: Record) -> bytes:
     """The record as bytes, the same for equal records."""
-    captions, labels = dict(sorted(record.captions.items())), dict(sorted(record.labels.items()))
+    texts = {kind: record.texts(kind) for kind in sorted(record.captions)}
+    captions = {kind: found[0] if len(found) == 1 else found for kind, found in texts.items() if found}
+    labels = dict(sorted(record.labels.items()))
     payload = msgpack.packb({"key": record.key, "image": record.image, "captions": captions, "labels": labels})
-    return _HEADER.pack(RECORD_VERSION, zlib.crc32(payload)) + payload
+    version = 1 if all(isinstance(value, str) for value in captions.values()) else 2
+    return _HEADER.pack(version, zlib.crc32(payload)) + payload
 
 
 def decode(data: bytes) -> Record:
-    """The record in `data`, every bit as it was written.
+    """The record in `data`, as it was written but for a key that is too long (`bounded_key`).
 
     Raises:
       BadRecord: `corrupt_record`, or `other_version` where all but the version is whole.
@@ -68,13 +92,15 @@ def decode(data: bytes) -> Record:
     payload = memoryview(data)[_HEADER.size :]
     if zlib.crc32(payload) != checksum:
         raise BadRecord("corrupt_record")
-    if version != RECORD_VERSION:
+    if not 1 <= version <= RECORD_VERSION:
         raise BadRecord("other_version")
     try:
         record = Record(**msgpack.unpackb(payload))
-        texts = [record.key, *record.captions.keys(), *record.captions.values(), *record.labels.keys()]
+        texts = [record.key, *record.captions, *record.labels, *record.labels.values()]
+        for captions in record.captions.values():
+            texts += captions if version > 1 and isinstance(captions, list) else [captions]
     except (ValueError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise BadRecord("corrupt_record") from error
     if not isinstance(record.image, bytes) or not all(isinstance(text, str) for text in texts):
         raise BadRecord("corrupt_record")
-    return record
+    return dataclasses.replace(record, key=bounded_key(record.key))

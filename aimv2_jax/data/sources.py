@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import errno
-import json
 import os
 import resource
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from aimv2_jax import untrusted
 from aimv2_jax.data.datasets import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, DatasetInfo
 from aimv2_jax.data.locations import locate
 from aimv2_jax.data.records import BadRecord
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many records have a caption of each kind."""
+        """How many captions of each kind there are; a record may have several."""
         return self.info.kinds
 
     @property
@@ -64,7 +64,8 @@ class Source:
 
         Raises:
           BadRecord: `unreadable_record`, if the shard cannot give them.
-          UserError: if it is the process that cannot open one more file: no fault of the record.
+          UserError: if the process cannot open one more file, or the shard holds more records than dataset.json says:
+            no fault of the record.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of source {self.name}, which has {len(self)}")
@@ -72,8 +73,10 @@ class Source:
         first = int(self._ends[shard]) - self.info.shards[shard].records
         path = self._folder / self.info.shards[shard].file
         try:
-            [data] = _OPEN.reader(path).read([index - first])
-        except MemoryError:
+            reader = _OPEN.reader(path)
+            _check_count(path, reader.num_records(), self.info.shards[shard].records)
+            [data] = reader.read([index - first])
+        except (MemoryError, UserError):
             raise
         except Exception as error:  # array_record raises whatever fits; all of it means these bytes cannot be had.
             _OPEN.drop(path)  # A reader that has failed once may go on failing where nothing is wrong.
@@ -82,6 +85,16 @@ class Source:
                 raise UserError("too many files are open to read another shard", str(path), remedy) from error
             raise BadRecord("unreadable_record") from error
         return data
+
+
+def _check_count(path: Path, held: int, listed: int) -> None:
+    """Raises `UserError` if a shard holds records that dataset.json does not count, which would never be seen.
+
+    One that holds fewer is damaged (an unreadable one opens as an empty one): its reads fail by themselves.
+    """
+    if held > listed:
+        what = f"a shard holds {held:,} records, and {DATASET_FILE} says {listed:,}"
+        raise UserError(what, str(path), "Copy the data set again as a whole, or prepare it again")
 
 
 class _OpenShards:
@@ -140,8 +153,8 @@ def _read_info(what: str, path: str) -> DatasetInfo:
             f"{what}: the folder has no {DATASET_FILE}", path, "Prepare it first; if that was interrupted, do it again"
         )
     try:
-        text = file.read_text(encoding="utf-8")
-        version = int(json.loads(text)["format_version"])
+        text = untrusted.read_file(file, untrusted.MAX_JSON_BYTES)
+        version = untrusted.as_int(untrusted.parse_json_object(text)["format_version"], 0, 1 << 31)
         if version > FORMAT_VERSION:  # Told first: the rest of it may look quite different.
             raise UserError(
                 f"{what}: its format is newer than this program's {FORMAT_VERSION}", version, "Update aimv2_jax"
@@ -151,10 +164,10 @@ def _read_info(what: str, path: str) -> DatasetInfo:
                 f"{what}: its format is older than this program reads", version, "Prepare the data set again"
             )
         info = DatasetInfo.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{what}: {DATASET_FILE} cannot be read", path, "Prepare the data set again") from error
     counts = [shard.records for shard in info.shards]
-    if min(counts, default=0) < 0 or sum(counts) != info.records:
+    if sum(counts) != info.records:
         raise UserError(
             f"{what}: {DATASET_FILE} counts {info.records} records, and {sum(counts)} in its shards",
             path,

@@ -20,6 +20,9 @@ from jaxtyping import Bool, Int32
 
 from aimv2_jax.data.locations import locate
 from aimv2_jax.errors import UserError
+from aimv2_jax.untrusted import read_file
+
+_MAX_MODEL_BYTES = 256 << 20  # A SentencePiece model of a million pieces has about 20 MiB.
 
 
 class Tokenizer:
@@ -29,7 +32,8 @@ class Tokenizer:
       path: the `.model` file; `package:` paths lie inside the installed package.
       length: T, the end of a caption included.
       vocab_size: rows of the model's token table, at least the pieces of the file.
-      needs_end: whether an end of text is a target, so that the file must have an end id.
+      needs_end: whether an end of text is a target: then the file must have an end id, and only a text that is whole
+        is followed by it.
 
     Raises:
       UserError: if the file is missing, not SentencePiece, has too many pieces, or lacks an end id that is needed.
@@ -37,6 +41,7 @@ class Tokenizer:
 
     def __init__(self, path: str, length: int, vocab_size: int, needs_end: bool = True):
         self.length = length
+        self._most_pieces = length if needs_end else length - 1
         model, self._pieces = _read_model(path)
         self.num_pieces = self._pieces.get_piece_size()
         if self.num_pieces > vocab_size:
@@ -58,25 +63,30 @@ class Tokenizer:
         self._splitter = _tensorflow_splitter(model)
 
     def encode(self, captions: Sequence[bytes]) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-        """`tokens` and `token_valid` of captions in UTF-8.
+        """`tokens` and `token_valid` of captions in UTF-8, see `batch_arrays`."""
+        arrays = self.batch_arrays(captions)
+        return arrays["tokens"], arrays["token_valid"]
 
-        Each caption is cut to T - 1 pieces, then comes the end id (where the model has one), then padding;
-        `token_valid` is True on the text's pieces only.
+    def batch_arrays(self, captions: Sequence[bytes]) -> dict[str, np.ndarray]:
+        """What a batch has of captions in UTF-8: `tokens`, `token_valid` (True on the text's pieces), `truncated`.
+
+        A caption's pieces are followed by the end id (where the model has one) and padding. Where the end is a target,
+        all of that is cut to T: a text that does not fit is not followed by an end, so that a model does not learn to
+        stop in the middle of texts. Else pieces are cut to T - 1, as the reference does.
         """
         shape = len(captions), self.length
         tokens = np.full(shape, self.pad_id, np.int32)
-        token_valid = np.zeros(shape, bool)
         if not captions:
-            return tokens, token_valid
+            return {"tokens": tokens, "token_valid": np.zeros(shape, bool), "truncated": np.zeros(0, bool)}
         pieces = self._splitter(list(captions))
         values, splits = pieces.values.numpy(), pieces.row_splits.numpy()
-        lengths = np.minimum(np.diff(splits), self.length - 1)
+        lengths = np.minimum(np.diff(splits), self._most_pieces)
         column = np.arange(self.length)
         token_valid = column < lengths[:, None]
         tokens[token_valid] = values[(splits[:-1, None] + column)[token_valid]]
         if self.eos_id is not None:
-            tokens[np.arange(len(captions)), lengths] = self.eos_id
-        return tokens, token_valid
+            tokens[column == lengths[:, None]] = self.eos_id
+        return {"tokens": tokens, "token_valid": token_valid, "truncated": np.diff(splits) > lengths}
 
     def decode(self, ids: Sequence[int] | Int32[np.ndarray, " T"]) -> str:
         """The text of `ids` up to the first end or padding."""
@@ -89,7 +99,12 @@ def _read_model(path: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]
     file = locate(path)
     if not path or not file.is_file():
         raise UserError("config tokenizer.path: no such file", path, "Give a SentencePiece .model file")
-    model, pieces = file.read_bytes(), sentencepiece.SentencePieceProcessor()
+    try:
+        model = read_file(file, _MAX_MODEL_BYTES)
+    except ValueError as error:
+        remedy = "Give a SentencePiece .model file"
+        raise UserError(f"config tokenizer.path: not a SentencePiece model, {error}", path, remedy) from error
+    pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(model)
         usable = pieces.get_piece_size() > 0

@@ -18,6 +18,7 @@ from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.files import write_whole
 from aimv2_jax.flags import Parser, check_output, positive
+from aimv2_jax.untrusted import printable
 
 PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2
 MODEL_TYPES = ("bpe", "unigram")
@@ -91,12 +92,14 @@ def sample_captions(
     function of `seed` and its place; they are read in order, and no other record is.
     """
     asked = {source.name: [kind for kind in kinds or source.kinds if source.kinds.get(kind)] for source in sources}
-    wanted = _shares([len(source) * len(asked[source.name]) for source in sources], limit)
+    # A kind that some records lack is taken for whole: what is missing is found out by reading.
+    sizes = [sum(max(len(source), source.kinds[kind]) for kind in asked[source.name]) for source in sources]
+    wanted = _shares(sizes, limit)
     texts: list[str] = []
     unusable = 0
-    for place, (source, share) in enumerate(zip(sources, wanted)):
+    for place, (source, size, share) in enumerate(zip(sources, sizes, wanted)):
         mine = asked[source.name]
-        count = -(-share // max(1, len(mine)))
+        count = -(-share * len(source) // max(1, size))
         found: list[str] = []
         for index in _chosen(len(source), count, hash32(seed, "tokenizer", place)):
             try:
@@ -104,9 +107,9 @@ def sample_captions(
             except BadRecord:
                 unusable += 1
                 continue
-            for kind in mine:
+            for text in (text for kind in mine for text in record.texts(kind)):
                 try:
-                    found += [captions.clean(record.captions[kind])[:_LONGEST]] if kind in record.captions else []
+                    found.append(captions.clean(text)[:_LONGEST])
                 except BadRecord:
                     unusable += 1
         texts += found[:share]
@@ -138,7 +141,7 @@ def _open(folders: Sequence[str], kinds: Sequence[str] | None) -> list[Source]:
     sources = [Source(str(place), folder, what="--input") for place, folder in enumerate(folders)]
     for folder, source in zip(folders, sources):
         if not any(source.kinds.get(kind) for kind in kinds or source.kinds):
-            there = ", ".join(source.kinds) or "none"
+            there = printable(", ".join(source.kinds)) or "none"
             raise UserError(f"--input {folder} has no captions of --kind", kinds or "any", f"Its kinds: {there}")
     return sources
 

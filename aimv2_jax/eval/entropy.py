@@ -50,13 +50,13 @@ def token_frequencies(config: Config, tokenizer: Tokenizer) -> dict[str, Float[n
 
 
 def _chunks(source: Source, kind: str) -> Iterator[list[bytes]]:
-    """The usable captions of a source, cleaned, in UTF-8."""
+    """The usable captions of a source, cleaned, in UTF-8: one a record, of several each in turn, as training shows."""
     chunk = []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_CAPTIONS)).astype(int)):
+    places = np.unique(np.linspace(0, len(source) - 1, min(len(source), MAX_CAPTIONS)).astype(int))
+    for turn, index in enumerate(places):
         try:
-            record = records.decode(source.read(int(index)))
-            if kind in record.captions:
-                chunk.append(captions.clean(record.captions[kind]).encode())
+            if texts := records.decode(source.read(int(index))).texts(kind):
+                chunk.append(captions.clean(texts[turn % len(texts)]).encode())
         except BadRecord:
             continue
         if len(chunk) == _CHUNK:

@@ -31,20 +31,22 @@ from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.load import load
 from aimv2_jax.flags import Parser, check_output, positive
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.untrusted import printable
 
 _DEPTHS = (1, 5, 10)
 _DRAWN, _SHOWN = 8, 3  # Pictures of --picture, and captions of each.
 
 
 def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedPicture], list[str]]:
-    """Pictures and captions of `count` records at even distances, no caption twice.
+    """Pictures and captions of `count` records at even distances, no caption twice; of several captions the first.
 
     Raises:
       UserError: where fewer than two have a caption of this kind.
     """
     source = Source(path, path, "--data")
     if kind not in source.kinds:
-        raise UserError(f"--data {path} has no captions of this kind", kind, f"It has {', '.join(source.kinds)}")
+        there = printable(", ".join(source.kinds))
+        raise UserError(f"--data {path} has no captions of this kind", kind, f"It has {there}")
     found: dict[str, NamedPicture] = {}
     step = max(1, len(source) // count)
     order = [index for first in range(step) for index in range(first, len(source), step)]
@@ -53,8 +55,8 @@ def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedPicture], li
             record = records.decode(source.read(index))
         except BadRecord as error:
             raise UserError("--data has a record that cannot be read", index, "Prepare the set again") from error
-        if kind in record.captions:
-            found.setdefault(record.captions[kind], NamedPicture(f"{path}: {record.key}", record.image))
+        for caption in record.texts(kind)[:1]:
+            found.setdefault(caption, NamedPicture(f"{path}: {record.key}", record.image))
         if len(found) == count:
             break
     if len(found) < 2:

@@ -61,7 +61,7 @@ def replay(
             host = next(batches)
             shape = steps.shape(host.step)
             batch = pipeline.to_devices(host.arrays, sharding, rows_of(shape.examples), shape.examples)
-            del batch["source"], batch["faults"]
+            batch = {name: array for name, array in batch.items() if name not in pipeline.BOOKKEEPING}
             if number == step:
                 tensors = _look(program, state.params, batch)  # Before the step takes over the state's memory.
             if shape not in compiled:

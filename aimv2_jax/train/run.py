@@ -215,7 +215,7 @@ class Run:
             step = self.compiled[shape]
             with self.feed.transferring(), self.watchdog.watching("step", number):
                 batch = step.put(host.arrays)
-            counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
+            counts = self.tally.add(*(batch.pop(name) for name in pipeline.BOOKKEEPING))
             self.bad_records.write(number, host.faults)
             checked = self.recompute is not None and _every(config.guard.recompute_every, number)
             # Before the step itself, which takes over the memory of the state.
@@ -420,7 +420,7 @@ class Run:
         """This process' rows of the held-out batches; records that cannot be used are added to `faults`."""
         for _, host in pipeline.evaluation_batches(self.config, self.eval_rows, self.tokenizer):
             faults += host.faults
-            yield {name: array for name, array in host.arrays.items() if name not in ("source", "faults")}
+            yield {name: array for name, array in host.arrays.items() if name not in pipeline.BOOKKEEPING}
 
 
 def say(text: str) -> None:

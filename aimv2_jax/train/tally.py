@@ -1,6 +1,6 @@
-"""Examples and bad records by source, summed over all hosts.
+"""Examples, bad records and truncated captions by source, summed over all hosts.
 
-S sources, R reasons, C = R + 1 counts (examples, then reasons), B batch.
+S sources, R reasons, C = R + 2 counts (examples, reasons, truncated captions), B batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from aimv2_jax.errors import GuardStop
 from aimv2_jax.growing import GrowingFile
@@ -37,28 +37,36 @@ class Tally:
 
     def __init__(self, sources: Sequence[str], reasons: Sequence[str], sharding: NamedSharding):
         self._sources, self._reasons = list(sources), list(reasons)
-        self._lap = np.zeros((len(sources), 1 + len(reasons)), np.int32)
+        self._lap = np.zeros((len(sources), len(reasons) + 2), np.int32)
         self._seen = self._lap.astype(np.int64)
         self._counts = jax.device_put(self._lap, sharding)
         self._add = jax.jit(partial(_add, num_sources=len(sources)), out_shardings=sharding)
 
-    def add(self, source: Int[Array, " B"], faults: Int[Array, "B R"]) -> Int[Array, "S C"]:
+    def add(
+        self, source: Int[Array, " B"], faults: Int[Array, "B R"], truncated: Bool[Array, " B"]
+    ) -> Int[Array, "S C"]:
         """Counts a batch and waits for nothing; the counts up to this batch, for `lap`."""
-        self._counts = self._add(self._counts, source, faults)
+        self._counts = self._add(self._counts, source, faults, truncated)
         return self._counts
 
     def forget(self) -> None:
         """Leaves out what was counted since the last lap, by steps that the run goes back behind."""
         self._lap = np.asarray(jax.device_get(self._counts))
 
-    def lap(self, counts: Int[Array, "S C"]) -> dict[str, int]:
-        """`images/SOURCE` and, where there were any, `bad/SOURCE/REASON`, between the last lap's `counts` and these."""
+    def lap(self, counts: Int[Array, "S C"]) -> dict[str, int | float]:
+        """What came between the last lap's `counts` and these.
+
+        `images/SOURCE`; `truncated_captions/SOURCE`, the share of them whose caption has more tokens than fit; and
+        where there were any, `bad/SOURCE/REASON`.
+        """
         now = np.asarray(jax.device_get(counts))
         counts, self._lap = now - self._lap, now  # int32 may wrap over a long run; the difference is right all the same
         self._seen += counts
         values = {f"images/{name}": int(row[0]) for name, row in zip(self._sources, counts)}
         for name, row in zip(self._sources, counts):
-            values |= {f"bad/{name}/{why}": int(n) for why, n in zip(self._reasons, row[1:]) if n}
+            values |= {f"bad/{name}/{why}": int(n) for why, n in zip(self._reasons, row[1:-1]) if n}
+            if row[0]:
+                values[f"truncated_captions/{name}"] = float(row[-1] / row[0])
         return values
 
     def check(self, max_bad_fraction: float) -> None:
@@ -73,8 +81,9 @@ class Tally:
             )
 
 
-def _add(counts, source, faults, *, num_sources: int):
-    rows = jnp.concatenate([jnp.ones_like(source)[:, None], faults], axis=1)
+def _add(counts, source, faults, truncated, *, num_sources: int):
+    columns = jnp.ones_like(source)[:, None], faults, truncated.astype(faults.dtype)[:, None]
+    rows = jnp.concatenate(columns, axis=1)
     return counts + jax.ops.segment_sum(rows, source, num_segments=num_sources)
 
 

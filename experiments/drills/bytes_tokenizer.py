@@ -21,7 +21,7 @@ class BytesTokenizer:
     def __init__(self, path: str, length: int, vocab_size: int = 256, needs_end: bool = False):
         self._length = length
 
-    def encode(self, captions):
+    def batch_arrays(self, captions):
         import numpy as np
 
         tokens = np.zeros((len(captions), self._length), np.int32)
@@ -30,7 +30,8 @@ class BytesTokenizer:
             text = caption[: self._length]
             tokens[row, : len(text)] = np.frombuffer(text, np.uint8)
             valid[row, : len(text)] = True
-        return tokens, valid
+        truncated = np.array([len(caption) > self._length for caption in captions], bool)
+        return {"tokens": tokens, "token_valid": valid, "truncated": truncated}
 
 
 def replace_tokenizer() -> None:

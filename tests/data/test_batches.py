@@ -76,6 +76,27 @@ def test_batch_when_built_then_the_time_of_each_stage_within_its_own(datasets):
         assert min(seconds.values()) > 0 and sum(seconds.values()) <= passed
 
 
+def test_training_shows_every_caption_of_a_record_in_turn(make_dataset):
+    """Lists of one to three captions: in as many passes as a record has captions, each comes once."""
+    texts = {i: [f"caption {n} of {i}" for n in range(1 + i % 3)] for i in range(8)}
+    path = make_dataset("red", 8, {i: {"captions": {"synthetic": found}} for i, found in texts.items()})
+    build = training({"red": path}, {"red": {"synthetic": 1.0}})  # A batch is a pass.
+    shown = collections.defaultdict(list)
+    for step in range(6):
+        for caption in build(step).captions:
+            shown[int(caption.split()[-1])].append(caption.decode())
+    for i, found in texts.items():
+        assert sorted(shown[i][: len(found)]) == found and shown[i] == shown[i][: len(found)] * (6 // len(found))
+    assert build(2).captions == build(2).captions
+    other = training({"red": path}, {"red": {"synthetic": 1.0}}, seed=1)
+    assert sorted(other(0).captions) != sorted(build(0).captions)
+
+
+def test_evaluation_shows_the_first_caption_of_a_list(make_dataset):
+    path = make_dataset("red", 2, {1: {"captions": {"alt": ["First.", "Second."]}}})
+    assert evaluation({"red": path}, {"red": 2})(0).captions[:2] == [b"red number 0", b"first."]
+
+
 BAD = {
     1: ({"captions": {"synthetic": "no alt here"}}, "missing_caption"),
     3: ({"captions": {"alt": " &nbsp; "}}, "empty_caption"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aimv2_jax.data.captions import clean
+from aimv2_jax.data.captions import MAX_LETTERS, clean
 from aimv2_jax.data.records import BadRecord
 
 
@@ -44,3 +44,9 @@ def test_caption_when_plain_ascii_then_ftfy_which_is_spared_would_have_changed_n
 def test_caption_when_not_plain_ascii_then_mended(text):
     fixed = ftfy.fix_text(text)
     assert fixed != text and clean(text) == " ".join(fixed.split()).lower()
+
+
+def test_clean_when_16_million_letters_then_reads_the_first_only():
+    """A caption that others wrote may be of any length; a step must not take 16 s for it."""
+    long = "Käse &amp; " * 1_600_000
+    assert clean(long) == clean(long[:MAX_LETTERS])

@@ -22,6 +22,7 @@ def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tm
     assert len(info.shards) > 2
     assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
     assert (info.records, info.kinds, info.labels) == (9, {"alt": 9, "synthetic": 8}, ("coarse", "number"))
+    assert info.records_with == info.kinds
     assert info.bytes == sum((tmp_path / shard.file).stat().st_size for shard in info.shards)
     read = []
     for shard in info.shards:
@@ -50,7 +51,7 @@ def test_dataset_when_its_file_is_of_version_1_then_read_and_of_others_refused(t
     read = DatasetInfo.from_json(json.dumps(old | {"format_version": 1}))
     assert read == dataclasses.replace(info, format_version=1, histograms={})
     assert read.samples == 3
-    for version in (0, 3):
+    for version in (0, 4, "2", None):
         with pytest.raises(ValueError, match=f"version {version}"):
             DatasetInfo.from_json(json.dumps(tree | {"format_version": version}))
 

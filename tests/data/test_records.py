@@ -7,7 +7,7 @@ import zlib
 import msgpack
 import pytest
 
-from aimv2_jax.data.records import BadRecord, Record, decode, encode
+from aimv2_jax.data.records import MAX_KEY_LETTERS, BadRecord, Record, decode, encode
 
 RECORD = Record(
     "a/1", b"\xff\xd8 picture", {"alt": "Käse", "synthetic": "a cheese"}, {"label": "cheese", "kind": "photo"}
@@ -39,11 +39,46 @@ def test_record_when_cut_anywhere_then_corrupt():
             decode(data[:length])
 
 
+def packed(version=1, **fields):
+    payload = msgpack.packb({"key": "a", "image": b"x", "captions": {"alt": "x"}, "labels": {}} | fields)
+    return struct.pack("<BI", version, zlib.crc32(payload)) + payload
+
+
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
     "field",
-    [{"captions": {"alt": None}}, {"captions": ["alt"]}, {"captions": {"alt": b"x"}}, {"image": "x"}, {"key": 3}],
+    [
+        *({"captions": {"alt": None}}, {"captions": ["alt"]}, {"captions": {"alt": b"x"}}, {"image": "x"}, {"key": 3}),
+        *({"captions": {"alt": ["a", b"x"]}}, {"captions": {"alt": ["a", ["b"]]}}, {"captions": {"alt": {"a": "b"}}}),
+        *({"labels": {"l": b"x"}}, {"labels": {"l": {"a": "b"}}}, {"labels": {"l": 3}}, {"labels": ["l"]}),
+    ],
 )
-def test_record_when_another_writer_put_other_types_in_then_corrupt(field):
-    payload = msgpack.packb({"key": "a", "image": b"x", "captions": {"alt": "x"}, "labels": {}} | field)
+def test_record_when_another_writer_put_other_types_in_then_corrupt(version, field):
     with pytest.raises(BadRecord, match="corrupt_record"):
-        decode(struct.pack("<BI", 1, zlib.crc32(payload)) + payload)
+        decode(packed(version, **field))
+
+
+def test_record_with_several_captions_of_a_kind_is_version_2():
+    record = dataclasses.replace(RECORD, captions={"alt": "Käse", "synthetic": ["a cheese", "cheese on a plate"]})
+    data = encode(record)
+    assert data[0] == 2 and decode(data) == record
+    assert record.texts("synthetic") == ["a cheese", "cheese on a plate"]
+    assert record.texts("alt") == ["Käse"] and record.texts("none") == []
+
+
+def test_record_without_lists_is_version_1_as_ever():
+    """Its bytes are those that programs before version 2 wrote and read."""
+    assert encode(RECORD)[0] == 1 and decode(packed()) == Record("a", b"x", {"alt": "x"})
+    lists = dataclasses.replace(RECORD, captions={kind: [text] for kind, text in RECORD.captions.items()})
+    assert encode(dataclasses.replace(lists, captions=lists.captions | {"none": []})) == encode(RECORD)
+
+
+def test_record_of_version_1_with_a_list_is_corrupt():
+    with pytest.raises(BadRecord, match="corrupt_record"):
+        decode(packed(1, captions={"alt": ["a", "b"]}))
+    assert decode(packed(2, captions={"alt": ["a", "b"]})).texts("alt") == ["a", "b"]
+
+
+def test_key_of_a_foreign_record_is_bounded():
+    keys = [decode(packed(key="k" * 20_000_000 + end)).key for end in "ab"]
+    assert keys[0] != keys[1] and {len(key) for key in keys} == {MAX_KEY_LETTERS}

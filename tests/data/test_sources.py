@@ -163,6 +163,13 @@ def test_source_when_a_shard_is_damaged_then_its_records_are_unreadable_and_othe
             source.read(index)
 
 
+def test_read_of_a_shard_with_uncounted_records_is_refused(tmp_path, make_record):
+    write_dataset(tmp_path, (make_record("red", i) for i in range(65)))
+    damage(records=3, shards=[{"file": "00000.arrayrecord", "records": 3, "bytes": 1}])(tmp_path)
+    with pytest.raises(UserError, match=r"holds 65 records, and dataset.json says 3: '.*00000.arrayrecord'"):
+        Source("red", str(tmp_path)).read(0)
+
+
 def damage(**changes):
     def change(folder):
         file = folder / "dataset.json"
@@ -178,14 +185,19 @@ def damage(**changes):
         (lambda folder: (folder / "dataset.json").unlink(), "no dataset.json"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "dataset.json").write_text("[]"), "cannot be read"),
-        (damage(format_version=9), "newer than this program's 2: 9"),
-        (damage(format_version=9, shards="of another kind"), "newer than this program's 2: 9"),
+        (damage(format_version=9), "newer than this program's 3: 9"),
+        (damage(format_version=9, shards="of another kind"), "newer than this program's 3: 9"),
         (damage(format_version=0, shards="of another kind"), "older than this program reads: 0"),
         (damage(records=float("inf")), "cannot be read"),
         (lambda folder: (folder / "dataset.json").write_text("[" * 100_000), "cannot be read"),
         (damage(records=0, shards=[]), "no records"),
         (damage(records=7), "counts 7 records, and 1 in its shards"),
-        (damage(records=-1, shards=[{"file": "00000.arrayrecord", "records": -1, "bytes": 0}]), "counts -1 records"),
+        (damage(records=-1, shards=[{"file": "00000.arrayrecord", "records": -1, "bytes": 0}]), "cannot be read"),
+        (damage(records=2**63, shards=[{"file": "x", "records": 2**63, "bytes": 0}]), "cannot be read"),
+        (damage(records_with={"alt": 2, "synthetic": 1}), "cannot be read"),
+        (damage(records_with={"alt": 1}), "cannot be read"),
+        (lambda folder: os.truncate(folder / "dataset.json", 65 << 20), "cannot be read"),
+        (lambda folder: ((folder / "dataset.json").unlink(), os.mkfifo(folder / "dataset.json")), "no dataset.json"),
         (lambda folder: (folder / "00000.arrayrecord").unlink(), "1 of its shards are missing: '00000.arrayrecord'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The tokenizer's contract, on models with and without the special pieces."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -36,9 +37,36 @@ def test_encode_when_compared_with_sentencepiece_then_the_same_pieces_cut_ended_
     tokens, token_valid = tokenizer.encode(TEXTS)
     assert (tokens.shape, tokens.dtype, token_valid.dtype) == ((4, 12), np.int32, bool)
     for text, row, valid in zip(TEXTS, tokens, token_valid):
-        wanted = pieces.encode(text.decode())[:11]
-        assert row.tolist() == wanted + [pieces.eos_id()] + [pieces.pad_id()] * (11 - len(wanted))
-        assert valid.tolist() == [True] * len(wanted) + [False] * (12 - len(wanted))
+        wanted = pieces.encode(text.decode())
+        padded = wanted + [pieces.eos_id()] + [pieces.pad_id()] * 11
+        assert row.tolist() == padded[:12]
+        assert valid.tolist() == [place < len(wanted) for place in range(12)]
+
+
+def test_end_follows_whole_captions_only_where_it_is_a_target(train):
+    """And where it is none, it follows T - 1 pieces, as the reference's tokenizer writes it."""
+    path, letters = train(pad_id=3), [b"a " * count for count in (6, 7, 8, 9)]
+    counts = [
+        len(ids) for ids in sentencepiece.SentencePieceProcessor(model_file=path).encode([x.decode() for x in letters])
+    ]
+    length = counts[2]
+    learned, ignored = (Tokenizer(path, length, vocab_size=60, needs_end=needs) for needs in (True, False))
+    arrays = learned.batch_arrays(letters)
+    assert (arrays["tokens"] == learned.eos_id).sum(1).tolist() == [1, 1, 0, 0]
+    assert arrays["token_valid"].sum(1).tolist() == [counts[0], counts[1], length, length]
+    assert arrays["truncated"].tolist() == [False, False, False, True]
+    arrays = ignored.batch_arrays(letters)
+    assert (arrays["tokens"] == learned.eos_id).sum(1).tolist() == [1, 1, 1, 1]
+    assert arrays["token_valid"].sum(1).tolist() == [counts[0], counts[1], length - 1, length - 1]
+    assert arrays["truncated"].tolist() == [False, False, True, True]
+
+
+def test_model_file_of_6_gb_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "large.model"
+    path.touch()
+    os.truncate(path, 6 * 10**9)
+    with pytest.raises(UserError, match=r"not a SentencePiece model, it has 6,000,000,000 bytes.*large.model"):
+        Tokenizer(str(path), 12, 768)
 
 
 def test_encode_when_in_another_batch_then_the_same_row(tokenizer):
@@ -51,6 +79,7 @@ def test_encode_when_in_another_batch_then_the_same_row(tokenizer):
 def test_encode_when_no_captions_then_no_rows(tokenizer):
     tokens, token_valid = tokenizer.encode([])
     assert tokens.shape == token_valid.shape == (0, 12)
+    assert tokenizer.batch_arrays([])["truncated"].shape == (0,)
 
 
 def test_decode_when_encoded_then_the_text_up_to_its_end(tokenizer):

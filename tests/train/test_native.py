@@ -100,7 +100,7 @@ def test_native_steps_when_one_has_run_at_each_area_then_nothing_compiles_any_mo
     with pipeline.training_batches(config, range, 0) as batches, jax.log_compiles():
         for host in itertools.islice(batches, 12):
             shape = host.arrays["valid"].shape
-            arrays = {name: array for name, array in host.arrays.items() if name not in ("source", "faults")}
+            arrays = {name: array for name, array in host.arrays.items() if name not in pipeline.BOOKKEEPING}
             batch = pipeline.to_devices(arrays, program.batch_sharding, range(shape[0]), shape[0])
             if seen == set(steps):
                 caplog.clear()

@@ -24,24 +24,36 @@ def tally():
     return Tally(["a", "b"], REASONS, replicated(build_mesh(1, -1, 1, 1)))
 
 
+def add(tally, source, faults, truncated=None):
+    truncated = [False] * len(source) if truncated is None else truncated
+    return tally.add(jnp.asarray(source), jnp.asarray(faults), jnp.asarray(truncated))
+
+
 def test_tally_when_batches_are_added_then_laps_count_each_once(tally):
-    tally.add(jnp.asarray([0, 1, 1]), jnp.asarray([[0, 0], [2, 0], [0, 1]]))
-    counts = tally.add(jnp.asarray([1, 1, 1]), jnp.asarray([[0, 0], [0, 0], [1, 0]]))
-    later = tally.add(jnp.asarray([0]), jnp.asarray([[0, 0]]))
-    assert tally.lap(counts) == {"images/a": 1, "images/b": 5, "bad/b/corrupt_record": 3, "bad/b/missing_caption": 1}
-    assert tally.lap(later) == {"images/a": 1, "images/b": 0}
+    add(tally, [0, 1, 1], [[0, 0], [2, 0], [0, 1]], [True, False, False])
+    counts = add(tally, [1, 1, 1], [[0, 0], [0, 0], [1, 0]], [True, False, True])
+    later = add(tally, [0], [[0, 0]])
+    assert tally.lap(counts) == {
+        "images/a": 1,
+        "images/b": 5,
+        "bad/b/corrupt_record": 3,
+        "bad/b/missing_caption": 1,
+        "truncated_captions/a": 1.0,
+        "truncated_captions/b": 0.4,
+    }
+    assert tally.lap(later) == {"images/a": 1, "images/b": 0, "truncated_captions/a": 0.0}
 
 
 def test_check_when_over_the_share_then_stops_and_says_where_the_keys_are(tally):
-    tally.lap(tally.add(jnp.asarray([0]), jnp.asarray([[10, 0]])))
+    tally.lap(add(tally, [0], [[10, 0]]))
     tally.check(0.01)  # 10 of at least 1,000
-    tally.lap(tally.add(jnp.asarray([0]), jnp.asarray([[1, 0]])))
+    tally.lap(add(tally, [0], [[1, 0]]))
     with pytest.raises(GuardStop, match=r"11 of 13 records.*max_bad_fraction=0\.01.*bad_records\.jsonl"):
         tally.check(0.01)
 
 
 def test_check_when_only_caption_kinds_are_missing_then_goes_on(tally):
-    tally.lap(tally.add(jnp.asarray([0]), jnp.asarray([[0, 5000]])))
+    tally.lap(add(tally, [0], [[0, 5000]]))
     tally.check(0.0)
 
 

@@ -14,7 +14,7 @@ its subfolders (hidden ones, links to folders and files that are none of these k
 FIELD, what --caption, --label and --keep take a text from:
 
   webdataset  txt (the .txt member) or json:NAME (a key of the .json member)
-  parquet     a column of texts, numbers or truth values
+  parquet     a column of texts, lists of texts, numbers or truth values
   jsonl       a key
   csv         a column
 

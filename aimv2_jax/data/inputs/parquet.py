@@ -18,7 +18,7 @@ from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.data.inputs.texts import readable
 from aimv2_jax.errors import UserError
 
-FIELD = "a column of texts, numbers or truth values"
+FIELD = "a column of texts, lists of texts, numbers or truth values"
 CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
 IMAGES = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
 _KEYS = ("key", "__key__", "id", "uid")
@@ -142,6 +142,9 @@ def _values(column: Any) -> list[Any]:
     if _is_text(column.type):
         column = column.cast(arrow.large_binary() if arrow.types.is_large_string(column.type) else arrow.binary())
         return [_text(value) for value in column.to_pylist()]
+    if _is_list(column.type):
+        lists = column.cast(arrow.large_list(arrow.large_binary())).to_pylist()
+        return [texts and [_text(value) for value in texts] for texts in lists]
     return column.to_pylist()
 
 
@@ -155,6 +158,13 @@ def _text(value: bytes | None) -> str | bytes | None:
 def _is_text(kind: Any) -> bool:
     _, arrow = _pyarrow()
     return arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a column is of lists of texts."""
+    _, arrow = _pyarrow()
+    tests = (arrow.types.is_list, arrow.types.is_large_list, arrow.types.is_fixed_size_list)
+    return any(test(kind) for test in tests) and _is_text(kind.value_type)
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -185,7 +195,7 @@ def _field_columns(schema: Any) -> list[str]:
 
     def is_field(kind: Any) -> bool:
         kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        return any(test(kind) for test in (*numbers, _is_text, _is_bytes))
+        return any(test(kind) for test in (*numbers, _is_text, _is_bytes, _is_list))
 
     image = _image_column(schema)
     names = [field.name for field in schema if field.name != image and is_field(field.type)]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from aimv2_jax.data import captions
 from aimv2_jax.data.inputs.samples import Sample
 from aimv2_jax.data.pictures import decode_image, image_size
-from aimv2_jax.data.records import BadRecord, Record
+from aimv2_jax.data.records import BadRecord, Record, bounded_key
 
-MOST_LETTERS = 4096  # Of a caption or label: many times the 76 pieces that a model reads.
+MOST_LETTERS = captions.MAX_LETTERS  # Of a caption or label.
+MOST_CAPTIONS = 100  # Of one kind in a record.
 _DIGESTS = {32: hashlib.md5, 64: hashlib.sha256}  # By the letters of their hexadecimal.
 
 
@@ -21,11 +23,12 @@ _DIGESTS = {32: hashlib.md5, 64: hashlib.sha256}  # By the letters of their hexa
 class Rules:
     """What is asked of every sample: sides in pixels, `max_aspect` of the longer side over the shorter.
 
-    `captions` and `labels` map a kind or name to a field; `keep` maps a field to the values that are taken; `verify`
+    `captions` map a kind to a field, or to several whose captions are all of that kind; a field may hold a text or a
+    list of texts. `labels` map a name to a field; `keep` maps a field to the values that are taken; `verify`
     is a field with a digest of the picture's bytes; `decode` asks that all pixels can be decoded.
     """
 
-    captions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    captions: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keep: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     min_side: int = 32
@@ -38,7 +41,13 @@ class Rules:
     def fields(self) -> tuple[str, ...]:
         """All fields that the rules name."""
         verify = [] if self.verify is None else [self.verify]
-        return tuple(dict.fromkeys([*self.captions.values(), *self.labels.values(), *self.keep, *verify]))
+        captions = itertools.chain.from_iterable(map(fields_of_kind, self.captions.values()))
+        return tuple(dict.fromkeys([*captions, *self.labels.values(), *self.keep, *verify]))
+
+
+def fields_of_kind(fields: str | Sequence[str]) -> list[str]:
+    """The fields of a caption kind in `Rules.captions` as a list, however many they are."""
+    return [fields] if isinstance(fields, str) else list(fields)
 
 
 class Dropped(Exception):
@@ -80,7 +89,9 @@ def check(sample: Sample, rules: Rules) -> Checked:
         except BadRecord as error:
             raise Dropped(error.reason) from error
     key = sample.key.encode("utf-8", "backslashreplace").decode()  # File names may be any bytes.
-    return Checked(Record(key, sample.image, texts, labels), size, tuple(dict.fromkeys(changes + label_changes)))
+    return Checked(
+        Record(bounded_key(key), sample.image, texts, labels), size, tuple(dict.fromkeys(changes + label_changes))
+    )
 
 
 def _verify(image: bytes, digest: Any) -> None:
@@ -105,11 +116,32 @@ def _checked_size(image: bytes, rules: Rules) -> tuple[int, int]:
     return size
 
 
-def _captions(sample: Sample, fields: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    texts, changes = {}, []
-    for kind, field in fields.items():
+def _captions(
+    sample: Sample, fields: Mapping[str, str | Sequence[str]]
+) -> tuple[dict[str, str | list[str]], list[str]]:
+    found: dict[str, str | list[str]] = {}
+    changes: list[str] = []
+    for kind, names in fields.items():
+        values = [value for name in fields_of_kind(names) for value in _values(sample.fields.get(name))]
+        if len(values) > MOST_CAPTIONS:
+            changes.append("captions_left_out")
+        texts = list(_usable(values[:MOST_CAPTIONS], changes))
+        if texts:
+            found[kind] = texts[0] if len(texts) == 1 else texts
+    if not found:
+        raise Dropped("caption_not_text" if "caption_not_text" in changes else "no_caption")
+    return found, changes
+
+
+def _values(field: Any) -> Sequence[Any]:
+    return field if isinstance(field, (list, tuple)) else [field]
+
+
+def _usable(values: Sequence[Any], changes: list[str]) -> Iterator[str]:
+    """The captions among `values`; `changes` gets what was done to others."""
+    for value in values:
         try:
-            text = text_of(sample.fields.get(field))
+            text = text_of(value)
         except ValueError:
             changes.append("caption_not_text")
             continue
@@ -122,10 +154,7 @@ def _captions(sample: Sample, fields: Mapping[str, str]) -> tuple[dict[str, str]
             continue
         if cut != text:
             changes.append("caption_cut")
-        texts[kind] = cut
-    if not texts:
-        raise Dropped("caption_not_text" if "caption_not_text" in changes else "no_caption")
-    return texts, changes
+        yield cut
 
 
 def _labels(sample: Sample, fields: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -101,6 +101,32 @@ def test_text_when_not_utf8_then_bytes(table, kind):
     assert [sample.fields for sample in samples] == [{"caption": "ok"}, {"caption": b"caf\xe9"}, {}]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.list_(pyarrow.string()),
+        pyarrow.large_list(pyarrow.large_string()),
+        pyarrow.list_(pyarrow.string_view()),
+        pyarrow.list_(pyarrow.string(), 2),
+    ],
+)
+def test_lists_of_texts_are_fields_and_of_numbers_none(table, kind):
+    lists = pyarrow.array([["a", "b"], ["", "ä"], ["c", "d"]], kind)
+    found = shard(table({"jpg": [b"1", b"2", b"3"], "synthetic": lists, "numbers": [[1], [2], [3]]}))
+    assert parquet.fields(found) == ["synthetic"]
+    samples, damages = books(found)
+    assert [sample.fields["synthetic"] for sample in samples] == [["a", "b"], ["", "ä"], ["c", "d"]]
+    assert damages == []
+
+
+def test_list_with_a_text_that_is_not_utf8_costs_that_text(table):
+    stored = pyarrow.array([b"ok", b"caf\xe9", b"also", None])
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 4, stored.buffers())
+    lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2, None, 4, 4], pyarrow.int32()), texts)
+    samples, _ = books(shard(table({"jpg": [b"1", b"2", b"3", b"4"], "caption": lists})))
+    assert [sample.fields.get("caption") for sample in samples] == [["ok", b"caf\xe9"], ["also", None], None, []]
+
+
 def test_columns_when_read_then_all_that_a_text_can_be_made_of(table):
     columns = {
         "jpg": [b"1"],

@@ -8,7 +8,8 @@ from PIL import Image
 
 from aimv2_jax.data.inputs.samples import Sample
 from aimv2_jax.data.pictures import decode_image
-from aimv2_jax.data.preparing.checks import MOST_LETTERS, Dropped, Rules, check, text_of
+from aimv2_jax.data.preparing.checks import MOST_CAPTIONS, MOST_LETTERS, Dropped, Rules, check, text_of
+from aimv2_jax.data.records import MAX_KEY_LETTERS
 
 ALT = {"alt": "txt"}
 
@@ -111,7 +112,7 @@ def test_caption_when_nothing_is_left_after_cleaning_then_no_caption(picture, te
 
 
 @pytest.mark.parametrize(
-    "text", ["K\u00e4se".encode("latin-1"), b"\xff\xfe\0a", "half \ud83d", ["a", "list"], {"a": 1}]
+    "text", ["K\u00e4se".encode("latin-1"), b"\xff\xfe\0a", "half \ud83d", [["a", "list"]], {"a": 1}]
 )
 def test_caption_when_not_utf_8_text_then_left_out_and_told(picture, text):
     assert reason(picture(), txt=text) == "caption_not_text"
@@ -123,6 +124,41 @@ def test_caption_when_of_100_kb_then_cut_and_told(picture):
     checked = judged(picture(), txt="\u00e4" * 100_000)
     assert checked.record.captions == {"alt": "\u00e4" * MOST_LETTERS} and checked.changes == ("caption_cut",)
     assert judged(picture(), txt="\u00e4" * MOST_LETTERS).changes == ()
+
+
+def test_captions_of_a_kind_come_from_lists_and_several_fields(picture):
+    rules = Rules({"alt": "txt", "synthetic": ["one", "two"]})
+    for fields, found in [
+        ({"one": ["a", "b"]}, ["a", "b"]),
+        ({"one": "a", "two": b"b"}, ["a", "b"]),
+        ({"one": ["a", "b"], "two": "c"}, ["a", "b", "c"]),
+        ({"one": ["", "a", None, " &nbsp; "], "two": None}, "a"),
+        ({"one": ("a", "a")}, ["a", "a"]),
+        ({"two": ["a"]}, "a"),
+    ]:
+        checked = judged(picture(), rules, **fields)
+        assert checked.record.captions == {"alt": "A thing.", "synthetic": found} and checked.changes == ()
+    assert judged(picture(), rules, one=[], two=[""]).record.captions == {"alt": "A thing."}
+    assert reason(picture(), rules, txt="", one=[], two=None) == "no_caption"
+
+
+def test_caption_in_a_list_is_cut_or_left_out_alone(picture):
+    rules = Rules({"synthetic": "one"})
+    long, texts = "x" * (MOST_LETTERS + 1), [f"t{i}" for i in range(MOST_CAPTIONS + 5)]
+    for given, found, changes in [
+        (["a", b"\xff", "b"], ["a", "b"], ("caption_not_text",)),
+        (["a", ["b"], {"c": 1}], "a", ("caption_not_text",)),
+        ([long, "b"], [long[:-1], "b"], ("caption_cut",)),
+        (texts, texts[:MOST_CAPTIONS], ("captions_left_out",)),
+    ]:
+        checked = judged(picture(), rules, one=given)
+        assert (checked.record.captions, checked.changes) == ({"synthetic": found}, changes)
+    assert reason(picture(), rules, one=[["a"], b"\xff"]) == "caption_not_text"
+
+
+def test_key_of_20_mb_is_shortened_and_stays_its_own(picture):
+    keys = [check(Sample("k" * 20_000_000 + end, picture(), {"txt": "x"}), Rules(ALT)).record.key for end in "ab"]
+    assert keys[0] != keys[1] and {len(key) for key in keys} == {MAX_KEY_LETTERS}
 
 
 def test_label_when_there_then_text_and_otherwise_absent(picture):
@@ -155,8 +191,8 @@ def test_key_when_of_bytes_that_are_no_text_then_still_a_key(picture):
 
 
 def test_fields_when_asked_for_then_all_that_the_rules_name():
-    rules = Rules({"alt": "txt"}, {"l": "json:l", "m": "txt"}, {"k": ("1",)}, verify="v")
-    assert rules.fields == ("txt", "json:l", "k", "v")
+    rules = Rules({"alt": ["txt", "txt2"]}, {"l": "json:l", "m": "txt"}, {"k": ("1",)}, verify="v")
+    assert rules.fields == ("txt", "txt2", "json:l", "k", "v")
 
 
 def test_text_when_a_value_of_json_then_as_json_writes_it():

@@ -148,7 +148,7 @@ def test_keep_and_label_when_given_then_only_those(run):
     [
         (["--caption", "alt"], "--caption: 'alt' is not of the form NAME=VALUE"),
         (["--caption", "=txt"], "--caption: '=txt' is not of the form"),
-        (["--caption", "alt=txt", "alt=json:alt"], "--caption names 'alt' twice: 'alt=json:alt'"),
+        (["--caption", "alt=txt", "alt=txt"], "--caption names a field of 'alt' twice: 'alt=txt'"),
         (["--label", "w=json:word", "--label", "w=txt"], "--label names 'w' twice"),
         (["--caption", "alt=json:missing"], "'json:missing'"),
         (["--label", "w=json:missing"], "'json:missing'"),
@@ -205,12 +205,30 @@ def test_field_when_only_some_of_the_inputs_have_it_then_used_where_it_is(run, t
     assert [record.labels.get("cls") for record in records_of(folder)] == [None, None, "a", "a", "b", "b"]
 
 
+def test_prepare_keeps_several_captions_of_a_kind(run, tmp_path, make_tar, picture):
+    texts = ["One.", "Two.", ""]
+    samples = {
+        str(i): {"jpg": picture(seed=i), "txt": b"A thing.", "json": {"more": texts[: i + 1], "last": "End."}}
+        for i in range(3)
+    }
+    flags = ["--caption", "alt=txt", "synthetic=json:more", "--caption", "synthetic=json:last"]
+    code, said, folder = run(*flags, given=make_tar(tmp_path / "a.tar", samples))
+    assert code == 0 and "captions: alt 3, synthetic 8 (of 3 records)\n" in said
+    found = [record.captions["synthetic"] for record in records_of(folder)]
+    assert found == [["One.", "End."], ["One.", "Two.", "End."], ["One.", "Two.", "End."]]
+    info = DatasetInfo.from_json((folder / "dataset.json").read_text())
+    assert (info.kinds, info.records_with) == ({"alt": 3, "synthetic": 8}, {"alt": 3, "synthetic": 3})
+    assert info.made["caption"] == {"alt": "txt", "synthetic": ["json:more", "json:last"]}
+    assert run(*flags, "--resume", given=tmp_path / "a.tar")[0] == 0
+    assert "a data set already" in refused(run(*flags[:-2], "--resume", given=tmp_path / "a.tar"))
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [("--caption alt=txt x=json:x", "--caption x=json:x"), ("--caption alt=txt --label x=json:x", "--label x=json:x")],
 )
 def test_field_when_no_record_has_it_then_refused_with_the_counts(run, tmp_path, make_tar, picture, asked, says):
-    samples = {str(i): {"jpg": picture(), "txt": b"A thing.", "json": {"x": ["no text"]}} for i in range(3)}
+    samples = {str(i): {"jpg": picture(), "txt": b"A thing.", "json": {"x": [["no text"]]}} for i in range(3)}
     said = refused(run(*asked.split(), given=make_tar(tmp_path / "a.tar", samples)))
     assert f"{says}: " in said and "0 of 3 records" in said
 
