@@ -199,16 +199,13 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
 def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
     """Raises UserError where `mesh.tensor` would cut an attention head in two."""
     devices = mesh.shape["tensor"]
-    heads = {"encoder": model.encoder.heads}
-    if model.decoder.kind != "mlp":  # Its blocks have no attention.
-        heads["decoder"] = model.decoder.heads
-    common = math.gcd(*heads.values())
-    for name, count in heads.items():
-        if count % devices:
+    common = math.gcd(*(trunk.heads for trunk in model.attending.values()))
+    for name, trunk in model.attending.items():
+        if trunk.heads % devices:
             choices = [n for n in range(1, common + 1) if common % n == 0]
             raise UserError(
                 f"config mesh.tensor does not divide model.{name}.heads",
-                f"{devices} devices, {count} heads",
+                f"{devices} devices, {trunk.heads} heads",
                 f"Set mesh.tensor to {' or '.join(map(str, choices))}",
             )
 
