@@ -71,6 +71,12 @@ class ModelConfig:
     compute_dtype: Literal["bfloat16", "float32"]
     param_dtype: Literal["float32"]
 
+    @property
+    def attending(self) -> dict[str, EncoderConfig | DecoderConfig]:
+        """The trunks whose blocks have attention, by name."""
+        trunks: dict[str, EncoderConfig | DecoderConfig] = {"encoder": self.encoder}
+        return trunks if self.decoder.kind == "mlp" else trunks | {"decoder": self.decoder}
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:

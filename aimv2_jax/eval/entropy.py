@@ -42,7 +42,8 @@ def token_frequencies(config: Config, tokenizer: Tokenizer) -> dict[str, Float[n
             count, texts = np.zeros(config.model.decoder.vocab_size), 0
             for chunk in _chunks(sources[name], kind):
                 tokens, token_valid = tokenizer.encode(chunk)
-                counted = np.asarray(counted_tokens(jnp.asarray(token_valid), config.loss.predict_eos))
+                is_example = jnp.ones(len(chunk), bool)
+                counted = np.asarray(counted_tokens(jnp.asarray(token_valid), is_example, config.loss.predict_eos))
                 count += np.bincount(tokens[counted], minlength=len(count))
                 texts += len(chunk)
             frequencies[kind] = frequencies.get(kind, 0) + weight * count / max(texts, 1)

@@ -48,7 +48,8 @@ class Scorer:
           UserError: for one in which there is nothing.
         """
         tokens, valid = self._tokenizer.encode([_clean(caption).encode() for caption in captions])
-        return tokens, np.asarray(losses.counted_tokens(jnp.asarray(valid), self._loaded.task.predict_eos))
+        predict_eos = self._loaded.task.predict_eos
+        return tokens, np.asarray(losses.counted_tokens(jnp.asarray(valid), jnp.ones(len(valid), bool), predict_eos))
 
     def __call__(
         self, images: Sequence[ImageLike], tokens: Int[np.ndarray, "C T"], counted: Bool[np.ndarray, "C T"]

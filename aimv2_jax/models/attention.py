@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.models import placement
 from aimv2_jax.models.kernels import online, whole_row
+from aimv2_jax.models.precision import exact_products
 
 Implementation = Literal["xla", "pallas", "pallas_interpreted"]
 
@@ -80,13 +81,14 @@ def attend(
         mask = reads.mask(q.shape[1])
         if told is not None:
             q, k, v = tell((q, k, v), told)
-        return jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, implementation="xla").reshape(
-            q.shape
-        )
+        with exact_products(q.dtype):
+            out = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, implementation="xla")
+        return out.reshape(q.shape)
     kernel = whole_row if q.shape[1] <= whole_row.MOST_ROWS else online
     head_dim = q.shape[2] // heads
 
     def run(q, k, v, prefix, readable, told):
+        assert q.shape[2] % head_dim == 0, "a head is on several devices; the kernels would leave its columns unwritten"
         return kernel.attend(q, k, v, prefix, readable, told, head_dim, implementation == "pallas_interpreted")
 
     rows, by_head = ("batch",), ("batch", "length", "heads")

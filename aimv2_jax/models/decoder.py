@@ -21,7 +21,7 @@ from aimv2_jax.models.layers import (
     Precision,
     Run,
     Trunk,
-    add_positions,
+    add,
     look_up,
     named,
     symmetric_uniform,
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         rows = self._look_up(tokens)
         rows = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))
         table = self.position.at[0].add(self.begin)
-        return add_positions(rows, table[: rows.shape[1]], self.precision.reduce)
+        return add(rows, table[: rows.shape[1]], POSITION_AXES, self.precision.reduce)
 
     def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """The row of text token number `index`, for generation."""

@@ -16,7 +16,7 @@ from aimv2_jax.models.layers import (
     RMSNorm,
     Run,
     Trunk,
-    add_positions,
+    add,
     named,
     symmetric_uniform,
     xavier_uniform,
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
                 raise ValueError(
                     f"this encoder has learned positions for {self.num_patches} patches, got {patches.shape[1]}"
                 )
-            x = add_positions(x, table, self.precision.reduce)
+            x = add(x, table, POSITION_AXES, self.precision.reduce)
         else:
             x += sincos_positions(coords, self.width).astype(compute)
         reads = full_reads(valid) if prefix is None else Reads(prefix, valid)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from aimv2_jax.config import Remat
 from aimv2_jax.models import placement
 from aimv2_jax.models.attention import Implementation, Reads, attend, padded_rows, tell
+from aimv2_jax.models.precision import exact_products
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
@@ -75,7 +76,8 @@ def project(
 
 def _project_forward(x, kernel, axes, out_dtype, reduce_dtype):
     weight = checkpoint_name(placement.whole(kernel.astype(x.dtype), axes), "-".join(axes))
-    y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+    with exact_products(x.dtype):
+        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
     return y, (x, weight, jnp.zeros((0,), kernel.dtype))
 
 
@@ -83,12 +85,13 @@ def _project_backward(axes, out_dtype, reduce_dtype, saved, dy):
     x, weight, empty = saved
     dy = dy.astype(x.dtype)
     rows = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(dy, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
     def partial_sum(x, dy):
         return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=empty.dtype)
 
-    return dx, placement.sum_over_batch(partial_sum, (x, dy), axes, reduce_dtype)
+    with exact_products(x.dtype):
+        dx = jax.lax.dot_general(dy, weight, (((x.ndim - 1,), (1,)), ((), ())))
+        return dx, placement.sum_over_batch(partial_sum, (x, dy), axes, reduce_dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -121,23 +124,53 @@ look_up.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def add_positions(rows: Float[Array, "B S D"], table: Float[Array, "S D"], reduce_dtype: Any) -> Float[Array, "B S D"]:
-    """Rows and the table's row of each; the table's gradient is summed like that of a projection."""
-    return rows + placement.whole(table.astype(rows.dtype), POSITION_AXES)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def add(
+    rows: Float[Array, "B *rows D"], term: Float[Array, "*last D"], axes: placement.Axes, reduce_dtype: Any
+) -> Float[Array, "B *rows D"]:
+    """Rows plus a parameter, a number for each of their last dimensions, in the type of the rows.
+
+    The parameter's gradient is summed like that of a projection: where rows are bfloat16, so would be a sum over all of
+    them, and over all devices, that differentiation makes.
+    """
+    return rows + placement.whole(term.astype(rows.dtype), axes)
 
 
-def _add_positions_backward(reduce_dtype, empty, drows):
+def _add_backward(axes, reduce_dtype, empty, drows):
     def partial_sum(drows):
-        return jnp.sum(drows, axis=0, dtype=empty.dtype)
+        return jnp.sum(drows, axis=tuple(range(drows.ndim - empty.ndim)), dtype=empty.dtype)
 
-    return drows, placement.sum_over_batch(partial_sum, (drows,), POSITION_AXES, reduce_dtype)
+    return drows, placement.sum_over_batch(partial_sum, (drows,), axes, reduce_dtype)
 
 
-add_positions.defvjp(
-    lambda rows, table, reduce_dtype: (add_positions(rows, table, reduce_dtype), jnp.zeros((0,), table.dtype)),
-    _add_positions_backward,
+add.defvjp(
+    lambda rows, term, axes, reduce_dtype: (
+        add(rows, term, axes, reduce_dtype),
+        jnp.zeros((0,) * term.ndim, term.dtype),
+    ),
+    _add_backward,
 )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scale(rows: Float[Array, "B *rows D"], gain: Float[Array, " D"], reduce_dtype: Any) -> Float[Array, "B *rows D"]:
+    """Rows times the gain of a norm, in the type of the rows; its gradient is summed like that of a projection."""
+    return rows * placement.whole(gain.astype(rows.dtype), ("norm",))
+
+
+def _scale_backward(reduce_dtype, saved, drows):
+    rows, gain = saved
+
+    def partial_sum(rows, drows):
+        products = rows.astype(gain.dtype) * drows.astype(gain.dtype)
+        return jnp.sum(products, axis=tuple(range(rows.ndim - 1)))
+
+    return scale(drows, gain, reduce_dtype), placement.sum_over_batch(
+        partial_sum, (rows, drows), ("norm",), reduce_dtype
+    )
+
+
+scale.defvjp(lambda rows, gain, reduce_dtype: (scale(rows, gain, reduce_dtype), (rows, gain)), _scale_backward)
 
 
 class Linear(nn.Module):
@@ -165,7 +198,7 @@ class Linear(nn.Module):
         y = project(x.astype(compute), kernel, self.axes, self.out_dtype or compute, reduce)
         if self.bias_init is not None:
             bias = self.param("bias", named(self.bias_init, "bias"), (self.features,), param)
-            y += bias.astype(y.dtype)
+            y = add(y, bias, ("bias",), reduce)
         return y
 
 
@@ -213,11 +246,11 @@ class RMSNorm(nn.Module):
     eps: float
     precision: Precision
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        gain = placement.whole(self._gain(x.shape[-1]).astype(self.precision.compute), ("norm",))
+    def __call__(self, x: Float[Array, "B *rows D"]) -> Float[Array, "B *rows D"]:
+        gain = self._gain(x.shape[-1])
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x.astype(self.precision.compute) * gain
+        return scale(x.astype(self.precision.compute), gain, self.precision.reduce)
 
     def parts(self, x: Float[Array, "B S D"]) -> Normed:
         """The same in parts, for rows that go into `Linear` layers only; all their outputs must be told."""

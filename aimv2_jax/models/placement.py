@@ -21,7 +21,7 @@ Axes = tuple[str, ...]
 
 def by_device(run: Callable[..., Any], arrays: Sequence[tuple[Array, Axes]], out: Axes) -> Any:
     """`run(*arrays)` on every device's own part of them; `run` must need nothing of the others."""
-    if _batch_parts() is None:
+    if jax.sharding.get_abstract_mesh().size <= 1:  # 0: no mesh.
         return run(*(array for array, _ in arrays))
     specs = tuple(nn.logical_to_mesh_axes(axes) for _, axes in arrays)
     return jax.shard_map(run, in_specs=specs, out_specs=nn.logical_to_mesh_axes(out), check_vma=False)(

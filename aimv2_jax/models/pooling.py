@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from aimv2_jax.models.layers import xavier_uniform
+from aimv2_jax.models.precision import exact_products
 
 
 class AttentionPool(nn.Module):
@@ -50,4 +51,5 @@ class PooledHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, "B D"]:
-        return nn.Dense(features.shape[-1], name="output")(AttentionPool(self.heads, name="pool")(features, valid))
+        with exact_products(features.dtype):
+            return nn.Dense(features.shape[-1], name="output")(AttentionPool(self.heads, name="pool")(features, valid))

@@ -36,11 +36,17 @@ def counted_patches(prefix: Int[Array, " B"], valid: Bool[Array, "B L"]) -> Bool
     return (index_L >= jnp.maximum(prefix, 1)[:, None]) & valid
 
 
-def counted_tokens(token_valid: Bool[Array, "B T"], predict_eos: bool) -> Bool[Array, "B T"]:
-    """Tokens whose prediction is scored: the text, and with `predict_eos` the first position after it."""
+def counted_tokens(
+    token_valid: Bool[Array, "B T"], is_example: Bool[Array, " B"], predict_eos: bool
+) -> Bool[Array, "B T"]:
+    """Tokens whose prediction is scored: the text, and with `predict_eos` the first position after it.
+
+    An example without text ends at position 0. A row that is no example but filling has no end.
+    """
     if not predict_eos:
         return token_valid
-    return token_valid | (jnp.roll(token_valid, 1, axis=1).at[:, 0].set(False) & ~token_valid)
+    text_before = jnp.roll(token_valid, 1, axis=1).at[:, 0].set(is_example)
+    return token_valid | (text_before & ~token_valid)
 
 
 def image_loss_sum(

@@ -6,6 +6,7 @@ The loop, the tests, the benchmarks and the ahead-of-time compile all build thei
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from aimv2_jax.config import BatchShape, Config
+from aimv2_jax.config import BatchShape, Config, ModelConfig
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.chips import chip_kind
@@ -161,6 +162,7 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     """
     sizes = config.mesh
     mesh = build_mesh(sizes.slices, sizes.data, sizes.fsdp, sizes.tensor, devices)
+    _check_heads(config.model, mesh)
     platform = mesh.devices.flat[0].platform
     if platform == "cpu" and config.train.reduce_dtype == "bfloat16" and mesh.size > 1:
         raise UserError(
@@ -192,6 +194,20 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         clip_norm=settings.clip_norm,
     )
     return Program(config, build_task(config, platform), optimizer, schedule, mesh)
+
+
+def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError where `mesh.tensor` would cut an attention head in two."""
+    devices = mesh.shape["tensor"]
+    common = math.gcd(*(trunk.heads for trunk in model.attending.values()))
+    for name, trunk in model.attending.items():
+        if trunk.heads % devices:
+            choices = [n for n in range(1, common + 1) if common % n == 0]
+            raise UserError(
+                f"config mesh.tensor does not divide model.{name}.heads",
+                f"{devices} devices, {trunk.heads} heads",
+                f"Set mesh.tensor to {' or '.join(map(str, choices))}",
+            )
 
 
 def _cooldown(config: Config) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.config import AttentionMask, Config, DecoderConfig, EncoderConfig, Remat
+from aimv2_jax.config import AttentionMask, Config, DecoderConfig, EncoderConfig, ModelConfig, Remat
+from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import choose_attention
 from aimv2_jax.models.decoder import Decoder, Predictions
@@ -94,8 +95,12 @@ class PretrainTask:
         if "image" in self.weights:
             counts["image"] = jnp.sum(losses.counted_patches(prefix, batch["valid"]))
         if "text" in self.weights:
-            counts["text"] = jnp.sum(losses.counted_tokens(batch["token_valid"], self.predict_eos))
+            counts["text"] = jnp.sum(self._counted_tokens(batch))
         return counts
+
+    def _counted_tokens(self, batch: Batch) -> Bool[Array, "B T"]:
+        is_example = jnp.any(batch["valid"], axis=1)
+        return losses.counted_tokens(batch["token_valid"], is_example, self.predict_eos)
 
     def normalise(self, batch: Batch) -> Float[Array, "B L P"]:
         """The batch's pixels as the model reads them."""
@@ -125,8 +130,7 @@ class PretrainTask:
             counted = losses.counted_patches(prefix, batch["valid"])
             sums["image"] = losses.image_loss_sum(predictions.pixels, targets, counted)
         if predictions.logits is not None:
-            counted = losses.counted_tokens(batch["token_valid"], self.predict_eos)
-            sums["text"] = losses.text_loss_sum(predictions.logits, batch["tokens"], counted)
+            sums["text"] = losses.text_loss_sum(predictions.logits, batch["tokens"], self._counted_tokens(batch))
         return {name: SumCount(total, counts[name]) for name, total in sums.items()}
 
     def total(self, sums: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> Float[Array, ""]:
@@ -150,10 +154,16 @@ def purpose_key(rng: jax.Array, purpose: str) -> jax.Array:
 
 
 def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
-    """The task a config describes, for devices of a platform: where the config and the model meet."""
+    """The task a config describes, for devices of a platform: where the config and the model meet.
+
+    Raises:
+      UserError: where attention is to run in kernels that the platform or the heads rule out.
+    """
     model, loss = config.model, config.loss
     dtypes = (model.compute_dtype, model.param_dtype, config.train.reduce_dtype)
     shared = dict(eps=model.norm_eps, precision=Precision(*map(jnp.dtype, dtypes)))
+
+    _check_kernels(model, platform)
 
     def run(trunk: EncoderConfig | DecoderConfig, remat: Remat) -> Run:
         return Run(model.layers, remat, choose_attention(model.attention, trunk.width // trunk.heads, platform))
@@ -203,3 +213,23 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
         attention_mask=model.encoder.attention_mask,
         keep_rows=model.decoder.keep_rows,
     )
+
+
+def _check_kernels(model: ModelConfig, platform: str) -> None:
+    """Raises UserError where our kernels are asked for by name and could not run as they were tested."""
+    if model.attention != "pallas" or platform == "cpu":  # A CPU interprets them, for tests.
+        return
+    if platform != "tpu":
+        raise UserError(
+            "config model.attention=pallas asks for kernels that run on TPUs only",
+            f"the devices are of platform {platform}",
+            "Set model.attention=auto",
+        )
+    for name, trunk in model.attending.items():
+        channels = trunk.width // trunk.heads
+        if channels % 128:
+            raise UserError(
+                f"config model.attention=pallas needs a multiple of 128 channels a head, model.{name} has others",
+                f"width {trunk.width}, {trunk.heads} heads, {channels} channels a head",
+                f"Set model.attention=auto, or change model.{name}.heads",
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import pytest
 from tiny import QUICKSTART
@@ -33,6 +34,7 @@ SMALL = {
     "data.batch_size": 64,
     "mesh.fsdp": 4,
 }
+HALVED = {"width": 256, "heads": 2, "depth": 1}  # Of a trunk that two chips share.
 KEYS = {
     *("compiles", "hbm_gib", "hbm_limit_gib", "model_tflops_per_chip", "predicted_ms", "predicted_mfu"),
     *("predicted_mfu_with_comms", "collectives", "images_per_s"),
@@ -45,17 +47,36 @@ def arguments(name: str, **changes: object) -> list[str]:
     return [f"--config={QUICKSTART}", f"--topology={name}", *(f"--config.{k}={v}" for k, v in settings.items())]
 
 
-def scheduled_figures(name: str, slices: int, **changes: object) -> dict:
-    """Figures of a compile up to the schedule, without a twin: all but the cycles."""
+def scheduled(name: str, slices: int, **changes: object) -> tuple[str, dict]:
+    """The module of a compile up to the schedule, and its figures without a twin: all but the cycles."""
     settings = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
     overrides = [("mesh.slices", str(slices)), *((key, str(value)) for key, value in settings.items())]
     config, described = load_config(QUICKSTART, overrides), parse_topology(name, slices)
-    return predict(config, described, compile_step(config, described, full=False), None)
+    compiled = compile_step(config, described, full=False)
+    return compiled.text, predict(config, described, compiled, None)
+
+
+@pytest.fixture(scope="module")
+def sixteen() -> tuple[str, dict]:
+    """Module and figures of the small run on sixteen chips, in bfloat16 with gradients summed in float32."""
+    return scheduled("v5e:4x4", 1)
 
 
 @needs_compiler
-def test_step_when_on_a_mesh_of_sixteen_then_nothing_is_replicated_and_the_parts_add_up():
-    figures = scheduled_figures("v5e:4x4", 1)
+def test_gradients_when_rows_are_bfloat16_then_all_sums_are_float32(sixteen):
+    """On each chip, and between chips."""
+    module, _ = sixteen
+    assert re.search(r"= f32\[[\d,]*\]\S* reduce\(", module)
+    assert not re.findall(r"= bf16\[[\d,]*\]\S* reduce\(.*", module)
+    assert re.search(r"= \(?f32\[[\d,]*\]\S* all-reduce\(", module)
+    bfloat16 = re.findall(r"= \(?bf16\[.* all-reduce\((.*?)\)", module)
+    # A small weight is gathered so: each chip adds its part to zeros.
+    assert not [operands for operands in bfloat16 if re.sub(r"%dynamic-update-slice[.\d]*,? ?", "", operands)]
+
+
+@needs_compiler
+def test_step_when_on_a_mesh_of_sixteen_then_nothing_is_replicated_and_the_parts_add_up(sixteen):
+    _, figures = sixteen
     assert figures["replicated"] == []
     assert figures["mesh"] == {"slice": 1, "data": 4, "fsdp": 4, "tensor": 1}
     assert sum(figures["hbm_parts_gib"].values()) == pytest.approx(figures["hbm_gib"])
@@ -72,11 +93,21 @@ def test_step_when_on_a_mesh_of_sixteen_then_nothing_is_replicated_and_the_parts
 
 @needs_compiler
 def test_step_when_on_two_slices_then_only_gradients_and_sums_cross():
-    figures = scheduled_figures("v5e:2x2", 2)
+    _, figures = scheduled("v5e:2x2", 2)
     crossing = {row["carries"]: row["bytes"] for row in figures["between_slices"]}
     assert set(crossing) == {"gradients", "losses, counts and norms"}
     parts = figures["hbm_parts_gib"]["parameters"] * 2**30
     assert crossing["gradients"] == pytest.approx(parts, rel=0.05)  # Each chip sends its part, in float32.
+
+
+@needs_compiler
+def test_step_when_only_tensor_is_split_then_it_compiles():
+    """Each chip has one head of two, and the kernels see its columns alone."""
+    sizes = {f"model__{trunk}__{key}": n for trunk in ("encoder", "decoder") for key, n in HALVED.items()}
+    _, figures = scheduled("v5e:1x2", 1, mesh__data=1, mesh__fsdp=1, mesh__tensor=2, **sizes)
+    assert figures["mesh"] == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2}
+    kernels = {row["name"]: row["count"] for row in figures["kernels"]}
+    assert kernels["whole_row_attention_forward"] == kernels["whole_row_attention_backward"] == 2
 
 
 @needs_compiler
@@ -96,8 +127,9 @@ def test_command_when_it_does_not_fit_then_the_compilers_sentence_and_no_figures
         ({}, "v5e:3x3", "--topology is not one that libtpu knows: 'v5e:3x3'"),
         ({"mesh__fsdp": 3}, "v5e:2x2", "does not fit the devices"),
         ({"mesh__fsdp": 8}, "v5e:4x4", "does not lie along the axes of the topology: '2 x 8 x 1'"),
+        ({"mesh__fsdp": 1, "mesh__tensor": 4}, "v5e:2x2", "does not divide model.encoder.heads: '4 devices, 1 heads'"),
     ],
-    ids=["topology", "mesh", "torus"],
+    ids=["topology", "mesh", "torus", "heads"],
 )
 def test_command_when_topology_or_mesh_cannot_be_then_one_sentence(changes, name, said, capsys):
     assert main(arguments(name, **changes)) == 2

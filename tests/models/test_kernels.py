@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from aimv2_jax.models.attention import Reads, attend, choose_attention, padded_rows
 from aimv2_jax.models.kernels import online, whole_row
@@ -72,6 +73,26 @@ def test_kernel_when_a_query_may_read_nothing_then_finite(kernel):
     )
     grads = jax.grad(lambda q, k, v: jnp.sum(run(q, k, v) ** 2), (0, 1, 2))(q, k, v)
     assert all(np.isfinite(x).all() for x in (run(q, k, v), *grads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "rows"), [(whole_row, 48), (online, 640)], ids=["whole_row", "online"])
+def test_kernel_when_interpreted_as_a_tpu_then_the_same_bits(kernel, rows):
+    """The plain interpreter knows no cores, runs a grid in order, and pads what is read beyond an array's end.
+
+    This one takes the grid's parallel dimensions in any order and on two cores, as a TPU may, and refuses such reads.
+    """
+    tpu = pltpu.InterpretParams(num_cores_or_threads=2, random_seed=1, out_of_bounds_reads="raise")
+    q, k, v, weight = (x[:1] for x in arrays(rows, jnp.float32))
+    prefix, readable = jnp.asarray([rows // 2]), jnp.arange(rows)[None] < rows - 5
+
+    def loss(inputs, interpret):
+        out = kernel.attend(*inputs, prefix, readable, jnp.zeros((1, rows)), HEAD_DIM, interpret)
+        return jnp.sum(out * weight), out
+
+    plain, as_tpu = (jax.grad(loss, has_aux=True)((q, k, v), interpret) for interpret in (True, tpu))
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(as_tpu)):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

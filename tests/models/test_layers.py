@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.core import meta
 
 from aimv2_jax.models.attention import causal_reads
-from aimv2_jax.models.layers import REMAT, Cache, Precision, RMSNorm, Run, Trunk, project, unstack
+from aimv2_jax.models.layers import REMAT, Cache, Linear, Precision, RMSNorm, Run, Trunk, project, unstack
 
+BF16 = Precision(compute=jnp.bfloat16)
 TRUNK = dict(depth=3, heads=2, hidden=24, eps=1e-5, precision=Precision())
 
 
@@ -38,6 +40,19 @@ def test_projection_when_rows_are_bfloat16_then_the_kernel_gradient_is_summed_in
     gradient = jax.grad(lambda k: jnp.sum(project(x, k, ("embed", "mlp"), jnp.float32, jnp.float32)))(kernel)
     assert gradient.dtype == jnp.float32
     np.testing.assert_array_equal(gradient, np.full(sizes, rows))
+
+
+@pytest.mark.parametrize(
+    "layer", [Linear(6, ("embed", "output"), BF16, bias_init=nn.initializers.ones), RMSNorm(0.0, BF16)]
+)
+def test_vector_when_rows_are_bfloat16_then_its_gradient_is_summed_in_float32(layer):
+    rows = 4099  # bfloat16 has 4096 and 4128, and nothing between
+    x = jnp.ones((rows, 6), jnp.bfloat16)
+    params = meta.unbox(layer.init(jax.random.key(0), x))["params"]
+    gradient = jax.grad(lambda params: jnp.sum(layer.apply({"params": params}, x).astype(jnp.float32)))(params)
+    vector = gradient["bias" if isinstance(layer, Linear) else "scale"]
+    assert vector.dtype == jnp.float32
+    np.testing.assert_array_equal(vector, np.full(6, rows))
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def test_checkpoint_when_saved_by_4_processes_then_bitwise_on_1_on_2_and_on_othe
         saved, two = ([arrays[name] for name in sorted(arrays)] for arrays in (saved, two))
     assert any(array.std() > 0 for array in saved)
     assert_bitwise(two, saved)
-    for mesh in (dict(mesh__data=8), dict(mesh__data=1, mesh__fsdp=2, mesh__tensor=4)):
+    for mesh in (dict(mesh__data=8), dict(mesh__data=1, mesh__fsdp=4, mesh__tensor=2)):
         assert_bitwise(saved_state(tmp_path / "run", 1, **mesh), saved)
 
 

@@ -59,9 +59,9 @@ def test_parameters_when_a_name_has_no_rule_then_refused():
 
 
 def test_parameters_when_the_mesh_cannot_split_them_then_refused_naming_one():
-    config = tiny_config(model__decoder__hidden=30, mesh__tensor=4)
+    config = tiny_config(model__decoder__hidden=33, mesh__tensor=2)
     with pytest.raises(
-        UserError, match=r"decoder/trunk/blocks/mlp/down/kernel.*mesh\.fsdp x mesh\.tensor.*30 entries, 4 devices"
+        UserError, match=r"decoder/trunk/blocks/mlp/down/kernel.*mesh\.fsdp x mesh\.tensor.*33 entries, 2 devices"
     ):
         _ = build_program(config).state_shardings
 

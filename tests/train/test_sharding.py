@@ -25,6 +25,7 @@ from aimv2_jax.train.step import accumulate
 STEP = 3
 BATCH = 16
 SIZES = dict(data__batch_size=BATCH, data__image_size=56, model__encoder__width=32, model__decoder__width=32)
+SIZES |= dict(model__encoder__heads=4, model__decoder__heads=4)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "data x fsdp": (2, 4, 1), "all three": (2, 2, 2)}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,11 @@ from golden_names import paths
 from tiny import ROOT, tiny_config
 
 from aimv2_jax.config import load_config
+from aimv2_jax.errors import UserError
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.train import losses
 from aimv2_jax.train.step import accumulate
-from aimv2_jax.train.task import build_task, purpose_key, run_key
+from aimv2_jax.train.task import abstract_key, build_task, purpose_key, run_key
 
 LENGTH, TEXT = 4, 12
 
@@ -216,10 +219,28 @@ def test_alpha_when_set_then_weighs_the_image_loss():
 
 
 def test_tokens_when_the_end_is_predicted_then_one_more_counts_where_there_is_room():
-    token_valid = jnp.asarray([[True, True, False, False], [True] * 4, [False] * 4])
-    counted = losses.counted_tokens(token_valid, predict_eos=True)
-    np.testing.assert_array_equal(counted, [[True, True, True, False], [True] * 4, [False] * 4])
-    np.testing.assert_array_equal(losses.counted_tokens(token_valid, predict_eos=False), token_valid)
+    token_valid = jnp.asarray([[True, True, False, False], [True] * 4, [False] * 4, [False] * 4])
+    is_example = jnp.asarray([True, True, True, False])
+    counted = losses.counted_tokens(token_valid, is_example, predict_eos=True)
+    expected = [[True, True, True, False], [True] * 4, [True, False, False, False], [False] * 4]
+    np.testing.assert_array_equal(counted, expected)
+    np.testing.assert_array_equal(losses.counted_tokens(token_valid, is_example, predict_eos=False), token_valid)
+
+
+def test_caption_when_empty_then_its_end_counts_and_filling_does_not(tiny):
+    """The begin row learns to end at once. Tokens and prefix of a row of filling are an empty caption's, too."""
+    task, params = tiny
+    batch, prefix = batch_of(3), jnp.asarray([2, 1, 1])
+    batch["token_valid"] = batch["token_valid"].at[1:].set(False)
+    batch["valid"] = batch["valid"].at[2].set(False)
+    counts, sums, _ = gradient(task, params, batch, prefix)
+    assert int(counts["text"]) == int(batch["token_valid"][0].sum()) + 1 + 1
+    logits = jax.jit(task.predict)(params, batch, prefix).logits
+    losses_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["tokens"][..., None], axis=2)[..., 0]
+    expected = losses_BT[0, : int(counts["text"]) - 1].sum() + losses_BT[1, 0]
+    assert float(sums["text"]) == pytest.approx(float(expected), rel=2e-6)
+    without_end = dataclasses.replace(task, predict_eos=False).counts(batch, prefix)
+    assert int(without_end["text"]) == int(batch["token_valid"][0].sum())
 
 
 def test_encoder_when_a_later_patch_changes_then_earlier_rows_are_untouched(tiny):
@@ -264,6 +285,61 @@ def test_model_when_computed_in_bfloat16_then_parameters_and_gradients_stay_floa
     for name in sums:  # bfloat16 has 8 bits: 2^-8 = 0.4 % a rounding, averaged over hundreds of numbers
         assert float(sums[name]) == pytest.approx(float(exact_sums[name]), rel=0.02)
         assert float(sums[name]) != float(exact_sums[name])
+
+
+KINDS = {
+    "joint": {},
+    "kernels": {"model__attention": "pallas"},
+    "mlp": {"model__decoder__kind": "mlp", "loss__text": False},
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def lowered(request) -> tuple[str, list[str]]:
+    """A compute type, and for each kind of decoder the module that jax hands to the compiler for a gradient."""
+
+    def module(changes) -> str:
+        task = build_task(tiny_config(model__compute_dtype=request.param, model__layers="loop", **changes))
+        run = partial(accumulate, task=task, microbatches=1)
+        batch, prefix = batch_of(4), jnp.ones(4, jnp.int32)
+        params = jax.eval_shape(task.init, abstract_key())
+        return jax.jit(run).lower(params, batch, prefix, task.counts(batch, prefix)).as_text()
+
+    return request.param, [module(changes) for changes in KINDS.values()]
+
+
+def test_gradient_when_lowered_then_every_sum_is_float32(lowered):
+    """Sums over rows that differentiation writes by itself would be of the rows' own type."""
+    for module in lowered[1]:
+        sums = re.findall(r"stablehlo\.reduce\(.*applies stablehlo\.add.*", module)
+        assert len(sums) > 10
+        assert not [line for line in sums if "bf16" in line]
+
+
+def test_products_when_lowered_in_float32_then_of_the_highest_precision(lowered):
+    """By default a TPU would round their operands to bfloat16, and a GPU to TF32."""
+    dtype, modules = lowered
+    for module in modules:
+        products = re.findall(r"stablehlo\.dot_general.*", module)
+        assert len(products) > 20
+        exact = [line for line in products if "precision = [HIGHEST, HIGHEST]" in line]
+        assert len(exact) == (len(products) if dtype == "float32" else 0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "message"),
+    [
+        ("gpu", "on TPUs only: 'the devices are of platform gpu'"),
+        ("tpu", "encoder has others: '.* 16 channels a head'"),
+    ],
+)
+def test_kernels_when_they_cannot_run_then_refused(platform, message):
+    config = tiny_config(model__attention="pallas")
+    assert build_task(config).model.encoder.run.attention == "pallas_interpreted"
+    with pytest.raises(UserError, match=message):
+        build_task(config, platform)
+    tiles = tiny_config(model__encoder__width=256, model__decoder__width=256, model__attention="pallas")
+    assert platform == "gpu" or build_task(tiles, platform).model.encoder.run.attention == "pallas"
 
 
 def test_prefix_when_attention_is_full_then_all_patches_of_every_example():

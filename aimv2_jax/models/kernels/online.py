@@ -33,7 +33,7 @@ def attend(
     readable: Bool[Array, "B S"],
     told: Float[Array, "B S"],
     head_dim: int,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "B S D"]:
     """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 128.
 

@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models.precision import exact_products
+
 MOST_ROWS = (
     704  # Scores, probabilities and their gradients, 2 MB each in float32, fit in 16 MB of VMEM beside the rows.
 )
@@ -35,7 +37,7 @@ def attend(
     readable: Bool[Array, "B S"],
     told: Float[Array, "B S"],
     head_dim: int,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "B S D"]:
     """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 16 and at most `MOST_ROWS`.
 
@@ -63,7 +65,7 @@ def _call(
     prefix: jax.Array,
     readable: jax.Array,
     head_dim: int,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> Sequence[jax.Array]:
     batch, length, width = rows[0].shape
     heads = width // head_dim
@@ -146,7 +148,9 @@ def _probabilities(q: jax.Array, k: jax.Array, read: jax.Array) -> jax.Array:
 
 def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """a · b over the given dimension of each, summed in float32."""
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+    with exact_products(a.dtype):
+        dims = (((contract[0],), (contract[1],)), ((), ()))
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def dots(outputs: Sequence[Float[Array, "*rows D"]], gradients: Sequence[Array]) -> Float[Array, "*rows"]:

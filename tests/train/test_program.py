@@ -1,0 +1,38 @@
+"""What a program refuses before anything is traced, where the config and the devices do not fit."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from tiny import tiny_config
+
+from aimv2_jax.errors import UserError
+from aimv2_jax.train.program import build_program
+
+WIDTHS = dict(model__encoder__width=48, model__decoder__width=48)
+
+
+@pytest.mark.parametrize("attention", ["auto", "xla", "pallas"])
+@pytest.mark.parametrize(
+    ("heads", "mesh", "message"),
+    [
+        ((6, 4), (2, 4), r"mesh\.tensor does not divide model\.encoder\.heads: '4 devices, 6 heads'.* 1 or 2"),
+        ((4, 6), (2, -1), r"mesh\.tensor does not divide model\.decoder\.heads: '4 devices, 6 heads'.* 1 or 2"),
+        ((2, 2), (1, 8), r"mesh\.tensor does not divide model\.encoder\.heads: '8 devices, 2 heads'.* 1 or 2"),
+        ((3, 6), (4, 2), r"mesh\.tensor does not divide model\.encoder\.heads: '2 devices, 3 heads'.* 1 or 3"),
+    ],
+    ids=["encoder", "decoder, devices that are left", "more devices than heads", "odd"],
+)
+def test_mesh_when_tensor_cuts_heads_then_refused(attention, heads, mesh, message):
+    """A kernel would leave the columns of a cut head unwritten."""
+    changes = dict(model__encoder__heads=heads[0], model__decoder__heads=heads[1], model__attention=attention)
+    config = tiny_config(mesh__data=mesh[0], mesh__tensor=mesh[1], **changes, **WIDTHS)
+    with pytest.raises(UserError, match=message):
+        build_program(config)
+
+
+def test_mesh_when_the_decoder_has_no_attention_then_its_heads_are_free():
+    kind = dict(model__decoder__kind="mlp", model__decoder__heads=1, loss__text=False)
+    program = build_program(tiny_config(mesh__data=4, mesh__tensor=2, **kind))
+    assert program.mesh.shape["tensor"] == 2
+    assert jax.tree.leaves(program.state_shardings)
