@@ -94,12 +94,14 @@ def test_place_when_slurm_runs_one_task_then_one_process(set_variables):
 
 def test_place_when_gke_says_it_then_with_the_hosts_of_all(set_variables, monkeypatch):
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    variables = {"TPU_WORKER_HOSTNAMES": "localhost,b,c", "TPU_WORKER_ID": "2"}
-    variables |= {"MEGASCALE_COORDINATOR_ADDRESS": "", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
-    set_variables(variables)
+    hosts = [f"aimv2-slice-1-{pod}.aimv2" for pod in range(3)]
+    # GKE lists the hosts of the pod's own slice, and tells all slices the first host of slice 0, a name that must
+    # resolve (jax's GkeTpuCluster).
+    variables = {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": "2", "MEGASCALE_NUM_SLICES": "2"}
+    set_variables(variables | {"MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080", "MEGASCALE_SLICE_ID": "1"})
     place = find_place(Launch(), SETTINGS)
     assert (place.coordinator, place.count, place.index) == ("localhost:8482", 6, 5)
-    assert place.hosts == {3: "localhost", 4: "b", 5: "c"}  # Those of its slice.
+    assert place.hosts == dict(enumerate(hosts, start=3)) and place.local_devices is None
 
 
 @pytest.mark.parametrize(
