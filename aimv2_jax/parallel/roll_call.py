@@ -255,14 +255,16 @@ def _listed(hosts: Mapping[int, str]) -> str:
 
 def _report(place: Place, me: _Hello, secret: bytes, timeout_s: float) -> Team:
     """The part of all but process 0."""
-    deadline_s = time.monotonic() + timeout_s
+    start_s = time.monotonic()
+    deadline_s = start_s + timeout_s
     link = None
     while time.monotonic() < deadline_s:
         if link is None:
             with contextlib.suppress(OSError):
                 link = Link(socket.create_connection(place.address, timeout=5 * _RETRY_S))
                 link.send(me.message(secret))
-                deadline_s = time.monotonic() + timeout_s + _ANSWER_S  # Process 0 is there: its time-out tells more.
+                # Process 0 is there, maybe since a moment ago, and its time-out tells more.
+                deadline_s = min(time.monotonic(), start_s + timeout_s) + timeout_s + _ANSWER_S
             if link is None:
                 time.sleep(_RETRY_S)
                 continue

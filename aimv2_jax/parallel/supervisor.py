@@ -312,7 +312,7 @@ class Watcher:
             line = f"error: process {verdict.index} on {host} is missing ({verdict.lost}); this ends the run. {remedy}"
             self._write_line(line, to_people=True)
             code = verdict.code
-        elif mine is not None and mine.code == verdict.code:
+        elif mine is not None and mine.code == verdict.code and not mine.killed:  # Else maybe by this process.
             if mine.text:
                 self._write_line(mine.text, to_people=self._first, logged=False)  # It is in the log.
             code = mine.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from several import HOST, Several, free_port
 from tiny import tiny_arguments
 
 from aimv2_jax.errors import EXIT_USER, UserError
+from aimv2_jax.parallel import roll_call
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.parallel.roll_call import SECRET, call_roll
 
@@ -218,15 +220,17 @@ def test_roll_when_a_process_lacks_the_secret():
 
 
 @pytest.mark.parametrize("words", [b"[]", b"{}", b'{"hosts": {"0": "a"}}', b'{"hosts": {"0": "a", "1": 2}}'])
-def test_roll_when_another_program_answers(words):
-    """Who listens at the coordinator's address and is not process 0 is not believed."""
+def test_roll_when_another_program_answers(words, monkeypatch):
+    """Who listens at the coordinator's address and is not process 0 is not believed, and not for ever."""
+    monkeypatch.setattr(roll_call, "_ANSWER_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         answers: dict = {}
         thread = called(Place(f"127.0.0.1:{listener.getsockname()[1]}", 2, 1), answers, timeout_s=0.5)
-        listener.settimeout(20)
-        with listener.accept()[0] as connection:
-            connection.sendall(words + b"\n")
-            connection.recv(1 << 16)
+        listener.settimeout(0.1)
+        while thread.is_alive():
+            with contextlib.suppress(TimeoutError), listener.accept()[0] as connection:
+                connection.sendall(words + b"\n")
+                connection.recv(1 << 16)
     thread.join(30)
     assert "process 0 on 127.0.0.1 has not been reached" in str(answers[1])
 
