@@ -12,7 +12,7 @@ EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
-EXIT_HUNG = 4  # It hung at a step at which it had hung before: starting it again would be no help.
+EXIT_HUNG = 4  # It hung, or was killed, where it had been before: starting it again would be no help.
 EXIT_AGAIN = (
     75  # Stopped on request, with its state saved, or hung once: the same command goes on. TEMPFAIL in sysexits.h.
 )

@@ -29,8 +29,9 @@ The same config with --config.train.cooldown_from=RUN:STEP and another workdir c
 Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
 elsewhere the flags do.
 exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (steps that are not finite, spikes
-again and again, too much bad data, a device that computes wrongly), 4 hung twice at the same step, 75 stopped on
-request, hung once, or another process went missing: start it again, 130 Ctrl-C without a save
+again and again, too much bad data, a device that computes wrongly), 4 hung twice at the same step or killed three times
+without a new checkpoint, 75 stopped on request, hung once, or a process of several went missing or was killed: start it
+again, 130 Ctrl-C without a save
 """
 
 

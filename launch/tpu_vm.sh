@@ -118,7 +118,11 @@ tracked() { # A commit, on no branch, of the files as they are here; new ones af
   changed=$(git -C "$root" -c user.name=launch -c user.email=launch stash create)
   echo "${changed:-HEAD}"
 }
-start() { everywhere "bash $worker start $generation $slices$(printf ' %q' "$@")"; }
+start() { # With a secret by which the processes know each other.
+  local secret=${AIMV2_JAX_SECRET:-}
+  $dry || secret=${secret:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+  everywhere "${secret:+AIMV2_JAX_SECRET=$(printf %q "$secret") }bash $worker start $generation $slices$(printf ' %q' "$@")"
+}
 stop() { everywhere "bash $worker stop"; }
 delete() { tpu delete "$name" --force --quiet; }
 follow() { first "bash $worker follow" || true; } # A lost connection is no verdict: `code` gives it.

@@ -36,15 +36,15 @@ def main() -> int:
     from aimv2_jax.growing import GrowingFile
     from aimv2_jax.parallel import supervisor
     from aimv2_jax.parallel.clusters import Place
-    from aimv2_jax.parallel.links import call_roll
+    from aimv2_jax.parallel.roll_call import call_roll
 
     supervisor._UNWIND_S = 2.0
     place = Place(f"127.0.0.1:{port}", count, index)
-    team = call_roll(place, f"host-{index}", "test", 20)
+    team = call_roll(place, f"host-{index}", {"config": "test"}, 20)
     log = GrowingFile(supervisor.log_file(workdir, index))
     settings = ProcessesConfig(20, int(timeout_s), 20)
     program = TRAINER.format(root=str(ROOT), index=index, code=textwrap.indent(code, "    "))
-    return supervisor.Watcher(place, team, settings, log).run([sys.executable, "-c", program])
+    return supervisor.Watcher(place, team, settings, log, workdir).run([sys.executable, "-c", program])
 
 
 if __name__ == "__main__":

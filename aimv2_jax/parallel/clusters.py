@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
+import socket
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from aimv2_jax.config import ProcessesConfig
 from aimv2_jax.errors import UserError
+from aimv2_jax.parallel.local_devices import local_devices
+
+# Of the step. SLURM_NTASKS, which jax reads, is the job's under `srun --preserve-env` (Slurm's src/common/env.c).
+_STEP_TASKS = "SLURM_STEP_NUM_TASKS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Place:
       coordinator: host:port of process 0: its watcher calls the roll there, then its trainer runs jax's coordinator.
       count: processes of the run.
       index: this one's number, from 0.
-      local_devices: the accelerators of the host that are this process'; None: all.
+      local_devices: the GPUs of the host that are this process'; None: all that it sees.
       hosts: what the cluster says where processes run, as far as it does: those that never come can then be named.
     """
 
@@ -46,9 +52,26 @@ class Place:
 
     @property
     def bind_address(self) -> str:
-        """What process 0 listens on: this machine alone where the coordinator's name means that, else all networks."""
+        """What process 0 listens on: the coordinator's address where that is a number of this machine or `localhost`.
+
+        All networks otherwise: the other hosts may know a name by another address than this one does, and the number
+        may be that of a gateway.
+        """
         host, port = self.address
-        return f"{host}:{port}" if host in ("localhost", "127.0.0.1") else f"[::]:{port}"
+        if host != "localhost" and not _is_of_this_machine(host):
+            host = "::"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_of_this_machine(host: str) -> bool:
+    """Whether `host` is an address in numbers that can be listened on here."""
+    try:
+        family = socket.AF_INET if ipaddress.ip_address(host).version == 4 else socket.AF_INET6
+        with socket.socket(family) as probe:
+            probe.bind((host, 0))
+        return True
+    except (ValueError, OSError):
+        return False
 
 
 def find_place(launch: Launch, settings: ProcessesConfig) -> Place | None:
@@ -91,10 +114,17 @@ def _ask_cluster(launch: Launch, timeout_s: int) -> Place | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of jax, in any pod without the package kubernetes: it may be alone there.
-            coordinator, count, index, local = ClusterEnv.auto_detect_unset_distributed_params(
-                launch.coordinator, launch.count, launch.index, None, None, timeout_s
+            cluster = _cluster(ClusterEnv)
+            count = launch.count
+            if count is None and cluster is not None and cluster.name == "slurm" and _STEP_TASKS in os.environ:
+                count = int(os.environ[_STEP_TASKS])
+            coordinator, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                launch.coordinator, count, launch.index, None, None, timeout_s
             )
-            hosts = _cluster_hosts(ClusterEnv)
+            hosts = {} if cluster is None else _cluster_hosts(cluster, count)
+            local = None if cluster is None else local_devices(cluster.name, os.environ)
+    except UserError:
+        raise
     except Exception as error:  # Whatever metadata servers, name services and variables of clusters come up with.
         said = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "Give --coordinator HOST:PORT --processes N --process I, or --processes 1 for this machine alone"
@@ -102,25 +132,28 @@ def _ask_cluster(launch: Launch, timeout_s: int) -> Place | None:
     known = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [flag for flag, value in known.items() if value is None]
     if not missing:
-        return Place(coordinator, int(count), int(index), None if local is None else tuple(local), hosts)
+        return Place(coordinator, int(count), int(index), local if count > 1 else None, hosts)
     if launch == Launch():
         return None
     given = ", ".join(flag for flag in known if flag not in missing)
     raise UserError(f"{missing[0]} is missing", f"only {given} is known", f"Give {' and '.join(missing)}, too")
 
 
-def _cluster_hosts(cluster: Any) -> dict[int, str]:
+def _cluster(environments: Any) -> Any:
+    """The one of jax's cluster environments that it finds itself in, or None."""
+    known = environments._cluster_types
+    return next((kind for kind in known if not kind.opt_in_only_method and kind.is_env_present()), None)
+
+
+def _cluster_hosts(cluster: Any, count: int | None) -> dict[int, str]:
     """process -> host, where the cluster's own list has one for each."""
-    found = next(
-        (kind for kind in cluster._cluster_types if not kind.opt_in_only_method and kind.is_env_present()), None
-    )
-    if hasattr(found, "_get_worker_list_in_slice"):
-        names = found._get_worker_list_in_slice()
-        first = found._get_slice_id() * len(names)
+    if hasattr(cluster, "_get_worker_list_in_slice"):
+        names = cluster._get_worker_list_in_slice()
+        first = cluster._get_slice_id() * len(names)
         return {first + number: name for number, name in enumerate(names)}
-    if found is not None and found.name == "slurm":
-        names = expand_nodes(os.environ.get("SLURM_STEP_NODELIST", ""))
-        if len(names) == int(os.environ.get("SLURM_NTASKS", 0)):
+    if cluster.name == "slurm":
+        names = expand_nodes(os.environ["SLURM_STEP_NODELIST"])
+        if len(names) == count:
             return dict(enumerate(names))
     return {}
 

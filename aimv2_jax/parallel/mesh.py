@@ -17,14 +17,18 @@ AXES = ("slice", "data", "fsdp", "tensor")
 def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, slices outermost; one of the sizes within a slice may be -1 and takes what is left.
 
+    Only TPUs have slices that a mesh must follow. A GPU has a `slice_index`, too, but that is the number of its node,
+    or of the nodes that NVLink joins (XLA's GPU client): axes may span them, and `mesh.slices` may be any divisor.
+
     Raises:
       UserError: where the sizes don't multiply to the number of devices, or slices are not those of the hardware.
     """
     devices = list(jax.devices() if devices is None else devices)
     by_slice: dict[int, list[jax.Device]] = {}
     for device in devices:
-        by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        by_slice.setdefault(device.slice_index if _has_slices(device) else 0, []).append(device)
     if len(by_slice) == 1:  # One slice, or devices that know of none: any split of them will do.
+        devices.sort(key=lambda device: device.id)  # Neighbours are on one node.
         share = len(devices) // slices if len(devices) % slices == 0 else len(devices)
         by_slice = {i: devices[i * share : (i + 1) * share] for i in range(len(devices) // share)}
     if len(by_slice) != slices:
@@ -52,6 +56,11 @@ def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence
             " x ".join(map(str, sizes)),
             "Choose sizes that are products of whole axes, such as mesh.fsdp=16 on v5e:16x16 or v5p:4x4x16",
         ) from error
+
+
+def _has_slices(device: jax.Device) -> bool:
+    """Whether the device lies in a slice of TPUs."""
+    return device.platform == "tpu" and hasattr(device, "slice_index")
 
 
 def check_batch(size: int, mesh: Mesh, key: str, microbatches: int = 1) -> None:

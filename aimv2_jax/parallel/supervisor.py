@@ -31,13 +31,22 @@ from typing import Any, BinaryIO, TextIO
 
 from etils import epath
 
-import aimv2_jax
 from aimv2_jax.config import Config, ProcessesConfig, config_digest
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, UserError
+from aimv2_jax.errors import (
+    EXIT_AGAIN,
+    EXIT_FINISHED,
+    EXIT_GUARD,
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    UserError,
+)
 from aimv2_jax.growing import GrowingFile
 from aimv2_jax.parallel.clusters import Place
-from aimv2_jax.parallel.links import Team, call_roll
+from aimv2_jax.parallel.kills import MAX_KILLS, count_kill
 from aimv2_jax.parallel.processes import trainer_environment
+from aimv2_jax.parallel.roll_call import SECRET, Team, call_roll
+from aimv2_jax.versions import installed_versions
 
 _SILENT = 0.7  # Share of the heartbeat time-out after which a silent process is missing: the rest is for ending.
 _BEATS = 10  # In a heartbeat time-out.
@@ -59,6 +68,7 @@ class End:
       well: whether it came to its end together with all others: finished, or stopped on request.
       lost: why it is missing, if it could not say anything.
       hung: whether it is about to end because it hangs.
+      killed: whether a signal ended its trainer that nobody sent to stop it.
     """
 
     index: int
@@ -67,6 +77,7 @@ class End:
     well: bool = False
     lost: str | None = None
     hung: bool = False
+    killed: bool = False
 
 
 class Watcher:
@@ -75,10 +86,11 @@ class Watcher:
     Args:
       team: from the roll call.
       log: where all that the trainer says goes; on process 0 it goes to this process' output, too.
+      workdir: of the run, where process 0 counts trainers that were killed.
     """
 
-    def __init__(self, place: Place, team: Team, settings: ProcessesConfig, log: GrowingFile):
-        self._place, self._team, self._log = place, team, log
+    def __init__(self, place: Place, team: Team, settings: ProcessesConfig, log: GrowingFile, workdir: epath.PathLike):
+        self._place, self._team, self._log, self._workdir = place, team, log, workdir
         self._timeout_s, self._barrier_s = settings.heartbeat_timeout_s, settings.barrier_timeout_s
         self._first = place.index == 0
         self._writer = _Writer()
@@ -175,7 +187,7 @@ class Watcher:
             link.flush()
             silence_s = now_s - link.heard_s
             if index not in self._ends and silence_s > _SILENT * self._timeout_s:
-                self._record(End(index, EXIT_BUG, lost=f"no sign of life for {silence_s:.0f} s"))
+                self._record(End(index, EXIT_AGAIN, lost=f"no sign of life for {silence_s:.0f} s"))
         if self._trainer.poll() is not None and self._place.index not in self._ends:
             self._ended_s = self._ended_s or now_s
             if not self._pipes or now_s > self._ended_s + _LAST_WORDS_S:
@@ -233,7 +245,7 @@ class Watcher:
             if "verdict" in message:
                 self._verdict = self._verdict or End(**message["verdict"])
         if link.closed and index not in self._ends:
-            self._record(End(index, EXIT_BUG, lost="its connection broke"))
+            self._record(End(index, EXIT_AGAIN, lost="its connection broke"))
         return not link.closed
 
     # --- what goes out -----------------------------------------------------------------------------------------------
@@ -252,20 +264,21 @@ class Watcher:
     def _end_of_trainer(self) -> None:
         code, text = self._trainer.returncode, self._words
         well = code in (EXIT_FINISHED, EXIT_AGAIN)
-        lost = None
+        lost, killed = None, False
         if code < 0:
             number = signal.Signals(-code)
             text = f"its trainer was ended by {number.name}"
-            # SIGABRT is mostly jax's, whose own watch found another process missing; SIGTERM came before any training.
-            lost = None if number in (signal.SIGABRT, signal.SIGTERM) else text
-            code = EXIT_AGAIN if number == signal.SIGTERM else 128 + number
-        self._ended(End(self._place.index, code, text, well, lost))
+            killed = number not in (signal.SIGTERM, signal.SIGINT)  # Those came before any training.
+            # SIGABRT is mostly jax's, whose own watch found another process missing.
+            lost = text if killed and number != signal.SIGABRT else None
+            code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_AGAIN
+        self._ended(End(self._place.index, code, text, well, lost, killed=killed))
 
     def _ended(self, end: End) -> None:
         """Tells of the end of this process' trainer."""
         self._wait_s = time.monotonic() + (self._barrier_s if end.well else _UNWIND_S + self._timeout_s)
+        self._record(end)  # First: process 0's verdict goes before its end, so that the others take its code.
         self._send({"end": dataclasses.asdict(end)})
-        self._record(end)
 
     def _record(self, end: End) -> None:
         """Notes how a process ended; what follows, process 0 decides, or each where it is process 0 that is missing."""
@@ -280,6 +293,8 @@ class Watcher:
     def _decide(self, end: End) -> None:
         self._decide_s = None
         if self._verdict is None:
+            if end.killed and self._first:
+                end = _after_kill(end, self._workdir)
             self._verdict = end
             if self._first:
                 self._send({"verdict": dataclasses.asdict(end)})
@@ -291,13 +306,13 @@ class Watcher:
         assert verdict is not None
         host = self._team.hosts[verdict.index]
         if verdict.lost is not None:
-            self._write_line(
-                f"error: process {verdict.index} on {host} is missing ({verdict.lost}); this ends the run. The same "
-                "command on all hosts goes on from the newest checkpoint",
-                to_people=True,
-            )
-            code = verdict.code if verdict.index == self._place.index else EXIT_AGAIN
-        elif mine is not None and mine.code == verdict.code:
+            remedy = "The same command on all hosts goes on from the newest checkpoint"
+            if verdict.code == EXIT_HUNG:
+                remedy = "Look into the system's log of that host: SIGKILL is mostly its want of memory"
+            line = f"error: process {verdict.index} on {host} is missing ({verdict.lost}); this ends the run. {remedy}"
+            self._write_line(line, to_people=True)
+            code = verdict.code
+        elif mine is not None and mine.code == verdict.code and not mine.killed:  # Else maybe by this process.
             if mine.text:
                 self._write_line(mine.text, to_people=self._first, logged=False)  # It is in the log.
             code = mine.code
@@ -307,6 +322,15 @@ class Watcher:
             self._write_line(line, to_people=self._first)
             code = verdict.code
         return mine.code if mine is not None and mine.well else code
+
+
+def _after_kill(end: End, workdir: epath.PathLike) -> End:
+    """Counts a trainer that was killed: the run is started again, unless that has led nowhere."""
+    kills = count_kill(workdir)
+    if kills < MAX_KILLS:
+        return dataclasses.replace(end, lost=end.text)
+    lost = f"{end.text}, as trainers were {kills} times since the newest checkpoint"
+    return dataclasses.replace(end, lost=lost, code=EXIT_HUNG)
 
 
 class _Writer:
@@ -344,14 +368,16 @@ def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: 
     Raises:
       UserError: if the others don't come, or were started otherwise.
     """
-    digest = config_digest(config)
-    command = f"aimv2_jax {aimv2_jax.__version__}, workdir {os.fspath(workdir)}, config {digest}"
-    team = call_roll(place, socket.gethostname(), command, config.processes.startup_timeout_s)
+    facts = installed_versions() | {"workdir": os.fspath(workdir), "config": config_digest(config)}
+    secret = os.environ.pop(SECRET, "").encode(errors="surrogateescape")  # Not for the trainer and its data workers.
+    team = call_roll(place, socket.gethostname(), facts, config.processes.startup_timeout_s, secret)
     file = log_file(workdir, place.index)
     log, now = GrowingFile(file), time.strftime("%Y-%m-%d %H:%M:%S")
     with _asking_for(file):
         log.write(f"--- {now}: process {place.index} of {place.count} on {team.hosts[place.index]}\n".encode())
-    code = Watcher(place, team, config.processes, log).run([sys.executable, "-m", "aimv2_jax.main", *arguments])
+    code = Watcher(place, team, config.processes, log, workdir).run(
+        [sys.executable, "-m", "aimv2_jax.main", *arguments]
+    )
     try:
         with _asking_for(file):
             log.close()

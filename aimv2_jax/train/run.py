@@ -229,7 +229,7 @@ class Run:
             self._read(pending)
             pending = _Pending(number, host.step, metrics, counts, shape.examples, step.flops)
             failed = self._check_saved(number)
-            stopping = self.stop.reached(number) and number < config.train.steps
+            stopping = self.stop.reached() and number < config.train.steps
             evaluating, saving = self._due(number)
             if evaluating or saving or stopping or failed:
                 self._read(pending)

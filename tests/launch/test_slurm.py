@@ -13,11 +13,19 @@ from launching import LAUNCH, environment, run, stand_in
 
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
-# Starts SLURM_NTASKS processes and exits with the highest of their codes, as srun does.
+# As srun(1) says of a step with a task a node: it hands on the environment, sets SLURM_STEP_* and numbers of tasks,
+# forwards SIGTERM, refuses options that it does not know, and exits with the highest code of its tasks, 128 + N for one
+# that signal N ended. With --kill-on-bad-exit=0 no task is ended because another failed.
 SRUN = """
-while [[ $1 == --* ]]; do echo "$1" >>"$RECORD/srun"; shift; done
+while [[ $1 == --* ]]; do
+  case $1 in --kill-on-bad-exit=0 | --wait=*) ;; *) echo "srun: unrecognized option '$1'" >&2; exit 1 ;; esac
+  echo "$1" >>"$RECORD/srun"
+  shift
+done
 trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
-for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task "$@" & tasks+=($!); done
+export SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NUM_NODES=$SLURM_NTASKS SLURM_STEP_NODELIST="n[1-$SLURM_NTASKS]"
+export SLURM_STEP_TASKS_PER_NODE="1(x$SLURM_NTASKS)" SLURM_TASKS_PER_NODE="1(x$SLURM_NTASKS)" SLURM_LOCALID=0
+for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_NODEID=$task "$@" & tasks+=($!); done
 highest=0
 for task in "${tasks[@]}"; do
   until wait "$task"; code=$?; ! kill -0 "$task" 2>/dev/null; do :; done
@@ -31,6 +39,7 @@ SCONTROL = 'echo "$@" >>"$RECORD/scontrol"\n'
 TRAINER = """
 trap 'exit 75' TERM
 echo "$@" >>"$RECORD/process$SLURM_PROCID"
+echo "$AIMV2_JAX_SECRET" >>"$RECORD/secrets"
 [ "$CODE" = wait ] || exit "$CODE"
 for ((i = 0; i < 600; i++)); do sleep 0.05; done
 """
@@ -62,6 +71,8 @@ def test_job_when_the_run_ends_then_code_75_puts_it_back_into_the_queue(code, re
     for process in range(2):
         assert record(tmp_path, f"process{process}") == ["-m aimv2_jax.main --config=a.py --workdir=a b"]
     assert "--kill-on-bad-exit=0" in record(tmp_path, "srun")
+    secrets = record(tmp_path, "secrets")
+    assert len(secrets) == 2 and len(set(secrets)) == 1 and len(secrets[0]) == 32
 
 
 def test_job_when_killed_then_requeued_five_times_in_a_row(job, tmp_path):
@@ -79,7 +90,8 @@ def test_job_when_slurm_sends_sigterm_then_it_waits_for_the_processes_and_goes_b
         while not all(record(tmp_path, f"process{process}") for process in range(2)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(shell.pid, signal.SIGTERM)  # Slurm signals the shell and all that it started.
+        # As scancel --full does (scancel(1)); sbatch --signal spares the shell.
+        os.killpg(shell.pid, signal.SIGTERM)
         assert shell.wait(20) == 75
     assert record(tmp_path, "scontrol") == ["requeue 1234"]
 

@@ -114,6 +114,7 @@ esac
 # A trainer whose runs end as the words in a file say, one a start: a code, or "preempted" with all its hosts.
 TRAINER = """
 echo "$*" >>"$CLOUD/started$HOST"
+echo "$AIMV2_JAX_SECRET" >>"$CLOUD/secrets$HOST"
 words=($ENDS)
 end=${words[$(($(wc -l <"$CLOUD/started$HOST") - 1))]}
 sleep 0.3
@@ -167,6 +168,8 @@ def test_run_when_the_tpu_is_preempted_then_it_is_rented_anew_and_the_run_goes_o
     done, calls = cloud("run", "75 preempted 0", *TRAIN)
     assert done.returncode == 0, done.stderr
     assert [len(starts(tmp_path, host)) for host in range(2)] == [3, 3]
+    secrets = [(tmp_path / f"secrets{host}").read_text().split() for host in range(2)]
+    assert secrets[0] == secrets[1] and [len(secret) for secret in set(secrets[0])] == [32] * 3  # One a start.
     assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (2, 1, 2)
     assert calls.index("delete") < calls.rindex("create") < calls.rindex("scp")
 

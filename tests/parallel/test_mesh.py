@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
+from tiny import ROOT
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel.mesh import build_mesh, check_batch, local_rows
@@ -23,6 +28,67 @@ def test_mesh_when_one_size_is_left_open_then_it_takes_the_rest(sizes, shape):
 def test_mesh_when_sizes_do_not_fit_the_devices_then_refused(sizes):
     with pytest.raises(UserError, match="for 8 devices"):
         build_mesh(1, *sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A GPU as jax reports it, as far as a mesh asks.
+
+    XLA's GPU client gives every device a `slice_index`, which counts the hosts by their boot id, or the groups of hosts
+    that NVLink joins (jax-ml/jax#13021, openxla/xla#23347). `jax.devices()` is ordered by process; ids follow the
+    topology, so that the ids of a host are neighbours (the comment on GPUs in jax's `create_device_mesh`).
+    """
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def gpus(nodes: int, each: int = 8) -> list[Gpu]:
+    """Processes are numbered against the order of the ids, as where the scheduler deals them so."""
+    return [Gpu(node * each + i, nodes - 1 - node, node) for node in reversed(range(nodes)) for i in range(each)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ((1, -1, 1, 1), (1, 32, 1, 1)),  # The defaults, on four nodes.
+        ((1, -1, 16, 1), (1, 2, 16, 1)),
+        ((1, 1, 32, 1), (1, 1, 32, 1)),
+        ((4, -1, 8, 1), (4, 1, 8, 1)),
+        ((2, -1, 8, 2), (2, 1, 8, 2)),
+    ],
+)
+def test_mesh_on_gpu_nodes(sizes, shape):
+    """Nodes are no slices: an axis may span them, and the innermost axes lie within a node."""
+    mesh = build_mesh(*sizes, devices=gpus(4))
+    assert tuple(mesh.shape.values()) == shape
+    assert [device.id for device in mesh.devices.flat] == list(range(32))
+
+
+TPUS = """
+from aimv2_jax.aot.topology import described_devices, parse_topology
+from aimv2_jax.errors import UserError
+from aimv2_jax.parallel.mesh import build_mesh
+
+devices = described_devices(parse_topology("v5e:2x2", 2))
+print({device.platform for device in devices}, build_mesh(2, -1, 1, 1, devices).shape)
+try:
+    build_mesh(1, -1, 1, 1, devices)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_mesh_on_two_slices_of_tpus():
+    """Of TPUs, as libtpu describes them, `mesh.slices` is what the hardware has."""
+    pytest.importorskip("libtpu")
+    done = subprocess.run([sys.executable, "-c", TPUS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "{'tpu'} OrderedDict([('slice', 2), ('data', 4)," in done.stdout
+    assert "1 for 8 devices in 2 slices" in done.stdout and "Set mesh.slices=2" in done.stdout
 
 
 def test_batch_when_it_does_not_divide_over_the_devices_then_refused_naming_the_key():

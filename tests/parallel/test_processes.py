@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from runs import assert_bitwise, saved_state
 from several import HOST, Several, free_port
-from tiny import QUICKSTART, ROOT, tiny_arguments
+from tiny import QUICKSTART, ROOT, tiny_arguments, tiny_config
 
 from aimv2_jax.errors import EXIT_AGAIN
-from aimv2_jax.train.checkpoint import CheckpointReader
+from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.program import build_program
 
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
@@ -159,6 +160,22 @@ def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_
         while running_in(workdir):
             assert time.monotonic() < deadline_s, "a trainer has outlived its watcher"
             time.sleep(0.1)
+
+
+def test_stop_in_the_start_of_a_resumed_run(tmp_path):
+    """SIGTERM to one of two processes that go on from step 3 and still compile: both save step 4, and end with 75."""
+    workdir = tmp_path / "run"
+    config = tiny_config(**TINY)
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        checkpointer.save(3, build_program(config).init(), config)
+    arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **TINY)
+    with Several(2, tmp_path / "out", arguments, devices=1) as several:
+        several.wait_for(lambda: "compiling the train step" in several.said(0)[0])
+        several.kill(1, signal.SIGTERM)
+        assert several.wait(60) == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
+        said = several.said(0)[0]
+    assert "continuing from step 3" in said and "stopped on request: step 4 of 100000 is saved" in said
+    assert CheckpointReader(workdir).steps() == [3, 4]
 
 
 def trainer_of(watcher: int) -> int:

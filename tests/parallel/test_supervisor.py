@@ -89,14 +89,40 @@ def test_process_when_it_gives_no_sign_of_life_then_the_others_end_in_time_and_n
             assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSEGV)])
+def test_trainer_when_it_is_killed_then_all_end_and_name_it(tmp_path, victim, number):
+    """Also with 75 where it was this process' own: launchers start nothing again on other codes."""
+    with Watched(tmp_path, SLEEP) as watched:
+        os.kill(watched.trainers()[victim], number)
+        codes, said = watched.ends()
+    assert codes == [75] * COUNT
+    for line in said:
+        assert f"process {victim} on host-{victim} is missing (its trainer was ended by {number.name})" in line
+        assert "The same command on all hosts goes on" in line
+
+
+def test_trainers_when_all_abort(tmp_path):
+    """As jax ends them when its coordinator loses one of them, or a stranger takes a place there."""
+    with Watched(tmp_path, "os = __import__('os')\nos.abort()") as watched:
+        codes, said = watched.ends()
+    assert codes == [75] * COUNT
+    assert all("is missing (its trainer was ended by SIGABRT)" in line for line in said)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_trainer_when_it_is_killed_then_all_end_and_name_it(tmp_path, victim):
+def test_trainer_when_killed_again_and_again(tmp_path, victim):
+    """The third time without a new checkpoint is the last: whatever kills it does so before it gets anywhere."""
+    (tmp_path / "checkpoints/5").mkdir(parents=True)
+    (tmp_path / "kills.json").write_text('{"newest_step": 5, "kills": 2}')
     with Watched(tmp_path, SLEEP) as watched:
         os.kill(watched.trainers()[victim], signal.SIGKILL)
         codes, said = watched.ends()
-    assert [code == (137 if index == victim else 75) for index, code in enumerate(codes)] == [True] * COUNT
+    assert codes == [4] * COUNT
     for line in said:
-        assert f"process {victim} on host-{victim} is missing (its trainer was ended by SIGKILL)" in line
+        assert (
+            f"process {victim} on host-{victim} is missing (its trainer was ended by SIGKILL, as trainers were" in line
+        )
+        assert "3 times since the newest checkpoint); this ends the run. Look into the system's log" in line
 
 
 def test_trainer_when_it_is_told_to_stop_before_it_listens_then_all_end_with_75(tmp_path):

@@ -1,0 +1,246 @@
+"""The roll call at the start: nobody trains unless all are there, and those that are missing are named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+
+import pytest
+from several import HOST, Several, free_port
+from tiny import tiny_arguments
+
+from aimv2_jax.errors import EXIT_USER, UserError
+from aimv2_jax.parallel import roll_call
+from aimv2_jax.parallel.clusters import Place
+from aimv2_jax.parallel.roll_call import SECRET, call_roll
+
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
+
+def refused(tmp_path, monkeypatch=None, **options) -> dict[int, str]:
+    """What processes say that are refused, by index; with `monkeypatch` all have a secret."""
+    arguments = tiny_arguments(tmp_path / "run", processes__startup_timeout_s=3)
+    if monkeypatch is not None:
+        monkeypatch.setenv(SECRET, "of the run")
+    with Several(3, tmp_path / "out", arguments, **options) as several:
+        codes = several.wait(60)
+        said = {index: several.said(index)[1] for index in codes}
+    assert set(codes.values()) == {EXIT_USER}, said
+    assert all(line.startswith("error: ") and line.count("\n") == 1 for line in said.values()), said
+    assert not (tmp_path / "run").exists()
+    return said
+
+
+def test_start_when_a_process_is_missing_then_all_are_refused_and_told_who_is_there_and_who_is_not(tmp_path):
+    for line in refused(tmp_path, indices=(0, 2)).values():
+        assert "only 2 of 3 processes have come within 3 s" in line
+        assert f"there are 0 ({HOST}), 2 ({HOST}); missing: '1 (host unknown)'" in line
+
+
+def test_start_when_process_0_is_missing_then_the_others_are_refused_and_told(tmp_path):
+    for line in refused(tmp_path, indices=(1,)).values():
+        assert "process 0 on 127.0.0.1 has not been reached within 3 s" in line
+
+
+def test_start_when_a_process_has_another_config_then_all_are_refused_at_once(tmp_path, monkeypatch):
+    said = refused(tmp_path, monkeypatch, changed={1: ["--config.seed=5"]})
+    for index in (0, 1):  # Process 2 may come too late to be told.
+        assert f"process 1 on {HOST} was started otherwise than process 0 on {HOST}: 'config " in said[index]
+
+
+def test_start_when_two_processes_are_process_0_then_the_second_is_refused(tmp_path):
+    said = refused(tmp_path, indices=(0, 1), changed={1: ["--process=0"]})
+    assert any("cannot be listened on" in line and "--process 0" in line for line in said.values())
+
+
+FACTS = {"numpy": "2.4.6", "config": "1f2e"}
+
+
+def called(place: Place, answers: dict, timeout_s: float = 20.0, secret: bytes = b"", **facts: str) -> threading.Thread:
+    """Calls the roll in a thread; what comes of it is left in `answers`."""
+
+    def call() -> None:
+        try:
+            answers[place.index] = call_roll(place, f"host-{place.index}", FACTS | facts, timeout_s, secret)
+        except UserError as error:
+            answers[place.index] = error
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def connected(port: int) -> socket.socket:
+    """A stranger's connection to process 0, which may not listen yet."""
+    deadline_s = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+
+
+def close(answers: dict) -> None:
+    for team in answers.values():
+        for link in team.links.values():
+            link.close()
+
+
+def test_roll_when_all_come_in_any_order_and_strangers_too_then_all_know_all_hosts(tmp_path):
+    port, answers = free_port(), {}
+    places = [Place(f"127.0.0.1:{port}", 3, index) for index in range(3)]
+    threads = [called(places[2], answers), called(places[0], answers)]
+    strangers = []
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"index": 1}\n', b"\xff\n", b""):
+        strangers.append(connected(port))
+        strangers[-1].sendall(words)
+    threads.append(called(places[1], answers))
+    for thread in threads:
+        thread.join(30)
+    for stranger in strangers:
+        stranger.close()
+    assert all(dict(answers[index].hosts) == {0: "host-0", 1: "host-1", 2: "host-2"} for index in range(3))
+    assert {index: set(answers[index].links) for index in range(3)} == {0: {1, 2}, 1: {0}, 2: {0}}
+    with socket.create_server(("127.0.0.1", port)):  # As jax's coordinator will, beside the links that stay.
+        pass
+    answers[1].links[0].send({"text": "ä" * 10})
+    deadline_s = time.monotonic() + 10
+    while not (messages := answers[0].links[1].receive()):
+        assert time.monotonic() < deadline_s
+    assert messages == [{"text": "ä" * 10}]
+    close(answers)
+
+
+def said_hello(**changes: object) -> bytes:
+    """What process 1 says, without a secret, with some of it changed."""
+    return json.dumps({"index": 1, "host": "evil", "count": 2, "facts": FACTS, "proof": ""} | changes).encode()
+
+
+STRANGERS = {
+    "deep": b"[" * 200_000,
+    "count": said_hello(count=99),
+    "counts": said_hello(count=[2]),
+    "huge": said_hello(count=10**400),
+    "facts": said_hello(facts={"config": "another"}),
+    "no-facts": said_hello(facts=None),
+    "odd-facts": said_hello(facts={"config": 1}),
+    "list": said_hello(index=[1]),
+    "table": said_hello(index={}),
+    "null": said_hello(index=None),
+    "text": said_hello(index="1"),
+    "beyond": said_hello(index=99),
+    "negative": said_hello(index=-1),
+    "bool": said_hello(index=True),
+    "float": said_hello(index=1.0),
+    "zero": said_hello(index=0),
+    "host": said_hello(host=7, index=0),
+    "proof": said_hello(proof="\u00e9"),
+    "no-proof": said_hello(proof=3),
+}
+
+
+@pytest.mark.parametrize("secret", [b"", b"of the run"])
+def test_roll_when_strangers_come(secret, capfd):
+    """Whatever strangers say costs them their connection, and the run nothing."""
+    port, answers = free_port(), {}
+    first = called(Place(f"127.0.0.1:{port}", 2, 0), answers, secret=secret)
+    for words in STRANGERS.values():
+        with connected(port) as stranger:
+            stranger.sendall(words + b"\n")
+            stranger.settimeout(10)
+            while stranger.recv(1 << 16):  # A refusal, perhaps; then the end.
+                pass
+    other = called(Place(f"127.0.0.1:{port}", 2, 1), answers, secret=secret)
+    first.join(30), other.join(30)
+    assert [dict(answers[index].hosts) for index in range(2)] == [{0: "host-0", 1: "host-1"}] * 2
+    close(answers)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_roll_when_many_connect_and_say_nothing():
+    """The oldest of too many make room, so that processes get through."""
+    port, answers = free_port(), {}
+    first = called(Place(f"127.0.0.1:{port}", 2, 0), answers)
+    strangers = [connected(port) for _ in range(100)]
+    other = called(Place(f"127.0.0.1:{port}", 2, 1), answers)
+    first.join(30), other.join(30)
+    assert dict(answers[1].hosts) == {0: "host-0", 1: "host-1"}
+    for stranger in strangers:
+        stranger.close()
+    close(answers)
+
+
+def test_roll_when_a_host_name_holds_escapes(capfd):
+    port, answers = free_port(), {}
+    first = called(Place(f"127.0.0.1:{port}", 2, 0), answers, timeout_s=2)
+    with connected(port) as stranger:
+        stranger.sendall(said_hello(host="evil\x1b[31m", facts={"\x1b[2J": "\x07"}) + b"\n")
+        first.join(30)
+    assert "process 1 on evil\\x1b[31m" in str(answers[0]) and str(answers[0]).isprintable()
+    assert "\x1b" not in capfd.readouterr().err
+
+
+def test_roll_when_packages_differ():
+    """With a secret, who has other versions ends the run at once, and both sides are named."""
+    port, answers = free_port(), {}
+    places = [Place(f"127.0.0.1:{port}", 3, index) for index in range(3)]
+    threads = [called(places[0], answers, secret=b"of the run"), called(places[2], answers, secret=b"of the run")]
+    threads.append(called(places[1], answers, secret=b"of the run", numpy="2.1.0"))
+    for thread in threads:
+        thread.join(30)
+    for answer in (answers[0], answers[1]):
+        assert "process 1 on host-1 was started otherwise than process 0 on host-0" in str(answer)
+        assert "'numpy 2.1.0 (process 0: 2.4.6)'" in str(answer)
+
+
+def test_roll_when_packages_differ_without_a_secret(capfd):
+    """Only that one is refused at once; the run waits for another, and starts when it comes."""
+    port, answers, wrong = free_port(), {}, {}
+    first = called(Place(f"127.0.0.1:{port}", 2, 0), answers)
+    called(Place(f"127.0.0.1:{port}", 2, 1), wrong, numpy="2.1.0").join(30)
+    assert "'numpy 2.1.0 (process 0: 2.4.6)'" in str(wrong[1])
+    called(Place(f"127.0.0.1:{port}", 2, 1), answers).join(30)
+    first.join(30)
+    assert dict(answers[0].hosts) == {0: "host-0", 1: "host-1"}
+    close(answers)
+    assert "refused, and waiting for another: process 1 on host-1 was started otherwise" in capfd.readouterr().err
+
+
+def test_roll_when_a_process_lacks_the_secret():
+    port, answers = free_port(), {}
+    first = called(Place(f"127.0.0.1:{port}", 2, 0), answers, timeout_s=2, secret=b"of the run")
+    other = called(Place(f"127.0.0.1:{port}", 2, 1), answers)
+    first.join(30), other.join(30)
+    assert "process 1 on host-1 has not the secret of process 0: 'AIMV2_JAX_SECRET'" in str(answers[1])
+    assert "refused was: process 1 on host-1 has not the secret" in str(answers[0])
+
+
+@pytest.mark.parametrize("words", [b"[]", b"{}", b'{"hosts": {"0": "a"}}', b'{"hosts": {"0": "a", "1": 2}}'])
+def test_roll_when_another_program_answers(words, monkeypatch):
+    """Who listens at the coordinator's address and is not process 0 is not believed, and not for ever."""
+    monkeypatch.setattr(roll_call, "_ANSWER_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answers: dict = {}
+        thread = called(Place(f"127.0.0.1:{listener.getsockname()[1]}", 2, 1), answers, timeout_s=0.5)
+        listener.settimeout(0.1)
+        while thread.is_alive():
+            with contextlib.suppress(TimeoutError), listener.accept()[0] as connection:
+                connection.sendall(words + b"\n")
+                connection.recv(1 << 16)
+    thread.join(30)
+    assert "process 0 on 127.0.0.1 has not been reached" in str(answers[1])
+
+
+def test_roll_when_two_have_one_number_then_all_are_refused():
+    port, answers = free_port(), {}
+    threads = [called(Place(f"127.0.0.1:{port}", 3, 0), answers, secret=b"of the run")]
+    others = [dict(), dict()]
+    for other in others:
+        threads.append(called(Place(f"127.0.0.1:{port}", 3, 1), other, secret=b"of the run"))
+    for thread in threads:
+        thread.join(30)
+    assert all("two processes have --process 1" in str(answer) for answer in (answers[0], *(o[1] for o in others)))

@@ -1,0 +1,54 @@
+"""A request to stop, between real processes: all act on the same call, whatever came before it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from several import free_port
+from tiny import ROOT
+
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
+CALLS = """
+import os, signal, sys, time
+from aimv2_jax.config import ProcessesConfig
+from aimv2_jax.parallel import processes
+from aimv2_jax.parallel.clusters import Place
+from aimv2_jax.train.stopping import StopRequests
+
+index = int(sys.argv[1])
+processes.join(Place(f"127.0.0.1:{sys.argv[2]}", 2, index), ProcessesConfig(60, 100, 60))
+with StopRequests() as requests:
+    if index:
+        os.kill(os.getpid(), signal.SIGTERM)  # Before the first call, as during a long start.
+        time.sleep(1)
+    processes.meet("first call", 60)
+    calls = 1
+    while not requests.reached():
+        calls += 1
+        time.sleep(0.01)
+        assert calls < 1000
+    print("stops at call", calls, "and later", [requests.reached() for _ in range(3)])
+processes.meet("end", 60)
+processes.leave()
+"""
+
+
+def test_stop_when_requested_before_the_first_call():
+    """Both processes stop at one call, and at every one after it: a rewind may lie between the call and the save."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    port = str(free_port())
+    running = [subprocess.Popen([sys.executable, "-c", CALLS, str(index), port], **options) for index in range(2)]
+    try:
+        said = [one.communicate(timeout=120) for one in running]
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+    assert [one.returncode for one in running] == [0, 0], said
+    lines = [[line for line in out.splitlines() if "stops at" in line] for out, _ in said]
+    assert lines[0] == lines[1] and lines[0][0].endswith("and later [True, True, True]")
