@@ -23,14 +23,15 @@ any key of the config can be set on the command line:
   --config.train.steps=20 --config.optimizer.betas="(0.9, 0.95)" --config.mesh.fsdp=4
 The keys and their meaning: experiments/base.py.
 
-A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, or Ctrl-C, saves the step that
-is being computed and ends the run; Ctrl-C again ends it without.
+A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, a closed terminal, or Ctrl-C
+saves the step that is being computed and ends the run; Ctrl-C again ends it without.
 The same config with --config.train.cooldown_from=RUN:STEP and another workdir cools down from a kept step of that run.
 Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
 elsewhere the flags do.
 exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (steps that are not finite, spikes
-again and again, too much bad data, a device that computes wrongly), 4 hung twice at the same step, 75 stopped on
-request, hung once, or another process went missing: start it again, 130 Ctrl-C without a save
+again and again, too much bad data, a device that computes wrongly), 4 hung twice, or devices failed twice, at the same
+step, or trainers were killed three times without a new checkpoint, 75 stopped on request, hung once, a device failed, a
+trainer was killed, or another process went missing: start it again, 130 Ctrl-C without a save
 """
 
 
@@ -89,8 +90,10 @@ def _folder(workdir: str) -> epath.Path:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains by a command line: a process' own, in a child of it; or the one that is given, in this process."""
     skip_absent_tpu()
-    arguments = sys.argv[1:] if arguments is None else arguments
+    called = arguments is not None
+    arguments = arguments if called else sys.argv[1:]
     command = parse_arguments(arguments)
     from aimv2_jax.parallel import processes
 
@@ -98,11 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if trainer is not None:
         return trainer.run(lambda: _train(command), settings)
     place = find_place(command.launch, settings)
-    if place is None:
-        return _train(command)
-    from aimv2_jax.parallel.supervisor import supervise
+    if place is not None:
+        from aimv2_jax.parallel.supervisor import supervise
 
-    return supervise(place, command.config, command.workdir, arguments)
+        return supervise(place, command.config, command.workdir, arguments)
+    if called:
+        return _train(command)
+    from aimv2_jax.parallel.alone import run_alone
+
+    return run_alone([sys.executable, "-m", "aimv2_jax.main", *arguments], command.workdir)
 
 
 def _train(command: Command) -> int:
