@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, or Ctrl-C once, lets all processes save one and the same step and end."""
+"""Stopping on request (SIGTERM, a closed terminal, Ctrl-C once): all processes save one and the same step, and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StopRequests:
     """Listens to the signals inside its `with`.
 
     One process alone keeps a flag. Of several, each has jax's own handler of SIGTERM, which tells the others: these
-    settle on a step that none of them has reached yet.
+    settle on a call of `reached` that none of them has made yet.
 
     The first Ctrl-C is as good as a SIGTERM, the second one raises KeyboardInterrupt. More of SIGTERM changes nothing.
     """
@@ -23,17 +23,28 @@ class StopRequests:
     def __init__(self) -> None:
         self._requested = self._interrupted = False
         self._several = jax.process_count() > 1
+        self._calls = 0  # Of `reached`.
         self._before: dict[int, object] = {}
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step`, the same on all processes; each asks once a step, from the same one on."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
+    def reached(self) -> bool:
+        """Whether to stop now, and at every later call; the same on all processes, each of which asks equally often.
+
+        XLA remembers the last number that it was asked about, 0 before the first, takes the number after it as the one
+        to stop at, once in the life of a process, and compares for equality (PreemptionSyncManager::ReachedSyncPoint).
+        Steps are no such numbers: a resumed run begins above 1, and a run that goes back asks about lower ones again.
+        """
+        self._calls += 1
+        if self._several and multihost_utils.reached_preemption_sync_point(self._calls):
+            self._requested = True  # A spike may come between this and the save; then it is the next call that stops.
+        return self._requested
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():  # Only there signals can be listened to.
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
             if not self._several:
                 self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
+                if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As nohup has it.
+                    self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._request)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -46,6 +57,8 @@ class StopRequests:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted:
             raise KeyboardInterrupt
-        self._interrupted = self._requested = True
+        self._interrupted = True
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._requested = True
