@@ -5,14 +5,17 @@ Data workers import this module again: jax, tensorflow and `aimv2_jax.train` are
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NamedTuple
 
 from etils import epath
 
 from aimv2_jax.config import Config, load_config
-from aimv2_jax.errors import UserError, reports_user_errors
+from aimv2_jax.errors import EXIT_AGAIN, UserError, reports_user_errors
 from aimv2_jax.files import is_remote
 from aimv2_jax.flags import Parser, positive, split_overrides
 from aimv2_jax.parallel.clusters import Launch, find_place
@@ -94,10 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     called = arguments is not None
     arguments = arguments if called else sys.argv[1:]
-    command = parse_arguments(arguments)
     from aimv2_jax.parallel import processes
 
-    trainer, settings = processes.trainer(), command.config.processes
+    trainer = processes.trainer()
+    if trainer is None and not called:  # A signal ends a trainer at once, and its parent knows what that means.
+        _listen_early()
+    command = parse_arguments(arguments)
+    settings = command.config.processes
     if trainer is not None:
         return trainer.run(lambda: _train(command), settings)
     place = find_place(command.launch, settings)
@@ -107,9 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return supervise(place, command.config, command.workdir, arguments)
     if called:
         return _train(command)
-    from aimv2_jax.parallel.alone import run_alone
+    from aimv2_jax.parallel.parent import run_trainer
 
-    return run_alone([sys.executable, "-m", "aimv2_jax.main", *arguments], command.workdir)
+    return run_trainer([sys.executable, "-m", "aimv2_jax.main", *arguments], command.workdir)
+
+
+def _listen_early() -> None:
+    """Lets SIGTERM, or a terminal that is closed, end this process with 75 until the trainer gets the signals."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(EXIT_AGAIN)  # An exception could be taken for an error of the config file.
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _train(command: Command) -> int:

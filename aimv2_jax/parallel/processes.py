@@ -91,7 +91,7 @@ class Trainer:
         What ends it otherwise is told to the watcher, who knows whether it was the others' end; then this process ends
         at once: jax would wait for processes that don't end, and the watchers see to those.
 
-        The only one of its run has nobody to join, and its parent (alone.py) leaves it to say how it ended.
+        The only one of its run has nobody to join, and its parent (parent.py) leaves it to say how it ended.
         """
         if self.place.count == 1:
             return work()

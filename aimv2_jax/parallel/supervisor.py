@@ -35,9 +35,9 @@ import aimv2_jax
 from aimv2_jax.config import Config, ProcessesConfig, config_digest
 from aimv2_jax.errors import EXIT_AGAIN, EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, UserError
 from aimv2_jax.growing import GrowingFile
-from aimv2_jax.parallel.alone import signals_passed_on
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.parallel.links import Team, call_roll
+from aimv2_jax.parallel.parent import signals_passed_on
 from aimv2_jax.parallel.processes import trainer_environment
 
 _SILENT = 0.7  # Share of the heartbeat time-out after which a silent process is missing: the rest is for ending.

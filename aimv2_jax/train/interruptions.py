@@ -43,7 +43,7 @@ class Interruptions:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.file(step, what), text)
 
-    def settle(self, saved: int) -> None:
+    def retire(self, saved: int) -> None:
         """Counts none up to step `saved` any more, which has been saved since; process 0 renames all processes'."""
         if all(step > saved for step in self._steps):
             return

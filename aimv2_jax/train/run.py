@@ -75,7 +75,7 @@ class _Pending(NamedTuple):
     flops: float
 
 
-class _StopAsked(Exception):
+class _StopRequested(Exception):
     """The run was asked to stop while it was evaluating."""
 
 
@@ -119,16 +119,16 @@ class Run:
         )
         self.progress = ProgressLine(config.train.steps)
         self.ending = contextlib.ExitStack()  # Signals listened to; the end of a run that was asked to stop, watched.
-        self.met = False  # Whether all processes had a first batch, once in the life of a process.
-        self.began = 0  # The step whose state the process began with.
-        self.computed = 0  # The step that is being dispatched, waited for, or evaluated.
+        self.met_first_batch = False  # Whether all processes had a first batch, once in the life of a process.
+        self.first_step = 0  # The step whose state the process began with.
+        self.current_step = 0  # The step that is being dispatched, waited for, or evaluated.
         self.done = 0  # Steps, as far as they were read.
         self.nonfinite = 0  # Of them the last ones, in a row, that were not finite.
 
     def train(self, state: TrainState, course: Course) -> int:
         """Trains on to the last step, or until it is asked to stop; the exit code."""
-        self.began = course.step
-        running = device_errors.running(lambda: self.computed, self.watchdog.interruptions, self.events)
+        self.first_step = course.step
+        running = device_errors.running(lambda: self.current_step, self.watchdog.interruptions, self.events)
         with jax.transfer_guard("disallow"), running, self.ending:
             while True:
                 spike = None
@@ -165,7 +165,7 @@ class Run:
             stopped = self._steps(state, course, batches)
             with self.spending.on("saving"), self.watchdog.watching("save", self.done):
                 self.checkpointer.wait()
-                self._settle()
+                self._retire_interruptions()
         return stopped
 
     def _batches(self, course: Course) -> pipeline.Batches:
@@ -224,14 +224,14 @@ class Run:
             with self.stopwatch.waiting(), self.spending.on("data"), watching:
                 host = next(batches)
             assert host.step == course.skips.batch(number - 1)
-            if not self.met:
+            if not self.met_first_batch:
                 # The first collective waits less long for others than their workers may need.
                 processes.meet("first batch", config.processes.barrier_timeout_s)
-                self.met = True
+                self.met_first_batch = True
             self.feed.add(host.seconds, depth)
             shape = self.plan.steps.shape(host.step)
             step = self.compiled[shape]
-            self.computed = number
+            self.current_step = number
             with self.feed.transferring(), self.watchdog.watching("step", number):
                 batch = step.put(host.arrays)
             counts = self.tally.add(batch.pop("source"), batch.pop("faults"))
@@ -290,15 +290,15 @@ class Run:
             failure = self.checkpointer.save(course.step, state, self.config, eval_loss, course.extra())
             if failure is not None:
                 self._tell_failure(course.step, failure)
-            self._settle()
+            self._retire_interruptions()
             self.save_stall_s += time.perf_counter() - start_s
         self.events.write("save", course.step, seconds=round(time.perf_counter() - begin_s, 3))
 
-    def _settle(self) -> None:
+    def _retire_interruptions(self) -> None:
         """Interruptions before a state that was saved since the start do not count any more."""
         saved = self.checkpointer.latest_step()
-        if saved is not None and saved > self.began:
-            self.watchdog.interruptions.settle(saved)
+        if saved is not None and saved > self.first_step:
+            self.watchdog.interruptions.retire(saved)
 
     def _due(self, number: int) -> tuple[bool, bool]:
         """Whether the state after step `number` is evaluated, and whether it is saved. The last one is both."""
@@ -311,7 +311,7 @@ class Run:
         """Waits for a dispatched step, looks whether its numbers are good, and logs it where that is due."""
         if pending is None:
             return
-        number = self.computed = pending.number
+        number = self.current_step = pending.number
         with self.watchdog.watching("step", number):
             values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
         self.stopwatch.count(pending.examples, pending.flops)
@@ -433,7 +433,7 @@ class Run:
     def _evaluate(self, number: int, state: TrainState) -> dict[str, float] | None:
         """The held-out losses of `state`; None where the run was asked to stop meanwhile."""
         config, begin_s = self.config, time.monotonic()
-        self.computed = number
+        self.current_step = number
         put = partial(
             pipeline.to_devices,
             sharding=self.program.batch_sharding,
@@ -445,7 +445,7 @@ class Run:
         try:
             with self.spending.on("evaluation"), self.watchdog.watching("evaluation", number):
                 values = evaluate(self.program, state.params, self._eval_arrays(faults), put, average)
-        except _StopAsked:
+        except _StopRequested:
             say(f"asked to stop: the evaluation of step {number} is given up")
             return None
         names: Sequence[str] = [name for name in ("eval_loss", "eval_loss_ema") if name in values]
@@ -464,11 +464,11 @@ class Run:
         """This process' rows of the held-out batches; records that cannot be used are added to `faults`.
 
         Raises:
-          _StopAsked: between two of them, of which all processes have the same number.
+          _StopRequested: between two of them, of which all processes have the same number.
         """
         for _, host in pipeline.evaluation_batches(self.config, self.eval_rows, self.tokenizer):
             if self.stop.reached():
-                raise _StopAsked
+                raise _StopRequested
             faults += host.faults
             yield {name: array for name, array in host.arrays.items() if name not in ("source", "faults")}
 

@@ -5,8 +5,8 @@ to find the cause: the stacks of all threads of the process and of its data work
 The process then ends with the code by which it is started again; unless it hung at the same step before: then it would
 again.
 
-The thread needs Python's lock. A piece of C that never gives it back is seen by a process beside this one (lookout.py),
-to which the thread gives word whenever it has looked. No jax here.
+The thread needs Python's lock. A piece of C that never gives it back is noticed by another process (heartbeat.py), to
+which the thread sends a line whenever it has looked. No jax here.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from etils import epath
 
 from aimv2_jax.data import workers
 from aimv2_jax.errors import EXIT_HUNG
+from aimv2_jax.train.heartbeat import Heartbeat, HeartbeatMonitor
 from aimv2_jax.train.interruptions import Interruptions
-from aimv2_jax.train.lookout import Lookout, Word
 
 WATCHED = ("start", "data", "step", "evaluation", "save", "stop")
 _ERRORS = 2  # The file that ends up in the log, whatever became of `sys.stderr`.
@@ -105,7 +105,7 @@ class Watchdog(contextlib.AbstractContextManager):
         self._closed = threading.Event()
         self._look_s = min([_LOOK_S, *(limit / 10 for limit in self._limits.values() if limit)])
         self._step = 0  # The last one at which something was watched.
-        self._lookout = Lookout(channel)
+        self._monitor = HeartbeatMonitor(channel)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -120,7 +120,7 @@ class Watchdog(contextlib.AbstractContextManager):
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-        self._lookout.close()
+        self._monitor.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -138,19 +138,19 @@ class Watchdog(contextlib.AbstractContextManager):
                     watch.since_s += paused_s
                 if watch.limit_s and now_s - watch.since_s > watch.limit_s:
                     self._end(watch, now_s)
-            self._lookout.tell(self._word(watches, now_s))
+            self._monitor.send(self._heartbeat(watches, now_s))
 
-    def _word(self, watches: list[_Watch], now_s: float) -> Word:
+    def _heartbeat(self, watches: list[_Watch], now_s: float) -> Heartbeat:
         """How long this thread may be silent, and what it is then that hangs."""
         limited = [watch for watch in watches if watch.limit_s] or [self._anything(now_s)]
         first = min(limited, key=lambda watch: watch.since_s + _BACKSTOP * watch.limit_s)
         if not first.limit_s:
-            return Word(0)
+            return Heartbeat(0)
         until_s = first.since_s + _BACKSTOP * first.limit_s
         hang = self._hang(first, until_s)
         file = self.interruptions.file(hang.step, hang.what)
         # What is being watched may change at once: by then, this thread has looked again.
-        return Word(max(until_s - now_s, 5 * self._look_s), hang.code, str(hang), os.fspath(file))
+        return Heartbeat(max(until_s - now_s, 5 * self._look_s), hang.code, str(hang), os.fspath(file))
 
     def _anything(self, now_s: float) -> _Watch:
         """For when nothing is being watched: Python's lock may go just then, and for good."""
@@ -168,7 +168,7 @@ class Watchdog(contextlib.AbstractContextManager):
         last = threading.Timer(_LAST_S, os._exit, [code])
         last.name, last.daemon = "last words' limit", True
         last.start()
-        self._lookout.tell(Word(_LAST_S + _PATIENCE_S, code, str(hang), file))  # Python's lock may go now.
+        self._monitor.send(Heartbeat(_LAST_S + _PATIENCE_S, code, str(hang), file))  # Python's lock may go now.
         end_s = time.monotonic()
         if self._tell is not None:
             _within(_PATIENCE_S, self._tell, code, str(hang))

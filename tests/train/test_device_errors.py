@@ -60,9 +60,10 @@ def test_run_when_the_program_is_wrong(tmp_path, error):
 
 def test_run_when_memory_is_too_small(tmp_path):
     """A real error of the allocator."""
-    with pytest.raises(UserError, match="too little memory for step 7: 'RESOURCE_EXHAUSTED: Out of memory") as raised:
-        with Events(tmp_path) as events, device_errors.running(lambda: 7, Interruptions(tmp_path, 0), events):
-            jnp.zeros(1 << 50)
+    words = "too little memory for step 7: 'RESOURCE_EXHAUSTED: Out of memory"
+    running = device_errors.running(lambda: 7, Interruptions(tmp_path, 0), Events(tmp_path))
+    with pytest.raises(UserError, match=words) as raised, running:
+        jnp.zeros(1 << 50)
     assert "train.microbatches" in str(raised.value) and not (tmp_path / "hangs").exists()
 
 

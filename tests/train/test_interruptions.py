@@ -25,7 +25,7 @@ def test_exit_code_when_a_step_hung_before(recorded):
 def test_exit_code_when_a_later_step_is_saved(recorded):
     """Two hangs of the start with progress between them are two first ones, in this process and in the next."""
     here = Interruptions(recorded, 0)
-    here.settle(20)
+    here.retire(20)
     for one in (here, Interruptions(recorded, 1)):
         assert [one.exit_code(step) for step in (0, 12, 30)] == [EXIT_AGAIN, EXIT_AGAIN, EXIT_HUNG]
     here.record(0, "start", b"stacks of another time")
@@ -39,8 +39,8 @@ def test_exit_code_when_a_later_step_is_saved(recorded):
     ]
 
 
-def test_settle_when_this_is_not_process_0(recorded):
-    Interruptions(recorded, 1).settle(20)
+def test_retire_when_this_is_not_process_0(recorded):
+    Interruptions(recorded, 1).retire(20)
     assert Interruptions(recorded, 1).exit_code(0) == EXIT_HUNG  # The renaming is process 0's.
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import ROOT
 
-from aimv2_jax.parallel.alone import run_alone
+from aimv2_jax.parallel.parent import run_trainer
 from aimv2_jax.train import watchdog
 from aimv2_jax.train.watchdog import Watchdog
 
@@ -151,7 +151,7 @@ def test_hang_when_c_keeps_pythons_lock(tmp_path, monkeypatch, capfd):
     command = [sys.executable, "-c", PROGRAM.replace("CODE", KEPT_LOCK.replace("\n", "\n    ")), str(tmp_path)]
     for code, again in ((75, ""), (4, ", as it did before")):
         start_s = time.monotonic()
-        assert run_alone(command, tmp_path) == code
+        assert run_trainer(command, tmp_path) == code
         assert time.monotonic() - start_s < 15  # 4 s here; a busy machine is given time.
         said = capfd.readouterr().err
         text = rf"hung: process 3 on \S+ waits for step at step 12 since \d s{again}; some C code keeps Python's lock"
@@ -160,20 +160,20 @@ def test_hang_when_c_keeps_pythons_lock(tmp_path, monkeypatch, capfd):
         assert file.name == "00000012-00003-step.txt" and re.match(text, file.read_text())
 
 
-def test_word_when_nothing_is_watched(tmp_path):
+def test_heartbeat_when_nothing_is_watched(tmp_path):
     """What keeps Python's lock at such a moment is found all the same, after the longest of all limits."""
     with Watchdog(tmp_path, 0, SimpleNamespace(**NEVER | {"data_s": 20, "save_s": 600})) as dog:
-        assert dog._word([], 0.0).limit_s == 1.5 * 600
+        assert dog._heartbeat([], 0.0).limit_s == 1.5 * 600
         with dog.watching("data", 3) as watch:
-            assert dog._word([watch], watch.since_s).limit_s == 1.5 * 20
+            assert dog._heartbeat([watch], watch.since_s).limit_s == 1.5 * 20
     with Watchdog(tmp_path, 0, SimpleNamespace(**NEVER)) as dog:
-        assert dog._word([], 0.0).limit_s == 0
+        assert dog._heartbeat([], 0.0).limit_s == 0
 
 
-def test_lookout_when_it_is_killed(tmp_path):
+def test_monitor_when_it_is_killed(tmp_path):
     """The watchdog goes on without it."""
     code = """with dog(step_s=1) as d, d.watching("step", 12):
-    os.kill(d._lookout._process.pid, signal.SIGKILL)
+    os.kill(d._monitor._process.pid, signal.SIGKILL)
     time.sleep(60)"""
     assert run(code, tmp_path)[0] == 75
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny import ROOT
 
-from aimv2_jax.parallel.alone import run_alone
+from aimv2_jax.parallel.parent import run_trainer
 
 TRAINER = """
 import os, signal, sys, time
@@ -19,7 +19,7 @@ trainer = processes.trainer()
 assert trainer.place.count == 1
 {code}
 """
-PARENT = "import sys; from aimv2_jax.parallel.alone import run_alone; sys.exit(run_alone(sys.argv[1:], 'nowhere'))"
+PARENT = "import sys; from aimv2_jax.parallel.parent import run_trainer; sys.exit(run_trainer(sys.argv[1:], 'nowhere'))"
 
 
 def trainer(code: str) -> list[str]:
@@ -44,14 +44,14 @@ def importable(monkeypatch):
     ],
 )
 def test_exit_code_when_the_trainer_ends(tmp_path, capfd, code, expected, words):
-    assert run_alone(trainer(code), tmp_path) == expected
+    assert run_trainer(trainer(code), tmp_path) == expected
     said = capfd.readouterr().err
     assert words in said and bool(words) == bool(said)
 
 
 def test_exit_code_when_killed_three_times(tmp_path, capfd):
     kill = trainer("os.kill(os.getpid(), signal.SIGKILL)")
-    assert [run_alone(kill, tmp_path) for _ in range(3)] == [75, 75, 4]
+    assert [run_trainer(kill, tmp_path) for _ in range(3)] == [75, 75, 4]
     assert "as trainers were 3 times since the newest checkpoint. Look into" in capfd.readouterr().err
 
 

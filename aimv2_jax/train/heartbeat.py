@@ -1,12 +1,13 @@
-"""Ends a trainer whose watchdog has fallen silent: a process beside it, `python -m aimv2_jax.train.lookout CHANNEL`.
+"""A process that ends its parent, a trainer, when the watchdog's heartbeat stops: `... -m aimv2_jax.train.heartbeat`.
 
 The watchdog is a thread and needs Python's lock. A piece of C that never gives it back stops all threads; from inside,
 only faulthandler's timer can end such a process, always with code 1, and also when the process was merely suspended for
-as long. So the watchdog writes a line here whenever it has looked (`Word`), and this process counts the time without
+as long. So the watchdog writes a line whenever it has looked (`Heartbeat`), and this process counts the time without
 one. Time in which the trainer is stopped, or in which this process was suspended as well, does not count.
 
-What it does then: tells the trainer's parent by CHANNEL (a descriptor, or -1), has the stacks written (SIGUSR1, for
-which faulthandler needs no lock), records the hang, and kills the trainer. The parent turns that into the exit code.
+What it does then: tells the trainer's parent by a channel (the argument: a descriptor, or -1), has the stacks written
+(SIGUSR1, for which faulthandler needs no lock), records the hang, and kills the trainer. The trainer's parent makes an
+exit code of that (parallel/parent.py, parallel/supervisor.py).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _RECORDED_S = 5.0  # For the record of the hang: the disk may be what hangs.
 
 
 @dataclasses.dataclass(frozen=True)
-class Word:
-    """What the watchdog says: how long it may be silent from now on (0: for ever), and what it is then that hung.
+class Heartbeat:
+    """A line of the watchdog: how long it may be silent from now on (0: for ever), and what it is then that hung.
 
     Args:
       limit_s: seconds.
@@ -47,8 +48,8 @@ class Word:
     file: str = ""
 
 
-class Lookout:
-    """The trainer's end of it.
+class HeartbeatMonitor:
+    """Starts the process, and sends it heartbeats.
 
     Args:
       channel: descriptor by which the trainer's parent is told (parallel/processes.py), or None.
@@ -57,7 +58,7 @@ class Lookout:
     def __init__(self, channel: int | None):
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "aimv2_jax.train.lookout", str(-1 if channel is None else channel)],
+            [sys.executable, "-m", "aimv2_jax.train.heartbeat", str(-1 if channel is None else channel)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": path},
@@ -65,19 +66,20 @@ class Lookout:
         )
         os.set_blocking(self._process.stdin.fileno(), False)  # It may be suspended, and the watchdog must not wait.
 
-    def tell(self, word: Word) -> None:
-        line = json.dumps(dataclasses.asdict(word)).encode() + b"\n"
-        with contextlib.suppress(OSError):  # It was killed, or is suspended: then nobody looks out.
+    def send(self, beat: Heartbeat) -> None:
+        line = json.dumps(dataclasses.asdict(beat)).encode() + b"\n"
+        with contextlib.suppress(OSError):  # It was killed, or is suspended: then nobody listens.
             os.write(self._process.stdin.fileno(), line)
 
     def close(self) -> None:
         self._process.stdin.close()
+        self._process.kill()  # It may be suspended.
         self._process.wait()
 
 
 def _look(trainer: int, channel: int) -> None:
     """Returns when the trainer has ended, by itself or by this."""
-    word, silent_s, looked_s, half = Word(0), 0.0, time.monotonic(), b""
+    beat, silent_s, looked_s, half = Heartbeat(0), 0.0, time.monotonic(), b""
     while True:
         ready, _, _ = select.select([0], [], [], _TICK_S)
         now_s = time.monotonic()
@@ -88,11 +90,11 @@ def _look(trainer: int, channel: int) -> None:
                 return
             *lines, half = (half + data).split(b"\n")
             if lines:
-                word, silent_s = Word(**json.loads(lines[-1])), 0.0
+                beat, silent_s = Heartbeat(**json.loads(lines[-1])), 0.0
         elif passed_s < _TICK_S + _LATE_S and not _is_stopped(trainer):
             silent_s += passed_s
-            if word.limit_s and silent_s > word.limit_s:
-                return _end(trainer, channel, word)
+            if beat.limit_s and silent_s > beat.limit_s:
+                return _end(trainer, channel, beat)
 
 
 def _is_stopped(process: int) -> bool:
@@ -102,17 +104,17 @@ def _is_stopped(process: int) -> bool:
     return False
 
 
-def _end(trainer: int, channel: int, word: Word) -> None:
-    said = f"{word.text}; some C code keeps Python's lock"
+def _end(trainer: int, channel: int, beat: Heartbeat) -> None:
+    said = f"{beat.text}; some C code keeps Python's lock"
     with contextlib.suppress(OSError):
         if channel >= 0:
-            os.write(channel, json.dumps({"code": word.code, "text": said, "hung": True}).encode() + b"\n")
+            os.write(channel, json.dumps({"code": beat.code, "text": said, "hung": True}).encode() + b"\n")
         os.write(2, f"{said}\n".encode())
     if os.getppid() != trainer:
         return
     os.kill(trainer, signal.SIGUSR1)
     time.sleep(_STACKS_S)
-    record = threading.Thread(target=_record, args=(word.file, f"{said}; the stacks are in the log\n"), daemon=True)
+    record = threading.Thread(target=_record, args=(beat.file, f"{said}; the stacks are in the log\n"), daemon=True)
     record.start()
     record.join(_RECORDED_S)
     if os.getppid() == trainer:

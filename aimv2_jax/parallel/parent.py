@@ -1,7 +1,7 @@
 """The parent of a trainer that is the only one of its run: how the trainer ended becomes the exit code.
 
 A trainer that the system kills (want of memory, a fault in C), that is asked to end before it listens, or that is
-killed because it hangs (train/lookout.py) cannot choose its code; launchers start a run again by code 75 alone.
+killed because it hangs (train/heartbeat.py) cannot choose its code; launchers start a run again by code 75 alone.
 The watcher of a trainer that is one of several (supervisor.py) does the same, and more.
 """
 
@@ -26,7 +26,7 @@ from aimv2_jax.parallel.processes import trainer_environment
 _GOES_ON = "the same command goes on from the newest checkpoint, if there is one"
 
 
-def run_alone(command: Sequence[str], workdir: epath.PathLike) -> int:
+def run_trainer(command: Sequence[str], workdir: epath.PathLike) -> int:
     """Starts the trainer by `command`, hands signals on to it, and returns the exit code of this process."""
     mine, its = socket.socketpair()
     # In a session of its own, as a trainer that is one of several: Ctrl-C comes to it through this process, once.
