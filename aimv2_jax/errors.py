@@ -8,14 +8,15 @@ import os
 import sys
 from collections.abc import Callable
 
+from aimv2_jax.console import print_line
+
 EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
-EXIT_HUNG = 4  # It hung, or was killed, where it had been before: starting it again would be no help.
-EXIT_AGAIN = (
-    75  # Stopped on request, with its state saved, or hung once: the same command goes on. TEMPFAIL in sysexits.h.
-)
+EXIT_HUNG = 4  # It hung, was killed, or its devices failed where it had before: starting it again is no help.
+# Stopped on request, hung once, or ended by a device or a signal: the same command goes on. TEMPFAIL in sysexits.h.
+EXIT_AGAIN = 75
 EXIT_INTERRUPTED = 130  # As shells have it: 128 and the number of SIGINT.
 
 _MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.
@@ -63,6 +64,19 @@ class GuardStop(Exception):
     """The run stopped itself to protect what it has (non-finite loss, too much bad data)."""
 
 
+class DeviceFailure(Exception):
+    """A device, or the network between devices, failed.
+
+    Args:
+      told: what failed, and when.
+      code: EXIT_AGAIN, or EXIT_HUNG where it had failed at the same step before.
+    """
+
+    def __init__(self, told: str, code: int):
+        super().__init__(told)
+        self.code = code
+
+
 def last_words(error: BaseException) -> tuple[int, str] | None:
     """The exit code of a command that `error` ends, and the line about it; None where that is our bug.
 
@@ -73,6 +87,8 @@ def last_words(error: BaseException) -> tuple[int, str] | None:
         return EXIT_USER, f"error: {error}"
     if isinstance(error, GuardStop):
         return EXIT_GUARD, f"stopped: {error}"
+    if isinstance(error, DeviceFailure):
+        return error.code, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.errno in _REFUSALS:
@@ -93,7 +109,7 @@ def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
             if words is None:
                 raise
             code, line = words
-            print(line, file=sys.stderr)
+            print_line(line, sys.stderr)
             return code
 
     return wrapped

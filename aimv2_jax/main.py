@@ -5,14 +5,17 @@ Data workers import this module again: jax, tensorflow and `aimv2_jax.train` are
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NamedTuple
 
 from etils import epath
 
 from aimv2_jax.config import Config, load_config
-from aimv2_jax.errors import UserError, reports_user_errors
+from aimv2_jax.errors import EXIT_AGAIN, UserError, reports_user_errors
 from aimv2_jax.files import is_remote
 from aimv2_jax.flags import Parser, positive, split_overrides
 from aimv2_jax.parallel.clusters import Launch, find_place
@@ -23,15 +26,15 @@ any key of the config can be set on the command line:
   --config.train.steps=20 --config.optimizer.betas="(0.9, 0.95)" --config.mesh.fsdp=4
 The keys and their meaning: experiments/base.py.
 
-A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, or Ctrl-C, saves the step that
-is being computed and ends the run; Ctrl-C again ends it without.
+A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, a closed terminal, or Ctrl-C
+saves the step that is being computed and ends the run; Ctrl-C again ends it without.
 The same config with --config.train.cooldown_from=RUN:STEP and another workdir cools down from a kept step of that run.
 Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
 elsewhere the flags do.
 exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (steps that are not finite, spikes
-again and again, too much bad data, a device that computes wrongly), 4 hung twice at the same step or killed three times
-without a new checkpoint, 75 stopped on request, hung once, or a process of several went missing or was killed: start it
-again, 130 Ctrl-C without a save
+again and again, too much bad data, a device that computes wrongly), 4 hung twice, or devices failed twice, at the same
+step, or trainers were killed three times without a new checkpoint, 75 stopped on request, hung once, a device failed, a
+trainer was killed, or another process went missing: start it again, 130 Ctrl-C without a save
 """
 
 
@@ -90,20 +93,40 @@ def _folder(workdir: str) -> epath.Path:
 
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains by a command line: a process' own, in a child of it; or the one that is given, in this process."""
     skip_absent_tpu()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = parse_arguments(arguments)
+    called = arguments is not None
+    arguments = arguments if called else sys.argv[1:]
     from aimv2_jax.parallel import processes
 
-    trainer, settings = processes.trainer(), command.config.processes
+    trainer = processes.trainer()
+    if trainer is None and not called:  # A signal ends a trainer at once, and its parent knows what that means.
+        _listen_early()
+    command = parse_arguments(arguments)
+    settings = command.config.processes
     if trainer is not None:
         return trainer.run(lambda: _train(command), settings)
     place = find_place(command.launch, settings)
-    if place is None:
-        return _train(command)
-    from aimv2_jax.parallel.supervisor import supervise
+    if place is not None:
+        from aimv2_jax.parallel.supervisor import supervise
 
-    return supervise(place, command.config, command.workdir, arguments)
+        return supervise(place, command.config, command.workdir, arguments)
+    if called:
+        return _train(command)
+    from aimv2_jax.parallel.parent import run_trainer
+
+    return run_trainer([sys.executable, "-m", "aimv2_jax.main", *arguments], command.workdir)
+
+
+def _listen_early() -> None:
+    """Lets SIGTERM, or a terminal that is closed, end this process with 75 until the trainer gets the signals."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(EXIT_AGAIN)  # An exception could be taken for an error of the config file.
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _train(command: Command) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from several import free_port
 from tiny import ROOT, tiny_arguments
 
 from aimv2_jax import errors
@@ -148,6 +150,21 @@ def test_process_when_the_user_is_wrong_then_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(tmp_path, tokenizer__path="nowhere.model")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "nowhere.model" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_process_when_stopped_before_it_trains(number, tmp_path):
+    """The first of two processes, which waits for the other: nothing is to be saved, and it is to be started again."""
+    flags = ["--processes=2", "--process=0", f"--coordinator=127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(tmp_path), *flags]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        caught = 0
+        while not caught >> (number - 1) & 1:
+            assert process.poll() is None
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+        process.send_signal(number)
+        assert process.wait(30) == errors.EXIT_AGAIN
 
 
 def imported_by(statement: str, *names: str) -> str:

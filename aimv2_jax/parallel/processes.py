@@ -47,15 +47,19 @@ def trainer() -> Trainer | None:
     hosts = {int(index): host for index, host in fields["hosts"].items()}
     place = Place(**fields | {"local_devices": None if local is None else tuple(local), "hosts": hosts})
     _end_with(known["watcher"])
-    channel = socket.socket(fileno=known["channel"])
-    channel.set_inheritable(False)
     global _channel
-    _channel = channel
-    return Trainer(place, channel)
+    _channel = socket.socket(fileno=known["channel"])
+    _channel.set_inheritable(False)
+    return Trainer(place, _channel)
+
+
+def channel() -> int | None:
+    """Descriptor of the channel to this trainer's watcher or parent, if it has one."""
+    return None if _channel is None else _channel.fileno()
 
 
 def tell_hung(code: int, text: str) -> None:
-    """Tells this trainer's watcher, if it has one, that it hangs, and will end with `code`."""
+    """Tells this trainer's watcher or parent, if it has one, that it hangs, and will end with `code`."""
     if _channel is not None:
         _tell(_channel, {"code": code, "text": text, "hung": True})
 
@@ -86,7 +90,11 @@ class Trainer:
 
         What ends it otherwise is told to the watcher, who knows whether it was the others' end; then this process ends
         at once: jax would wait for processes that don't end, and the watchers see to those.
+
+        The only one of its run has nobody to join, and its parent (parent.py) leaves it to say how it ended.
         """
+        if self.place.count == 1:
+            return work()
         try:
             join(self.place, settings)
             code = work()

@@ -44,6 +44,7 @@ from aimv2_jax.errors import (
 from aimv2_jax.growing import GrowingFile
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.parallel.kills import MAX_KILLS, count_kill
+from aimv2_jax.parallel.parent import signals_passed_on
 from aimv2_jax.parallel.processes import trainer_environment
 from aimv2_jax.parallel.roll_call import SECRET, Team, call_roll
 from aimv2_jax.versions import installed_versions
@@ -117,7 +118,7 @@ class Watcher:
         its.close()
         out, err = self._trainer.stdout, self._trainer.stderr
         assert out is not None and err is not None
-        with self._signals_passed_on(), selectors.DefaultSelector() as self._selector:
+        with signals_passed_on(self._trainer), selectors.DefaultSelector() as self._selector:
             self._pipes = {
                 mine: lambda: self._hear_trainer(mine),
                 out: lambda: self._pass_on(out, sys.stdout),
@@ -160,18 +161,6 @@ class Watcher:
     def _unheard(self) -> bool:
         """Whether others may not yet have heard process 0's verdict: those that have, end."""
         return self._first and self._verdict is not None and not all(link.closed for link in self._team.links.values())
-
-    @contextlib.contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        def pass_on(number: int, _: object) -> None:
-            self._trainer.send_signal(number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _turn(self) -> None:
         """Takes what has come, or waits a little for it; then looks at the clock."""
@@ -263,7 +252,7 @@ class Watcher:
 
     def _end_of_trainer(self) -> None:
         code, text = self._trainer.returncode, self._words
-        well = code in (EXIT_FINISHED, EXIT_AGAIN)
+        well = code in (EXIT_FINISHED, EXIT_AGAIN) and not text  # A trainer that failed has told why, with 75, too.
         lost, killed = None, False
         if code < 0:
             number = signal.Signals(-code)

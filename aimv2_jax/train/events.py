@@ -46,6 +46,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "rewind": ("from_step", "to_step", "a", "b"),  # Back to the state after `to_step`, without the batches [a, b).
     "bad_data": ("counts",),  # {reason: records} that could not be used since the last such line.
     "hang": ("what", "file"),  # A time-out: `what` was waited for, in `step`, which is not done; file: all stacks.
+    # A device, or the network between devices, failed in the step after `step`; file: the traceback.
+    "device_failure": ("status", "file"),
     "worker_restarted": ("what", "at"),  # A loader's worker died or stalled; at: its shard and record.
     "corruption": ("leaf", "device", "host"),  # `step` computed twice did not give the same bits.
     "stop": ("code", "why"),  # In good order, by a guard, or by an error that was told; a kill leaves none.

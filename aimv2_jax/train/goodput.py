@@ -54,8 +54,8 @@ class Start:
       to_step: the last step it is known to have done.
       steps: how many that were, those of before a rewind included.
       lost: how many of them were done again.
-      ended: "finished", "stopped" (on request), "guard", "error", "bug", "interrupted", "hung", "killed"; or "" for the
-        last one without an end, which may be at work.
+      ended: "finished", "stopped" (on request), "guard", "error", "bug", "interrupted", "hung", "device failure",
+        "killed"; or "" for the last one without an end, which may be at work.
       code: of its exit, where it told one.
       why: it ended, in its own words.
       down_s: before it, since the last sign of the start before.
@@ -330,6 +330,8 @@ def _ending(run: Sequence[Event], last: bool) -> tuple[str, int | None, str]:
     why = "" if stop is None else str(stop.values.get("why") or "")
     if hang is not None and run[-1] in (hang, stop):
         return "hung", code, why or f"waiting for {hang.values.get('what')}"
+    if any(event.kind == "device_failure" for event in run[-2:]):
+        return "device failure", code, why
     if stop is None:
         return "" if last else "killed", None, ""
     return _ENDINGS.get(code, "error"), code, why

@@ -29,6 +29,7 @@ from aimv2_jax.parallel import processes
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, state_bytes
 from aimv2_jax.train.course import Course
 from aimv2_jax.train.events import Events, process_age_s
+from aimv2_jax.train.interruptions import FOLDER
 from aimv2_jax.train.metrics import MetricsWriter
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.profile import Profiler
@@ -37,7 +38,7 @@ from aimv2_jax.train.resume import check_resumable, check_trunk
 from aimv2_jax.train.run import Run, say
 from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.warm_start import Donor, RunDonor, warm_start
-from aimv2_jax.train.watchdog import FOLDER, Hang, Watchdog, register_dump_signal
+from aimv2_jax.train.watchdog import Hang, Watchdog, register_dump_signal
 
 _LOCK = "lock"
 _CLOCK_S = 2.0  # By which the clocks of two hosts may differ.
@@ -67,7 +68,7 @@ def train(
     workdir = epath.Path(workdir)
     cache = cache_folder(config.train.compilation_cache, workdir, jax.default_backend())
     if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", cache)
+        _keep_compiled(cache)
     program = build_program(config)
     size = state_bytes(program.abstract_state)
     timeout_s = config.processes.barrier_timeout_s
@@ -120,7 +121,8 @@ def _watchdog(workdir: epath.Path, config: Config, events: Events) -> Watchdog:
         events.write("hang", hang.step, what=hang.what, file=file)
         events.write("stop", max(0, hang.step - 1), code=hang.code, why=str(hang))
 
-    return Watchdog(workdir, jax.process_index(), config.watch, on_hang=note, tell=processes.tell_hung)
+    tell, channel = processes.tell_hung, processes.channel()
+    return Watchdog(workdir, jax.process_index(), config.watch, on_hang=note, tell=tell, channel=channel)
 
 
 def _newest_intact(checkpointer: Checkpointer, events: Events) -> int | None:
@@ -219,6 +221,14 @@ def cache_folder(setting: str | None, workdir: epath.Path, platform: str) -> str
     if setting != "workdir":
         return setting
     return None if platform == "cpu" else str(workdir / "compiled")
+
+
+def _keep_compiled(folder: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if is_remote(folder):
+        # XLA writes its own cache of GPU autotuning by file calls; jax hands it a path made of the bucket's address
+        # (jax/_src/compiler.py, `get_compile_options`), which is a folder "gs:" of the working directory.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 @contextlib.contextmanager

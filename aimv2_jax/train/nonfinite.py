@@ -16,9 +16,8 @@ _FOLDER = "nonfinite"
 
 def write_record(workdir: epath.PathLike, step: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     """Writes the record of a step: `step`, what is in `record`, and its metrics; the path."""
-    folder = epath.Path(workdir) / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step}.json"
+    path = epath.Path(workdir) / _FOLDER / f"{step}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no NaN: what isn't finite is written as text.
     plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     write_whole(path, (json.dumps({"step": step, **record, "metrics": plain}, indent=1) + "\n").encode())

@@ -22,7 +22,8 @@ NOT_DECAYED = {
 # config optimizer.schedule -> how much of the cosine from the peak to end_lr the schedule goes through.
 COSINE_PARTS = {"cosine": 1.0, "half_cosine": 0.5}
 
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+# (updates, step) -> the rate of the next update, after so many in so many steps; without `step`, none was skipped.
+Schedule = Callable[..., Float[Array, ""]]
 
 
 def learning_rate(
@@ -47,26 +48,32 @@ def learning_rate(
     (peak_lr + end_lr) / 2: the rate of a trunk stays high, so that a cooldown from any of its steps has still all to
     gain, and falls, so that late steps are not noisier than they need be.
 
+    Along that curve s counts updates: a step that was skipped is made up for by no other, so the curve goes on where it
+    was.
+
     A cooldown leaves that curve at step n = `cooldown_start` and falls linearly to `cooldown_lr` at step
-    n + `cooldown_steps`; as with S, the run's last step is the one before. Step n itself has the curve's own rate.
+    n + `cooldown_steps`; as with S, the run's last step is the one before. Step n itself has the curve's own rate. Here
+    it is steps that count, since the run ends at a step: skipped updates do not keep the rate from getting down.
 
     Written out instead of taken from optax: in float32 its ramp (start - peak) · (1 - t) + peak gives the first step
     a rate 2e-5 off, and its 1 + cos loses digits towards the end.
     """
 
-    def curve(step: Int[Array, ""]) -> Float[Array, ""]:
-        warm = jnp.asarray(step, jnp.float32) / max(warmup_steps, 1)
-        cool = jnp.clip((step - warmup_steps) / (schedule_steps - warmup_steps), 0, 1)
+    def curve(updates: Int[Array, ""]) -> Float[Array, ""]:
+        warm = jnp.asarray(updates, jnp.float32) / max(warmup_steps, 1)
+        cool = jnp.clip((updates - warmup_steps) / (schedule_steps - warmup_steps), 0, 1)
         ramp = start_lr + (peak_lr - start_lr) * warm
         cosine = end_lr + (peak_lr - end_lr) * jnp.square(jnp.cos(jnp.pi / 2 * cosine_part * cool))
-        return jnp.where(step < warmup_steps, ramp, cosine)
+        return jnp.where(updates < warmup_steps, ramp, cosine)
 
-    def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+    def rate(updates: Int[Array, ""], step: Int[Array, ""] | None = None) -> Float[Array, ""]:
         if cooldown_start is None:
-            return curve(step)
-        top = curve(jnp.asarray(cooldown_start))
+            return curve(updates)
+        step = updates if step is None else step
+        skipped = step - updates
+        top = curve(cooldown_start - skipped)
         left = jnp.clip((cooldown_start + cooldown_steps - step) / cooldown_steps, 0, 1)
-        return jnp.where(step < cooldown_start, curve(step), cooldown_lr + (top - cooldown_lr) * left)
+        return jnp.where(step < cooldown_start, curve(updates), cooldown_lr + (top - cooldown_lr) * left)
 
     return rate
 
@@ -87,6 +94,16 @@ def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransforma
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` of a schedule that is given the `step` of `update`, too."""
+
+    def update(updates, state, params=None, *, step=None, **extra):
+        del extra
+        return optax.scale_by_schedule(lambda count: -schedule(count, step)).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_schedule(schedule).init, update)
+
+
 def adamlh(
     schedule: Schedule,
     *,
@@ -96,16 +113,16 @@ def adamlh(
     weight_decay: float,
     clip_norm: float,
     clip_eps: float = 1e-6,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """p <- p (1 - wd · lr/peak) - lr · m̂ / (√v̂ + eps), after clipping the gradient by its global norm.
 
-    That is AdamW with decay wd / peak, so optax's own pieces serve.
+    That is AdamW with decay wd / peak, so optax's own pieces serve. `update` takes the `step` for `schedule`.
     """
     return optax.chain(
         clip_by_global_norm(clip_norm, clip_eps),
         optax.scale_by_adam(*betas, eps=eps),
         optax.add_decayed_weights(weight_decay / peak_lr, mask=is_decayed),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_rate(schedule),
     )
 
 

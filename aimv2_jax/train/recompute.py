@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +53,13 @@ class Recompute:
 
     def start(self, state: TrainState, batch: Mapping[str, jax.Array], shape: BatchShape) -> Any:
         """Starts the step on copies; before the step itself takes over the state's memory. For `differences`."""
-        return self._compiled[shape](*(_moved(tree, self._home, self._away) for tree in (state, batch)), self._rng)
+        return self._compiled[shape](*(_copied(tree, self._home, self._away) for tree in (state, batch)), self._rng)
 
     def differences(self, once: Any, again: Any) -> list[Difference]:
-        """Where the two results differ: of the leaves all processes know alike, of devices each its own."""
+        """Where the two results differ: of the leaves all processes know alike, of devices each its own.
+
+        `again` is used up: its memory is given back leaf by leaf, so that there are never three states.
+        """
         again = _moved(again, self._away, self._home)
         paths = [path for path, _ in jax.tree.leaves_with_path(once)]
         # Device by device: where a leaf is whole on several, one of them may have it wrong.
@@ -88,17 +92,30 @@ def _rotated(mesh: Mesh) -> Mesh:
     return Mesh(devices, mesh.axis_names)
 
 
-def _moved(tree: Any, source: Mesh, target: Mesh) -> Any:
+def _copied(tree: Any, source: Mesh, target: Mesh) -> Any:
     """Copies of the arrays of `tree`, from the places of one mesh to those of another; no byte leaves its host."""
-    place = dict(zip(source.devices.flat, target.devices.flat, strict=True))
+    if source == target:
+        return jax.tree.map(jnp.copy, tree)
+    return jax.tree.map(partial(_placed, source=source, target=target), tree)
+
+
+def _moved(tree: Any, source: Mesh, target: Mesh) -> Any:
+    """The same without keeping those of `tree`."""
+    if source == target:
+        return tree
 
     def moved(array: jax.Array) -> jax.Array:
-        if source == target:
-            return jnp.copy(array)
-        parts = [jax.device_put(shard.data, place[shard.device]) for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(target, array.sharding.spec), parts)
+        placed = jax.block_until_ready(_placed(array, source, target))
+        array.delete()
+        return placed
 
     return jax.tree.map(moved, tree)
+
+
+def _placed(array: jax.Array, source: Mesh, target: Mesh) -> jax.Array:
+    place = dict(zip(source.devices.flat, target.devices.flat, strict=True))
+    parts = [jax.device_put(shard.data, place[shard.device]) for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(target, array.sharding.spec), parts)
 
 
 def _by_device(tree: Any) -> dict[jax.Device, list[jax.Array]]:

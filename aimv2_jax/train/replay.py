@@ -16,11 +16,12 @@ from etils import epath
 from aimv2_jax.config import Config
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import EXIT_FINISHED
+from aimv2_jax.errors import EXIT_FINISHED, UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.course import Course
+from aimv2_jax.train.events import read_events
 from aimv2_jax.train.loop import begin
 from aimv2_jax.train.nonfinite import read_record
 from aimv2_jax.train.program import Program, build_program
@@ -42,9 +43,10 @@ def replay(
       donor: as of `loop.train`, for where there is no checkpoint before.
 
     Raises:
-      UserError: where the config is another run's.
+      UserError: where the config is another run's, and where the run has not come to that step.
     """
     program, reader = build_program(config), CheckpointReader(workdir)
+    _check_reached(step, workdir, reader, config)
     before = max((saved for saved in reader.steps() if saved < step), default=None)
     if before is None:
         state, course = begin(program, donor)
@@ -76,6 +78,16 @@ def replay(
     if record is not None:
         print(f"\n{compared(record, host.step, values)}")
     return EXIT_FINISHED
+
+
+def _check_reached(step: int, workdir: epath.PathLike, reader: CheckpointReader, config: Config) -> None:
+    """Refuses a step that the run never did: getting there would be training, of which nothing is kept."""
+    began = 0 if config.cooldown is None else config.cooldown.start
+    known = max([began, reader.latest_step() or 0, *(event.step for event in read_events(workdir))])
+    reached = min(known + config.train.log_every, config.train.steps)  # A kill leaves no word of the last steps.
+    if step > reached and read_record(workdir, step) is None:
+        remedy = f"Give one up to {reached}, or train on first"
+        raise UserError("--replay is of a step that the run has not come to", step, remedy)
 
 
 def _look(program: Program, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, dict[str, float]]:

@@ -285,6 +285,7 @@ _TOLD = {
     ),
     "bad_data": lambda e: f"records left out: {_listed(e.values.get('counts'))}",
     "hang": lambda e: f"hung, waiting for {e.values.get('what')}; stacks: {e.values.get('file')}",
+    "device_failure": lambda e: f"a device failed: {e.values.get('status')}; traceback: {e.values.get('file')}",
     "worker_restarted": lambda e: (
         f"a loader's worker {e.values.get('what')}, and all were started again; it {e.values.get('at')}"
     ),
@@ -303,6 +304,7 @@ _LABELS = {
     "rewind": "rewind",
     "bad_data": "bad data",
     "hang": "hang",
+    "device_failure": "device failure",
     "worker_restarted": "worker restarted",
     "corruption": "silent corruption",
 }

@@ -61,6 +61,7 @@ _MARKS = {
     "skip": ("#8e5bb5", "_"),
     "rewind": ("#8e5bb5", "<"),
     "hang": ("#000000", "P"),
+    "device_failure": ("#1f3fbf", "D"),
     "worker_restarted": ("#6b8e23", "o"),
     "corruption": ("#ff1493", "h"),
 }

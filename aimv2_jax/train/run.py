@@ -10,9 +10,9 @@ The order of a step is a contract:
    save, which records the evaluation of this very state. No step is saved that was not finite, the last one and one
    that a request to stop ends with apart: their states are those of the steps before.
 
-A run that is asked to stop (stopping.py) saves step i, the same on all processes, and ends. A spike may send it back
-(rewind.py). Whatever is decided here is decided alike on every process: from the step's number, from values that all
-have, or by `processes.agree`.
+A run that is asked to stop (stopping.py) saves step i, the same on all processes, and ends; an evaluation that is going
+on is given up. A spike may send it back (rewind.py). Whatever is decided here is decided alike on every process: from
+the step's number, from values that all have, or by `processes.agree`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ import numpy as np
 from etils import epath
 
 from aimv2_jax.config import BatchShape
+from aimv2_jax.console import print_line
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop, UserError
 from aimv2_jax.parallel import processes
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
+from aimv2_jax.train import device_errors
 from aimv2_jax.train.checkpoint import Checkpointer
 from aimv2_jax.train.course import Course
 from aimv2_jax.train.evaluate import evaluate
@@ -73,6 +75,10 @@ class _Pending(NamedTuple):
     flops: float
 
 
+class _StopRequested(Exception):
+    """The run was asked to stop while it was evaluating."""
+
+
 class Run:
     """What the loop holds while it runs, besides the state.
 
@@ -95,7 +101,8 @@ class Run:
         config = program.config
         self.program, self.config, self.workdir, self.tokenizer = program, config, workdir, tokenizer
         self.checkpointer, self.writer, self.events, self.begin = checkpointer, writer, events, begin
-        self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size)
+        # The batch size of an evaluation that there is not need not fit the devices.
+        self.eval_rows = local_rows(program.batch_sharding, config.eval.batch_size) if config.eval.sources else range(0)
         self.tally = Tally(list(config.data.sources), pipeline.REASONS, replicated(program.mesh))
         self.profiler, self.watchdog, self.stop = profiler, watchdog, StopRequests()
         self.plan = pipeline.training_plan(config, pipeline.open_sources(config.data.sources))
@@ -111,13 +118,18 @@ class Run:
             cores=pipeline.cores(),
         )
         self.progress = ProgressLine(config.train.steps)
-        self.ending = contextlib.ExitStack()  # Watched from the last save of a run that was asked to stop.
+        self.ending = contextlib.ExitStack()  # Signals listened to; the end of a run that was asked to stop, watched.
+        self.met_first_batch = False  # Whether all processes had a first batch, once in the life of a process.
+        self.first_step = 0  # The step whose state the process began with.
+        self.current_step = 0  # The step that is being dispatched, waited for, or evaluated.
         self.done = 0  # Steps, as far as they were read.
         self.nonfinite = 0  # Of them the last ones, in a row, that were not finite.
 
     def train(self, state: TrainState, course: Course) -> int:
         """Trains on to the last step, or until it is asked to stop; the exit code."""
-        with jax.transfer_guard("disallow"), self.stop, self.ending:
+        self.first_step = course.step
+        running = device_errors.running(lambda: self.current_step, self.watchdog.interruptions, self.events)
+        with jax.transfer_guard("disallow"), running, self.ending:
             while True:
                 spike = None
                 try:
@@ -153,6 +165,7 @@ class Run:
             stopped = self._steps(state, course, batches)
             with self.spending.on("saving"), self.watchdog.watching("save", self.done):
                 self.checkpointer.wait()
+                self._retire_interruptions()
         return stopped
 
     def _batches(self, course: Course) -> pipeline.Batches:
@@ -167,11 +180,14 @@ class Run:
         )
 
     def _compile(self) -> None:
-        """Compiles the train step for all shapes of batches, once; and the one that checks it, where there is."""
+        """Compiles the train step for all shapes of batches, once; and the one that checks it, where there is.
+
+        From then on signals are listened to: before, there is nothing to save, and a SIGTERM ends the process at once.
+        """
         config = self.config
         if self.compiled:
             return
-        with jax.transfer_guard("allow"):
+        with jax.transfer_guard("allow"), device_errors.compiling():
             for shape in config.batch_shapes:
                 begin_s = time.monotonic()
                 self.compiled[shape] = self._compiled_for(shape)
@@ -181,6 +197,7 @@ class Run:
                 steps = {shape: step.compiled for shape, step in self.compiled.items()}
                 self.recompute = Recompute(self.program, steps, config.guard.recompute_elsewhere)
         self.spending = Spending()
+        self.ending.enter_context(self.stop)
 
     def _compiled_for(self, shape: BatchShape) -> _Step:
         """What to do with batches of `shape`."""
@@ -207,12 +224,14 @@ class Run:
             with self.stopwatch.waiting(), self.spending.on("data"), watching:
                 host = next(batches)
             assert host.step == course.skips.batch(number - 1)
-            if number == course.step + 1 and not course.rewinds:
+            if not self.met_first_batch:
                 # The first collective waits less long for others than their workers may need.
                 processes.meet("first batch", config.processes.barrier_timeout_s)
+                self.met_first_batch = True
             self.feed.add(host.seconds, depth)
             shape = self.plan.steps.shape(host.step)
             step = self.compiled[shape]
+            self.current_step = number
             with self.feed.transferring(), self.watchdog.watching("step", number):
                 batch = step.put(host.arrays)
             counts = self.tally.add(*(batch.pop(name) for name in pipeline.BOOKKEEPING))
@@ -235,12 +254,14 @@ class Run:
                 self._read(pending)
                 pending = None
                 with self.stopwatch.pause():
-                    values = self._evaluate(number, state) if evaluating else {}
+                    values = self._evaluate(number, state) if evaluating and not stopping else {}
+                    stopping = stopping or (values is None and number < config.train.steps)
                     if stopping:
                         self.ending.enter_context(self.watchdog.watching("stop", number))
                     # A state after steps that were not finite waits for one that is, unless there will be no other.
                     last = stopping or number == config.train.steps
                     if last or ((saving or failed) and not self.nonfinite):
+                        values = values or {}
                         # The loss of what `eval/load.py` takes.
                         self._save(course.at(number), state, values.get("eval_loss_ema", values.get("eval_loss")))
             if stopping:
@@ -269,8 +290,15 @@ class Run:
             failure = self.checkpointer.save(course.step, state, self.config, eval_loss, course.extra())
             if failure is not None:
                 self._tell_failure(course.step, failure)
+            self._retire_interruptions()
             self.save_stall_s += time.perf_counter() - start_s
         self.events.write("save", course.step, seconds=round(time.perf_counter() - begin_s, 3))
+
+    def _retire_interruptions(self) -> None:
+        """Interruptions before a state that was saved since the start do not count any more."""
+        saved = self.checkpointer.latest_step()
+        if saved is not None and saved > self.first_step:
+            self.watchdog.interruptions.retire(saved)
 
     def _due(self, number: int) -> tuple[bool, bool]:
         """Whether the state after step `number` is evaluated, and whether it is saved. The last one is both."""
@@ -283,7 +311,7 @@ class Run:
         """Waits for a dispatched step, looks whether its numbers are good, and logs it where that is due."""
         if pending is None:
             return
-        number = pending.number
+        number = self.current_step = pending.number
         with self.watchdog.watching("step", number):
             values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
         self.stopwatch.count(pending.examples, pending.flops)
@@ -320,7 +348,7 @@ class Run:
         broken = next(name for name in ("loss", "grad_norm") if not math.isfinite(values[name]))
         first = self.plan.steps.first_example(pending.batch)
         record = {"batch": pending.batch, "examples": [first, first + pending.examples], "seed": self.config.seed}
-        file = write_record(self.workdir, number, record, values)
+        file = self._record_nonfinite(number, record, values)
         told = f"{broken} is {values[broken]} at step {number}"
         self.events.write("nonfinite", number, loss=values["loss"], grad_norm=values["grad_norm"], file=file)
         if self.nonfinite < most:
@@ -330,6 +358,16 @@ class Run:
             f"{told}, and so in {self.nonfinite} steps in a row, as many as guard.max_nonfinite allows; none of them "
             f"changed anything, {self._newest()}. Look into it by the same command with --replay {number}"
         )
+
+    def _record_nonfinite(self, number: int, record: Mapping[str, Any], values: Mapping[str, float]) -> str | None:
+        """Writes the record that a replay compares with, once for all processes; its path, if it could be written."""
+        if jax.process_index() != 0:
+            return None
+        try:
+            return write_record(self.workdir, number, record, values)
+        except Exception as error:  # OSError, and of a bucket TensorFlow's and fsspec's own kinds.
+            say(f"the record of step {number} could not be written: {error}")
+            return None
 
     def _newest(self) -> str:
         """Which checkpoint there is."""
@@ -392,8 +430,10 @@ class Run:
             f"{self._newest()}. Leave that host or device out, and start again"
         )
 
-    def _evaluate(self, number: int, state: TrainState) -> dict[str, float]:
+    def _evaluate(self, number: int, state: TrainState) -> dict[str, float] | None:
+        """The held-out losses of `state`; None where the run was asked to stop meanwhile."""
         config, begin_s = self.config, time.monotonic()
+        self.current_step = number
         put = partial(
             pipeline.to_devices,
             sharding=self.program.batch_sharding,
@@ -402,8 +442,12 @@ class Run:
         )
         faults: list[pipeline.Fault] = []
         average = state.average if isinstance(state, AveragedState) else None
-        with self.spending.on("evaluation"), self.watchdog.watching("evaluation", number):
-            values = evaluate(self.program, state.params, self._eval_arrays(faults), put, average)
+        try:
+            with self.spending.on("evaluation"), self.watchdog.watching("evaluation", number):
+                values = evaluate(self.program, state.params, self._eval_arrays(faults), put, average)
+        except _StopRequested:
+            say(f"asked to stop: the evaluation of step {number} is given up")
+            return None
         names: Sequence[str] = [name for name in ("eval_loss", "eval_loss_ema") if name in values]
         for name in names:
             if not math.isfinite(values[name]):
@@ -417,8 +461,14 @@ class Run:
         return values
 
     def _eval_arrays(self, faults: list[pipeline.Fault]) -> Iterator[dict[str, np.ndarray]]:
-        """This process' rows of the held-out batches; records that cannot be used are added to `faults`."""
+        """This process' rows of the held-out batches; records that cannot be used are added to `faults`.
+
+        Raises:
+          _StopRequested: between two of them, of which all processes have the same number.
+        """
         for _, host in pipeline.evaluation_batches(self.config, self.eval_rows, self.tokenizer):
+            if self.stop.reached():
+                raise _StopRequested
             faults += host.faults
             yield {name: array for name, array in host.arrays.items() if name not in pipeline.BOOKKEEPING}
 
@@ -426,7 +476,7 @@ class Run:
 def say(text: str) -> None:
     """To people, once for all processes."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print_line(text)
 
 
 def _every(interval: int, number: int) -> bool:

@@ -53,7 +53,7 @@ def train_step(
     prefix: Int[Array, " B"] | None = None,
     *,
     task: PretrainTask,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: Schedule,
     microbatches: int = 1,
     grad_shardings: Any = None,
@@ -64,7 +64,7 @@ def train_step(
 
     A step whose loss or gradient is not finite changes no parameter, nothing of the optimiser's, and no average; nor
     does, with `skip_beyond`, one whose loss or gradient norm is so many deviations above those before (guard.py). The
-    learning rate follows the updates that were made.
+    learning rate follows the updates that were made, in a cooldown the steps.
 
     Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm;
     loss_deviations and grad_norm_deviations, how far above the last steps' they are; skipped, 1 where nothing was
@@ -74,7 +74,7 @@ def train_step(
     sums, counts, grads = gradients(state.params, batch, rng, prefix, task, microbatches)
     if grad_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     after = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state}
     if ema_decay:
         after["average"] = step_average(state.average, after["params"], num_updates(opt_state), ema_decay)
@@ -90,7 +90,7 @@ def train_step(
         "loss": loss,
         **{f"loss_{name}": losses.divide(total, counts[name]) for name, total in sums.items()},
         **{f"count_{name}": count.astype(jnp.float32) for name, count in counts.items()},
-        "lr": schedule(num_updates(state.opt_state)),
+        "lr": schedule(num_updates(state.opt_state), state.step),
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(state.params),
         "loss_deviations": verdict.loss_deviations,

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, or Ctrl-C once, lets all processes save one and the same step and end."""
+"""Stopping on request (SIGTERM, a closed terminal, Ctrl-C once): all processes save one and the same step, and end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StopRequests:
         self._before: dict[int, object] = {}
 
     def reached(self) -> bool:
-        """Whether to stop now, and at every later call; the same on all processes, each of which asks once a step.
+        """Whether to stop now, and at every later call; the same on all processes, each of which asks equally often.
 
         XLA remembers the last number that it was asked about, 0 before the first, takes the number after it as the one
         to stop at, once in the life of a process, and compares for equality (PreemptionSyncManager::ReachedSyncPoint).
@@ -43,6 +43,8 @@ class StopRequests:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
             if not self._several:
                 self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
+                if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As nohup has it.
+                    self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._request)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -5,8 +5,8 @@ to find the cause: the stacks of all threads of the process and of its data work
 The process then ends with the code by which it is started again; unless it hung at the same step before: then it would
 again.
 
-The thread needs Python's lock. A piece of C that never gives it back is seen by a timer below Python, which writes the
-stacks and ends the process with code 1. No jax here.
+The thread needs Python's lock. A piece of C that never gives it back is noticed by another process (heartbeat.py), to
+which the thread sends a line whenever it has looked. No jax here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
-import re
 import signal
 import socket
 import sys
@@ -28,10 +27,10 @@ from typing import Protocol
 from etils import epath
 
 from aimv2_jax.data import workers
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_HUNG
-from aimv2_jax.files import write_whole
+from aimv2_jax.errors import EXIT_HUNG
+from aimv2_jax.train.heartbeat import Heartbeat, HeartbeatMonitor
+from aimv2_jax.train.interruptions import Interruptions
 
-FOLDER = "hangs"
 WATCHED = ("start", "data", "step", "evaluation", "save", "stop")
 _ERRORS = 2  # The file that ends up in the log, whatever became of `sys.stderr`.
 _LOOK_S = 1.0  # At most between two looks at the clock.
@@ -39,8 +38,7 @@ _PAUSE_S = 5.0  # That a look may be late on a busy machine.
 _PATIENCE_S = 5.0  # With the disk, and with what the caller does: either may be what hangs.
 _TOLD_S = 1.5  # From telling the watcher until the end: others' stacks are written then, and some end with this one.
 _LAST_S = 20.0  # For all of it, after which the process ends wherever it is.
-_BACKSTOP = 1.5  # Times the time-out: when the timer below Python goes off.
-_NAME = re.compile(r"(\d+)-\d+-\w+\.txt")
+_BACKSTOP = 1.5  # Times the time-out: how long this thread may be silent.
 
 
 class Settings(Protocol):
@@ -83,6 +81,10 @@ class Watchdog(contextlib.AbstractContextManager):
       say: is given the line about a hang; the log gets it anyway.
       on_hang: is given the hang, before the process ends and from a thread that nobody waits for if it hangs, too.
       tell: is given exit code and text at once: by it others learn that this process hangs before it ends.
+      channel: descriptor for the same, where this process cannot tell it itself.
+
+    Attributes:
+      interruptions: those of the run.
     """
 
     def __init__(
@@ -94,15 +96,16 @@ class Watchdog(contextlib.AbstractContextManager):
         *,
         on_hang: Callable[[Hang], None] | None = None,
         tell: Callable[[int, str], None] | None = None,
+        channel: int | None = None,
     ):
-        self._folder, self._process = epath.Path(workdir) / FOLDER, process_index
+        self.interruptions, self._process = Interruptions(workdir, process_index), process_index
         self._limits = {name: float(getattr(settings, f"{name}_s")) for name in WATCHED}
         self._say, self._on_hang, self._tell = say, on_hang, tell
-        self._before = hung_steps(workdir)
         self._open: dict[_Watch, None] = {}  # Changed by one operation each, which no other thread sees half.
         self._closed = threading.Event()
         self._look_s = min([_LOOK_S, *(limit / 10 for limit in self._limits.values() if limit)])
-        self._armed_until_s = 0.0
+        self._step = 0  # The last one at which something was watched.
+        self._monitor = HeartbeatMonitor(channel)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -117,49 +120,55 @@ class Watchdog(contextlib.AbstractContextManager):
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
+        self._monitor.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _run(self) -> None:
-        try:
-            looked_s = time.monotonic()
-            while not self._closed.wait(self._look_s):
-                now_s = time.monotonic()
-                watches = list(self._open)
-                paused_s = now_s - looked_s - self._look_s
-                looked_s = now_s
-                for watch in watches:
-                    if paused_s > _PAUSE_S:  # The whole process was held up, and not what is being watched.
-                        watch.since_s += paused_s
-                    if watch.limit_s and now_s - watch.since_s > watch.limit_s:
-                        self._end(watch)
-                self._arm(watches, now_s)
-        finally:
-            if self._armed_until_s:
-                faulthandler.cancel_dump_traceback_later()
+        looked_s = time.monotonic()
+        while not self._closed.wait(self._look_s):
+            now_s = time.monotonic()
+            watches = list(self._open)
+            paused_s = now_s - looked_s - self._look_s
+            looked_s = now_s
+            self._step = max((watch.step for watch in watches), default=self._step)
+            for watch in watches:
+                if paused_s > _PAUSE_S:  # The whole process was held up, and not what is being watched.
+                    watch.since_s += paused_s
+                if watch.limit_s and now_s - watch.since_s > watch.limit_s:
+                    self._end(watch, now_s)
+            self._monitor.send(self._heartbeat(watches, now_s))
 
-    def _arm(self, watches: list[_Watch], now_s: float) -> None:
-        """Sets the timer below Python, which goes off only if this thread does not come round to set it again."""
-        ends = [watch.since_s + _BACKSTOP * watch.limit_s for watch in watches if watch.limit_s]
-        until_s = min(ends, default=0.0)
-        if until_s == self._armed_until_s:
-            return
-        self._armed_until_s = until_s
-        if until_s:
-            # What is being watched may change at once: by then, this thread has looked again.
-            faulthandler.dump_traceback_later(max(until_s - now_s, 5 * self._look_s), exit=True, file=_ERRORS)
-        else:
-            faulthandler.cancel_dump_traceback_later()
+    def _heartbeat(self, watches: list[_Watch], now_s: float) -> Heartbeat:
+        """How long this thread may be silent, and what it is then that hangs."""
+        limited = [watch for watch in watches if watch.limit_s] or [self._anything(now_s)]
+        first = min(limited, key=lambda watch: watch.since_s + _BACKSTOP * watch.limit_s)
+        if not first.limit_s:
+            return Heartbeat(0)
+        until_s = first.since_s + _BACKSTOP * first.limit_s
+        hang = self._hang(first, until_s)
+        file = self.interruptions.file(hang.step, hang.what)
+        # What is being watched may change at once: by then, this thread has looked again.
+        return Heartbeat(max(until_s - now_s, 5 * self._look_s), hang.code, str(hang), os.fspath(file))
 
-    def _end(self, watch: _Watch) -> None:
-        code = EXIT_HUNG if watch.step in self._before else EXIT_AGAIN
-        faulthandler.cancel_dump_traceback_later()
+    def _anything(self, now_s: float) -> _Watch:
+        """For when nothing is being watched: Python's lock may go just then, and for good."""
+        watch = _Watch(self._open, "anything", self._step, max(self._limits.values()), None)
+        watch.since_s = now_s
+        return watch
+
+    def _hang(self, watch: _Watch, now_s: float) -> Hang:
+        code = self.interruptions.exit_code(watch.step)
+        return Hang(watch.what, watch.step, self._process, socket.gethostname(), now_s - watch.since_s, code)
+
+    def _end(self, watch: _Watch, now_s: float) -> None:
+        hang = self._hang(watch, now_s)
+        code, file = hang.code, os.fspath(self.interruptions.file(hang.step, hang.what))
         last = threading.Timer(_LAST_S, os._exit, [code])
         last.name, last.daemon = "last words' limit", True
         last.start()
-        seconds = time.monotonic() - watch.since_s
-        hang = Hang(watch.what, watch.step, self._process, socket.gethostname(), seconds, code)
+        self._monitor.send(Heartbeat(_LAST_S + _PATIENCE_S, code, str(hang), file))  # Python's lock may go now.
         end_s = time.monotonic()
         if self._tell is not None:
             _within(_PATIENCE_S, self._tell, code, str(hang))
@@ -187,9 +196,7 @@ class Watchdog(contextlib.AbstractContextManager):
             stacks = file.read()
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
         text = f"{moment}: {hang}; it ends with code {hang.code}\n{detail}\n{_thread_names()}\n"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"{hang.step:08d}-{hang.process:05d}-{hang.what}.txt"
-        write_whole(file, text.encode(errors="replace") + stacks)
+        self.interruptions.record(hang.step, hang.what, text.encode(errors="replace") + stacks)
 
 
 class _Watch(contextlib.AbstractContextManager):
@@ -207,15 +214,6 @@ class _Watch(contextlib.AbstractContextManager):
 
     def __exit__(self, *exception: object) -> None:
         self._open.pop(self, None)
-
-
-def hung_steps(workdir: epath.PathLike) -> set[int]:
-    """The steps at which a process of the run in `workdir` has hung."""
-    try:
-        names = [file.name for file in (epath.Path(workdir) / FOLDER).iterdir()]
-    except Exception:  # There is none; of a bucket, TensorFlow's and fsspec's own kinds.
-        return set()
-    return {int(found[1]) for found in map(_NAME.fullmatch, names) if found}
 
 
 def register_dump_signal() -> None:

@@ -248,3 +248,12 @@ def test_end_when_all_hang_at_once_then_each_writes_its_stacks_and_all_end_with_
         codes, _ = watched.ends()
     assert codes == [75] * COUNT
     assert all("stacks of the one that hangs" in watched.log(index) for index in range(COUNT))
+
+
+def test_end_when_a_device_of_one_fails(tmp_path):
+    """Its 75 is no stop on request, to which all come together: the others are ended, and told whose device it was."""
+    fails = "from aimv2_jax.errors import DeviceFailure\nif index == 1: raise DeviceFailure('a device failed', 75)\n"
+    with Watched(tmp_path, fails + SLEEP) as watched:
+        codes, said = watched.ends()
+    assert codes == [75] * COUNT
+    assert said[0] == "error: process 1 on host-1 ended with code 75: error: a device failed\n"

@@ -19,6 +19,7 @@ from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.tally import Tally
+from aimv2_jax.train.task import PretrainTask
 
 TRUNK = {
     "optimizer__schedule": "half_cosine", "optimizer__schedule_steps": 24, "train__steps": 24, "train__save_every": 8,
@@ -120,6 +121,22 @@ def test_branch_when_stopped_and_its_trunk_is_gone_then_goes_on_bitwise_as_the_b
     assert rates(workdir) == rates(branch)
     assert main(tiny_arguments(workdir, **cooling(here, 20))) == EXIT_FINISHED
     assert "it has cooled down" in capsys.readouterr().out
+
+
+def test_branch_when_its_trunk_skipped_a_step(tmp_path, monkeypatch):
+    """The rate comes down all the way in the cooldown's steps, from the one that the trunk had come to."""
+    plain = PretrainTask.loss
+
+    def loss(self, params, batch, prefix):
+        times = jnp.where(batch["example_index"][0, 1] // 16 == 5, jnp.nan, 1.0)
+        return {name: term._replace(sum=term.sum * times) for name, term in plain(self, params, batch, prefix).items()}
+
+    monkeypatch.setattr(PretrainTask, "loss", loss)
+    changes = {"train__steps": 10, "eval__sources": {}}
+    assert main(tiny_arguments(tmp_path / "trunk", **TRUNK | changes)) == EXIT_FINISHED
+    assert main(tiny_arguments(tmp_path / "branch", **cooling(tmp_path / "trunk", 10, **changes))) == EXIT_FINISHED
+    top = float(build_program(tiny_config(**TRUNK)).schedule(jnp.asarray(9)))
+    assert list(rates(tmp_path / "branch").values()) == pytest.approx([top, 1e-6 + (top - 1e-6) / 2], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from runs import saved_state
 from tiny import tiny_config
 
 from aimv2_jax.errors import EXIT_FINISHED, GuardStop, UserError
-from aimv2_jax.train import loop
+from aimv2_jax.train import loop, recompute, run
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.train.program import build_program
 from aimv2_jax.train.recompute import Recompute
 from aimv2_jax.train.replay import replay
 from aimv2_jax.train.task import PretrainTask
@@ -97,6 +103,11 @@ def test_step_when_its_gradient_is_nan_then_nothing_but_the_count_of_steps_chang
         config = tiny_config(**settings(train__steps=8))
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         assert replay(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length), 6) == EXIT_FINISHED
+        longer = tiny_config(**settings(train__steps=80, train__log_every=5))
+        with pytest.raises(
+            UserError, match=r"--replay is of a step that the run has not come to: 14\. Give one up to 13"
+        ):
+            replay(longer, tmp_path, None, 14)
         told = capsys.readouterr().out
         assert "from step 5 on, to step 6" in told and "batch 5, examples 80 to 95, seed 0" in told
         assert "all figures are those that the run saw, bit for bit" in told
@@ -132,9 +143,10 @@ def told(workdir: Path) -> list[tuple]:
 
 
 def test_run_when_a_loss_is_tenfold_then_it_goes_back_and_is_exactly_the_run_without_those_batches(
-    without, tmp_path, capsys
+    without, tmp_path, monkeypatch, capsys
 ):
-    changes = dict(guard__spike="rewind", guard__rewind_batches=10)
+    met, changes = [], dict(guard__spike="rewind", guard__rewind_batches=10)
+    monkeypatch.setattr(run.processes, "meet", lambda name, timeout_s: met.append(name))
     with spoilt([44], 10.0):
         assert train(tmp_path, **changes) == EXIT_FINISHED
     said = capsys.readouterr().out
@@ -146,6 +158,10 @@ def test_run_when_a_loss_is_tenfold_then_it_goes_back_and_is_exactly_the_run_wit
     [rewind] = [event for event in read_events(tmp_path) if event.kind == "rewind"]
     assert rewind.values == {"from_step": 45, "to_step": 30, "a": 35, "b": 45}
     assert list((tmp_path / "checkpoints").glob("rewound-40-*"))  # Set aside, not deleted.
+    # Other processes are waited for once in the life of a process, also of one that goes on from such a run.
+    assert met == ["first batch"]
+    assert train(tmp_path, train__steps=51, **changes) == EXIT_FINISHED
+    assert met == ["first batch"] * 2
 
 
 class Killed(BaseException):
@@ -243,6 +259,35 @@ def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every
     assert found == [True] * trials
 
 
+def held_bytes() -> int:
+    """What all devices hold, a buffer that several arrays share counted once; those of CPUs have addresses to tell."""
+    shards = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
+    return sum({data.unsafe_buffer_pointer(): data.nbytes for data in shards}.values())
+
+
+def test_comparison_when_on_the_same_devices(monkeypatch):
+    """It holds the two results, and no copy of either: a third state would not fit where two just do."""
+    check, count, held = Recompute(build_program(tiny_config()), {}, elsewhere=False), recompute._count, []
+    monkeypatch.setattr(recompute, "_count", lambda *parts: (held.append(held_bytes()), count(*parts))[1])
+    one, other = jax.device_put(jnp.ones(1 << 16)), jax.device_put(jnp.ones(1 << 16).at[5].set(2))
+    before = held_bytes()
+    [difference] = check.differences({"w": one}, {"w": other})
+    assert difference.entries == 1 and held[0] - before < one.nbytes / 2
+
+
+def test_comparison_when_on_other_devices():
+    """The second result is given back leaf by leaf as it comes home; bytes say nothing, a CPU's copies share them."""
+    program = build_program(tiny_config())
+    check = Recompute(program, {}, elsewhere=True)
+    ones = {name: jax.device_put(jnp.ones(64), program.batch_sharding) for name in "ab"}
+    away = {
+        name: jax.device_put(jnp.ones(64), NamedSharding(check._away, P(*leaf.sharding.spec)))
+        for name, leaf in ones.items()
+    }
+    assert check.differences(ones, away) == []
+    assert all(leaf.is_deleted() for leaf in away.values()) and not any(leaf.is_deleted() for leaf in ones.values())
+
+
 def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_leaf_and_device(tmp_path, monkeypatch):
     start, rng = Recompute.start, np.random.default_rng(1)
 
@@ -256,6 +301,19 @@ def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_
     assert CheckpointReader(tmp_path).steps() == []
     [event] = [event for event in read_events(tmp_path) if event.kind == "corruption"]
     assert event.step == 10 and event.values["device"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_nonfinite_record_when_it_cannot_be_written(tmp_path, monkeypatch, capsys, process):
+    """One process writes it, and says where it could not; a run does not end by that."""
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    record = partial(run.Run._record_nonfinite, SimpleNamespace(workdir=tmp_path), 6, {"batch": 5}, {"loss": np.nan})
+    file = tmp_path / "nonfinite/6.json"
+    assert record() == (None if process else str(file)) and file.exists() != bool(process)
+    shutil.rmtree(tmp_path / "nonfinite", ignore_errors=True)
+    (tmp_path / "nonfinite").touch()  # A file in the place of the folder.
+    assert record() is None
+    assert ("the record of step 6 could not be written: " in capsys.readouterr().out) != bool(process)
 
 
 # --- saves that fail ------------------------------------------------------------------------------------------------

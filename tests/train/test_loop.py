@@ -28,6 +28,7 @@ from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.goodput import tell
+from aimv2_jax.train.interruptions import Interruptions
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.run import Run
@@ -292,16 +293,23 @@ def signalled(monkeypatch, step: int, numbers: list[int]) -> None:
     monkeypatch.setattr(Tally, "add", counted)
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP]])
 def test_run_when_asked_to_stop_then_saves_that_step_ends_with_75_and_goes_on_exactly(
     straight, tmp_path, monkeypatch, capsys, numbers
 ):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    before, while_compiling, compile_step = handlers(), [], Program.compile_step
     with monkeypatch.context() as patched:
+        # Nothing could be saved yet: a SIGTERM ends the process, in whatever call of C, and its parent says so.
+        patched.setattr(
+            Program, "compile_step", lambda *args: (while_compiling.append(handlers()), compile_step(*args))[1]
+        )
         signalled(patched, 7, numbers)
         assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == errors.EXIT_AGAIN
     assert "stopped on request: step 7 of 20 is saved" in capsys.readouterr().out
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [before] == while_compiling and handlers() == before
     assert CheckpointReader(tmp_path).steps() == [7]
     assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == 0
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
@@ -336,7 +344,62 @@ def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeyp
 
 def test_run_when_asked_to_stop_at_its_last_step_then_it_is_finished(tmp_path, monkeypatch):
     signalled(monkeypatch, 4, [signal.SIGTERM])
+    # Where nothing is evaluated, 12 rows for 8 devices are no mistake.
+    assert main(tiny_arguments(tmp_path, train__steps=4, eval__sources={}, eval__batch_size=12)) == 0
+
+
+@pytest.mark.parametrize(("steps", "code"), [(20, errors.EXIT_AGAIN), (5, errors.EXIT_FINISHED)])
+def test_run_when_asked_to_stop_in_an_evaluation(tmp_path, monkeypatch, capsys, steps, code):
+    """It is given up after the batch that is computed; the step is saved, the last one, too."""
+    batches, taken = pipeline.evaluation_batches, []
+
+    def signalling(*args):
+        for batch in batches(*args):
+            taken.append(batch)
+            signal.raise_signal(signal.SIGTERM) if len(taken) == 2 else None
+            yield batch
+
+    monkeypatch.setattr(pipeline, "evaluation_batches", signalling)
+    changes = dict(train__steps=steps, train__eval_every=5, train__save_every=100, eval__batch_size=8)
+    assert main(tiny_arguments(tmp_path, **changes)) == code
+    assert len(taken) == 2 and read_metrics(tmp_path)[1] == []
+    assert "asked to stop: the evaluation of step 5 is given up" in capsys.readouterr().out
+    assert CheckpointReader(tmp_path).steps() == [5]
+
+
+def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys):
+    """As a compiled step raises it (tests/train/test_device_errors.py): 75, then 4; what was saved stays."""
+    compile_step = Program.compile_step
+
+    def failing(program, shape):
+        step = compile_step(program, shape)
+
+        def call(*args):
+            if int(args[0].step) == 6:
+                raise jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly:")
+            return step(*args)
+
+        return call
+
+    monkeypatch.setattr(Program, "compile_step", failing)
+    arguments = tiny_arguments(tmp_path, train__save_every=5, eval__sources={})
+    for code, again in ((errors.EXIT_AGAIN, ""), (errors.EXIT_HUNG, ", as at this step before")):
+        assert main(arguments) == code
+        assert f"failed at step 7{again}: INTERNAL: Core halted" in capsys.readouterr().err
+    assert CheckpointReader(tmp_path).steps() == [5]
+    last = read_events(tmp_path)[-1]
+    assert (last.kind, last.values["code"]) == ("stop", errors.EXIT_HUNG)
+
+
+def test_run_when_it_hung_before_what_it_saves(tmp_path):
+    """Those hangs count no more; where nothing new is saved, they do."""
+    (tmp_path / "hangs").mkdir()
+    for name in ("00000000-00000-start", "00000003-00001-step", "00000009-00000-data"):
+        (tmp_path / f"hangs/{name}.txt").touch()
     assert main(tiny_arguments(tmp_path, train__steps=4, eval__sources={})) == 0
+    assert Interruptions(tmp_path, 0).exit_code(0) == errors.EXIT_AGAIN
+    assert Interruptions(tmp_path, 0).exit_code(3) == errors.EXIT_AGAIN
+    assert Interruptions(tmp_path, 0).exit_code(9) == errors.EXIT_HUNG
 
 
 def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(tmp_path, monkeypatch):
@@ -356,6 +419,23 @@ def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(t
 )
 def test_compiled_code_when_it_is_kept_then_in_its_folder(setting, platform, folder):
     assert loop.cache_folder(setting, Path("/w"), platform) == folder
+
+
+@pytest.mark.parametrize(("folder", "autotuned"), [("/w/compiled", True), ("gs://b/w/compiled", False)])
+def test_autotune_cache_when_compiled_code_is_kept(folder, autotuned):
+    """XLA itself writes that one, by file calls: what jax would make of a bucket's address is a local folder `gs:`."""
+    from jax._src import compiler
+
+    kept, caches = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches
+    try:
+        loop._keep_compiled(folder)
+        options = compiler.get_compile_options(1, 1).executable_build_options.debug_options
+        assert jax.config.jax_compilation_cache_dir == folder
+        assert options.xla_gpu_per_fusion_autotune_cache_dir.startswith("/w/compiled/") == autotuned
+        assert bool(options.xla_gpu_per_fusion_autotune_cache_dir) == autotuned
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", caches)
 
 
 def test_run_when_the_workdir_is_not_that_of_process_0_then_refused(tmp_path, monkeypatch):

@@ -81,3 +81,13 @@ def test_learning_rate_when_it_cools_down_then_continuous_linear_and_at_its_end_
     values = [float(schedule(jnp.asarray(step))) for step in (63, 66, 71, 72, 10**6)]
     expected = [1e-6 + (top - 1e-6) * left for left in (3 / 4, 1 / 2, 1 / 12, 0, 0)]
     assert values == pytest.approx(expected, rel=1e-6)
+
+
+def test_cooldown_when_updates_were_skipped():
+    """It leaves the curve at the rate which the trunk had come to, and is down to the last one at the same step."""
+    trunk, skipped = rate(cosine_part=0.5), 7
+    schedule = rate(cosine_part=0.5, cooldown_start=60, cooldown_steps=12, cooldown_lr=1e-6)
+    top = float(trunk(jnp.asarray(60 - skipped)))
+    for step, left in ((60, 1), (66, 1 / 2), (71, 1 / 12), (72, 0)):
+        value = float(schedule(jnp.asarray(step - skipped), jnp.asarray(step)))
+        assert value == pytest.approx(1e-6 + (top - 1e-6) * left, rel=1e-6)
