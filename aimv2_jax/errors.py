@@ -63,6 +63,10 @@ class GuardStop(Exception):
     """The run stopped itself to protect what it has (non-finite loss, too much bad data)."""
 
 
+class StorageError(Exception):
+    """Storage that did not answer for a while; when it does again, the same command goes on."""
+
+
 def last_words(error: BaseException) -> tuple[int, str] | None:
     """The exit code of a command that `error` ends, and the line about it; None where that is our bug.
 
@@ -73,6 +77,8 @@ def last_words(error: BaseException) -> tuple[int, str] | None:
         return EXIT_USER, f"error: {error}"
     if isinstance(error, GuardStop):
         return EXIT_GUARD, f"stopped: {error}"
+    if isinstance(error, StorageError):
+        return EXIT_AGAIN, f"stopped: {error}. Start the same command again when it can be"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.errno in _REFUSALS:

@@ -251,7 +251,7 @@ class Watcher:
 
     def _end_of_trainer(self) -> None:
         code, text = self._trainer.returncode, self._words
-        well = code in (EXIT_FINISHED, EXIT_AGAIN)
+        well = code in (EXIT_FINISHED, EXIT_AGAIN) and not text  # One that stops alone, for the data, tells why.
         lost = None
         if code < 0:
             number = signal.Signals(-code)
@@ -273,7 +273,7 @@ class Watcher:
         if (end.lost is not None or end.hung) and (self._first or end.index == 0):
             self._decide(end)
         elif not end.well and self._first:
-            reason = end.code in (EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED)
+            reason = end.code in (EXIT_USER, EXIT_GUARD, EXIT_AGAIN, EXIT_INTERRUPTED)
             deadline_s = time.monotonic() + (_UNWIND_S if reason else _CRASH_S)
             self._decide_s = min(deadline_s, self._decide_s or deadline_s)
 
