@@ -77,6 +77,10 @@ class DeviceFailure(Exception):
         self.code = code
 
 
+class StorageError(Exception):
+    """Storage that did not answer for a while; when it does again, the same command goes on."""
+
+
 def last_words(error: BaseException) -> tuple[int, str] | None:
     """The exit code of a command that `error` ends, and the line about it; None where that is our bug.
 
@@ -89,6 +93,8 @@ def last_words(error: BaseException) -> tuple[int, str] | None:
         return EXIT_GUARD, f"stopped: {error}"
     if isinstance(error, DeviceFailure):
         return error.code, f"error: {error}"
+    if isinstance(error, StorageError):
+        return EXIT_AGAIN, f"stopped: {error}. Start the same command again when it can be"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.errno in _REFUSALS:

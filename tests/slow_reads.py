@@ -13,8 +13,8 @@ from aimv2_jax.data.sources import Source
 class SlowSource(Source):
     """Sleeps before every read, and adds a line a read to `journal`: process, source, record, reads at a time."""
 
-    def __init__(self, name: str, path: str, delay_s: float, journal: Path):
-        super().__init__(name, path)
+    def __init__(self, name: str, path: str, delay_s: float, journal: Path, **options: float):
+        super().__init__(name, path, **options)
         self._delay_s, self._journal = delay_s, journal
 
     def read(self, index: int) -> bytes:

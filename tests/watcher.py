@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 TRAINER = """
 import sys, time
 sys.path.insert(0, {root!r})
-from aimv2_jax.errors import GuardStop, UserError
+from aimv2_jax.errors import GuardStop, StorageError, UserError
 from aimv2_jax.parallel import processes
 processes.join = lambda place, settings: None
 processes.leave = lambda: None

@@ -33,6 +33,7 @@ from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.skips import Skips
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.steps import Steps
+from aimv2_jax.data.storage import PATIENCE_S, patience_s
 from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import UserError
 from aimv2_jax.untrusted import printable
@@ -62,9 +63,9 @@ __all__ = [
 _ENDLESS = 1 << 48  # Steps: more than any run has.
 
 
-def open_sources(sources: Mapping[str, str]) -> dict[str, Source]:
-    """The sources of a config by name, in its order; raises `UserError` for one that cannot be read."""
-    return {name: Source(name, path) for name, path in sources.items()}
+def open_sources(sources: Mapping[str, str], patience_s: float = PATIENCE_S) -> dict[str, Source]:
+    """The sources of a config by name, in its order; raises as `Source`."""
+    return {name: Source(name, path, patience_s=patience_s) for name, path in sources.items()}
 
 
 def check_sources(config: Config) -> None:
@@ -120,8 +121,9 @@ def training_batches(
 
     Raises:
       UserError: if a source cannot be read.
+      StorageError: by the batch, if storage fails for longer than a quarter of `watch.data_s`.
     """
-    sources = open_sources(config.data.sources)
+    sources = open_sources(config.data.sources, patience_s(config.watch.data_s))
     data, patch_size = config.data, config.model.patch_size
     view: View = TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip)
     if data.areas:
@@ -149,7 +151,7 @@ def evaluation_batches(
     Each kind sees all records (the first `eval.max_examples`) of the sources that have it, numbered from 0. Unusable
     records and the tail of the last batch are rows whose `valid` and `token_valid` are all False.
     """
-    sources = open_sources(config.eval.sources)
+    sources = open_sources(config.eval.sources, patience_s(config.watch.data_s))
     limit, area, patch_size = config.eval.max_examples, config.eval.area, config.model.patch_size
     view: View = CenterView(config.data.image_size)
     if area is not None:

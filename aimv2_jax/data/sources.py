@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
-import errno
 import os
 import resource
 import threading
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from aimv2_jax import untrusted
 from aimv2_jax.data.datasets import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, DatasetInfo
 from aimv2_jax.data.locations import locate
 from aimv2_jax.data.records import BadRecord
-from aimv2_jax.errors import UserError
+from aimv2_jax.data.storage import PATIENCE_S, retry
+from aimv2_jax.errors import StorageError, UserError
 
 MAX_OPEN_SHARDS = 128  # Of all sources of a process; one of 1 GiB takes about 0.2 MB of memory.
 _SHARE_OF_FILES = 4  # A quarter of the files that the process may open, where that is less.
@@ -35,15 +36,18 @@ class Source:
       name: the config's name, which also seeds the order of its records.
       path: the folder; `package:` paths lie inside the installed package.
       what: what errors call it; without one, the config's data source of that name.
+      patience_s: time for which storage that fails is tried again.
 
     Raises:
-      UserError: if the folder is missing, not prepared, empty, incomplete or of a newer format.
+      UserError: if the folder is missing, not prepared, empty, incomplete or of a newer format, or may not be read.
+      StorageError: if storage fails for longer than `patience_s`.
     """
 
-    def __init__(self, name: str, path: str, what: str | None = None):
+    def __init__(self, name: str, path: str, what: str | None = None, patience_s: float = PATIENCE_S):
         self.name = name
-        self._folder = locate(path)
-        self.info = _read_info(what or f"config data source {name!r}", path)
+        self._folder, self._patience_s = locate(path), patience_s
+        read_info = partial(_read_permitted_info, what or f"config data source {name!r}", path)
+        self.info = retry(read_info, self._folder / DATASET_FILE, patience_s)
         self._ends = np.cumsum([shard.records for shard in self.info.shards], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -60,12 +64,13 @@ class Source:
         return self.info.bytes // self.info.records
 
     def read(self, index: int) -> bytes:
-        """The bytes of record `index`.
+        """The bytes of record `index`; storage that fails is tried again, so that a passing failure changes nothing.
 
         Raises:
-          BadRecord: `unreadable_record`, if the shard cannot give them.
-          UserError: if the process cannot open one more file, or the shard holds more records than dataset.json says:
-            no fault of the record.
+          BadRecord: `unreadable_record`, if the shard is damaged there.
+          StorageError: if storage fails for longer than `patience_s`.
+          UserError: if the process may not read the shard, cannot open one more file, or the shard holds more records
+            than dataset.json says: no fault of the record.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of source {self.name}, which has {len(self)}")
@@ -73,18 +78,23 @@ class Source:
         first = int(self._ends[shard]) - self.info.shards[shard].records
         path = self._folder / self.info.shards[shard].file
         try:
-            reader = _OPEN.reader(path)
-            _check_count(path, reader.num_records(), self.info.shards[shard].records)
-            [data] = reader.read([index - first])
-        except (MemoryError, UserError):
+            listed = self.info.shards[shard].records
+            return retry(partial(_read_record, path, index - first, listed), path, self._patience_s)
+        except (MemoryError, StorageError, UserError):
             raise
-        except Exception as error:  # array_record raises whatever fits; all of it means these bytes cannot be had.
-            _OPEN.drop(path)  # A reader that has failed once may go on failing where nothing is wrong.
-            if any(os.strerror(number) in str(error) for number in (errno.EMFILE, errno.ENFILE)):
-                remedy = "Raise the limit on open files (ulimit -n), or lower data.workers"
-                raise UserError("too many files are open to read another shard", str(path), remedy) from error
+        except Exception as error:  # array_record raises RuntimeError, ValueError and others for damaged shards.
             raise BadRecord("unreadable_record") from error
-        return data
+
+
+def _read_record(path: Path, index: int, listed: int) -> bytes:
+    try:
+        reader = _OPEN.reader(path)
+        _check_count(path, reader.num_records(), listed)
+        [data] = reader.read([index])
+    except Exception:
+        _OPEN.drop(path)  # A reader that has failed once may go on failing where nothing is wrong.
+        raise
+    return data
 
 
 def _check_count(path: Path, held: int, listed: int) -> None:
@@ -139,6 +149,14 @@ def _most_open_shards() -> int:
 
 def _open(path: Path) -> Any:
     return ArrayRecordReader(str(path), options="readahead_buffer_size:0", file_reader_buffer_size=_READ_BUFFER_BYTES)
+
+
+def _read_permitted_info(what: str, path: str) -> DatasetInfo:
+    try:
+        return _read_info(what, path)
+    except PermissionError as error:  # At the start nobody waits for a right that was never there.
+        refused = error.filename or path
+        raise UserError(f"{what}: it may not be read", refused, "Give yourself the right to it") from error
 
 
 def _read_info(what: str, path: str) -> DatasetInfo:

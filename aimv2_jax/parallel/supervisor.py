@@ -275,7 +275,7 @@ class Watcher:
         if (end.lost is not None or end.hung) and (self._first or end.index == 0):
             self._decide(end)
         elif not end.well and self._first:
-            reason = end.code in (EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED)
+            reason = end.code in (EXIT_USER, EXIT_GUARD, EXIT_AGAIN, EXIT_INTERRUPTED)
             deadline_s = time.monotonic() + (_UNWIND_S if reason else _CRASH_S)
             self._decide_s = min(deadline_s, self._decide_s or deadline_s)
 

@@ -4,6 +4,7 @@ import collections
 import pickle
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def slow_sources(monkeypatch, tmp_path):
 
     def slow_down(delay_s) -> Path:
         journal = tmp_path / "journal"
-        monkeypatch.setattr(pipeline, "Source", lambda name, path: SlowSource(name, path, delay_s, journal))
+        monkeypatch.setattr(pipeline, "Source", partial(SlowSource, delay_s=delay_s, journal=journal))
         return journal
 
     return slow_down

@@ -86,20 +86,6 @@ def test_shards_when_opening_takes_long_then_several_open_at_once_and_each_once(
     assert len(opened) == len(set(opened)) == 8
 
 
-def test_shard_when_it_could_not_be_opened_then_the_next_read_tries_again(make_dataset, monkeypatch):
-    source, plain, times = Source("red", make_dataset("red", 3, shard_bytes=1)), sources._open, iter([OSError("busy")])
-
-    def open_later(path):
-        for error in times:
-            raise error
-        return plain(path)
-
-    monkeypatch.setattr(sources, "_open", open_later)
-    with pytest.raises(BadRecord, match="unreadable_record"):
-        source.read(1)
-    assert decode(source.read(1)).key == "red/1"
-
-
 FEW_FILES = """
 import os, resource, sys
 

@@ -155,6 +155,15 @@ def test_end_when_one_process_meets_what_the_user_can_mend_then_process_0_tells_
     assert watched.log(1).endswith("error: data lost: '/there'. Find it.\n") and line in watched.log(2)
 
 
+def test_end_when_storage_fails_one_process(tmp_path):
+    """It ends alone, with the code that otherwise all end with together: the others must not wait for it."""
+    fail = "if index == 1:\n    raise StorageError('the disk is away')\ntime.sleep(60)"
+    with Watched(tmp_path, fail) as watched:
+        codes, said = watched.ends()
+    line = "error: process 1 on host-1 ended with code 75: stopped: the disk is away. Start the same command again"
+    assert codes == [75, 75, 75] and said[0].startswith(line) and said[1:] == ["", ""]
+
+
 def test_end_when_a_guard_stops_all_then_process_0_tells_it_once(tmp_path):
     with Watched(tmp_path, "time.sleep(0.3 * (2 - index))\nraise GuardStop('loss is nan')") as watched:
         assert watched.ends() == ([3, 3, 3], ["stopped: loss is nan\n", "", ""])

@@ -237,7 +237,7 @@ def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_device
 
 
 def test_loop_when_it_starves_then_says_what_to_change(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "Source", lambda name, path: SlowSource(name, path, 0.05, tmp_path / "journal"))
+    monkeypatch.setattr(pipeline, "Source", partial(SlowSource, delay_s=0.05, journal=tmp_path / "journal"))
     arguments = tiny_arguments(tmp_path / "run", data__read_threads=1, eval__sources={}, model__layers="scan")
     assert main(arguments) == 0
     said = capsys.readouterr().out

@@ -1,0 +1,217 @@
+"""Storage that fails for a while: no example changes; and where it goes on failing, the run is to be started again."""
+
+import contextlib
+import itertools
+import os
+import resource
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from failing_storage import away, fail_reads
+
+from aimv2_jax.data import sources, storage
+from aimv2_jax.data.pipeline import training_batches
+from aimv2_jax.data.records import BadRecord, encode
+from aimv2_jax.data.sources import Source
+from aimv2_jax.data.storage import patience_s, system_errno
+from aimv2_jax.errors import EXIT_AGAIN, StorageError, UserError, last_words
+
+# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+pytestmark = pytest.mark.xdist_group("shared-memory")
+
+
+@pytest.fixture
+def red(make_dataset):
+    """The folder of a data set of five shards that nothing has opened yet."""
+    return Path(make_dataset("red", 5, shard_bytes=1))
+
+
+def shard(folder, index=1):
+    return folder / f"{index:05d}.arrayrecord"
+
+
+def replaced_by(make):
+    @contextlib.contextmanager
+    def replaced(file):
+        with away(file):
+            make(file)
+            yield
+            file.rmdir() if file.is_dir() and not file.is_symlink() else file.unlink()
+
+    return replaced
+
+
+looped = replaced_by(lambda file: file.symlink_to(file))
+
+
+@contextlib.contextmanager
+def no_more_files(_):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextlib.contextmanager
+def forbidden(file):
+    """No right to read, for root as well, who is somebody else meanwhile."""
+    file.chmod(0)
+    user, other = os.geteuid(), 65534  # nobody.
+    if user == 0:
+        os.seteuid(other)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+        file.chmod(0o644)
+
+
+@pytest.mark.parametrize(
+    ("failing", "name"),
+    [
+        (away, "ENOENT"),
+        (replaced_by(lambda file: file.mkdir()), "EISDIR"),
+        (looped, "ELOOP"),
+        (no_more_files, "EMFILE"),
+        (forbidden, "EACCES"),
+    ],
+)
+def test_errno_when_array_record_cannot_open(red, failing, name):
+    with failing(shard(red)), pytest.raises(RuntimeError) as error:
+        sources._open(shard(red)).read([0])
+    assert storage.errno.errorcode[system_errno(error.value)] == name
+
+
+def test_errno_when_array_record_cannot_read(red):
+    reader = sources._open(shard(red))
+    reader.read([0])
+    assert fail_reads(red) == 1
+    with pytest.raises(RuntimeError, match=r"^pread\(\) failed: Input/output error") as error:
+        reader.read([0])
+    assert storage.errno.errorcode[system_errno(error.value)] == "EIO"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch (computed 0x9b, stored 0x57)"),
+        RuntimeError("ArrayRecord file should be at least 64KB big"),
+        ValueError("open() failed: Input/output error"),
+        MemoryError(),
+    ],
+)
+def test_errno_when_no_system_call_failed(error):
+    assert system_errno(error) is None
+
+
+def test_read_when_it_fails_once(red, make_record, capfd):
+    source = Source("red", str(red))
+    source.read(1)
+    assert fail_reads(red) == 1
+    assert source.read(1) == encode(make_record("red", 1))
+    said = capfd.readouterr().err
+    assert f"cannot read {shard(red)} (Input/output error); it is tried again for up to 150 s" in said
+    assert f"{red} can be read again, after 0." in said
+
+
+def test_read_when_the_shard_is_away_for_a_while(red, make_record):
+    source = Source("red", str(red), patience_s=30)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(away(shard(red)))
+        timer = threading.Timer(0.2, stack.pop_all().close)
+        timer.start()
+        assert source.read(1) == encode(make_record("red", 1))
+        timer.join()
+
+
+def test_read_when_the_shard_stays_away(red, make_record):
+    source = Source("red", str(red), patience_s=0.3)
+    with away(shard(red)), away(shard(red, 2)):
+        began_s = time.monotonic()
+        with pytest.raises(StorageError, match=r"since 0 s: No such file or directory: .*00001\.arrayrecord") as error:
+            source.read(1)
+        assert 0.3 <= time.monotonic() - began_s < 3
+        code, line = last_words(error.value)
+        assert code == EXIT_AGAIN and "Start the same command again" in line
+        began_s = time.monotonic()
+        with pytest.raises(StorageError):  # Others of the folder have waited long enough, too.
+            source.read(2)
+        assert time.monotonic() - began_s < 0.3
+    assert source.read(2) == encode(make_record("red", 2))
+
+
+def test_read_when_the_shard_is_forbidden(red):
+    source = Source("red", str(red), patience_s=0.1)
+    with forbidden(shard(red)), pytest.raises(UserError, match=r"Permission denied.*00001.*Give yourself the right"):
+        source.read(1)
+
+
+def test_read_when_the_record_is_damaged_then_nothing_is_tried_again(red):
+    file = shard(red)
+    damaged = bytearray(file.read_bytes())
+    damaged[100] ^= 1
+    file.write_bytes(damaged)
+    began_s = time.monotonic()
+    with pytest.raises(BadRecord, match="unreadable_record"):
+        Source("red", str(red)).read(1)
+    assert time.monotonic() - began_s < 1
+
+
+def test_source_when_its_folder_fails_at_the_start(red, monkeypatch):
+    """Of a mounted bucket whose daemon ended, stat(2) says ENOTCONN (fuse(4)); pathlib passes that on."""
+    is_dir, errors = Path.is_dir, [OSError(storage.errno.ENOTCONN, os.strerror(storage.errno.ENOTCONN), str(red))] * 2
+
+    def failing(path):
+        if path == red and errors:
+            raise errors.pop()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", failing)
+    assert len(Source("red", str(red))) == 5
+    errors += [OSError(storage.errno.ENOTCONN, os.strerror(storage.errno.ENOTCONN), str(red))] * 99
+    with pytest.raises(StorageError, match="Transport endpoint is not connected"):
+        Source("red", str(red), patience_s=0.2)
+
+
+def test_source_when_its_folder_is_forbidden(red):
+    with (
+        forbidden(red / "dataset.json"),
+        pytest.raises(UserError, match=r"may not be read.*Give yourself"),
+    ):
+        Source("red", str(red))
+
+
+def test_batches_when_reads_fail_once_then_the_same_bytes(make_config, datasets, tmp_path):
+    copies = {name: str(shutil.copytree(folder, tmp_path / name)) for name, folder in datasets.items()}
+    with training_batches(make_config(), range, 0) as undisturbed:
+        wanted = list(itertools.islice(undisturbed, 8))
+    with training_batches(make_config(copies), range, 0) as batches:
+        found, failed = [], 0
+        for _ in range(8):
+            failed += sum(map(fail_reads, copies.values()))
+            found.append(next(batches))
+    assert failed > 0
+    for one, other in zip(found, wanted, strict=True):
+        assert one.faults == other.faults == []
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(array, other.arrays[name], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_when_storage_stays_away(make_config, red, datasets, workers):
+    config = make_config({"red": str(red), "blue": datasets["blue"]}, watch__data_s=2, data__workers=workers)
+    with contextlib.ExitStack() as stack:
+        for index in range(5):
+            stack.enter_context(looped(shard(red, index)))  # They are listed, so that the run starts.
+        batches = stack.enter_context(training_batches(config, range, 0))
+        with pytest.raises(StorageError, match=r"since 0 s: Too many levels of symbolic links: .*arrayrecord"):
+            list(itertools.islice(batches, 4))
+
+
+def test_patience_when_nothing_is_watched():
+    assert (patience_s(600), patience_s(0)) == (150, storage.PATIENCE_S)
