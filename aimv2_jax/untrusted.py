@@ -17,6 +17,14 @@ MAX_JSON_DEPTH = 64
 _MAX_PRINTED = 200  # Characters of a foreign text in a report or an error.
 
 
+class OutsideFolder(ValueError):
+    """The file lies outside of the folder that was to hold it."""
+
+
+class TooLarge(ValueError):
+    """The file is larger than the limit."""
+
+
 def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike | None = None) -> bytes:
     """Reads a local regular file.
 
@@ -26,15 +34,16 @@ def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike
       inside: folder in which the file must lie once all links are resolved.
 
     Raises:
-      ValueError: if it is no regular file (a pipe, a device, a folder), larger than `max_bytes`, outside of `inside`,
-        or its name holds a zero byte.
+      OutsideFolder: if it lies outside of `inside`.
+      TooLarge: if it has more than `max_bytes`.
+      ValueError: if it is no regular file (a pipe, a device, a folder), or its name holds a zero byte.
       OSError: if the system refuses it.
     """
     path = os.fspath(path)
     if inside is not None:
         path = os.path.realpath(path)  # What is checked is what is opened: no link is followed after this.
-        if not is_inside(path, inside):
-            raise ValueError("it lies outside of the folder")
+        if not _is_below(path, os.path.realpath(inside)):
+            raise OutsideFolder("it lies outside of the folder")
     # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if inside is not None else 0)
     with open(os.open(path, flags), "rb") as file:
@@ -42,8 +51,9 @@ def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
         if status.st_size > max_bytes:
-            raise ValueError(f"it has {status.st_size:,} bytes, the limit is {max_bytes:,}")
-        data = file.read(status.st_size + 1)  # Bounded, because files of /proc report 0 bytes and may never end.
+            raise TooLarge(f"it has {status.st_size:,} bytes, the limit is {max_bytes:,}")
+        # Bounded, because files of /proc report 0 bytes and may never end. None: it would have to wait for data.
+        data = file.read(status.st_size + 1) or b""
     if len(data) > status.st_size:
         raise ValueError("it grows while it is read")
     return data
@@ -51,18 +61,23 @@ def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike
 
 def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     """Whether `path` lies in `folder` once the links of both are resolved."""
-    folder = os.path.realpath(folder)
-    return os.path.commonpath([folder, os.path.realpath(path)]) == folder
+    return _is_below(os.path.realpath(path), os.path.realpath(folder))
 
 
-def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH) -> Any:
-    """Parses JSON (RFC 8259: NaN and Infinity are refused) whose arrays and objects nest up to `max_depth` deep.
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
+
+
+def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bool = False) -> Any:
+    """Parses JSON whose arrays and objects nest up to `max_depth` deep.
+
+    NaN and Infinity, which Python writes and RFC 8259 does not have, are refused unless `allow_nan`.
 
     Raises:
       ValueError: if it is not JSON, not UTF-8, or nested deeper.
     """
     try:
-        tree = json.loads(text, parse_constant=_refuse_constant)
+        tree = json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
     if _depth(tree) > max_depth:
@@ -70,9 +85,9 @@ def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH) -> Any:
     return tree
 
 
-def parse_json_object(text: str | bytes, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
+def parse_json_object(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bool = False) -> dict[str, Any]:
     """As `parse_json`; raises `ValueError` for anything but an object, too."""
-    tree = parse_json(text, max_depth)
+    tree = parse_json(text, max_depth, allow_nan)
     if not isinstance(tree, dict):
         raise ValueError("JSON, but not an object")
     return tree

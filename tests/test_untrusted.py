@@ -5,6 +5,8 @@ import os
 import pytest
 
 from aimv2_jax.untrusted import (
+    OutsideFolder,
+    TooLarge,
     as_int,
     is_inside,
     parse_json,
@@ -19,7 +21,7 @@ from aimv2_jax.untrusted import (
 def test_read_file_returns_a_regular_files_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert read_file(tmp_path / "a", 3) == b"abc"
-    with pytest.raises(ValueError, match="3 bytes, the limit is 2"):
+    with pytest.raises(TooLarge, match="3 bytes, the limit is 2"):
         read_file(tmp_path / "a", 2)
     with pytest.raises(FileNotFoundError):
         read_file(tmp_path / "b", 2)
@@ -49,7 +51,7 @@ def test_read_file_does_not_follow_links_outside(tmp_path):
     (inner / "dir").symlink_to("..")
     (inner / "good").symlink_to("sub/own")
     for name in ("link", "dir/secret", "../secret"):
-        with pytest.raises(ValueError, match="outside"):
+        with pytest.raises(OutsideFolder, match="outside"):
             read_file(inner / name, 10, inside=inner)
     assert read_file(inner / "good", 10, inside=inner) == b"o"
     assert read_file(inner / "link", 10) == b"s"
@@ -63,6 +65,7 @@ def test_parse_json_refuses_depth_and_constants():
             parse_json(text)
     with pytest.raises(ValueError, match="not an object"):
         parse_json_object("[1]")
+    assert str(parse_json_object('{"a": NaN, "b": -Infinity}', allow_nan=True)) == "{'a': nan, 'b': -inf}"
 
 
 def test_read_json_object(tmp_path):

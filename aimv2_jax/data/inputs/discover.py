@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import os
 import posixpath
@@ -17,6 +18,7 @@ from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.data.locations import locate
 from aimv2_jax.data.pictures import FORMAT_OF
 from aimv2_jax.errors import UserError
+from aimv2_jax.untrusted import is_inside
 
 _HEAD_BYTES = 64 << 10
 _THREADS = 64  # A bucket answers many at once, each after many milliseconds.
@@ -28,16 +30,21 @@ _LOOKED_FOR = (
 )
 
 
-def find(inputs: Sequence[str]) -> list[InputShard]:
+def find(inputs: Sequence[str], follow_links: bool = False) -> list[InputShard]:
     """The shards of all `inputs` (PATHs and GLOBs, local or remote), each once, in the order of their paths.
 
+    Args:
+      follow_links: takes what links in a local folder lead to outside of it.
+
     Raises:
-      UserError: if one of `inputs` is not there, cannot be read or gives nothing, or a parquet table has no pictures.
+      UserError: if one of `inputs` is not there, cannot be read or gives nothing, a parquet table has no pictures, or a
+        link in a folder is not to be followed.
     """
     found: dict[tuple[str, int], InputShard] = {}
     for given in inputs:
         with ThreadPoolExecutor(_THREADS) as pool:
-            results = [result for result in pool.map(_recognise, _candidates(given, pool)) if result is not None]
+            answers = pool.map(_recognise, _candidates(given, pool, follow_links))
+            results = [answer for answer in answers if answer is not None]
         shards = [shard for _, answer in results if isinstance(answer, list) for shard in answer]
         kinds = {shard.kind for shard in shards}
         for kind, answer in results:
@@ -46,7 +53,7 @@ def find(inputs: Sequence[str]) -> list[InputShard]:
                 raise answer
         if not shards:
             raise UserError("--input has nothing that can be read", given, _LOOKED_FOR)
-        found |= {(shard.path, shard.start): shard for shard in shards}
+        found |= {(s.path, s.start): dataclasses.replace(s, follow_links=follow_links) for s in shards}
     unique: dict[tuple[str, int], InputShard] = {}
     # A file itself before links to it: what belongs to a tar lies beside it.
     for shard in sorted(found.values(), key=lambda shard: (shard.path != _real(shard.path), shard.path)):
@@ -59,16 +66,16 @@ def _real(path: str) -> str:
     return path if files.is_remote(path) else os.path.realpath(path)
 
 
-def _candidates(given: str, pool: ThreadPoolExecutor) -> list[str]:
+def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
     """The files that `given` may mean, sorted."""
     if not given:  # An unset variable of the shell; as a path it would be the current folder.
         raise UserError("--input is empty", given, "Give a file, a folder or a glob")
     if files.is_remote(given):
         with files.remote_errors(given):
-            return _expanded(given, [str(path) for path in _remote_glob(given)], pool)
+            return _expanded(given, [str(path) for path in _remote_glob(given)], pool, follow_links)
     path = os.path.abspath(locate(given))
     matches = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
-    return _expanded(given, matches, pool)
+    return _expanded(given, matches, pool, follow_links)
 
 
 def _remote_glob(given: str) -> list[epath.Path]:
@@ -82,12 +89,12 @@ def _remote_glob(given: str) -> list[epath.Path]:
     return list(epath.Path(f"{scheme}://{bucket}").glob(pattern))
 
 
-def _expanded(given: str, matches: list[str], pool: ThreadPoolExecutor) -> list[str]:
+def _expanded(given: str, matches: list[str], pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
     if not matches:
         raise UserError("--input is not there", given, "Give a file, a folder or a glob that matches some")
     paths: set[str] = set()
     for match, is_folder in zip(matches, pool.map(_is_folder, matches)):
-        paths.update(_walk(match) if is_folder else [match])
+        paths.update(_walk(match, follow_links) if is_folder else [match])
     # What img2dataset writes beside a tar belongs to it, whether or not the tar is given too.
     tars = {path: _tars_of(path) for path in paths}
     folders = {posixpath.dirname(path) for path in paths if tars[path] and not paths.intersection(tars[path])}
@@ -109,7 +116,7 @@ def _tars_of(path: str) -> list[str]:
     return [stem + suffix for stem in stems for suffix in webdataset.SUFFIXES]
 
 
-def _walk(folder: str) -> list[str]:
+def _walk(folder: str, follow_links: bool) -> list[str]:
     paths = []
     for parent, folders, names in epath.Path(folder).walk():
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -118,6 +125,11 @@ def _walk(folder: str) -> list[str]:
             for name in names
             if not name.startswith(".") and not name.lower().endswith(_PICTURES_AND_TEXTS)
         ]
+    if not (follow_links or files.is_remote(folder)):
+        for path in paths:
+            if os.path.islink(path) and not is_inside(path, folder):
+                remedy = "Remove it, or give --follow-links to take what links lead to"
+                raise UserError("--input has a link that leads out of its folder", path, remedy)
     return paths
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,16 +13,28 @@ from typing import BinaryIO, TypeVar
 
 from etils import epath
 
+from aimv2_jax import untrusted
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote
 
+MISSING = "no_image"  # The reason for which most samples without a picture have none.
 MAX_FILE_BYTES = 256 << 20  # Of one picture, text or json: ten times what a camera of 100 megapixels writes.
 # Large, because a bucket that is mounted answers each read after many milliseconds.
 _READ_BYTES = 1 << 20
 _COPY_BYTES = 16 << 20
+# A decompression bomb is what unpacks to more than both. Deflate cannot pack 1033 bytes in one, pictures hardly pack.
+_MIN_BOMB_BYTES, _MAX_EXPANSION = 1 << 30, 100
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MENDED = "Mend its rights, its link or its disk, or leave it out"
 _Answer = TypeVar("_Answer")
+
+
+class NoFile(Exception):
+    """A file beside an input cannot be had, for `reason`."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(reason)
 
 
 @contextlib.contextmanager
@@ -40,7 +51,7 @@ def open_file(path: str, start: int = 0, stop: int | None = None) -> Iterator[Bi
             file.seek(start)
             yield file
         return
-    with temporary_file() as file:
+    with temporary_file(path) as file:
         file.seek(start)  # A hole, which takes no room.
         for data in _remote_pieces(path, start, sys.maxsize if stop is None else stop):
             file.write(data)
@@ -56,9 +67,14 @@ def _remote_pieces(path: str, start: int, stop: int) -> Iterator[bytes]:
             yield data
 
 
+def max_unpacked(num_bytes: int) -> int:
+    """How many bytes an input of `num_bytes` may unpack to; what comes after them is not read."""
+    return max(_MIN_BOMB_BYTES, _MAX_EXPANSION * num_bytes)
+
+
 @contextlib.contextmanager
-def temporary_file() -> Iterator[BinaryIO]:
-    """A file in the folder of temporary files (TMPDIR); it goes at the end.
+def temporary_file(path: str) -> Iterator[BinaryIO]:
+    """A file for a copy of the input `path` in the folder of temporary files (TMPDIR); it goes at the end.
 
     Raises:
       UserError: if none can be made, or that folder becomes full.
@@ -66,19 +82,19 @@ def temporary_file() -> Iterator[BinaryIO]:
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115
     except OSError as error:
-        raise _no_room(error) from error
+        raise _no_room(path, error) from error
     try:
         with file:
             yield file
     except OSError as error:
         if error.errno in _FULL:
-            raise _no_room(error) from error
+            raise _no_room(path, error) from error
         raise
 
 
-def _no_room(error: OSError) -> UserError:
-    what = f"no room for the copy of an input ({error.strerror})"
-    return UserError(what, tempfile.tempdir or "TMPDIR", "Make room there, or set TMPDIR to a folder on another disk")
+def _no_room(path: str, error: OSError) -> UserError:
+    what = f"no room in {tempfile.tempdir or 'TMPDIR'} for the copy of an input ({error.strerror})"
+    return UserError(what, path, "Make room there, or set TMPDIR to a folder on another disk")
 
 
 @contextlib.contextmanager
@@ -122,23 +138,47 @@ def asked(path: str, question: Callable[[], _Answer]) -> _Answer:
         raise UserError(f"input cannot be read ({error.strerror})", path, _MENDED) from error
 
 
-def read_beside(folder: str, name: str) -> bytes | None:
-    """The file `name` of `folder`; None if it is missing, too large, no regular file, or outside of `folder`."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or is_remote(name) or not path.parts:
-        return None
+def read_beside(folder: str, name: str, follow_links: bool = False) -> bytes:
+    """Reads the file `name` of `folder`.
+
+    Raises:
+      NoFile: `link_out_of_folder` if a link leads out of a local `folder` and is not to be followed, `oversized_file`
+        beyond `MAX_FILE_BYTES`, and `MISSING` if it is not there, no regular file, or `name` leads out of `folder`.
+    """
+    if not _is_below(name):
+        raise NoFile(MISSING)
     try:
-        target = epath.Path(folder) / name
         if is_remote(folder):
-            # The backends raise kinds of their own; one picture that cannot be had is one sample without a picture.
-            with contextlib.suppress(Exception), target.open("rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
-                return data if len(data) <= MAX_FILE_BYTES else None
-            return None
-        # Asked before it is opened: to open a pipe would wait for ever.
-        facts = os.stat(target)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_FILE_BYTES:
-            return None
-        return target.read_bytes()
-    except (OSError, ValueError):  # ValueError: a name with a zero byte in it.
-        return None
+            return _read_remote(f"{folder}/{name}")
+        return untrusted.read_file(os.path.join(folder, name), MAX_FILE_BYTES, None if follow_links else folder)
+    except untrusted.OutsideFolder as error:
+        raise NoFile("link_out_of_folder") from error
+    except untrusted.TooLarge as error:
+        raise NoFile("oversized_file") from error
+    except (OSError, ValueError) as error:
+        raise NoFile(MISSING) from error
+
+
+def size_beside(folder: str, name: str) -> int:
+    """The bytes of the file `name` of `folder`, whatever links lead to it; 0 if there is none."""
+    with contextlib.suppress(Exception):  # The backends of buckets raise kinds of their own.
+        if _is_below(name):
+            return min(epath.Path(f"{folder}/{name}").stat().length, MAX_FILE_BYTES)
+    return 0
+
+
+def _is_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not (path.is_absolute() or ".." in path.parts or is_remote(name))
+
+
+def _read_remote(path: str) -> bytes:
+    data = None
+    # The backends raise kinds of their own; one picture that cannot be had is one sample without a picture.
+    with contextlib.suppress(Exception), epath.Path(path).open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if data is None:
+        raise FileNotFoundError(path)
+    if len(data) > MAX_FILE_BYTES:
+        raise untrusted.TooLarge(path)
+    return data

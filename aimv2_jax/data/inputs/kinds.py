@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from aimv2_jax.data.inputs import parquet, tables, webdataset
@@ -22,11 +22,14 @@ class Kind(Protocol):
     def shards(self, path: str, num_bytes: int) -> list[InputShard] | UserError:
         """The parts of the file; or, without raising it, what is wrong if no pictures can be had from it."""
 
-    def fields(self, shard: InputShard) -> list[str] | None:
-        """The fields of the shard, by its header or its first samples; None if it is too damaged to tell."""
+    def fields(self, shard: InputShard, wanted: Collection[str] = ()) -> list[str] | None:
+        """The fields of the shard by its header, or by its first samples and, for those that are `wanted`, by all.
 
-    def read(self, shard: InputShard) -> Iterator[Sample | Damage]:
-        """What the shard holds, in its order."""
+        None if it is too damaged to tell.
+        """
+
+    def read(self, shard: InputShard, fields: Collection[str] | None = None) -> Iterator[Sample | Damage]:
+        """What the shard holds, in its order; its samples have at least `fields`, all of them for None."""
 
 
 KINDS: dict[str, Kind] = {  # In the order of asking: what is least mistaken first.

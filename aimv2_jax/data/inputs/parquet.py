@@ -1,7 +1,6 @@
 """Pairs out of parquet tables: img2dataset's, with the picture in a column, and Hugging Face's, with {bytes, path}.
 
-Rows are read in batches of `_BATCH_ROWS` and the pages of a column one by one, so that memory does not grow with the
-table or its row groups.
+Rows are read some at a time, and the pages of a column one by one, so that memory does not grow with the table.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ import io
 import itertools
 import posixpath
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from aimv2_jax.data.inputs import files
-from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
+from aimv2_jax.data.inputs.samples import MAX_SAMPLES, Damage, InputShard, Sample
 from aimv2_jax.data.inputs.texts import readable
 from aimv2_jax.errors import UserError
 
@@ -22,10 +21,10 @@ FIELD = "a column of texts, lists of texts, numbers or truth values"
 CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
 IMAGES = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
 _KEYS = ("key", "__key__", "id", "uid")
-_FAILED = "failed"  # What img2dataset writes: failed_to_download, failed_to_resize.
+_STATUS, _FAILED = "status", "failed"  # What img2dataset writes: failed_to_download, failed_to_resize.
 _MAGIC = b"PAR1"
 _TAIL = struct.Struct("<i4s")  # Bytes of the footer, and the magic.
-_BATCH_ROWS = 32
+_MAX_BATCH_ROWS, _MAX_BATCH_BYTES = 32, 1 << 30
 _BUFFER_BYTES = 1 << 20
 
 
@@ -47,14 +46,17 @@ def shards(path: str, num_bytes: int) -> list[InputShard] | UserError:
     return UserError(f"parquet has no column of pictures ({path})", schema.names, wanted)
 
 
-def fields(shard: InputShard) -> list[str] | None:
+def fields(shard: InputShard, wanted: Collection[str] = ()) -> list[str] | None:
     """The columns that can be fields; None if the footer, which names them, is damaged."""
     schema = _schema(shard.path, files.size(shard.path))
     return None if schema is None else _field_columns(schema)
 
 
-def read(shard: InputShard) -> Iterator[Sample | Damage]:
-    """The rows in their order; those of a row group that cannot be read are counted as the footer counts them."""
+def read(shard: InputShard, fields: Collection[str] | None = None) -> Iterator[Sample | Damage]:
+    """The rows in their order; those of a row group that cannot be read are counted as the footer counts them.
+
+    Rows beyond what a table of this size may unpack to (`files.max_unpacked`) are left out.
+    """
     parquet, _ = _pyarrow()
     with files.open_file(shard.path) as file:
         num_bytes = file.seek(0, io.SEEK_END)
@@ -64,10 +66,10 @@ def read(shard: InputShard) -> Iterator[Sample | Damage]:
             options = {"pre_buffer": False, "buffer_size": _BUFFER_BYTES, "page_checksum_verification": True}
             table = parquet.ParquetFile(file, **options)
             groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
-            sizes = [(group.num_rows, max(0, group.total_byte_size)) for group in groups]
+            sizes = [(group.num_rows, min(max(0, group.total_byte_size), num_bytes)) for group in groups]
             counts = [num_rows for num_rows, _ in sizes]
-            if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows:
-                raise ValueError("a footer that contradicts itself")
+            if min(counts, default=0) < 0 or sum(counts) != table.metadata.num_rows or sum(counts) > MAX_SAMPLES:
+                raise ValueError("a footer that cannot be true")
             schema = table.schema_arrow
         except _errors() as error:
             _pass_on_what_the_disk_refuses(error)
@@ -76,11 +78,16 @@ def read(shard: InputShard) -> Iterator[Sample | Damage]:
         image = _image_column(schema)
         if image is None:  # It was another when it was found.
             raise UserError(f"parquet has no column of pictures ({shard.path})", schema.names, "Give another table")
-        columns = _Columns(schema, image, posixpath.splitext(posixpath.basename(shard.path))[0])
-        first = 0
+        columns = _Columns(schema, image, posixpath.splitext(posixpath.basename(shard.path))[0], fields)
+        first, left = 0, files.max_unpacked(num_bytes)
         for number, (num_rows, num_group_bytes) in enumerate(sizes):
             num_given = 0
             for sample in itertools.islice(_samples(table, number, columns, first), num_rows):
+                left -= _num_bytes(sample)
+                if left < 0:
+                    num_lost = sum(counts) - first - num_given
+                    yield Damage("decompression_bomb", num_lost, 0, columns.row_key(first + num_given))
+                    return
                 yield sample
                 num_given += 1
             if num_given < num_rows:
@@ -92,38 +99,56 @@ def read(shard: InputShard) -> Iterator[Sample | Damage]:
 def _samples(table: Any, group: int, columns: _Columns, first_row: int) -> Iterator[Sample]:
     """The rows of a row group, up to the first batch that cannot be read."""
     try:
-        for batch in table.iter_batches(_BATCH_ROWS, [group], columns.names, use_threads=False):
+        num_rows = columns.batch_rows(table.metadata.row_group(group))
+        for batch in table.iter_batches(num_rows, [group], columns.paths, use_threads=False):
             yield from columns.samples(batch, first_row)
             first_row += batch.num_rows
     except _errors() as error:
         _pass_on_what_the_disk_refuses(error)
 
 
+def _num_bytes(sample: Sample) -> int:
+    texts = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in sample.fields.values())
+    return len(sample.image or b"") + sum(len(text) for text in texts if isinstance(text, str | bytes))
+
+
 class _Columns:
     """Which columns are read, and how a row of them becomes a sample."""
 
-    def __init__(self, schema: Any, image: str, stem: str):
+    def __init__(self, schema: Any, image: str, stem: str, fields: Collection[str] | None):
         self._image, self._stem = image, readable(stem)
-        self._fields = _field_columns(schema)
-        self._key = next((name for name in _KEYS if name in self._fields), None)
-        self.names = [image, *self._fields]
+        there = _field_columns(schema)
+        self._key = next((name for name in _KEYS if name in there), None)
+        # A column that nobody asks for may be damaged, or too wide to be read.
+        self._fields = [name for name in there if fields is None or name in (*fields, self._key, _STATUS)]
+        _, arrow = _pyarrow()
+        is_struct = arrow.types.is_struct(schema.field(image).type)
+        self.paths = [f"{image}.bytes" if is_struct else image, *self._fields]
+
+    def batch_rows(self, group: Any) -> int:
+        """How many rows of `group` are read at once: each may hold the largest value of a dictionary."""
+        chunks = [group.column(number) for number in range(group.num_columns)]
+        wanted = tuple(f"{path}." for path in self.paths)  # A column of lists is stored as NAME.list.element.
+        sizes = [chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(wanted)]
+        return min(max(_MAX_BATCH_BYTES // max([1, *sizes]), 1), _MAX_BATCH_ROWS)
 
     def row_key(self, row: int) -> str:
         return f"{self._stem}/{row}"
 
-    def samples(self, batch: Any, first: int) -> list[Sample]:
-        images = [_image(value) for value in _values(batch.column(self._image))]
+    def samples(self, batch: Any, first: int) -> Iterator[Sample]:
+        images = _values(batch.column(self._image))
         rows = {name: _values(batch.column(name)) for name in self._fields}
-        samples = []
-        for row, image in enumerate(images):
+        for row, value in enumerate(images):
             found = {name: values[row] for name, values in rows.items() if values[row] is not None}
-            status = found.get("status")
+            image, absence = _image(value), files.MISSING
+            status = found.get(_STATUS)
             if (status.decode(errors="replace") if isinstance(status, bytes) else str(status)).startswith(_FAILED):
                 image = None
+            if image is not None and len(image) > files.MAX_FILE_BYTES:
+                image, absence = None, "oversized_file"
             key = found.get(self._key)
             key = readable(key if isinstance(key, bytes) else str(key)) if key is not None else None
-            samples.append(Sample(key or self.row_key(first + row), image, found))
-        return samples
+            yield Sample(key or self.row_key(first + row), image, found, absence)
 
 
 def _image(value: Any) -> bytes | None:
@@ -139,13 +164,14 @@ def _values(column: Any) -> list[Any]:
         column = column.dictionary_decode()
     if arrow.types.is_decimal(column.type):
         column = column.cast(arrow.string())
-    if _is_text(column.type):
-        column = column.cast(arrow.large_binary() if arrow.types.is_large_string(column.type) else arrow.binary())
-        return [_text(value) for value in column.to_pylist()]
     if _is_list(column.type):
         lists = column.cast(arrow.large_list(arrow.large_binary())).to_pylist()
         return [texts and [_text(value) for value in texts] for texts in lists]
-    return column.to_pylist()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        column = column.cast(arrow.large_binary() if arrow.types.is_large_string(column.type) else arrow.binary())
+        return [_text(value) for value in column.to_pylist()]
 
 
 def _text(value: bytes | None) -> str | bytes | None:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+MAX_SAMPLES = 10**8  # Of a file: whatever announces more is not true.
+
 
 @dataclasses.dataclass(frozen=True)
 class InputShard:
@@ -17,19 +19,22 @@ class InputShard:
     start: int = 0  # Bytes, where a row begins; 0 and None mean the whole file.
     stop: int | None = None
     first_row: int = 0  # How many come before `start`.
+    follow_links: bool = False  # Whether links may lead out of the folder.
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One pair as its input holds it.
 
-    `image` is the encoded file's bytes, None where there is none. `fields` are named as `--caption`, `--label` and
-    `--keep` name them (`txt`, `json:name`, a column or key); texts may still be bytes, exactly as they were stored.
+    `image` is the encoded file's bytes, None where there is none, for the reason `absence`. `fields` are named as
+    `--caption`, `--label` and `--keep` name them (`txt`, `json:name`, a column or key); texts may still be bytes,
+    exactly as they were stored.
     """
 
     key: str
     image: bytes | None
     fields: Mapping[str, Any]
+    absence: str = "no_image"
 
 
 @dataclasses.dataclass(frozen=True)

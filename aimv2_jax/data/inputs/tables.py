@@ -9,7 +9,7 @@ import itertools
 import posixpath
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from aimv2_jax.data.inputs import files
@@ -148,8 +148,11 @@ class Table:
 
     def shards(self, path: str, num_bytes: int) -> list[InputShard] | UserError:
         """Each of `CHUNK_ROWS` rows; or what is wrong if the table is in UTF-16, or no row names a picture."""
-        if files.part(path, 0, 2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        head = files.part(path, 0, _HEADER_BYTES)
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return UserError("a table in UTF-16", path, "Save it in UTF-8")
+        if b"\r" in head and b"\n" not in head:
+            return UserError("a table whose lines end in CR alone", path, "Save it with lines that end in LF or CR LF")
         found = self.fields(InputShard(self._layout.name, path, num_bytes))
         if found is not None and _image_column(found) is None:
             return UserError(f"table names no pictures ({path})", found, "It was looked for " + ", ".join(IMAGES))
@@ -166,22 +169,28 @@ class Table:
                 start += sum(chunk)
         return shards
 
-    def fields(self, shard: InputShard) -> list[str] | None:
-        """What the first rows have; None if no row can be read."""
+    def fields(self, shard: InputShard, wanted: Collection[str] = ()) -> list[str] | None:
+        """What the first rows have, and of what is `wanted` all that others have, too; None if no row can be read."""
         found: dict[str, None] = {}
-        for values, _ in itertools.islice(self._rows(shard), _ROWS_ASKED):
+        for number, (values, _) in enumerate(self._rows(shard)):
+            if number >= _ROWS_ASKED and found.keys() >= set(wanted):
+                break
             found |= dict.fromkeys(values or {})
         return list(found) or None
 
-    def read(self, shard: InputShard) -> Iterator[Sample | Damage]:
-        """Each row with the picture it names, or none if that cannot be had."""
+    def read(self, shard: InputShard, fields: Collection[str] | None = None) -> Iterator[Sample | Damage]:
+        """Each row, with all its fields and the picture it names, or none if that cannot be had."""
         folder, stem = posixpath.dirname(shard.path), readable(posixpath.basename(shard.path))
         for number, (values, num_bytes) in enumerate(self._rows(shard), shard.first_row):
             if values is None:
                 yield Damage("damaged_row", samples=1, num_bytes=num_bytes, key=f"{stem}/{number}")
                 continue
             name = _picture_name(values)
-            yield Sample(readable(name) if name else f"{stem}/{number}", _picture(folder, values), values)
+            key = readable(name) if name else f"{stem}/{number}"
+            try:
+                yield Sample(key, files.read_beside(folder, name, shard.follow_links), values)
+            except files.NoFile as error:
+                yield Sample(key, None, values, error.reason)
 
     def _rows(self, shard: InputShard) -> Iterator[tuple[dict[str, Any] | None, int]]:
         """(values, or None if they cannot be read; bytes) of each row."""
@@ -196,20 +205,14 @@ def _picture_bytes(path: str, layout: JsonLines | Csv, file: BinaryIO) -> int:
     """How large a picture is, by those of the first rows."""
     rows = itertools.islice(layout.rows(_lines(file)), _PICTURES_WEIGHED)
     values = [(layout.values(row.content) if row.content is not None else None) or {} for row in rows]
-    sizes = [len(_picture(posixpath.dirname(path), value) or b"") for value in values]
+    sizes = [files.size_beside(posixpath.dirname(path), _picture_name(value)) for value in values]
     return sum(sizes) // max(1, len(sizes))
 
 
-def _picture_name(values: dict[str, Any]) -> str | bytes | None:
-    return next((values[name] for name in IMAGES if isinstance(values.get(name), str | bytes)), None)
-
-
-def _picture(folder: str, values: dict[str, Any]) -> bytes | None:
-    name = _picture_name(values)
-    if name is None:
-        return None
-    # As the system names files: bytes that are no UTF-8 are spelt in surrogates.
-    return files.read_beside(folder, name if isinstance(name, str) else _decode(name))
+def _picture_name(values: dict[str, Any]) -> str:
+    """The file's name as the system has it, with bytes that are no UTF-8 in surrogates; "" if there is none."""
+    name = next((values[name] for name in IMAGES if isinstance(values.get(name), str | bytes)), "")
+    return name if isinstance(name, str) else _decode(name)
 
 
 def _image_column(names: Iterable[str]) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from aimv2_jax.untrusted import parse_json_object
+
 ENCODING = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # With or without a byte order mark.
+
+_MAX_OBJECT_BYTES = 16 << 20  # Objects take twenty times the room of their text.
 
 
 def stored(text: str) -> str | bytes:
@@ -31,11 +34,13 @@ def readable(name: str | bytes) -> str:
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in `data` with its texts as `stored`; None if there is none."""
-    try:
-        tree = json.loads(data.decode(**ENCODING))
-    except (ValueError, RecursionError):
+    """The JSON object in `data` with its texts as `stored`; None if there is none, or it is too large or too deep."""
+    if len(data) > _MAX_OBJECT_BYTES:
         return None
-    if not isinstance(tree, dict):
+    try:
+        tree = parse_json_object(
+            data.decode(**ENCODING), allow_nan=True
+        )  # Python writes NaN for a value that is missing.
+    except ValueError:
         return None
     return {readable(key): stored(value) if isinstance(value, str) else value for key, value in tree.items()}

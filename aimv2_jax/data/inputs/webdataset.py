@@ -10,15 +10,17 @@ import contextlib
 import dataclasses
 import gzip
 import io
+import itertools
 import posixpath
 import zlib
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Collection, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 from aimv2_jax.data.inputs import files, tars
-from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
+from aimv2_jax.data.inputs.samples import MAX_SAMPLES, Damage, InputShard, Sample
 from aimv2_jax.data.inputs.texts import parse_object, readable
 from aimv2_jax.data.pictures import FORMAT_OF
+from aimv2_jax.untrusted import as_int
 
 FIELD = "txt, or json:NAME with a key of the .json"
 CAPTIONS = ("txt", "json:caption")
@@ -29,7 +31,7 @@ _HEAD_BYTES = 8 << 20  # Some hundred pairs: what the fields are told by.
 _JSONS_ASKED = 100
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Stem:
     """The members of one sample."""
 
@@ -64,22 +66,22 @@ def shards(path: str, num_bytes: int) -> list[InputShard]:
     return [InputShard("webdataset", path, num_bytes)]
 
 
-def read(shard: InputShard) -> Iterator[Sample | Damage]:
-    """The samples of a tar in the order of their first members, then what was lost.
+def read(shard: InputShard, fields: Collection[str] | None = None) -> Iterator[Sample | Damage]:
+    """The samples of a tar in the order of their first members, with all their fields, then what was lost.
 
     With a NAME_stats.json beside the tar, samples given and lost are together as many as it announces. If there are
     more stems than that, those that come again and the least whole are taken for fragments and left out. Only if the
     tar is sound and has more pairs, by different names, the file is not believed: it was made for another tar.
     """
-    damaged = Damage("damaged_tar", samples=0)
-    with _open_tar(shard.path) as (file, num_bytes, num_packed_bytes_lost):
+    with _open_tar(shard.path) as tar:
+        file, num_bytes = tar.file, tar.num_bytes
         index = _index(file, num_bytes)
         stems, lost = index.stems, index.lost
-        num_bytes_lost = index.num_bytes_lost + num_packed_bytes_lost
+        num_bytes_lost = index.num_bytes_lost + tar.num_packed_bytes_lost
         # Damage can repeat pairs, or tear them into several stems, but makes no new pair out of nothing.
         is_sound = not num_bytes_lost
         least = len({stem.key for stem in stems if stem.is_whole()}) if is_sound else 0
-        announced, complaint = _announced(shard.path, least)
+        announced, complaint = _announced(shard, least)
         if complaint is not None:
             yield complaint
         yield from index.aside
@@ -91,29 +93,40 @@ def read(shard: InputShard) -> Iterator[Sample | Damage]:
     num_lost = len(lost) if announced is None else announced - len(stems)
     if num_lost or num_bytes_lost or not num_bytes:
         key = lost[0] if lost and num_lost else None
-        yield dataclasses.replace(damaged, samples=num_lost, num_bytes=num_bytes_lost, key=key)
+        yield Damage(tar.damage, num_lost, num_bytes_lost, key)
 
 
-def fields(shard: InputShard) -> list[str] | None:
-    """The fields that the first samples have; None if there are no samples."""
-    head = files.part(shard.path, 0, _HEAD_BYTES)
-    head = _unpacked(head, _HEAD_BYTES)
-    found = _fields(io.BytesIO(head), len(head))
-    if not found:  # All pictures may come first.
-        with _open_tar(shard.path) as (file, num_bytes, _):
-            found = _fields(file, num_bytes)
-            if not found and not _index(file, num_bytes).stems:
-                return None
-    return found
+def fields(shard: InputShard, wanted: Collection[str] = ()) -> list[str] | None:
+    """The fields that the first samples have, and of those that are `wanted` any that later ones have, too.
+
+    None if there are no samples.
+    """
+    head = _unpacked(files.part(shard.path, 0, _HEAD_BYTES), _HEAD_BYTES)
+    head_file = io.BytesIO(head)
+    stems = _index(head_file, len(head)).stems
+    found = _fields(head_file, stems, ())
+    if _is_grouped(stems) and set(found).issuperset(wanted):
+        return found
+    with _open_tar(shard.path) as tar:  # All pictures may come first.
+        stems = _index(tar.file, tar.num_bytes).stems
+        return _fields(tar.file, stems, wanted) if stems else None
 
 
-def _fields(file: BinaryIO, num_bytes: int) -> list[str]:
+def _is_grouped(stems: list[_Stem]) -> bool:
+    """Whether the members of a sample stand together in `stems`, the beginning of a tar, and one sample is whole."""
+    offsets = sorted(sorted(member.offset for member in stem.members()) for stem in stems)
+    are_apart = all(before[-1] < after[0] for before, after in itertools.pairwise(offsets))
+    return are_apart and any(stem.is_whole() for stem in stems)
+
+
+def _fields(file: BinaryIO, stems: list[_Stem], wanted: Collection[str]) -> list[str]:
+    """The fields of the first of `stems`; it is looked on for those that are `wanted`."""
     found: dict[str, None] = {}  # In their order.
     num_jsons = 0
-    for stem in _index(file, num_bytes).stems:
+    for stem in stems:
         if stem.txt is not None:
             found["txt"] = None
-        if stem.json is not None and num_jsons < _JSONS_ASKED:
+        if stem.json is not None and (num_jsons < _JSONS_ASKED or not found.keys() >= set(wanted)):
             num_jsons += 1
             found |= {f"json:{name}": None for name in parse_object(_data(file, stem.json)) or {}}
     return list(found)
@@ -157,15 +170,16 @@ def _index(file: BinaryIO, num_bytes: int) -> _Index:
     return _Index(list(stems.values()), lost, num_bytes_lost, aside)
 
 
-def _announced(path: str, least: int) -> tuple[int | None, Damage | None]:
+def _announced(shard: InputShard, least: int) -> tuple[int | None, Damage | None]:
     """How many samples the file of statistics beside the tar announces, if it is there and can be true: `least` are."""
-    data = files.read_beside(posixpath.dirname(path), posixpath.basename(stem_of(path)) + "_stats.json")
-    if data is None:
-        return None, None
-    announced = (parse_object(data) or {}).get("successes")
-    if type(announced) is not int or announced < least:
+    name = posixpath.basename(stem_of(shard.path)) + "_stats.json"
+    try:
+        tree = parse_object(files.read_beside(posixpath.dirname(shard.path), name, shard.follow_links)) or {}
+        return as_int(tree.get("successes"), least, MAX_SAMPLES), None
+    except files.NoFile as error:
+        return None, None if error.reason == files.MISSING else Damage("wrong_stats", samples=0)
+    except ValueError:
         return None, Damage("wrong_stats", samples=0)
-    return announced, None
 
 
 def stem_of(path: str) -> str:
@@ -210,26 +224,40 @@ def _data(file: BinaryIO, member: tars.Member) -> bytes:
     return file.read(member.num_bytes)
 
 
+class _Tar(NamedTuple):
+    """A tar that can be read at any place."""
+
+    file: BinaryIO
+    num_bytes: int
+    num_packed_bytes_lost: int = 0  # That could not be unpacked.
+    damage: str = "damaged_tar"
+
+
 @contextlib.contextmanager
-def _open_tar(path: str) -> Iterator[tuple[BinaryIO, int, int]]:
-    """(file, its bytes, packed bytes that could not be unpacked); a packed tar is unpacked to a temporary file."""
+def _open_tar(path: str) -> Iterator[_Tar]:
+    """Opens a tar; a packed one is unpacked to a temporary file, up to `files.max_unpacked`."""
     with files.open_file(path) as packed:
         num_packed_bytes = packed.seek(0, io.SEEK_END)
         packed.seek(0)
         if packed.read(len(_GZIP)) != _GZIP:
-            yield packed, num_packed_bytes, 0
+            yield _Tar(packed, num_packed_bytes)
             return
         packed.seek(0)
-        with files.temporary_file() as file:
+        left = files.max_unpacked(num_packed_bytes)
+        with files.temporary_file(path) as file:
             intact = True
             try:
                 with gzip.GzipFile(fileobj=packed) as source:
-                    while data := source.read1(_UNPACK_BYTES):
-                        file.write(data)
+                    while left > 0 and (data := source.read1(min(left, _UNPACK_BYTES))):
+                        left -= file.write(data)
             except (gzip.BadGzipFile, EOFError, zlib.error):
                 intact = False
             num_bytes = file.tell()
-            yield file, num_bytes, 0 if intact else max(1, num_packed_bytes - packed.tell())
+            if intact and left:
+                yield _Tar(file, num_bytes)
+            else:
+                damage = "damaged_tar" if left else "decompression_bomb"
+                yield _Tar(file, num_bytes, max(1, num_packed_bytes - packed.tell()), damage)
 
 
 def _unpacked(head: bytes, num_bytes: int) -> bytes:

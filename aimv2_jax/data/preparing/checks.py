@@ -77,7 +77,7 @@ def check(sample: Sample, rules: Rules) -> Checked:
         if _shown(sample.fields.get(field)) not in values:
             raise Dropped("not_kept")
     if sample.image is None:
-        raise Dropped("no_image")
+        raise Dropped(sample.absence)
     if rules.verify is not None:
         _verify(sample.image, sample.fields.get(rules.verify))
     size = _checked_size(sample.image, rules)

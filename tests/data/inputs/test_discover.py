@@ -112,6 +112,25 @@ def test_file_when_unreadable_then_the_user_is_told(tree):
         discover.find([str(tree)])
 
 
+def test_link_out_of_a_folder_is_refused(tree, tmp_path):
+    """It is not even opened: what it leads to may never end."""
+    (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
+    for target in (tmp_path / "private.tar", "/proc/kmsg", "/dev/zero"):
+        (tree / "tars/link").unlink(missing_ok=True)
+        (tree / "tars/link").symlink_to(target)
+        with pytest.raises(UserError, match=r"leads out of its folder: '.*tars/link'.*--follow-links"):
+            discover.find([str(tree)])
+
+
+def test_link_out_of_a_folder_is_followed_if_asked(tree, tmp_path):
+    (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
+    (tree / "tars/link.tar").symlink_to(tmp_path / "private.tar")
+    assert found(tree / "tars/link.tar") == [("webdataset", "tars/link.tar")]  # Which the user has named.
+    shards = discover.find([str(tree)], follow_links=True)
+    assert {os.path.basename(shard.path) for shard in shards} > {"link.tar", "00000.tar"}
+    assert all(shard.follow_links for shard in shards)
+
+
 def test_pipe_when_in_a_folder_then_passed_over(tree):
     os.mkfifo(tree / "tars/pipe.tar")
     assert found(tree) == ALL
@@ -192,7 +211,7 @@ def test_bucket_when_of_many_tables_beside_tars_then_asked_once_for_each_folder(
 
 def test_bucket_when_its_copy_finds_no_room_then_told_and_not_of_the_input(bucket, full_disk):
     [found] = discover.find([f"{bucket}/tars/00000.tar"])
-    with full_disk, pytest.raises(UserError, match=r"no room for the copy of an input \(No space.*TMPDIR"):
+    with full_disk, pytest.raises(UserError, match=r"no room in .*copy of an input \(No space.*00000\.tar'.*TMPDIR"):
         books(found)
 
 
@@ -220,7 +239,18 @@ def test_bucket_when_its_shard_is_gone_then_the_user_is_told(bucket):
         list(read.read(dataclasses.replace(shard, path=shard.path.replace("00000", "gone"))))
 
 
+def test_bucket_picture_that_is_too_large_is_left(tree, bucket, monkeypatch):
+    (tree / "pictures/a.jpg").write_bytes(picture(0))
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
+    with pytest.raises(files.NoFile, match="oversized_file"):
+        files.read_beside(f"{bucket}/pictures", "a.jpg")
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "gone.jpg", "../tars/00000.tar", "gs://bucket/tars/00000.tar"])
 def test_bucket_when_a_picture_cannot_be_had_then_no_image(tree, bucket, name):
     (tree / "pictures/a.jpg").write_bytes(picture(0))
-    assert files.read_beside(f"{bucket}/pictures", name) == (picture(0) if name == "a.jpg" else None)
+    if name == "a.jpg":
+        assert files.read_beside(f"{bucket}/pictures", name) == picture(0)
+        return
+    with pytest.raises(files.NoFile, match="no_image"):
+        files.read_beside(f"{bucket}/pictures", name)

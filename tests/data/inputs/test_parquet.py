@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from small_inputs import books, picture
 
-from aimv2_jax.data.inputs import discover, parquet
+from aimv2_jax.data.inputs import discover, files, parquet
 from aimv2_jax.data.inputs.samples import Damage, Sample
 from aimv2_jax.errors import UserError
 
@@ -143,6 +143,60 @@ def test_columns_when_read_then_all_that_a_text_can_be_made_of(table):
     assert parquet.fields(found) == list(sample.fields)
 
 
+def test_columns_that_nobody_names_are_not_read(table):
+    """A column that is too wide or damaged costs nothing if it is not wanted."""
+    columns = img2dataset(40) | {"wide": [b"x" * 1000] * 40}
+    path = table(columns, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[pyarrow.parquet.read_metadata(path).row_group(0).column(4).data_page_offset + 5000] ^= 1
+    path.write_bytes(data)
+    assert [damage.samples for damage in books(shard(path))[1]] == [40]
+    items = list(parquet.read(shard(path), ["caption"]))
+    assert [(item.key, item.image) for item in items] == [(f"{n:09d}", picture(n)) for n in range(40)]
+    assert items[3].fields == {"key": "000000003", "caption": "alt 3", "status": "success"}
+
+
+def test_value_larger_than_any_picture_is_left(table, monkeypatch):
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 1000)
+    samples, damages = books(shard(table({"jpg": [b"1", bytes(1001), bytes(1000)], "caption": ["a"] * 3})))
+    assert [sample.image for sample in samples] == [b"1", None, bytes(1000)]
+    assert (samples[1].absence, damages) == ("oversized_file", [])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "texts", "dictionary"])
+def test_table_is_unpacked_up_to_a_limit(table, monkeypatch, kind):
+    """A few kilobytes hold a large value for each of many rows."""
+    monkeypatch.setattr(files, "_MIN_BOMB_BYTES", 1 << 20)
+    value = bytes(100_000)
+    columns = {
+        "bytes": {"jpg": [value] * 90},
+        "struct": {"image": [{"bytes": value, "path": None}] * 90},
+        "texts": {"jpg": [b"1"] * 90, "caption": ["x" * 100_000] * 90},
+        "dictionary": {"jpg": pyarrow.array([value] * 90).dictionary_encode()},
+    }[kind]
+    path = table(columns, row_group_size=40, compression="zstd")
+    assert path.stat().st_size < 10_000
+    samples, damages = books(shard(path))
+    assert len(samples) == 10
+    assert damages == [Damage("decompression_bomb", 80, 0, "00000/10")]
+
+
+def test_rows_are_read_one_by_one_where_they_may_be_large(table, monkeypatch):
+    """A value of a dictionary may come with every row: together they stay below the limit of a batch."""
+    monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 250_000)
+    path = table({"jpg": [bytes(100_000)] * 50, "caption": ["a"] * 50}, compression="zstd")
+    batches = []
+    of_batch = parquet._Columns.samples
+
+    def noted(self, batch, first):
+        batches.append(batch.nbytes)
+        return of_batch(self, batch, first)
+
+    monkeypatch.setattr(parquet._Columns, "samples", noted)
+    assert len(books(shard(path))[0]) == 50
+    assert max(batches) < 250_000
+
+
 def test_keys_when_the_tables_name_is_not_utf8_then_they_can_be_stored(table):
     path = table(hugging_face(1))
     [sample], _ = books(shard(path.rename(path.with_name(os.fsdecode(b"caf\xe9.parquet")))))
@@ -208,6 +262,12 @@ def test_counts_when_the_footer_contradicts_itself_then_damage_that_nobody_can_c
             break
     (tmp_path / "a.parquet").write_bytes(changed)
     assert books(shard(tmp_path / "a.parquet")) == ([], [Damage("damaged_parquet", 0, len(changed))])
+
+
+def test_counts_that_cannot_be_true_are_not_believed(table, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_SAMPLES", 8)
+    path = table(img2dataset(9))
+    assert books(shard(path)) == ([], [Damage("damaged_parquet", 0, path.stat().st_size)])
 
 
 @pytest.mark.parametrize("columns", [{"caption": ["a"]}, {"image": ["a.jpg"]}, {"image": [{"path": "a.jpg"}]}])

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from small_inputs import packed, pairs
 
-from aimv2_jax.data.inputs import discover, read
+from aimv2_jax.data.inputs import discover, read, tables
 from aimv2_jax.errors import UserError
 
 ROWS = {"caption": "a,caption,text", "text": "b,alt,text", "alt": "a,alt,TEXT", "TEXT": "b,TEXT"}
@@ -82,6 +82,27 @@ def test_field_when_one_of_the_first_shards_has_it_then_the_others_may_lack_it(s
         read.check_fields([*[bare] * 5, whole, rows], ["txt"])  # So many are not opened to find a slip.
     with pytest.raises(UserError, match=r"no such field.*captions\.jsonl"):
         read.check_fields([whole, rows], ["json:key"])  # Each kind has it.
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_field_of_a_late_row_is_found(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(tables, "_ROWS_ASKED", 10)
+    if kind == "jsonl":
+        rows = ['{"file_name": "a.jpg", "caption": "A"}'] * 50 + ['{"file_name": "a.jpg", "late": "x"}']
+    else:
+        rows = ["file_name,caption,late", *["a.jpg,A"] * 50, "a.jpg,A,x"]
+    (tmp_path / f"captions.{kind}").write_text("\n".join(rows) + "\n")
+    shards = discover.find([str(tmp_path)])
+    read.check_fields(shards, ["caption", "late"])
+    with pytest.raises(UserError, match=r"no such field.*'never'\. It has file_name, caption, late"):
+        read.check_fields(shards, ["caption", "late", "never"])
+
+
+def test_field_names_are_printed_without_control_characters(tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "a.jpg", "\\u001b]0;X\\u0007": "x"}\n')
+    with pytest.raises(UserError) as raised:
+        read.check_fields(discover.find([str(tmp_path)]), ["caption"])
+    assert str(raised.value).isprintable() and r"\x1b]0;X\x07" in str(raised.value)
 
 
 @pytest.mark.parametrize("field", ["caption", "json:", "json", "alt=txt"])

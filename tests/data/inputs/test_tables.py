@@ -170,7 +170,58 @@ def test_picture_when_it_cannot_be_had_then_no_image(folder, name):
 def test_picture_when_too_large_then_no_image(folder, monkeypatch):
     monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
     [sample], _ = books(jsonl(folder, {"file_name": "a.jpg"}))
-    assert sample.image is None
+    assert (sample.image, sample.absence) == (None, "oversized_file")
+
+
+@pytest.fixture
+def links(folder):
+    """Names of `folder` that lead out of it, and of one file in it."""
+    (folder.parent / "secret.jpg").write_bytes(picture(9))
+    (folder / "link.jpg").symlink_to("../secret.jpg")
+    (folder / "sub/dir").symlink_to("../..")
+    (folder / "endless.jpg").symlink_to("/proc/kmsg")
+    (folder / "inner.jpg").symlink_to(folder / "sub/c.jpg")
+    (folder / "indirect.jpg").symlink_to("sub/dir/set/a.jpg")
+    return ["link.jpg", "./link.jpg", "sub//./dir/secret.jpg", "endless.jpg", "inner.jpg", "indirect.jpg"]
+
+
+def test_links_that_lead_out_of_the_folder_are_left(folder, links):
+    rows = [{"file_name": name} for name in links]
+    samples, damages = books(jsonl(folder, *rows))
+    assert [sample.image for sample in samples] == [None] * 4 + [picture(2), picture(0)]
+    assert [sample.absence for sample in samples[:4]] == ["link_out_of_folder"] * 4
+    assert damages == []
+
+
+def test_links_are_followed_if_asked(folder, links):
+    rows = [json.dumps({"file_name": name}) for name in links]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    [shard] = discover.find([str(folder)], follow_links=True)
+    samples, _ = books(shard)
+    expected = [picture(9)] * 3 + [None, picture(2), picture(0)]  # Nothing waits for what never ends.
+    assert [sample.image for sample in samples] == expected
+
+
+def test_links_weigh_what_they_lead_to(folder, links):
+    """So that a folder of links becomes as many tasks as one of pictures."""
+    assert jsonl(folder, *[{"file_name": "link.jpg"}] * 10).num_bytes >= 10 * len(picture(9))
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.csv"])
+def test_lines_that_end_in_cr_alone_are_told(folder, name):
+    text = (
+        "file_name,caption\ra.jpg,A\r" if name.endswith("csv") else '{"file_name": "a.jpg"}\r{"file_name": "b.jpg"}\r'
+    )
+    (folder / name).write_bytes(text.encode())
+    with pytest.raises(UserError, match=rf"lines end in CR alone.*{name}.*Save it with lines that end in LF"):
+        discover.find([str(folder)])
+
+
+def test_row_nested_too_deep_costs_itself(folder):
+    deep = b'{"file_name": "a.jpg", "x": ' + b"[" * 200 + b"]" * 200 + b"}"
+    samples, damages = books(jsonl(folder, {"file_name": "a.jpg"}, deep, b'{"file_name": "b.jpg", "score": NaN}'))
+    assert [sample.key for sample in samples] == ["a.jpg", "b.jpg"]
+    assert [damage.samples for damage in damages] == [1]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

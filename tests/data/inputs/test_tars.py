@@ -2,10 +2,12 @@
 
 import io
 import tarfile
+import time
 
 import pytest
 from small_inputs import header_offsets, packed
 
+from aimv2_jax.data.inputs import tars
 from aimv2_jax.data.inputs.tars import BLOCK, Gap, Member, scan
 
 FILES = {f"{number}.bin": bytes([number + 1]) * (300 + 400 * number) for number in range(6)}
@@ -128,7 +130,8 @@ def test_file_when_shorter_than_was_said_then_the_scan_ends():
 
 
 def test_headers_when_found_across_the_pieces_of_a_search_then_none_is_missed(monkeypatch):
-    monkeypatch.setattr("aimv2_jax.data.inputs.tars._SEARCH_BYTES", 600)
+    monkeypatch.setattr("aimv2_jax.data.inputs.tars._MIN_SEARCH_BYTES", 99)
+    monkeypatch.setattr("aimv2_jax.data.inputs.tars._MAX_SEARCH_BYTES", 600)
     data = bytearray(packed(FILES))
     data[header_offsets(data)["4.bin"]] ^= 1
     assert scanned(bytes(data))[0] == without("4.bin")
@@ -150,3 +153,88 @@ def test_pax_record_when_broken_then_its_member_is_lost():
     data = bytearray(packed(files, tarfile.PAX_FORMAT))
     data[BLOCK : BLOCK + 4] = b"9999"
     assert scanned(bytes(data)) == ({"b.jpg": b"2"}, [Gap(None, 3 * BLOCK + 600)])
+
+
+def header(name="a", size=0, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def pax(*records):
+    """A pax header of KEY=VALUE records."""
+    text = b""
+    for record in records:
+        length = len(record) + 2
+        while length != len(record) + 2 + len(str(length)):
+            length = len(record) + 2 + len(str(length))
+        text += b"%d %s\n" % (length, record)
+    return header("pax", len(text), tarfile.XHDTYPE) + text + bytes(-len(text) % BLOCK)
+
+
+def test_pax_size_counts_where_the_header_has_none():
+    """As tarfile writes members of 8 GiB and more."""
+    member, following = b"1" * BLOCK, header("b.jpg", 1) + b"2"
+    assert scanned(pax(b"path=long.jpg", b"size=512") + header("a") + member + following) == (
+        {"long.jpg": member, "b.jpg": b"2"},
+        [],
+    )
+    for size in (b"-1", b"x", b"", b"9" * 5000):
+        members, gaps = scanned(pax(b"size=" + size) + header("a") + following.ljust(2 * BLOCK, b"\0"))
+        assert (members, len(gaps)) == ({"b.jpg": b"2"}, 1)
+
+
+def test_pax_sparse_members_are_left_out():
+    data = pax(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + header("a", 5) + b"12345".ljust(BLOCK, b"\0")
+    assert scanned(data) == ({}, [])
+
+
+def test_pax_record_of_digits_takes_no_time():
+    """Python's tarfile before 3.11.10 takes a minute over these (CVE-2024-6232), and hours over ten times as many."""
+    start = time.monotonic()
+    assert scanned(pax(b"comment=" + b"1" * 100_000) + header("a.jpg")) == ({"a.jpg": b""}, [])
+    assert time.monotonic() - start < 10
+
+
+class Counting(io.BytesIO):
+    num_read = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.num_read += len(data)
+        return data
+
+
+LONG = header("x", 0, tarfile.GNUTYPE_LONGNAME)
+HOSTILE = {
+    "the magic again and again": b"ustar" * 60_000,
+    "the magic and sums that are wrong": (b"ustar" + b"0007777 ".rjust(27, b"x")) * 10_000,
+    "long names of no member": LONG * 600,
+    "long names that claim much": header("x", 200_000, tarfile.GNUTYPE_LONGNAME) * 600,
+    "long names and a block of junk": (LONG * 7 + b"x" * BLOCK) * 75,
+    "members of junk": (header("a", 100) + b"x" * BLOCK) * 300,
+    "members that end at junk": b"".join(header("a", (599 - n) * BLOCK) for n in range(600)) + b"junk",
+    "members that end at zeros and junk": b"".join(header("a", (299 - n) * BLOCK) for n in range(300))
+    + bytes(300 * BLOCK)
+    + b"junk",
+    "members beyond the end": header("a", 1 << 30) * 600,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_scan_takes_time_in_proportion_to_the_bytes(monkeypatch, name):
+    num_parsed = 0
+    parse = tars._parse
+
+    def counted(block):
+        nonlocal num_parsed
+        num_parsed += 1
+        return parse(block)
+
+    monkeypatch.setattr(tars, "_parse", counted)
+    file = Counting(HOSTILE[name])
+    num_bytes = len(file.getvalue())
+    for _ in tars.scan(file, num_bytes):
+        pass
+    assert num_parsed <= 5 * num_bytes / BLOCK
+    assert file.num_read <= 50 * num_bytes

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from small_inputs import books, header_offsets, lost, packed, pair, pairs, picture
 
-from aimv2_jax.data.inputs import files, webdataset
+from aimv2_jax.data.inputs import discover, files, read, texts, webdataset
 from aimv2_jax.data.inputs.samples import Damage, Sample
 from aimv2_jax.data.pictures import FORMAT_OF
 from aimv2_jax.errors import UserError
@@ -60,7 +60,10 @@ def test_member_when_its_stem_has_one_of_that_kind_then_left_aside_and_counted(s
 
 def test_packed_tar_when_the_temporary_folder_is_full_then_told_and_not_of_the_input(shard, full_disk):
     found = shard(gzip.compress(packed(pairs(5))), "00000.tar.gz")
-    with full_disk, pytest.raises(UserError, match=r"no room for the copy of an input \(No space.*TMPDIR"):
+    with (
+        full_disk,
+        pytest.raises(UserError, match=r"no room in .*copy of an input \(No space.*00000\.tar\.gz'.*TMPDIR"),
+    ):
         books(found)
 
 
@@ -193,12 +196,31 @@ def test_tar_when_junk_trails_then_its_pairs_and_the_bytes(shard):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"successes": "3"}', '{"successes": -1}', '{"successes": true}']
+    "text",
+    ["", "{", "[]", "{}", '{"successes": "3"}', '{"successes": -1}', '{"successes": true}', '{"successes": 3.0}']
+    + [
+        '{"successes": 99999999999999999999}',
+        '{"successes": NaN}',
+        '{"successes": 3, "x": ' + "[" * 200 + "]" * 200 + "}",
+    ],
 )
 def test_statistics_when_unusable_then_the_tar_alone_counts(shard, tmp_path, text):
     (tmp_path / "00000_stats.json").write_text(text)
     samples, damages = books(shard(packed(pairs(3))))
     assert (len(samples), damages) == (3, [Damage("wrong_stats", 0)])
+
+
+def test_statistics_out_of_the_folder_are_not_believed(shard, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (tmp_path / "private").write_text('{"successes": 7}')
+    (folder / "0.tar").write_bytes(packed(pairs(3)))
+    (folder / "0_stats.json").symlink_to("../private")
+    [found] = discover.find([str(folder / "0.tar")])
+    samples, damages = books(found)
+    assert (len(samples), damages) == (3, [Damage("wrong_stats", 0)])
+    [found] = discover.find([str(folder / "0.tar")], follow_links=True)
+    assert books(found)[1] == [Damage("damaged_tar", 4)]
 
 
 def test_statistics_when_of_fewer_than_the_whole_pairs_then_not_believed(shard):
@@ -250,7 +272,75 @@ def test_packed_tar_when_its_bytes_are_damaged_then_the_rest_is_counted(shard):
     assert damages[-1].num_bytes > 0
 
 
+def test_packed_tar_is_unpacked_up_to_a_limit(shard, monkeypatch):
+    """A bomb costs what stands behind it, and no more room than the limit."""
+    monkeypatch.setattr(files, "_MIN_BOMB_BYTES", 50_000)
+    members = [*pairs(3).items(), ("zeros", bytes(10 << 20)), *pair(7).items()]
+    data = gzip.compress(packed(members))
+    monkeypatch.setattr(files, "_MAX_EXPANSION", 1)
+    found = shard(data, "00000.tar.gz", successes=4)
+    samples, [damage] = books(found)
+    assert samples == [expected(n) for n in range(3)]
+    assert (damage.reason, damage.samples, damage.num_bytes > 0) == ("decompression_bomb", 1, True)
+    with webdataset._open_tar(found.path) as tar:
+        assert tar.num_bytes == 50_000
+
+
+def test_packed_tar_at_the_limit_is_sound(shard, monkeypatch):
+    data = packed(pairs(3))
+    monkeypatch.setattr(files, "_MIN_BOMB_BYTES", len(data) + 1)
+    monkeypatch.setattr(files, "_MAX_EXPANSION", 0)
+    assert books(shard(gzip.compress(data), "00000.tar.gz")) == ([expected(n) for n in range(3)], [])
+
+
+def test_json_that_is_too_large_is_not_parsed(shard, monkeypatch):
+    monkeypatch.setattr(texts, "_MAX_OBJECT_BYTES", 100)
+    samples, damages = books(shard(packed(pair(0) | {"000000000.json": b'{"a": "%s"}' % (b"x" * 100)})))
+    assert samples[0].fields == {"txt": b"text 0"}
+    assert [damage.reason for damage in damages] == ["broken_json"]
+
+
+def test_json_may_hold_nan(shard):
+    """Which pandas, and so img2dataset, has for values that are missing."""
+    [sample], damages = books(shard(packed(pair(0) | {"000000000.json": b'{"similarity": NaN, "caption": "a"}'})))
+    assert sample.fields["json:caption"] == "a"
+    assert damages == []
+
+
 # Fields.
+
+
+def by_suffix(count, *suffixes):
+    """Pairs whose members stand together by kind."""
+    members = pairs(count)
+    return {name: members[name] for suffix in suffixes for name in members if name.endswith(suffix)}
+
+
+@pytest.mark.parametrize("order", [("txt", "jpg", "json"), ("json", "jpg", "txt"), ("jpg", "txt", "json")])
+def test_fields_far_behind_the_first_are_found(shard, monkeypatch, order):
+    monkeypatch.setattr(webdataset, "_HEAD_BYTES", 30_000)  # Behind the first kind and some of the second.
+    found = shard(packed(by_suffix(20, *order)))
+    assert {"txt", "json:caption"} <= set(webdataset.fields(found))
+    read.check_fields([found], ["txt", "json:caption"])
+    assert read.default_captions(found) == {"alt": "txt"}
+
+
+def test_field_of_a_late_sample_is_found_if_wanted(shard, monkeypatch):
+    monkeypatch.setattr(webdataset, "_HEAD_BYTES", 10_000)
+    monkeypatch.setattr(webdataset, "_JSONS_ASKED", 2)
+    members = pairs(20) | {"000000019.json": b'{"late": "x"}'}
+    found = shard(packed(members))
+    assert "json:late" not in webdataset.fields(found)
+    read.check_fields([found], ["json:late"])
+    with pytest.raises(UserError, match="no such field"):
+        read.check_fields([found], ["json:never"])
+
+
+def test_fields_of_a_usual_tar_take_its_head_only(shard, monkeypatch):
+    monkeypatch.setattr(webdataset, "_HEAD_BYTES", 10_000)
+    found = shard(packed(pairs(20)))
+    monkeypatch.setattr(webdataset, "_open_tar", None)
+    assert "json:synthetic" in webdataset.fields(found, ["txt", "json:caption"])
 
 
 def test_fields_when_asked_then_those_of_the_first_samples(shard):
