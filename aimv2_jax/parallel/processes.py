@@ -194,6 +194,29 @@ def meet(name: str, timeout_s: int) -> None:
         raise _late({i: host for i, host in hosts().items() if i not in here}, name, timeout_s) from error
 
 
+def post(name: str, value: Any) -> None:
+    """Stores `value`, which is JSON, under `name` for the other processes; waits for none of them."""
+    client = _client()
+    if client is not None:
+        import jax
+
+        client.key_value_set(f"{_STORE}/posted/{name}/{jax.process_index()}", json.dumps(value))
+
+
+def posted(name: str) -> dict[int, Any]:
+    """What processes have posted under `name` so far, by process index."""
+    client = _client()
+    found = [] if client is None else client.key_value_dir_get(f"{_STORE}/posted/{name}/")
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
+
+
+def withdraw(name: str) -> None:
+    """Deletes what all processes have posted under `name` and under names that begin with `name`/."""
+    client = _client()
+    if client is not None:
+        client.key_value_delete(f"{_STORE}/posted/{name}/")
+
+
 def _late(late: Mapping[int, str], name: str, timeout_s: int) -> UserError:
     who = ", ".join(f"process {index} on {host}" for index, host in late.items())
     remedy = "Look into their logs, or raise processes.barrier_timeout_s"

@@ -11,11 +11,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import itertools
 import logging
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -29,17 +27,21 @@ from etils import epath
 
 from aimv2_jax.config import Config, config_to_dict
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import make_folder
 from aimv2_jax.parallel import processes
 from aimv2_jax.train import step_folders, step_meta
-from aimv2_jax.train.event_loops import reads_seen_through
+from aimv2_jax.train.event_loops import PatientEventLoops
 from aimv2_jax.train.manifest import Manifest, Wrong
+from aimv2_jax.train.save_barrier import PeerFailed, SaveBarrier
 from aimv2_jax.train.step_folders import FOLDER
 from aimv2_jax.train.step_meta import FORMAT_VERSION, DamagedStep, Evaluation, StepVanished
 from aimv2_jax.train.step_meta import measured_on as measured_on
 from aimv2_jax.train.words import human_bytes, is_news, reason_of
 
 _FILLED = "guard/"  # Leaves that format 1 lacks: they start as zeros.
-_PATIENCE_S = 1800  # That other processes wait for process 0 to read a whole checkpoint.
+# Orbax and the other processes wait as long as a save or a look at all steps takes: Orbax measures by the wall clock,
+# which may jump by decades, and the run's watchdog by a monotonic one (`watch.save_s`, `watch.start_s`).
+_NO_LIMIT_S = 1000 * 365 * 86_400
 _turns = itertools.count()  # Of what processes agree on here: all of them do it in the same order.
 
 
@@ -127,16 +129,16 @@ class CheckpointReader:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=partial or bool(fresh),
         )
-        path = self._folder / str(step) / "state"
+        path = step_folders.place(self._folder, step) / "state"
         try:
             with (
-                reads_seen_through(),
+                PatientEventLoops(),
                 ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
                 jax.transfer_guard("allow"),
             ):
                 restored = reader.restore(path, args=args)
                 return _map_paths(lambda path, leaf: _zeros(fresh[path]) if path in fresh else leaf, restored)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             if step not in step_folders.committed_steps(self._folder):
                 raise StepVanished(self._folder, step) from error
             # Shapes and types were compared before: it's the files.
@@ -177,8 +179,8 @@ class Damage:
 class Checkpointer(CheckpointReader):
     """Saves a run's state without stopping it, and keeps the newest, the best and some more; every process makes one.
 
-    A save that failed is told once, for the caller to save again; the second failure in a row is raised. In a run of
-    several processes the first is, since the others may not have seen it.
+    A save that failed on any process is told once on all of them, for the next save to make up for it; the second
+    failure in a row is raised. What cannot be deleted fails no save: it is told once, and tried again before each.
 
     Args:
       workdir: the run's folder; half-written steps that a killed run left in it are swept away.
@@ -189,18 +191,28 @@ class Checkpointer(CheckpointReader):
     def __init__(self, workdir: str | Path, keep: int, keep_steps: Collection[int] = ()):
         super().__init__(workdir)
         logging.getLogger("absl").addFilter(is_news)
+        make_folder(self._folder, "--workdir")
+        self._ending = contextlib.ExitStack()
+        self._ending.enter_context(PatientEventLoops())
         self._keep, self._keep_steps = keep, frozenset(keep_steps)
         self._pending: concurrent.futures.Future[_Outcome] | None = None
         self._failure: UserError | None = None  # Of the newest save; None when it has not failed.
         self._is_told, self._failures = False, 0  # In a row.
-        step_folders.make_folder(self._folder)
-        step_folders.sweep(self._folder)
+        self._undeleted: dict[str, str] = {}
+        self._sweep()
         self._unreadable: set[int] = set()
         self._known = _read_record(self._folder, self._unreadable)
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        # When folders are made in the background and one cannot be, Orbax's other threads wait for it for minutes.
-        options = ocp.AsyncOptions(create_directories_asynchronously=False)
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._barrier = SaveBarrier()
+        options = ocp.AsyncOptions(
+            timeout_secs=_NO_LIMIT_S,
+            barrier_sync_fn=self._barrier,
+            # In the background, Orbax waits for folders by the wall clock, and for minutes where one cannot be made.
+            # In the foreground, other processes would wait for that in a collective, without end.
+            create_directories_asynchronously=jax.process_count() > 1,
+        )
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
+        self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
 
     def steps(self) -> list[int]:
         self._settle(block=False)
@@ -217,7 +229,7 @@ class Checkpointer(CheckpointReader):
         """
         self._settle(block=True)
         found = self._find_intact() if jax.process_index() == 0 else None
-        found = processes.agree(f"newest intact checkpoint {next(_turns)}", found, _PATIENCE_S)
+        found = processes.agree(f"newest intact checkpoint {next(_turns)}", found, _NO_LIMIT_S)
         wrong = {step: tuple(Wrong(*pair) for pair in pairs) for step, pairs in found["wrong"]}
         if found["step"] is None and wrong:
             raise UserError(
@@ -232,8 +244,8 @@ class Checkpointer(CheckpointReader):
     def set_aside_newer(self, step: int, why: str) -> list[int]:
         """Makes all steps newer than `step` no steps any more, and returns them; to be called by every process.
 
-        Their files are kept as `WHY-STEP-N` beside the steps, also those of the best and of `keep_steps`: they belong
-        to a course that the run leaves, and would be taken for its newest.
+        Their files are kept, also those of the best and of `keep_steps`: they belong to a course that the run leaves,
+        and would be taken for its newest.
 
         Args:
           step: the newest that stays; a save in progress is waited for, and doesn't.
@@ -245,7 +257,7 @@ class Checkpointer(CheckpointReader):
         if jax.process_index() == 0:
             for known in reversed(newer):  # A kill in between leaves the course as it was, shorter.
                 step_folders.set_aside(self._folder, known, why)
-        processes.agree(f"checkpoints set aside {next(_turns)}", True, _PATIENCE_S)
+        processes.agree(f"checkpoints set aside {next(_turns)}", True, _NO_LIMIT_S)
         self._forget(newer)
         return newer
 
@@ -274,7 +286,7 @@ class Checkpointer(CheckpointReader):
           start of this one, which was tried again at once. This save is on its way in any case.
 
         Raises:
-          UserError: at the second failure in a row; in a run of several processes, at the first.
+          UserError: at the second failure in a row.
         """
         self._settle(block=True)
         failed = self._tell()
@@ -288,18 +300,20 @@ class Checkpointer(CheckpointReader):
             "leaves": step_meta.leaves(state),
         }
         num_bytes = state_bytes(state)
-        while not self._start(step, state, meta, num_bytes):
+        while (name := self._start(step, state, meta, num_bytes)) is None:
             failed = self._tell()
-        self._pending = self._finisher.submit(self._finish, step, num_bytes, meta, next(_turns))
+        self._pending = self._finisher.submit(self._finish, step, name, num_bytes, meta)
         return failed
 
     def check_errors(self) -> UserError | None:
         """The error of a save that failed in the background, once; costs nothing, to be called every step.
 
-        The caller saves the state that it has now: nothing else makes up for the step that was not written.
+        In a run of one process the caller saves the state that it has now: nothing else makes up for the step that was
+        not written. The processes of a run learn of it at different steps, and must save the same one: there, the next
+        save that is due makes up for it.
 
         Raises:
-          UserError: at the second failure in a row; in a run of several processes, at the first.
+          UserError: at the second failure in a row.
         """
         self._settle(block=False)
         return self._tell()
@@ -328,9 +342,9 @@ class Checkpointer(CheckpointReader):
             self.wait()
         finally:
             self._finisher.shutdown()
-            with contextlib.suppress(OSError):  # What is left is swept at the next start.
-                step_folders.sweep(self._folder)
+            self._sweep()
             self._orbax.close()
+            self._ending.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -363,48 +377,92 @@ class Checkpointer(CheckpointReader):
         self._unreadable -= set(steps)
         self._known = {step: known for step, known in self._known.items() if step not in steps}
 
-    def _start(self, step: int, state: Any, meta: Mapping[str, Any], num_bytes: int) -> bool:
-        """Whether Orbax is at work on it; else the reason is kept to be told."""
+    def _start(self, step: int, state: Any, meta: Mapping[str, Any], num_bytes: int) -> str | None:
+        """Has Orbax begin a save; the name of its folder, or None where that fails, and the reason is kept to be told.
+
+        Process 0 tries the disk first, for all: they begin together, or none of them does.
+        """
+        turn = next(_turns)
+        begun = self._new_place(step) if jax.process_index() == 0 else None
+        begun = processes.agree(f"begin of checkpoint {turn}", begun, _NO_LIMIT_S)
+        if begun["reason"] is not None:
+            self._fail(self._not_written(step, num_bytes, begun["reason"]))
+            return None
+        self._barrier.begin(f"checkpoint {turn}")
         try:
-            if step_folders.renames(self._folder) and not self._folder.is_dir():
-                # Orbax would make it anew: on the wrong disk, where that of the workdir is gone.
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._folder))
-            step_folders.sweep(self._folder)  # What a failed save left would take the room of this one.
             with jax.transfer_guard("allow"):
                 self._orbax.save(
-                    step_folders.saving_place(self._folder, step),
+                    self._folder / begun["name"],
                     args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
                     force=True,  # Replaces what a killed save left where nothing is renamed; never a whole step.
                 )
-            return True
         except OSError as error:
+            if jax.process_count() > 1:  # The others may be in a collective of this save.
+                raise
             self._fail(self._not_written(step, num_bytes, reason_of(error)))
-            return False
+            return None
+        return begun["name"]
 
-    def _finish(self, step: int, num_bytes: int, meta: Mapping[str, Any], turn: int) -> _Outcome:
-        """In the background: sees a save through, makes it a step, and deletes those that need not be kept."""
-        reason = None
+    def _new_place(self, step: int) -> dict[str, str | None]:
+        """On process 0: the folder of a save that begins, or why it cannot."""
+        self._sweep()  # What a failed save left would take the room of this one.
         try:
-            self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                step_folders.commit(self._folder, step, step_meta.about(meta))
-        except (OSError, ValueError, TimeoutError) as error:  # TensorStore tells of a full disk by ValueError.
-            reason = reason_of(error)
-        if reason is None or jax.process_index() == 0:  # It is a step on all processes, or on none.
-            reason = processes.agree(f"checkpoint {turn}", reason, _PATIENCE_S)
+            return {"name": step_folders.new_place(self._folder, step), "reason": None}
+        except OSError as error:
+            return {"name": None, "reason": reason_of(error)}
+
+    def _finish(self, step: int, name: str, num_bytes: int, meta: Mapping[str, Any]) -> _Outcome:
+        """In the background: sees a save through, makes it a step, and deletes those that need not be kept."""
+        self._barrier.forget_before()
+        reason = self._write(step, name, meta)
+        # It is a step on all processes, or on none.
+        reason = processes.agree(f"end of {self._barrier.save}", reason, _NO_LIMIT_S)
         if reason is not None:
             return _Outcome(self._known, self._not_written(step, num_bytes, reason))
         record = {**self._known, step: step_meta.evaluation(meta)}
         kept = {*sorted(record)[-self._keep :], step_meta.best(record), *self._keep_steps, *self._unreadable}
-        left = dict(record)
-        try:
+        left = {step: known for step, known in record.items() if step in kept}
+        if jax.process_index() == 0:
             for old in record.keys() - kept:
-                step_folders.delete(self._folder, old)
-                del left[old]
-        except OSError as error:
-            remedy = f"See that {self._folder} can be written, and start the same command again; step {step} is saved"
-            return _Outcome(left, UserError(f"could not delete the checkpoint of step {old}", reason_of(error), remedy))
+                undeleted = step_folders.delete(self._folder, old)
+                self._tell_undeleted(undeleted)
+                if str(old) in undeleted:
+                    left[old] = record[old]
         return _Outcome(left, None)
+
+    def _write(self, step: int, name: str, meta: Mapping[str, Any]) -> str | None:
+        """Waits until all processes have written the step, and makes it one; the reason where that cannot be."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                step_folders.commit(self._folder, name, step, step_meta.about(meta))
+        except PeerFailed as error:
+            return str(error)
+        # ValueError is TensorStore's for a full disk, JaxRuntimeError Orbax's where process 0 could make no folders.
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            return self._barrier.fail(reason_of(error))
+        return None
+
+    def _sweep(self) -> None:
+        """Deletes what saves and deletions that came to nothing have left, as far as that can be done."""
+        try:
+            undeleted = step_folders.sweep(self._folder)
+            self._undeleted = {name: why for name, why in self._undeleted.items() if (self._folder / name).exists()}
+        except OSError:  # The folder cannot be read, or is gone: a save that needs it tells.
+            return
+        self._tell_undeleted(undeleted)
+
+    def _tell_undeleted(self, undeleted: Mapping[str, str]) -> None:
+        """Prints what cannot be deleted, each once; the run goes on."""
+        news = undeleted.keys() - self._undeleted.keys()
+        self._undeleted |= undeleted
+        for name in sorted(news):
+            print(
+                f"could not delete {self._folder / name} ({undeleted[name]}): it is tried again before each save "
+                f"({len(self._undeleted)} in all)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _settle(self, block: bool) -> None:
         """Takes note of how the save in progress ended, if it has; with `block`, waits for that."""
@@ -423,10 +481,10 @@ class Checkpointer(CheckpointReader):
         self._failures += 1
 
     def _tell(self) -> UserError | None:
-        """The failure that nobody was told of, if there is one; raises it where the caller cannot make up for it."""
+        """The failure that nobody was told of, if there is one; raises the second in a row."""
         if self._failure is None or self._is_told:
             return None
-        if self._failures > 1 or jax.process_count() > 1:
+        if self._failures > 1:
             self._raise_failure()
         self._is_told = True
         return self._failure
@@ -453,7 +511,7 @@ class Checkpointer(CheckpointReader):
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """How a save ended: the steps that there are, and why it or what was to be deleted after it failed."""
+    """How a save ended: the steps that there are, and why it failed, if it did."""
 
     known: dict[int, Evaluation | None]
     failure: UserError | None

@@ -1,10 +1,14 @@
-"""Event loops that see their tasks through."""
+"""Event loops that wait for all their tasks before they close."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+import threading
+
+_lock = threading.Lock()
+_users = 0  # Of the policy that is in force.
+_before: asyncio.AbstractEventLoopPolicy | None = None  # The policy that is restored when the last of them leaves.
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
@@ -21,16 +25,25 @@ class _PatientLoops(asyncio.DefaultEventLoopPolicy):
         return _PatientLoop()
 
 
-@contextlib.contextmanager
-def reads_seen_through() -> Iterator[None]:
-    """While this lasts, event loops of this process wait for all their tasks before they close. Not for two threads.
+class PatientEventLoops(contextlib.AbstractContextManager):
+    """While this lasts, new event loops of this process wait for all their tasks before they close.
 
-    Orbax closes its loop at the first read that fails; each read still on its way would then end in a traceback of its
-    own, beside the one line that tells the user.
+    Orbax closes its loop at the first read or write that fails. Each one still in flight would then end in a traceback
+    of its own, and a write would go on in a folder that nobody waits for. Several threads may use this at a time.
     """
-    policy = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_PatientLoops())
-    try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(policy)
+
+    def __enter__(self) -> PatientEventLoops:
+        global _users, _before
+        with _lock:
+            if not _users:
+                _before = asyncio.get_event_loop_policy()
+                asyncio.set_event_loop_policy(_PatientLoops())
+            _users += 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _users
+        with _lock:
+            _users -= 1
+            if not _users:
+                asyncio.set_event_loop_policy(_before)

@@ -18,8 +18,12 @@ from typing import Any
 
 from etils import epath
 
+from aimv2_jax.files import is_made_by_system, is_remote, read_whole
+from aimv2_jax.untrusted import open_regular, parse_json_object
+
 NAME = "manifest.json"
-MISSING, EXTRA, OTHER_CONTENTS = "missing", "extra", "other contents"
+MISSING, EXTRA, OTHER_CONTENTS, IRREGULAR = "missing", "extra", "other contents", "not a regular file"
+_MAX_BYTES = 256 << 20  # Of a manifest: 100 bytes for each file.
 _CHUNK = 2**20  # Bytes read at a time.
 _THREADS = 4  # Hashing releases Python's lock.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # File systems on which folders, or files open to read, cannot be synced.
@@ -59,13 +63,13 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> Manifest:
         """Raises `ValueError` unless `data` is, to the last byte, what `to_bytes` gave."""
         try:
-            tree = json.loads(data)
+            tree = parse_json_object(data)
             del tree["digest"]
             if _signed(tree) != data:
                 raise ValueError(OTHER_CONTENTS)
             words = {name: entry.split() for name, entry in tree.pop("files").items()}
             files = {name: Entry(int(size), sha256) for name, (size, sha256) in words.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(OTHER_CONTENTS if data else "empty") from error
         return cls(tree, files)
 
@@ -84,7 +88,7 @@ def _signed(tree: Mapping[str, Any]) -> bytes:
 def read(folder: epath.Path) -> Manifest | None:
     """The manifest in `folder`, or None where there is none; raises `ValueError` when it is damaged."""
     try:
-        data = (folder / NAME).read_bytes()
+        data = read_whole(folder / NAME, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -101,7 +105,7 @@ def write(folder: epath.Path, about: Mapping[str, Any]) -> Manifest:
     entries = _in_threads(lambda item: hash_file(item[1], sync=True), names)
     manifest = Manifest(about, {name: entry for (name, _), entry in zip(names, entries)})
     (folder / NAME).write_bytes(manifest.to_bytes())
-    if "://" not in str(folder):
+    if not is_remote(folder):
         with open(folder / NAME, "rb") as file:
             os.fsync(file.fileno())
         for place, _, _ in os.walk(folder):
@@ -128,7 +132,8 @@ def compare(folder: epath.Path, manifest: Manifest, progress: Callable[[int], No
         what = check_file(there[name], expected, progress)
         return None if what is None else Wrong(name, what)
 
-    found = _in_threads(check, list(manifest.files.items()))
+    wanted = [item for item in manifest.files.items() if not any(map(is_made_by_system, item[0].split("/")))]
+    found = _in_threads(check, wanted)
     return sorted([*filter(None, found), *extra], key=lambda wrong: wrong.file)
 
 
@@ -143,6 +148,8 @@ def check_file(path: epath.Path, expected: Entry, progress: Callable[[int], None
         return MISSING
     except OSError as error:
         return _unreadable(error)
+    except ValueError:
+        return IRREGULAR
     return f"size {size:,} instead of {expected.size:,}"
 
 
@@ -156,21 +163,26 @@ def check_bytes(data: bytes, expected: Entry) -> str | None:
 def hash_file(path: epath.Path, progress: Callable[[int], None] | None = None, sync: bool = False) -> Entry:
     """Size and hash of a file; `sync` also sees to it that the file survives a crash, where there is a disk."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with path.open("rb") if is_remote(path) else open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
             if progress is not None:
                 progress(len(chunk))
-        if sync and "://" not in str(path):
+        if sync and not is_remote(path):
             _sync(file.fileno())
     return Entry(size, digest.hexdigest())
 
 
 def list_files(folder: epath.Path) -> dict[str, epath.Path]:
-    """All files below `folder` by their path in it; links are files, wherever they lead."""
+    """All files below `folder` by their path in it; links are files, wherever they lead.
+
+    Those that file systems and desktops make by themselves come and go, and are left out.
+    """
     found = {}
     for path in folder.iterdir():
+        if is_made_by_system(path.name):
+            continue
         if path.is_dir() and not os.path.islink(path):
             found |= {f"{path.name}/{name}": file for name, file in list_files(path).items()}
         else:

@@ -269,14 +269,17 @@ class Run:
         return None
 
     def _check_saved(self, number: int) -> bool:
-        """Whether a save in the background came to nothing, for the first time: this step is to be saved instead."""
-        failure = self.checkpointer.check_errors()
-        if failure is not None:
-            self._tell_failure(number, failure)
-        return failure is not None
+        """Whether a save in the background failed, for the first time, and this step is to be saved instead.
 
-    def _tell_failure(self, number: int, failure: UserError) -> None:
-        say(f"{failure} It is tried once more, with step {number}.")
+        Several processes do not see that at the same step; there, the next save that is due makes up for it.
+        """
+        failure, alone = self.checkpointer.check_errors(), jax.process_count() == 1
+        if failure is not None:
+            self._tell_failure(number, failure, f"with step {number}" if alone else "with the next save")
+        return failure is not None and alone
+
+    def _tell_failure(self, number: int, failure: UserError, when: str) -> None:
+        say(f"{failure} It is tried once more, {when}.")
         self.events.write("save_failed", number, why=str(failure))
 
     def _save(self, course: Course, state: TrainState, eval_loss: float | None) -> None:
@@ -289,7 +292,7 @@ class Run:
             start_s = time.perf_counter()
             failure = self.checkpointer.save(course.step, state, self.config, eval_loss, course.extra())
             if failure is not None:
-                self._tell_failure(course.step, failure)
+                self._tell_failure(course.step, failure, f"with step {course.step}")
             self._retire_interruptions()
             self.save_stall_s += time.perf_counter() - start_s
         self.events.write("save", course.step, seconds=round(time.perf_counter() - begin_s, 3))

@@ -15,12 +15,15 @@ from etils import epath
 
 from aimv2_jax import __version__
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import read_whole
 from aimv2_jax.train import manifest as manifests
 from aimv2_jax.train.manifest import Manifest, Wrong
-from aimv2_jax.train.step_folders import META, committed_steps
+from aimv2_jax.train.step_folders import MAX_META_BYTES, META, committed_steps, place
 from aimv2_jax.train.words import first_line
+from aimv2_jax.untrusted import as_int, parse_json_object
 
 FORMAT_VERSION = 2  # Format 1 had no manifest, and no leaves below `guard/`.
+_NEWEST = 2**63 - 1  # Format or step that a record may name.
 _SHOWN = 3  # Files that an error names.
 
 
@@ -45,7 +48,7 @@ class DamagedStep(UserError):
     def __init__(self, folder: epath.Path, step: int, wrong: Sequence[Wrong]):
         self.step, self.wrong = step, tuple(wrong)
         super().__init__(
-            f"damaged checkpoint: {folder / str(step)}",
+            f"damaged checkpoint: {place(folder, step)}",
             shortened(wrong),
             "Name another step; the run itself sets it aside when it is started again, and goes on from the newest "
             "intact one",
@@ -77,13 +80,15 @@ def about(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_meta(folder: epath.Path, step: int) -> dict[str, Any]:
     """The meta of a step, whose file is compared with the manifest; raises as `CheckpointReader.meta`."""
-    place = folder / str(step)
+    path = place(folder, step)
     try:
-        data = (place / META).read_bytes()
+        data = read_whole(path / META, MAX_META_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         if step in committed_steps(folder):
             raise DamagedStep(folder, step, [Wrong(META, manifests.MISSING)]) from error
         raise StepVanished(folder, step) from error
+    except ValueError as error:
+        raise DamagedStep(folder, step, [Wrong(META, first_line(error))]) from error
     manifest = read_manifest(folder, step)
     if manifest is not None:
         entry = manifest.files.get(META)
@@ -91,18 +96,29 @@ def read_meta(folder: epath.Path, step: int) -> dict[str, Any]:
         if what is not None:
             raise DamagedStep(folder, step, [Wrong(META, what)])
     try:
-        meta = json.loads(data)
-        version = int(meta["format_version"])
+        meta = parse_json_object(data)
+        version = as_int(meta["format_version"], 1, _NEWEST)
         if version <= FORMAT_VERSION:
-            dict(meta["config"]), dict(meta["leaves"]), evaluation(meta)
+            _check_meta(meta)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStep(folder, step, [Wrong(META, f"cannot be understood ({first_line(error)})")]) from error
-    _refuse_newer(place, version)
+    _refuse_newer(path, version)
     if manifest is None and version > 1:
         if step not in committed_steps(folder):
             raise StepVanished(folder, step)
         raise DamagedStep(folder, step, [Wrong(manifests.NAME, manifests.MISSING)])
     return meta
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, `KeyError` or `TypeError` where `meta` is not what a save writes."""
+    dict(meta["config"])
+    for path, (shape, dtype) in dict(meta["leaves"]).items():
+        if not isinstance(dtype, str) or not all(isinstance(size, int) for size in shape):
+            raise ValueError(f"no shape and dtype of {path}")
+    evaluated = evaluation(meta)
+    if evaluated is not None and not isinstance(evaluated.loss, (int, float)):
+        raise ValueError("eval_loss is no number")
 
 
 def verify(folder: epath.Path, step: int, progress: Callable[[int], None] | None = None) -> Manifest | None:
@@ -118,12 +134,12 @@ def verify(folder: epath.Path, step: int, progress: Callable[[int], None] | None
       StepVanished: when the step isn't there, or is deleted by its trainer meanwhile.
       UserError: when a newer version wrote it.
     """
-    place = folder / str(step)
+    path = place(folder, step)
     manifest = read_manifest(folder, step)
     if manifest is None:
         read_meta(folder, step)
         return None
-    wrong = manifests.compare(place, manifest, progress) if place.is_dir() else [Wrong(META, manifests.MISSING)]
+    wrong = manifests.compare(path, manifest, progress) if path.is_dir() else [Wrong(META, manifests.MISSING)]
     if not wrong:
         return manifest
     if step not in committed_steps(folder):
@@ -134,24 +150,24 @@ def verify(folder: epath.Path, step: int, progress: Callable[[int], None] | None
 
 
 def read_manifest(folder: epath.Path, step: int) -> Manifest | None:
-    place = folder / str(step)
+    path = place(folder, step)
     try:
-        manifest = manifests.read(place)
+        manifest = manifests.read(path)
         if manifest is None:
             return None
-        version, whose = int(manifest.about["format_version"]), int(manifest.about["step"])
+        version, whose = (as_int(manifest.about[key], 0, _NEWEST) for key in ("format_version", "step"))
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStep(folder, step, [Wrong(manifests.NAME, first_line(error))]) from error
-    _refuse_newer(place, version)
+    _refuse_newer(path, version)
     if whose != step:
         raise DamagedStep(folder, step, [Wrong(manifests.NAME, f"that of step {whose}")])
     return manifest
 
 
-def _refuse_newer(place: epath.Path, version: int) -> None:
+def _refuse_newer(path: epath.Path, version: int) -> None:
     if version > FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {place} was written by a newer aimv2_jax",
+            f"checkpoint {path} was written by a newer aimv2_jax",
             f"format {version}, this one reads up to {FORMAT_VERSION}",
             "Update aimv2_jax",
         )

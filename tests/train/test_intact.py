@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -281,7 +282,8 @@ def test_step_when_killed_after_orbax_and_before_the_manifest_then_no_step_and_s
     script = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{KILLED_BEFORE_THE_MANIFEST}"
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert killed.returncode == -9, killed.stderr
-    assert folders(tmp_path) == ["1", "2.orbax-checkpoint-tmp-saving"]
+    one, left = folders(tmp_path)
+    assert one == "1" and left.startswith("2.orbax-checkpoint-tmp-saving-") and left.count(".") == 1
     assert CheckpointReader(tmp_path).steps() == [1]
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         assert checkpointer.newest_intact() == (1, [])
@@ -394,11 +396,31 @@ def test_bucket_when_its_newest_step_is_damaged_then_set_aside_and_the_next_is_u
     before = contents(place / "20")
     with Checkpointer(workdir, keep=2) as checkpointer:
         newest, [damage] = checkpointer.newest_intact()
-        assert (newest, damage.step, damage.moved_to, checkpointer.steps()) == (10, 20, "damaged-20-1", [10])
-        assert (contents(place / "damaged-20-1"), (place / "20").exists()) == (before, False)
+        assert (newest, damage.step, damage.moved_to, checkpointer.steps()) == (10, 20, "20/set_aside.json", [10])
         assert_same(checkpointer.restore(10, abstract(make_state())), make_state(10))
         checkpointer.save(20, make_state(21), CONFIG)
+    assert json.loads((place / "20/set_aside.json").read_text()) == {"why": "damaged", "step": 20}
+    (place / "20/set_aside.json").unlink()
+    assert contents(place / "20") == before  # Nothing of it was copied, moved or deleted.
+    (place / "20/manifest.json").unlink()
     assert_same(CheckpointReader(workdir).restore(20, abstract(make_state())), make_state(21))
+
+
+def test_bucket_when_a_step_is_set_aside_again_and_again(bucket):
+    """Each save of the same step has a folder of its own, and only the last one is the step."""
+    workdir = f"{NAME}/run"
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        for seed in (1, 2, 3):
+            checkpointer.save(10, make_state(0), CONFIG, eval_loss=1.0)
+            checkpointer.save(20, make_state(seed), CONFIG)
+            assert checkpointer.set_aside_newer(5, "rewound") == [10, 20]
+        checkpointer.save(20, make_state(4), CONFIG)
+        checkpointer.save(30, make_state(5), CONFIG)
+    reader = CheckpointReader(workdir)
+    assert (reader.steps(), len(reader.set_aside())) == ([30], 6)  # `20-4` was a step, and is deleted as one.
+    assert sorted(path.name for path in (bucket / "run/checkpoints").iterdir()) == sorted(
+        ["30", *(f"{step}{more}" for step in (10, 20) for more in ("", "-2", "-3"))]
+    )
 
 
 def test_bucket_when_a_step_has_no_manifest_then_it_is_none_unless_it_is_of_format_1(bucket):
@@ -432,11 +454,3 @@ def test_bucket_when_a_step_is_being_deleted_then_it_is_none_first(bucket, monke
     seen = steps_at_each_deletion(f"{NAME}/run", monkeypatch)
     save_all(f"{NAME}/run", {1: None, 2: None}, keep=1)
     assert seen == [[2]]
-
-
-def test_bucket_when_a_step_is_set_aside_then_it_is_none_before_its_old_place_is_emptied(bucket, monkeypatch):
-    save_all(f"{NAME}/run", {1: None, 2: None})
-    with Checkpointer(f"{NAME}/run", keep=2) as checkpointer:
-        seen = steps_at_each_deletion(f"{NAME}/run", monkeypatch)
-        assert checkpointer.set_aside_newer(1, "rewound") == [2]
-    assert seen == [[1]]

@@ -1,4 +1,4 @@
-"""Several processes and one folder of checkpoints: the first looks and moves, and all know the same."""
+"""Several processes and one folder of checkpoints: the first looks and moves, and all know the same of every save."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from aimv2_jax.train.checkpoint import CheckpointReader
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 ROOT = Path(__file__).parents[2]
-PROCESS = """
-import os, sys
+JOIN = """
+import contextlib, os, sys, time
 index, port, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
@@ -28,9 +28,12 @@ from aimv2_jax.parallel import processes
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.train import manifest
 from aimv2_jax.train.checkpoint import Checkpointer
+from full_disk import files_of_at_most
 
 processes.join(Place(f"127.0.0.1:{port}", 2, index), ProcessesConfig(60, 100, 60))
 sharding = jax.NamedSharding(jax.make_mesh((4,), ("data",)), jax.P("data"))
+"""
+AGREE = """
 saved = {step: jax.jit(lambda: {"w": jnp.arange(64.0) * step}, out_shardings=sharding)() for step in range(6)}
 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved[0])
 
@@ -56,42 +59,97 @@ with Checkpointer(workdir, keep=3) as checkpointer:
     newest, damages = checkpointer.newest_intact()
     print(newest, checkpointer.steps(), *damages)
     assert_restored(checkpointer, 2, 2)
+processes.leave()
+"""
+FAIL = """
+LIMIT = 1 << 16  # Bytes of a file; each device has four times as many.
+state = jax.jit(lambda: {"w": jax.random.normal(jax.random.key(0), (1 << 18,))}, out_shardings=sharding)()
 
-    def full(*_):
-        raise OSError(28, os.strerror(28), "a file")
+def told(checkpointer, step, refused, limit=LIMIT):
+    # How the save of `step` fails of which the processes `refused` cannot write their part.
+    with files_of_at_most(limit) if index in refused else contextlib.nullcontext():
+        assert checkpointer.save(step, state, None) is None
+        begin_s = time.monotonic()
+        while (failure := checkpointer.check_errors()) is None:
+            assert time.monotonic() < begin_s + 60, "the failure is never told"
+            time.sleep(0.01)
+    assert f"could not write the checkpoint of step {step}," in failure.what, failure
+    assert failure.value == f"process {refused[0]} on {os.uname().nodename}: File too large", failure
+    return failure
 
-    manifest.write = full  # By process 0 alone; the other would know nothing of it.
-    checkpointer.save(5, saved[5], None)
+def raised(call):
     try:
-        checkpointer.wait()
+        call()
     except UserError as error:
-        print(error)
-    assert checkpointer.steps() == [1, 2]
+        return str(error)
+    raise AssertionError("nothing is raised")
+
+checkpointer = Checkpointer(workdir, keep=9)
+good = []
+for step, refused in ((1, [1]), (3, [0]), (5, [0, 1])):
+    told(checkpointer, step, refused)
+    good.append(step + 1)
+    assert checkpointer.save(step + 1, state, None) is None  # Makes up for it.
+    checkpointer.wait()
+    assert checkpointer.check_errors() is None and checkpointer.steps() == good
+
+def full(*_):
+    raise OSError(28, os.strerror(28), "a file")
+
+write, manifest.write = manifest.write, full  # Called by process 0 alone.
+assert checkpointer.save(7, state, None) is None
+failure = checkpointer.save(8, state, None)  # Process 1 has not asked before: all learn of it here.
+assert "of step 7," in failure.what and "process 0 on" in failure.value and "No space left" in failure.value
+assert "of step 8," in raised(checkpointer.wait)
+manifest.write = write
+checkpointer.save(9, state, None)
+checkpointer.wait()
+
+told(checkpointer, 10, [1])
+assert "of step 11," in raised(lambda: told(checkpointer, 11, [1]))  # The second in a row.
+checkpointer.save(12, state, None)
+checkpointer.wait()
+with files_of_at_most(LIMIT // 2) if index == 0 else contextlib.nullcontext():  # Process 0 cannot begin, nor again.
+    assert "of step 13," in raised(lambda: checkpointer.save(13, state, None))
+checkpointer.close()
+assert not processes.posted("checkpoint 2/failed"), "what a save has stored is not deleted"
+print("steps", checkpointer.steps())
 processes.leave()
 """
 
 
-def test_steps_when_2_processes_save_set_aside_and_restore_then_they_know_the_same(tmp_path):
+def run_two(script: str, folder: Path, workdir: Path) -> list[str]:
+    """What each of two processes said that ran `script`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     port, running = str(free_port()), []
+    logs = [folder / f"{index}.log" for index in range(2)]
     try:
-        for index in range(2):
-            command = [sys.executable, "-c", PROCESS, str(index), port, str(tmp_path)]
-            with (tmp_path / f"{index}.log").open("w") as log:
-                running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-        for index, one in enumerate(running):
-            assert one.wait(120) == 0, (tmp_path / f"{index}.log").read_text()[-3000:]
+        for index, log in enumerate(logs):
+            command = [sys.executable, "-c", JOIN + script, str(index), port, str(workdir)]
+            with log.open("w") as out:
+                running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+        for one, log in zip(running, logs):
+            assert one.wait(120) == 0, log.read_text()[-3000:]
     finally:
         for one in running:
             one.kill()
             one.wait()
-    said = [(tmp_path / f"{index}.log").read_text() for index in range(2)]
-    for lines in said:
-        assert "2 [1, 2] the checkpoint of step 3 is damaged and was set aside as checkpoints/damaged-3-1: " in lines
-        assert "could not write the checkpoint of step 5" in lines and "No space left on device" in lines
+    return [log.read_text() for log in logs]
+
+
+def test_steps_when_2_processes_save_set_aside_and_restore_then_they_know_the_same(tmp_path):
+    for said in run_two(AGREE, tmp_path, tmp_path):
+        assert "2 [1, 2] the checkpoint of step 3 is damaged and was set aside as checkpoints/damaged-3-1: " in said
     assert folders(tmp_path) == ["1", "2", "damaged-3-1", "rewound-3-1"]
     assert CheckpointReader(tmp_path).verify(2)
+
+
+def test_save_when_one_of_2_processes_cannot_write(tmp_path):
+    """All learn of it within seconds, with process and reason; the next save makes up for it, the second one raises."""
+    for said in run_two(FAIL, tmp_path, tmp_path / "run"):
+        assert "steps [2, 4, 6, 9, 12]" in said and "Traceback" not in said
+    assert folders(tmp_path / "run") == ["12", "2", "4", "6", "9"]
