@@ -115,6 +115,13 @@ def as_int(value: Any, low: int, high: int) -> int:
     return value
 
 
+def as_number(value: Any, limit: float = 1e30) -> float:
+    """`value` as a float if it is an int or a float (no bool) of at most `limit`; raises `ValueError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= limit:
+        raise ValueError(f"not a number: {shorten(repr(value))}")
+    return float(value)
+
+
 def printable(text: str, limit: int = _MAX_PRINTED) -> str:
     """`text` on one line without control characters (they would reach the terminal), cut to `limit` characters."""
     text = shorten(text, limit)

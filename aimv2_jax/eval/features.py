@@ -43,6 +43,7 @@ from aimv2_jax.flags import Parser, check_output, make_output_folder, positive
 from aimv2_jax.platforms import skip_absent_tpu
 
 _RECORDS = ".array_record"
+_MAX_NAME = 255  # Bytes of a file's name.
 _DRAWN, _PAIRS = 8, 4  # Pictures of --pca, and how many side by side.
 
 Features = Float[np.ndarray, "h w D"]
@@ -130,15 +131,16 @@ class _Folder:
             raise UserError("--output is not empty", str(path), "Give a new folder")
 
     def __call__(self, name: str, features: Features, layer: int | None) -> None:
-        file = self._path / f"{name}.npz"
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(
-                "a record's key would lead out of --output", name, f"Name an --output that ends in {_RECORDS}"
-            )
-        if file.exists():
-            raise UserError(
-                "two pictures have one name", name, f"Rename one, or name an --output that ends in {_RECORDS}"
-            )
+        remedy = f"Name an --output that ends in {_RECORDS}"
+        parts = Path(f"{name}.npz").parts
+        if not name or "\0" in name or any(len(part.encode(errors="replace")) > _MAX_NAME for part in parts):
+            raise UserError("a record's key cannot be the name of a file", name, remedy)
+        if Path(name).is_absolute() or ".." in parts:
+            raise UserError("a record's key would lead out of --output", name, remedy)
+        file = self._path.joinpath(*parts)
+        # As a folder's, too: "a" and "a.npz/b".
+        if file.exists() or any(parent.is_file() for parent in file.parents):
+            raise UserError("two pictures have one name", name, f"Rename one; or n{remedy[1:]}")
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, features=features, layer=-1 if layer is None else layer)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import re
 from pathlib import Path
 
 from aimv2_jax.config import Config, config_text, mixture_counts
@@ -10,6 +12,10 @@ from aimv2_jax.data.steps import Steps
 from aimv2_jax.export.vision import Vision
 from aimv2_jax.export.weights import Trained, Weights
 from aimv2_jax.train.metrics import has_metrics, read_metrics
+from aimv2_jax.untrusted import printable
+
+# Keys whose values are folders and names of whoever trained, which a published model need not tell.
+_PRIVATE = ("*.sources", "*.sources.*", "*.path", "train.cooldown_from", "train.wandb_project", "train.compilation_*")
 
 
 def model_card(weights: Weights, dtype: str, tensors: int) -> str:
@@ -25,7 +31,7 @@ def model_card(weights: Weights, dtype: str, tensors: int) -> str:
         _use(vision),
     ]
     if weights.trained is None:
-        parts.append(f"Converted from `{Path(weights.source).name}`; how it was trained is not known here.")
+        parts.append(f"Converted from {_plain(Path(weights.source).name)}; how it was trained is not known here.")
     else:
         parts += ["Trained and exported by aimv2_jax.", *_training(weights.trained)]
     return "\n\n".join(parts) + "\n"
@@ -72,14 +78,30 @@ def _training(trained: Trained) -> list[str]:
     if evaluation:
         rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in evaluation.items())
         parts.append(f"Held out:\n\n| figure | value |\n|---|---|\n{rows}")
-    return [*parts, f"## Config\n\n```\n{config_text(config)}```"]
+    return [*parts, f"## Config\n\nWithout the keys that name folders.\n\n```\n{_published(config)}\n```"]
+
+
+def _published(config: Config) -> str:
+    """The lines of `config_text` that concern others; none of them can end the code block."""
+    lines = [printable(line, 2000) for line in config_text(config).splitlines()]
+    shown = (line for line in lines if not any(fnmatch.fnmatchcase(line.split(" = ")[0], key) for key in _PRIVATE))
+    return "\n".join(shown).replace("```", "~~~")
+
+
+def _plain(text: str) -> str:
+    """`text` as Markdown that shows it: on one line, every sign of markup escaped."""
+    return re.sub(r"([^\w\s.,:/-]|_)", r"\\\1", printable(text))
 
 
 def _mixture(config: Config) -> str:
     """The data mixture as a table: sources by the names that the config gives them."""
     counts = mixture_counts(config.data.mixture)
     whole = sum(sum(kinds.values()) for kinds in counts.values())
-    rows = [f"| {name} | {kind} | {n / whole:.1%} |" for name, kinds in counts.items() for kind, n in kinds.items()]
+    rows = [
+        f"| {_plain(name)} | {_plain(kind)} | {count / whole:.1%} |"
+        for name, kinds in counts.items()
+        for kind, count in kinds.items()
+    ]
     return "| source | captions | share |\n|---|---|---|\n" + "\n".join(rows)
 
 

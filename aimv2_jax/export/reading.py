@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,10 +16,16 @@ from aimv2_jax.export.names import Naming
 from aimv2_jax.export.tensors import Tensors
 from aimv2_jax.export.vision import Vision
 from aimv2_jax.export.weights import Weights
+from aimv2_jax.untrusted import as_int, as_number, read_json_object
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 OURS = "aimv2_jax"  # What config.json says beside what Hugging Face asks: area and upscale of `Vision`.
 HEAD_DIM = 128  # Of every released model (RECIPE.md §1): what a file alone does not say.
+# The largest sizes that a config may ask for: far beyond every model, and small enough to compute with.
+_MOST = {"hidden_size": 2**16, "intermediate_size": 2**18, "image_size": 2**14}
+_MOST_OF_OTHERS = 2**12
+_MOST_AREA = 2**20  # Patches.
+_AGAIN = "Copy the model again, or mend its config.json"
 _IMAGE_PATCHES = {"hf": "embeddings.patch_embed.weight", "apple": "preprocessor.patchifier.proj.weight"}
 _GATE = {"hf": "encoder.layers.0.ffn.gate_proj.weight", "apple": "trunk.blocks.0.mlp.fc1.weight"}
 _VISION_PART = "vision_model."  # Of `Aimv2Model`, beside which stand these:
@@ -56,7 +61,9 @@ def read_weights(path: str | Path, heads: int | None = None) -> Weights:
     naming = _naming(there, path)
     vision = _from_config(path, there) if path.is_dir() else _from_shapes(there, naming, heads, path)
     shapes = vision.shapes()
-    _compare(there, names.expected(naming, shapes, vision.depth), prefix, path)
+    # The number of blocks is the file's word, and may be of any size: among so many blocks one has no tensor.
+    blocks = min(vision.depth, len(there) + 1)
+    _compare(there, names.expected(naming, shapes, blocks), prefix, path)
 
     def read(paths: Collection[str]) -> Mapping[str, np.ndarray]:
         return dict(names.to_ours(lambda name: tensors.read(prefix + name), naming, paths, vision.depth))
@@ -80,12 +87,12 @@ def _compare(
 ) -> None:
     for name, shape in expected.items():
         if name not in there:
-            raise UserError(f"{path} lacks a tensor", prefix + name, "Copy the model again, or mend its config.json")
+            raise UserError(f"{path} lacks a tensor", prefix + name, _AGAIN)
         if there[name] != shape:
             raise UserError(
                 f"{path} has tensor {prefix}{name} in another shape",
                 f"{there[name]}, expected {shape}",
-                "Copy the model again, or mend its config.json",
+                _AGAIN,
             )
     extra = [name for name in there if name not in expected]
     if extra:
@@ -120,9 +127,13 @@ def _from_config(folder: Path, there: Mapping[str, tuple[int, ...]]) -> Vision:
     ours = get(OURS, {})
     if not ours:
         return vision
-    if not isinstance(ours, Mapping) or not isinstance(ours.get("area"), int | None):
-        raise UserError(f"{folder / CONFIG} has an unusable {OURS}", ours, "Export the model again")
-    return dataclasses.replace(vision, area=ours["area"], upscale=bool(ours.get("upscale", True)))
+    try:
+        area = ours.get("area")
+        area = None if area is None else as_int(area, 1, _MOST_AREA)
+        upscale = ours.get("upscale", True)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} has an unusable {OURS}", ours, "Export the model again") from error
+    return dataclasses.replace(vision, area=area, upscale=bool(upscale))
 
 
 def _with_processor(vision: Vision, path: Path, native: bool) -> Vision:
@@ -132,9 +143,15 @@ def _with_processor(vision: Vision, path: Path, native: bool) -> Vision:
         processor = _json(path)
         for key, name in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
             value = processor.get(name, getattr(vision, key))
-            if not (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))):
-                raise UserError(f"{path}: {name} is not three numbers", value, "Copy the model again")
-            changes[key] = tuple(map(float, value))
+            lowest = 0.0 if key == "pixel_mean" else 1e-6  # Nothing is divided by zero.
+            try:
+                red, green, blue = map(as_number, value)
+                if min(red, green, blue) < lowest:
+                    raise ValueError("below the lowest")
+            except (TypeError, ValueError) as error:
+                what = f"{path}: {name} is not three numbers of at least {lowest:g}"
+                raise UserError(what, value, "Copy the model again") from error
+            changes[key] = (red, green, blue)
         native = native and not processor.get("do_center_crop", False)
     rows, columns = vision.grid
     return dataclasses.replace(vision, area=rows * columns if native else None, **changes)
@@ -195,21 +212,23 @@ class _Getter:
 
     def positive(self, key: str, default: float) -> float:
         value = self(key, default)
-        if not _is_number(value) or value <= 0:
-            raise UserError(f"{self._path}: {key} is not a number above zero", value, "Mend it")
-        return float(value)
+        try:
+            if (number := as_number(value)) > 0:
+                return number
+        except ValueError:
+            pass
+        raise UserError(f"{self._path}: {key} is not a number above zero", value, "Mend it")
 
     def number(self, key: str, default: int) -> int:
         value = self(key, default)
-        if isinstance(value, (list, tuple)) and len(set(value)) == 1:  # (height, width)
+        if isinstance(value, list) and value and all(one == value[0] for one in value):  # (height, width)
             value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{self._path}: {key} is not a whole number above zero", value, "Mend it")
-        return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        most = _MOST.get(key, _MOST_OF_OTHERS)
+        try:
+            return as_int(value, 1, most)
+        except ValueError as error:
+            what = f"{self._path}: {key} is not a whole number above zero and up to {most:,}"
+            raise UserError(what, value, "Mend it") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -217,9 +236,6 @@ def _json(path: Path) -> dict[str, Any]:
         remedy = "Put the model's own there; or give the .safetensors file by itself, and --heads"
         raise UserError("the model's config is missing", str(path), remedy)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except ValueError as error:
-        raise UserError("not JSON", str(path), "Copy the model again") from error
-    if not isinstance(tree, dict):
-        raise UserError("not a config", str(path), "Copy the model again")
-    return tree
+        raise UserError(f"not a config ({error})", str(path), "Copy the model again") from error

@@ -22,6 +22,7 @@ from etils import epath
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote
 from aimv2_jax.growing import GrowingFile, plain, writing
+from aimv2_jax.untrusted import as_int, as_number, parse_json_object
 
 _FILE = "events.jsonl"
 _TAIL_BYTES = 1 << 16
@@ -52,6 +53,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "corruption": ("leaf", "device", "host"),  # `step` computed twice did not give the same bits.
     "stop": ("code", "why"),  # In good order, by a guard, or by an error that was told; a kill leaves none.
 }
+
+
+# Fields that are numbers, or null where they were not finite. Whole ones among them are steps, batches and codes.
+_WHOLE = frozenset({"steps", "save_every", "from_step", "to_step", "a", "b", "code"})
+_NUMBERS = frozenset({"seconds", "step_s", "data_s", "evaluation_s", "saving_s", "eval_loss"})
+_MAX_STEP = 2**53
+_MAX_TIME_S = 253_402_300_799.0  # The end of the year 9999, the last that Python's dates know.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,12 +231,20 @@ def read_events(workdir: epath.PathLike) -> list[Event]:
 
 def _event(text: bytes) -> Event | None:
     try:
-        values = json.loads(text)
+        values = parse_json_object(text)
         kind, step, run = (values.pop(name) for name in ("kind", "step", "run"))
-        time_s, clock_s = (float(values.pop(name)) for name in ("time", "clock"))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        time_s, clock_s = (as_number(values.pop(name), _MAX_TIME_S) for name in ("time", "clock"))
+        as_int(step, 0, _MAX_STEP)
+        for name in values.keys() & _WHOLE:
+            if values[name] is not None:
+                as_int(values[name], -_MAX_STEP, _MAX_STEP)
+        for name in values.keys() & _NUMBERS:
+            if values[name] is not None:
+                as_number(values[name])
+    except (ValueError, KeyError):
         return None
-    known = isinstance(kind, str) and isinstance(step, int) and isinstance(run, str)
+    known = isinstance(kind, str) and isinstance(run, str) and time_s >= 0
+    known = known and (kind != "rewind" or None not in (values.get("from_step"), values.get("to_step")))
     return Event(kind, step, time_s, clock_s, run, values) if known else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +15,11 @@ from typing import Any
 from etils import epath
 
 from aimv2_jax.errors import UserError
+from aimv2_jax.files import is_remote
 from aimv2_jax.train.events import Event, has_events, read_events
 from aimv2_jax.train.goodput import Story, tell
 from aimv2_jax.train.metrics import has_metrics, read_lines
+from aimv2_jax.untrusted import as_int, as_number, is_inside, parse_json, printable, read_file
 
 _CONFIG = "config.txt"
 _METRICS = "metrics.jsonl"
@@ -28,6 +30,9 @@ _DEEPEST = 3  # Folders below the workdir.
 _MOST_PICTURES = 6
 _DRAWN_ANYWAY = ("curves.png",)  # By eval/show.py: the page has its own, of the newest lines.
 _LARGEST_RESULT = 2**20  # Bytes.
+_LARGEST_PICTURE = 2**26  # Bytes.
+_MAX_STEP = 2**53
+_MAX_TEXT = 1000  # Characters of a text that the run wrote.
 _SILENCE_S = 300.0  # A run whose last sign is younger than this may well be at work.
 
 
@@ -112,8 +117,8 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
     folder = epath.Path(workdir)
     if not folder.is_dir():
         raise UserError("no such folder", str(workdir), "Give the --workdir of a training run")
-    lines = read_lines(folder / _METRICS) if has_metrics(folder) else []
-    events = read_events(folder)
+    lines = _metric_lines(folder / _METRICS) if has_metrics(folder) else []
+    events = [dataclasses.replace(event, values=_printable(event.values)) for event in read_events(folder)]
     config = (folder / _CONFIG).read_text(encoding="utf-8") if (folder / _CONFIG).exists() else None
     if not lines and not events and config is None:
         raise UserError("no run in this folder", str(workdir), "Give the --workdir of a training run")
@@ -122,10 +127,10 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
         for name, value in line.items():
             kind, _, rest = name.partition("/")
             if kind == "images":
-                read[rest] += value
+                read[rest] += value or 0
             elif kind == "bad":
                 source, _, reason = rest.rpartition("/")
-                drops[source, reason] += value
+                drops[source, reason] += value or 0
     files = list(_files(folder, _DEEPEST))
     return Facts(
         workdir=str(workdir),
@@ -143,6 +148,34 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
         pictures=_pictures(folder, files),
         results=_results(folder, files),
     )
+
+
+def _metric_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl.
+
+    Raises:
+      UserError: naming a line with a step or a value that no run writes.
+    """
+    lines = read_lines(path)
+    for line in lines:
+        try:
+            as_int(line["step"], 0, _MAX_STEP)
+            for value in line.values():
+                if value is not None:
+                    as_number(value, math.inf)
+        except (ValueError, OverflowError) as error:
+            remedy = "Take the line out of the file, or move the file away"
+            raise UserError(f"{path} has a line that no run writes", printable(str(line)), remedy) from error
+    return [{printable(name): value for name, value in line.items()} for line in lines]
+
+
+def _printable(value: Any) -> Any:
+    """`value` with its texts on one line each: they may be anybody's, and are printed on a terminal."""
+    if isinstance(value, str):
+        return printable(value, _MAX_TEXT)
+    if isinstance(value, Mapping):
+        return {printable(str(name)): _printable(item) for name, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _total_steps(events: Sequence[Event], config: str | None) -> int | None:
@@ -163,11 +196,14 @@ def _bad_examples(folder: epath.Path, most: int = 5) -> list[dict[str, Any]]:
     for path in folder.iterdir():
         if _BAD_RECORDS.fullmatch(path.name):
             lines += read_lines(path)[-most:]
-    return sorted(lines, key=lambda line: -line["step"])[:most]
+    return [_printable(line) for line in sorted(lines, key=lambda line: -line["step"])[:most]]
 
 
 def _files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
+    """Files of the folder; not those that a link leads to elsewhere, since the page is for others to read."""
     for path in sorted(folder.iterdir()):
+        if not is_remote(path) and not is_inside(path, folder):
+            continue
         if path.name.startswith("."):
             continue
         if path.is_dir():
@@ -175,6 +211,20 @@ def _files(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
                 yield from _files(path, depth - 1)
         else:
             yield path
+
+
+def read_bytes(path: epath.Path, most: int) -> bytes:
+    """A file of the workdir; raises `ValueError` where it is no regular file, or larger than `most` bytes."""
+    if not is_remote(path):
+        return read_file(path, most)
+    if path.stat().length > most:
+        raise ValueError("too large")
+    return path.read_bytes()
+
+
+def picture_bytes(path: epath.Path) -> bytes:
+    """One of `Facts.pictures`; raises as `read_bytes`."""
+    return read_bytes(path, _LARGEST_PICTURE)
 
 
 def _pictures(folder: epath.Path, files: Sequence[epath.Path]) -> list[tuple[str, epath.Path, float]]:
@@ -197,11 +247,11 @@ def _results(folder: epath.Path, files: Sequence[epath.Path]) -> list[Result]:
     """Of the JSON files that eval/ writes; others are passed over."""
     results = []
     for path in files:
-        if not path.name.endswith(".json") or path.stat().length > _LARGEST_RESULT:
+        if not path.name.endswith(".json"):
             continue
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            content = parse_json(read_bytes(path, _LARGEST_RESULT))
+        except (ValueError, OSError):
             continue
         results += _result(_inside(folder, path), content, "")
     return results
@@ -211,7 +261,8 @@ def _result(file: str, content: Any, at: str) -> list[Result]:
     if not isinstance(content, Mapping):
         return []
     if "top1" in content and "label" in content:
-        low, high = content.get("ci95") or (None, None)
+        interval = content.get("ci95")
+        low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
         figures = {"top-1": number(content["top1"]), "95 % interval": f"{number(low)} to {number(high)}"}
         if isinstance(content.get("floor"), Mapping):
             figures["pixel floor"] = number(content["floor"].get("top1"))
@@ -223,7 +274,8 @@ def _result(file: str, content: Any, at: str) -> list[Result]:
         figures = {
             f"{way.replace('_', ' ')} {name}": number(value)
             for way in ("text_to_image", "image_to_text")
-            for name, value in content.get(way, {}).items()
+            if isinstance(content.get(way), Mapping)
+            for name, value in content[way].items()
         }
         return [Result(file, f"retrieval{at}", figures)]
     if "loss_image" in content or "loss_text" in content:
@@ -239,7 +291,7 @@ def _result(file: str, content: Any, at: str) -> list[Result]:
 def number(value: Any) -> str:
     """A figure with four digits; a dash for what is not known."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "-" if value is None else str(value)
+        return "-" if value is None else printable(str(value))
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
@@ -250,7 +302,9 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units, as `3 h 05 min`."""
+    """Two units, as `3 h 05 min`; a dash for what is no time."""
+    if not math.isfinite(seconds):
+        return "-"
     if seconds < 59.95:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, seconds = divmod(round(seconds), 60)

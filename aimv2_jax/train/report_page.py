@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -23,12 +24,14 @@ from aimv2_jax.train.report_facts import (
     moment,
     number,
     percent,
+    picture_bytes,
     words,
 )
 from aimv2_jax.train.report_figures import curves_figure, goodput_figure, timeline_figure
 
 _DOTS_PER_INCH = 180  # Twice what a screen shows of them.
 _PICTURE = (1400, 2800)  # Pixels that a picture is wide and high, at most.
+_MOST_PIXELS = 25_000_000  # Of a picture as it lies there: the largest that eval/ draws has 10 million.
 _QUALITY = 85
 _SHOWN = 25  # Newest rows of a long table; older ones are folded away, and of those only so many are there at all.
 _MOST = 1000
@@ -198,11 +201,14 @@ def _pictures(facts: Facts) -> str:
 def _shrunk(path: epath.Path) -> str | None:
     """A picture as a data URL of moderate size; None where it cannot be read."""
     try:
+        # PNG alone, whatever the name says: Pillow hands PostScript on to Ghostscript, which executes it.
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(picture_bytes(path)), formats=("PNG",)) as picture:
+                if math.prod(picture.size) > _MOST_PIXELS:
+                    return None
                 rgba = picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     rgba.thumbnail(_PICTURE, Image.Resampling.LANCZOS)
     flat = Image.new("RGB", rgba.size, "white")

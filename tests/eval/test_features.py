@@ -1,6 +1,5 @@
 """Dense features on disk."""
 
-import dataclasses
 import re
 
 import msgpack
@@ -8,10 +7,10 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
-from trained_run import picture, records
+from trained_run import picture
 
 from aimv2_jax import load_encoder
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.errors import UserError
 from aimv2_jax.eval import features
 
 
@@ -64,11 +63,22 @@ def test_pictures_when_their_names_differ_by_the_ending_then_both_are_written(wo
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bmp.npz", "a.png.npz"]
 
 
-def test_record_when_its_key_leads_out_of_the_folder_then_told(workdir, tmp_path, capsys):
-    [record] = records([0])
-    write_dataset(tmp_path / "set", [dataclasses.replace(record, key="../out")])
-    assert features.main([f"--checkpoint={workdir}", f"--input={tmp_path}/set", f"--output={tmp_path}/new"]) == 2
-    assert "would lead out of --output: '../out'" in capsys.readouterr().err
+def test_records_whose_keys_name_no_file_are_refused(tmp_path):
+    write = features._Folder(tmp_path / "new")
+    write("b.npz/c", np.zeros((1, 1, 1)), None)
+    write("a", np.zeros((1, 1, 1)), None)
+    wrong = {"../out": "lead out of --output", "/out": "lead out of --output", "a\0b": "name of a file"}
+    wrong |= {
+        "x" * 300: "name of a file",
+        "": "name of a file",
+        "a": "one name",
+        "a.npz/b": "one name",
+        "b": "one name",
+    }
+    for key, sentence in wrong.items():
+        with pytest.raises(UserError, match=sentence):
+            write(key, np.zeros((1, 1, 1)), None)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npz", "b.npz", "c.npz", "new"]
 
 
 def test_main_directions_when_patches_lie_along_three_lines_then_each_is_a_colour():

@@ -143,7 +143,17 @@ def test_tensors_when_they_do_not_fit_then_one_sentence_names_the_one(folder, ch
         ({"is_native": True}, "lacks: 'embeddings.position_embedding.weight'"),
         ({"use_head": True}, "lacks a tensor: 'head.cls_token'"),
         ({"num_attention_heads": 3}, "no multiple of the heads: '16, 3'"),
-        ({"hidden_size": "16"}, "hidden_size is not a whole number above zero: '16'"),
+        ({"hidden_size": "16"}, "hidden_size is not a whole number above zero.*: '16'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is not a whole number.*up to 4,096: 1000000000"),
+        ({"num_hidden_layers": 4000}, r"lacks a tensor: 'encoder\.layers\.3\."),
+        ({"hidden_size": 10**30}, "hidden_size is not a whole number"),
+        ({"intermediate_size": 10**30}, "intermediate_size is not a whole number"),
+        ({"image_size": 14 * 10**9}, "image_size is not a whole number"),
+        ({"image_size": [[1], [1]]}, r"image_size is not a whole number.*: \[1\]"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is not a number above zero"),
+        ({"aimv2_jax": {"area": -5}}, "unusable aimv2_jax"),
+        ({"aimv2_jax": {"area": 10**30}}, "unusable aimv2_jax"),
+        ({"aimv2_jax": 3}, "unusable aimv2_jax"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is not a number above zero: '1e-5'"),
         ({"rms_norm_eps": None}, "rms_norm_eps is not a number above zero: None"),
         ({"hidden_act": "gelu"}, "another hidden_act: 'gelu'"),
@@ -166,7 +176,7 @@ def test_files_when_missing_or_damaged_then_one_sentence_names_them(folder, tmp_
             read_weights(folder)
     file.write_bytes(whole)
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"not JSON: '.*config\.json'"):
+    with pytest.raises(UserError, match=r"not a config .*: '.*config\.json'"):
         read_weights(folder)
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config is missing: '.*config\.json'.*--heads"):
@@ -184,9 +194,61 @@ def test_processor_when_it_has_whole_numbers_then_taken_and_others_told(folder):
     processor = json.loads(path.read_text())
     path.write_text(json.dumps(processor | {"image_std": [1, 1, 1]}))
     assert read_weights(folder).vision.pixel_std == (1.0, 1.0, 1.0)
-    path.write_text(json.dumps(processor | {"image_mean": [0.5, "x", 0.5]}))
-    with pytest.raises(UserError, match="image_mean is not three numbers"):
+    wrong = {
+        "image_mean": ([0.5, "x", 0.5], [0.5, 0.5], 3, [0.5, 0.5, 10**400]),
+        "image_std": ([0, 0, 0], [0.2, 0.2, -1], [True, 1, 1]),
+    }
+    for key, values in wrong.items():
+        for value in values:
+            path.write_text(json.dumps(processor | {key: value}))
+            with pytest.raises(UserError, match=f"{key} is not three numbers"):
+                read_weights(folder)
+    for text in ("[" * 100_000, '{"image_mean": NaN}', "\xff"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="not a config"):
+            read_weights(folder)
+
+
+def test_encoder_of_numbers_that_are_not_finite_is_refused(folder):
+    rewrite(folder, lambda t: t | {GATE: np.full_like(t[GATE], np.nan)})
+    with pytest.raises(UserError, match=f"not all finite: '{GATE}'"):
+        read_weights(folder).read()
+
+
+def test_encoder_does_not_take_files_outside_its_folder(folder, tmp_path):
+    """An index, or a link, that came with a stranger's model may name any file of this machine."""
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(folder / "model.safetensors", outside)
+    (folder / "model.safetensors").unlink()
+    tensors = load_file(outside)
+    for name in ("../outside.safetensors", str(outside), "a/../../outside.safetensors", "", "..", "x" * 5000, "a\0"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+        with pytest.raises(UserError, match="not the name of one beside it"):
+            read_weights(folder)
+    (folder / "link.safetensors").symlink_to(outside)
+    index = {"weight_map": dict.fromkeys(tensors, "link.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"leads out of it: '.*link\.safetensors'"):
         read_weights(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "link.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"leads out of it: '.*model\.safetensors'"):
+        read_weights(folder)
+
+
+def test_encoder_in_a_hub_cache_is_read_through_its_links(folder, tmp_path):
+    """huggingface_hub keeps files in models--X/blobs, and links to them in models--X/snapshots/COMMIT."""
+    snapshot, blobs = tmp_path / "models--x/snapshots/abc", tmp_path / "models--x/blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for path in folder.iterdir():
+        path.rename(blobs / f"hash-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
+    assert_equal(read_weights(snapshot), initial(VISION))
+
+
+def test_files_of_an_export_have_the_modes_that_the_umask_gives(folder):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {0o644}, modes
 
 
 def test_heads_when_given_where_they_are_known_then_told(folder):
@@ -202,6 +264,7 @@ def test_index_when_a_tensor_is_not_where_it_says_then_told(tmp_path):
     path.write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"lacks a tensor that .* lists: 'other\.weight'"):
         read_weights(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(UserError, match="not an index"):
-        read_weights(tmp_path)
+    for text in ("[]", '{"weight_map": 3}', "{}", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not an index"):
+            read_weights(tmp_path)

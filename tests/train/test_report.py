@@ -279,6 +279,88 @@ def test_command_when_given_a_run_then_prints_and_writes_one_file(run, capsys):
     assert (run / "other.html").exists()
 
 
+def test_page_takes_pngs_only_whatever_a_name_says(tmp_path, monkeypatch):
+    """Pillow would hand PostScript to Ghostscript, which executes it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\necho called >> {tmp_path}/gs_called\n")
+    (tmp_path / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    run = tmp_path / "run"
+    run.mkdir()
+    write_metrics(run)
+    Image.new("RGB", (100, 100)).save(run / "pretty.eps")
+    (run / "pretty.eps").rename(run / "pretty.png")
+    words, _ = parse(page(gather(run)))
+    assert "pretty.png" in words and "It cannot be read." in words
+    assert not (tmp_path / "gs_called").exists()
+
+
+def test_page_skips_pipes_links_and_large_images(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_metrics(run)
+    os.mkfifo(run / "pipe.png")
+    os.mkfifo(run / "pipe.json")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (run / "link.png").symlink_to("../secret.png")
+    Image.new("1", (6000, 6000)).save(run / "bomb.png")
+    words, pictures = parse(page(gather(run)))
+    assert "link.png" not in words and words.count("It cannot be read.") == 2  # The pipe and the bomb.
+    assert len(pictures) == 1  # The curves.
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"top1": "much", "label": ["x"], "ci95": [1], "floor": {"top1": {}}},
+        {"top1": 10**400, "label": 1, "ci95": 3},
+        {"text_to_image": 3, "image_to_text": [1]},
+        {"loss_image": [[1]], "loss_text": "\x1b[31m"},
+        "[" * 100_000,
+        '{"a": ' * 100_000,
+    ],
+)
+def test_report_of_results_of_odd_types_is_whole(tmp_path, content):
+    write_metrics(tmp_path)
+    (tmp_path / "x.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    facts = gather(tmp_path)
+    parse(page(facts))
+    assert "\x1b" not in report.summary(facts)
+
+
+_HEAD = {"kind": "start", "step": 0, "time": 1.0, "clock": 1.0, "run": "a"}
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    [
+        ("metrics.jsonl", {"step": 10**22, "loss": 1.0}),
+        ("metrics.jsonl", {"step": 1, "loss": "text"}),
+        ("metrics.jsonl", {"step": 1, "images/a": [1]}),
+        ("events.jsonl", _HEAD | {"time": 1e300}),
+        ("events.jsonl", _HEAD | {"step": 10**22}),
+        ("events.jsonl", _HEAD | {"save_every": "text"}),
+        ("events.jsonl", _HEAD | {"kind": "progress", "step_s": "text"}),
+        ("events.jsonl", _HEAD | {"kind": "rewind", "from_step": 3}),
+        ("events.jsonl", '{"kind": "start", "step": 0, "time": NaN, "clock": 1, "run": "a"}'),
+        ("events.jsonl", '{"kind": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    ],
+)
+def test_report_of_lines_that_no_run_writes_names_them(tmp_path, capsys, file, line):
+    (tmp_path / file).write_text((line if isinstance(line, str) else json.dumps(line)) + "\n")
+    assert report.main([str(tmp_path)]) == EXIT_USER
+    error = capsys.readouterr().err
+    assert str(tmp_path / file) in error and error.count("\n") == 1
+
+
+def test_summary_has_no_control_characters(tmp_path):
+    books = Books(tmp_path)
+    books.start(0, 2, ("save_failed", dict(why="\x1b]0;PWNED\x07\x1b[2J\r\nfinished: step 2 of 2")))
+    text = report.summary(gather(tmp_path))
+    assert "\x1b" not in text and "\r" not in text and "\nfinished" not in text
+    assert r"\x1b]0;PWNED\x07" in text
+
+
 @pytest.mark.parametrize(
     "make, flags, said",
     [
