@@ -63,7 +63,7 @@ def sixteen() -> tuple[str, dict]:
 
 
 @needs_compiler
-def test_gradients_when_rows_are_bfloat16_then_all_sums_are_float32(sixteen):
+def test_gradients_bfloat16_rows_sum_in_float32(sixteen):
     """On each chip, and between chips."""
     module, _ = sixteen
     assert re.search(r"= f32\[[\d,]*\]\S* reduce\(", module)
@@ -101,7 +101,7 @@ def test_step_when_on_two_slices_then_only_gradients_and_sums_cross():
 
 
 @needs_compiler
-def test_step_when_only_tensor_is_split_then_it_compiles():
+def test_step_when_only_tensor_splits_then_compiles():
     """Each chip has one head of two, and the kernels see its columns alone."""
     sizes = {f"model__{trunk}__{key}": n for trunk in ("encoder", "decoder") for key, n in HALVED.items()}
     _, figures = scheduled("v5e:1x2", 1, mesh__data=1, mesh__fsdp=1, mesh__tensor=2, **sizes)

@@ -77,7 +77,7 @@ def test_kernel_when_a_query_may_read_nothing_then_finite(kernel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "rows"), [(whole_row, 48), (online, 640)], ids=["whole_row", "online"])
-def test_kernel_when_interpreted_as_a_tpu_then_the_same_bits(kernel, rows):
+def test_kernel_interpreted_as_tpu_same_bits(kernel, rows):
     """The plain interpreter knows no cores, runs a grid in order, and pads what is read beyond an array's end.
 
     This one takes the grid's parallel dimensions in any order and on two cores, as a TPU may, and refuses such reads.

@@ -45,7 +45,7 @@ def test_projection_when_rows_are_bfloat16_then_the_kernel_gradient_is_summed_in
 @pytest.mark.parametrize(
     "layer", [Linear(6, ("embed", "output"), BF16, bias_init=nn.initializers.ones), RMSNorm(0.0, BF16)]
 )
-def test_vector_when_rows_are_bfloat16_then_its_gradient_is_summed_in_float32(layer):
+def test_vector_gradient_bfloat16_sums_in_float32(layer):
     rows = 4099  # bfloat16 has 4096 and 4128, and nothing between
     x = jnp.ones((rows, 6), jnp.bfloat16)
     params = meta.unbox(layer.init(jax.random.key(0), x))["params"]

@@ -31,7 +31,7 @@ def test_mesh_when_tensor_cuts_heads_then_refused(attention, heads, mesh, messag
         build_program(config)
 
 
-def test_mesh_when_the_decoder_has_no_attention_then_its_heads_are_free():
+def test_mesh_when_decoder_has_no_attention():
     kind = dict(model__decoder__kind="mlp", model__decoder__heads=1, loss__text=False)
     program = build_program(tiny_config(mesh__data=4, mesh__tensor=2, **kind))
     assert program.mesh.shape["tensor"] == 2

@@ -227,7 +227,7 @@ def test_tokens_when_the_end_is_predicted_then_one_more_counts_where_there_is_ro
     np.testing.assert_array_equal(losses.counted_tokens(token_valid, is_example, predict_eos=False), token_valid)
 
 
-def test_caption_when_empty_then_its_end_counts_and_filling_does_not(tiny):
+def test_caption_empty_then_its_end_counts(tiny):
     """The begin row learns to end at once. Tokens and prefix of a row of filling are an empty caption's, too."""
     task, params = tiny
     batch, prefix = batch_of(3), jnp.asarray([2, 1, 1])
@@ -308,7 +308,7 @@ def lowered(request) -> tuple[str, list[str]]:
     return request.param, [module(changes) for changes in KINDS.values()]
 
 
-def test_gradient_when_lowered_then_every_sum_is_float32(lowered):
+def test_gradient_lowered_then_sums_are_float32(lowered):
     """Sums over rows that differentiation writes by itself would be of the rows' own type."""
     for module in lowered[1]:
         sums = re.findall(r"stablehlo\.reduce\(.*applies stablehlo\.add.*", module)
@@ -316,7 +316,7 @@ def test_gradient_when_lowered_then_every_sum_is_float32(lowered):
         assert not [line for line in sums if "bf16" in line]
 
 
-def test_products_when_lowered_in_float32_then_of_the_highest_precision(lowered):
+def test_products_float32_have_highest_precision(lowered):
     """By default a TPU would round their operands to bfloat16, and a GPU to TF32."""
     dtype, modules = lowered
     for module in modules:
