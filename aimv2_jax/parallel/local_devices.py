@@ -32,17 +32,25 @@ def local_devices(cluster: str, variables: Mapping[str, str]) -> tuple[int, ...]
       ValueError: for variables that are no numbers.
     """
     index, count = _processes_on_node(cluster, variables)
+    if count == 1 or "JAX_LOCAL_DEVICE_IDS" in variables or not _may_use_gpus(variables):
+        return None
     visible = _visible_gpus(variables)
-    if count == 1 or not visible or "JAX_LOCAL_DEVICE_IDS" in variables or _are_own(visible, count, variables):
+    if not visible or _are_own(visible, count, variables):
         return None
     if visible % count:
         raise UserError(
             "the GPUs of this node cannot be split evenly over its processes",
             f"{visible} GPUs, {count} processes",
-            "Start one process a node, which takes all of its GPUs, or as many as divide them",
+            "Start one process a node, which takes all of them, or as many as divide them; or set JAX_PLATFORMS=cpu",
         )
     share = visible // count
     return tuple(range(index * share, (index + 1) * share))
+
+
+def _may_use_gpus(variables: Mapping[str, str]) -> bool:
+    """Whether jax is left to take GPUs where it finds some."""
+    platforms = variables.get("JAX_PLATFORMS", "")
+    return not platforms or not {"cuda", "gpu"}.isdisjoint(platforms.split(","))
 
 
 def _processes_on_node(cluster: str, variables: Mapping[str, str]) -> tuple[int, int]:

@@ -38,6 +38,8 @@ SLURM = srun(1)
 
 @pytest.fixture
 def set_variables(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")  # Of these tests: a cluster's processes take GPUs.
+
     def set_them(variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)

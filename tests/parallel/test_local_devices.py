@@ -66,6 +66,8 @@ def driver(tmp_path, monkeypatch):
         (srun("1(x4)", 0, SLURM_NTASKS_PER_NODE="8"), None),
         (srun("1(x4)", 0, SLURM_NTASKS_PER_NODE="8", SLURM_TASKS_PER_NODE="8(x4)"), None),  # With --preserve-env.
         (srun("2", 1, JAX_LOCAL_DEVICE_IDS="1,3"), None),  # jax reads it.
+        (srun("3", 1, JAX_PLATFORMS="cpu"), None),
+        (srun("8", 5, JAX_PLATFORMS="cuda,cpu"), (5,)),
         ({"SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "2"}, (1,)),
     ],
 )

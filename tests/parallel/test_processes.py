@@ -172,7 +172,7 @@ def test_stop_in_the_start_of_a_resumed_run(tmp_path):
     with Several(2, tmp_path / "out", arguments, devices=1) as several:
         several.wait_for(lambda: "compiling the train step" in several.said(0)[0])
         several.kill(1, signal.SIGTERM)
-        assert several.wait(60) == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
+        assert several.wait() == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
         said = several.said(0)[0]
     assert "continuing from step 3" in said and "stopped on request: step 4 of 100000 is saved" in said
     assert CheckpointReader(workdir).steps() == [3, 4]

@@ -20,13 +20,13 @@ SLEEP = "time.sleep(60)"
 
 
 class Watched:
-    """Three watchers; the trainer of each does `code`."""
+    """Watchers, three unless told otherwise; the trainer of each does `code`."""
 
-    def __init__(self, folder: Path, code: str, timeout_s: int = 10):
+    def __init__(self, folder: Path, code: str, timeout_s: int = 10, count: int = COUNT):
         self.folder = folder
         # Each says so when it trains, so that nothing is done to one that is not yet there.
         code = f"open({str(folder)!r} + f'/at-work-{{index}}', 'w').write(str(__import__('os').getpid()))\n{code}"
-        rest = [str(COUNT), str(free_port()), str(folder), str(timeout_s), code]
+        rest = [str(count), str(free_port()), str(folder), str(timeout_s), code]
         self.processes = [
             subprocess.Popen(
                 [sys.executable, str(ROOT / "tests/watcher.py"), str(index), *rest],
@@ -34,7 +34,7 @@ class Watched:
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for index in range(COUNT)
+            for index in range(count)
         ]
 
     def __enter__(self) -> Watched:
@@ -101,12 +101,14 @@ def test_trainer_when_it_is_killed_then_all_end_and_name_it(tmp_path, victim, nu
         assert "The same command on all hosts goes on" in line
 
 
-def test_trainers_when_all_abort(tmp_path):
+@pytest.mark.parametrize(("count", "kills", "code"), [(3, 0, 75), (2, 2, 4)])
+def test_trainers_when_all_abort(tmp_path, count, kills, code):
     """As jax ends them when its coordinator loses one of them, or a stranger takes a place there."""
-    with Watched(tmp_path, "os = __import__('os')\nos.abort()") as watched:
+    (tmp_path / "kills.json").write_text(f'{{"newest_step": 0, "kills": {kills}}}')
+    with Watched(tmp_path, "__import__('os').abort()", count=count) as watched:
         codes, said = watched.ends()
-    assert codes == [75] * COUNT
-    assert all("is missing (its trainer was ended by SIGABRT)" in line for line in said)
+    assert codes == [code] * count
+    assert all("is missing (its trainer was ended by SIGABRT" in line for line in said)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
