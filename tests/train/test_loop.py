@@ -429,8 +429,9 @@ def test_autotune_cache_when_compiled_code_is_kept(folder, autotuned):
     kept, caches = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches
     try:
         loop._keep_compiled(folder)
-        options = compiler.get_compile_options(1, 1)  # Kept: what it gives points into it.
-        autotune_folder = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+        options = compiler.get_compile_options(1, 1)
+        build_options = options.executable_build_options  # Both are kept: what they give points into them.
+        autotune_folder = build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
         assert jax.config.jax_compilation_cache_dir == folder
         assert autotune_folder.startswith("/w/compiled/") == autotuned == bool(autotune_folder)
     finally:
