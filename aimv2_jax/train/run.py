@@ -355,7 +355,8 @@ class Run:
         told = f"{broken} is {values[broken]} at step {number}"
         self.events.write("nonfinite", number, loss=values["loss"], grad_norm=values["grad_norm"], file=file)
         if self.nonfinite < most:
-            say(f"{told}, which therefore changed nothing ({self.nonfinite} in a row, {most} end the run); see {file}")
+            see = "" if file is None else f"; see {file}"
+            say(f"{told}, which therefore changed nothing ({self.nonfinite} in a row, {most} end the run){see}")
             return
         raise GuardStop(
             f"{told}, and so in {self.nonfinite} steps in a row, as many as guard.max_nonfinite allows; none of them "

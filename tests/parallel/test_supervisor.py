@@ -268,3 +268,28 @@ def test_end_when_a_device_of_one_fails(tmp_path):
         codes, said = watched.ends()
     assert codes == [75] * COUNT
     assert said[0] == "error: process 1 on host-1 ended with code 75: error: a device failed\n"
+
+
+HANGS_IN_C = """
+import ctypes
+from types import SimpleNamespace
+from aimv2_jax.train.watchdog import WATCHED, Watchdog, register_dump_signal
+register_dump_signal()
+if index == 1:
+    limits = SimpleNamespace(**{f"{name}_s": 1 for name in WATCHED})
+    dog = Watchdog(FOLDER, index, limits, tell=processes.tell_hung, channel=processes.channel())
+    with dog.watching("step", 7):
+        time.sleep(0.5)
+        mutex = ctypes.create_string_buffer(64)
+        [ctypes.PyDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]
+time.sleep(60)
+"""
+
+
+def test_end_when_a_trainer_hangs_in_c(tmp_path):
+    """Its heartbeat's monitor tells the watchers, who take it for one that told of its hang itself."""
+    with Watched(tmp_path, HANGS_IN_C.replace("FOLDER", repr(str(tmp_path)))) as watched:
+        codes, said = watched.ends()
+    assert codes == [75] * COUNT
+    assert "process 1 on host-1 ended with code 75: hung: process 1" in said[0] and "keeps Python's lock" in said[0]
+    assert all("most recent call first" in watched.log(index) for index in range(COUNT))

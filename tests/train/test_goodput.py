@@ -237,6 +237,14 @@ def test_hang_when_told_then_its_time_is_no_step_and_the_start_failed():
     assert (story.kept_steps, story.lost_by_restarts, story.failures) == (20, 0, 1)
 
 
+def test_start_when_a_device_failed():
+    """Its code is that of a stop on request, and it is none."""
+    books = Books().start(0).steps(10)
+    books.add("device_failure", status="INTERNAL: Core halted", file="hangs/11.txt")
+    story = books.stop(75).down(10).start(10).steps(10).stop().tell()
+    assert (story.starts[0].ended, story.starts[0].code, story.failures) == ("device failure", 75, 1)
+
+
 def test_signs_when_rare_then_what_may_be_unseen_is_said_and_taken_as_lost():
     books = Books().start(0)
     for _ in range(4):

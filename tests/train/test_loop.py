@@ -429,10 +429,11 @@ def test_autotune_cache_when_compiled_code_is_kept(folder, autotuned):
     kept, caches = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches
     try:
         loop._keep_compiled(folder)
-        options = compiler.get_compile_options(1, 1).executable_build_options.debug_options
+        options = compiler.get_compile_options(1, 1)
+        build_options = options.executable_build_options  # Both are kept: what they give points into them.
+        autotune_folder = build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
         assert jax.config.jax_compilation_cache_dir == folder
-        assert options.xla_gpu_per_fusion_autotune_cache_dir.startswith("/w/compiled/") == autotuned
-        assert bool(options.xla_gpu_per_fusion_autotune_cache_dir) == autotuned
+        assert autotune_folder.startswith("/w/compiled/") == autotuned == bool(autotune_folder)
     finally:
         jax.config.update("jax_compilation_cache_dir", kept)
         jax.config.update("jax_persistent_cache_enable_xla_caches", caches)

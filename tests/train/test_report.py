@@ -62,6 +62,7 @@ NEWS = {
     "rewind": dict(from_step=17, to_step=10, a=12, b=17),
     "bad_data": dict(counts={"corrupt_record": 2}),
     "hang": dict(what="data", file="hang.txt"),
+    "device_failure": dict(status=HOSTILE, file="hangs/17.txt"),
     "worker_restarted": dict(what="died with exit code -9", at=HOSTILE),
     "corruption": dict(leaf="encoder/norm", device="cpu:1", host="here"),
 }
