@@ -111,8 +111,9 @@ class Books:
         """Books a record; `size` is its picture's (width, height) where that is known."""
         self.records += 1
         for kind, texts in captions.items():
-            self.kinds[kind] += len(texts_of(texts))
-            self.records_with[kind] += 1
+            if count := len(texts_of(texts)):
+                self.kinds[kind] += count
+                self.records_with[kind] += 1
         self.labels.update(labels)
         if size is not None:
             for name, value in ((SIDE, min(size)), (ASPECT, size[0] / size[1])):

@@ -22,6 +22,7 @@ from aimv2_jax.data.locations import locate
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.flags import Parser, check_output, positive, split_overrides
+from aimv2_jax.untrusted import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +55,8 @@ def draw(what: str, overrides: Sequence[tuple[str, str]], step: int | None, most
 def _dataset(what: str, path: Path) -> Source:
     if not (path / DATASET_FILE).is_file():
         inside = sorted(str(file.parent.relative_to(path)) for file in path.glob(f"*/{DATASET_FILE}"))
-        remedy = f"Give one of the data sets in it: {', '.join(inside)}" if inside else "Prepare the data set first"
+        names = printable(", ".join(inside))
+        remedy = f"Give one of the data sets in it: {names}" if inside else "Prepare the data set first"
         raise UserError(f"neither a prepared data set nor a config: the folder has no {DATASET_FILE}", what, remedy)
     return Source(path.name, what, what="the data set")
 

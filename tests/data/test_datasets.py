@@ -33,6 +33,16 @@ def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tm
     assert read == records
 
 
+def test_dataset_counts_captions_and_the_records_that_have_them(tmp_path, make_record):
+    texts = [{"alt": "x"}, {"alt": "x", "synthetic": ["a", "b"]}, {"synthetic": ["c"]}, {"synthetic": [], "alt": "x"}]
+    info = write_dataset(tmp_path, (make_record("red", i, captions=found) for i, found in enumerate(texts)))
+    assert (info.kinds, info.records_with) == ({"alt": 3, "synthetic": 3}, {"alt": 3, "synthetic": 2})
+    assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
+    old = json.loads(info.to_json()) | {"format_version": 2, "kinds": {"alt": 3, "synthetic": 2}}
+    del old["records_with"]
+    assert DatasetInfo.from_json(json.dumps(old)).records_with == {"alt": 3, "synthetic": 2}
+
+
 def test_dataset_when_written_then_histograms_of_the_pictures_that_have_a_size(tmp_path, make_record):
     records = [make_record("red", i) for i in range(9)] + [make_record("red", 9, image=b"none")]
     info = write_dataset(tmp_path, records)

@@ -162,6 +162,16 @@ def test_dataset_sheet_when_drawn_then_records_from_first_to_last_with_captions_
     assert "13 in 3 shards" in words(figure) and "alt: 13 (100 %)" in texts(figure)
 
 
+def test_dataset_sheet_shows_several_captions_of_a_kind(make_dataset):
+    several = [f"Caption number {n}." for n in range(1, 5)]
+    folder = make_dataset("red", 2, {1: {"captions": {"alt": "One.", "synthetic": several}}})
+    figure = dataset_sheet(Source("red", folder), "red", 2)
+    assert {"alt: 2 (100 %)", "synthetic: 2 (100 %), 5 captions"} <= set(texts(figure))
+    assert {"synthetic, 1 of 4", "synthetic, 3 of 4", *several[:3]} <= set(texts(figure))
+    assert several[3] not in texts(figure)
+    assert_nothing_overlaps(figure)
+
+
 def test_dataset_sheet_when_records_are_unusable_then_their_reason_stands_in_place_of_the_picture(make_dataset):
     changes = {0: {"image": b""}, 2: {"image": b"junk", "key": "the/bad one"}}
     folder = Path(make_dataset("bad", 4, changes, shard_bytes=1))
@@ -256,6 +266,7 @@ def test_main_when_given_a_config_with_overrides_then_their_batch_is_drawn(tmp_p
         (["/nowhere"], "no such folder or file: '/nowhere'"),
         (["{tmp}"], "neither a prepared data set nor a config: the folder has no dataset.json"),
         ([f"{SAMPLE}/train"], "Give one of the data sets in it: other, photo"),
+        (["{tmp}/several"], r"Give one of the data sets in it: \x1b[31mred\n"),
         (["{tmp}/notes.txt"], "neither a prepared data set nor a config"),
         (["{tmp}/empty.py"], "the file has no get_config()"),
         ([QUICKSTART, "--config.data.bath_size=3"], "unknown config key"),
@@ -276,6 +287,8 @@ def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsy
     (tmp_path / "void").mkdir()
     void = '{"format_version": 1, "shards": [], "records": 0, "bytes": 0, "kinds": {}, "labels": []}'
     (tmp_path / "void/dataset.json").write_text(void)
+    (tmp_path / "several/\x1b[31mred\n").mkdir(parents=True)
+    (tmp_path / "several/\x1b[31mred\n/dataset.json").touch()
     default = [] if "--output" in arguments else ["--output", str(tmp_path / "sheet.png")]
     assert main([word.replace("{tmp}", str(tmp_path)) for word in arguments] + default) == 2
     error = capsys.readouterr().err

@@ -50,6 +50,14 @@ def test_sample_when_one_set_is_small_then_all_of_it_and_the_rest_from_the_other
     assert sources[0].seen == sorted(set(sources[0].seen)) and len(sources[0].seen) == 11
 
 
+def test_sample_of_records_with_several_captions_takes_all_and_reads_fewer(make_dataset):
+    folder = make_dataset("red", 12, {i: {"captions": {"alt": [f"{n} of {i}" for n in range(3)]}} for i in range(12)})
+    source = Watched("red", folder)
+    assert sample_captions([source]) == ([f"{n} of {i}" for i in range(12) for n in range(3)], 0)
+    source.seen.clear()
+    assert len(sample_captions([source], limit=9)[0]) == 9 and len(source.seen) == 3
+
+
 def test_sample_when_the_limit_is_odd_then_met_exactly(sources):
     for limit in (1, 3, 5, 39, 40, 41):
         assert len(sample_captions(sources, limit=limit)[0]) == min(limit, 40)

@@ -50,6 +50,17 @@ def test_token_frequencies_when_a_source_has_unusable_records_then_they_are_left
     np.testing.assert_array_equal(good["alt"], bad["alt"])
 
 
+def test_token_frequencies_count_one_caption_of_a_record_each_in_turn(workdir, config, tmp_path):
+    """Otherwise records with many captions would count for more than training shows them."""
+    tokenizer = load(str(workdir)).tokenizer()
+    texts = [["a disc", "red"], ["a red disc"], ["disc", "a blue disc"], ["x"], ["y", "z"]]
+    for name, turns in (("all", texts), ("one", [found[i % len(found)] for i, found in enumerate(texts)])):
+        records = [Record(f"{i}", b"", {"alt": found, "synthetic": "a"}) for i, found in enumerate(turns)]
+        write_dataset(tmp_path / name, records)
+    found, wanted = (token_frequencies(config_of(config, tmp_path / name), tokenizer) for name in ("all", "one"))
+    np.testing.assert_array_equal(found["alt"], wanted["alt"])
+
+
 def config_of(config, folder):
     """`config` with its training data in another folder."""
     tree = config_to_dict(config)
