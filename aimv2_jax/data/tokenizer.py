@@ -8,6 +8,7 @@ B batch, T text tokens.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -38,6 +39,8 @@ class Tokenizer:
     def __init__(self, path: str, length: int, vocab_size: int, needs_end: bool = True):
         self.length = length
         model, self._pieces = _read_model(path)
+        self.digest = hashlib.sha256(model).hexdigest()
+        """Of the file's bytes."""
         self.num_pieces = self._pieces.get_piece_size()
         if self.num_pieces > vocab_size:
             raise UserError(

@@ -28,6 +28,7 @@ from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import processes
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, state_bytes
 from aimv2_jax.train.course import Course
+from aimv2_jax.train.data_check import continue_on, identify_data
 from aimv2_jax.train.events import Events, process_age_s
 from aimv2_jax.train.metrics import MetricsWriter
 from aimv2_jax.train.optimizer import decay_report
@@ -49,12 +50,14 @@ def train(
     tokenizer: Tokenizer,
     donor: Callable[[], Donor] | None = None,
     skip_examples: tuple[int, int] | None = None,
+    accept_data: str | None = None,
 ) -> int:
     """Trains until `train.steps`, from the newest intact checkpoint of `workdir` where there is one; the exit code.
 
     Where there is none, a cooldown (`train.cooldown_from`) starts from that step of its trunk, a run with `init.path`
     from the parameters that `donor` opens (by default those of another run there), and any other run anew. The batches
-    with any of the examples [a, b) of `skip_examples` are jumped over.
+    with any of the examples [a, b) of `skip_examples` are jumped over. Data and tokenizer must be those of the
+    checkpoint, unless `accept_data` is the digest of the ones that are there now.
 
     Returns:
       EXIT_FINISHED, or EXIT_AGAIN where it was asked to stop before, and has saved the step at which it did.
@@ -83,6 +86,7 @@ def train(
         watchdog = stack.enter_context(_watchdog(workdir, config, events))
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(watchdog.watching("start", 0))
+        data = identify_data(config, tokenizer)
         checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep, config.train.keep_steps))
         latest = _newest_intact(checkpointer, events)
         if latest is not None:
@@ -99,6 +103,7 @@ def train(
 
         begin_s = time.monotonic()
         state, course = begin(program, donor) if latest is None else _continue(checkpointer, latest, program)
+        course = continue_on(course, data, accept_data, events)
         course = _skipping(course, skip_examples, config, events)
         _introduce(program, workdir, latest, size)
         _note_start(events, program, course.step, None if latest is None else time.monotonic() - begin_s)

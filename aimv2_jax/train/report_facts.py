@@ -283,6 +283,7 @@ _TOLD = {
         f"rewound from step {number(e.values.get('from_step'))} to {number(e.values.get('to_step'))}, "
         f"without batches {_batches(e)}"
     ),
+    "data_changed": lambda e: f"goes on with other data, as accepted: {_listed(e.values.get('what'))}",
     "bad_data": lambda e: f"records left out: {_listed(e.values.get('counts'))}",
     "hang": lambda e: f"hung, waiting for {e.values.get('what')}; stacks: {e.values.get('file')}",
     "worker_restarted": lambda e: (
@@ -301,6 +302,7 @@ _LABELS = {
     "spike": "spike",
     "skip": "skip",
     "rewind": "rewind",
+    "data_changed": "other data",
     "bad_data": "bad data",
     "hang": "hang",
     "worker_restarted": "worker restarted",
