@@ -49,13 +49,14 @@ def replay(
     """
     program, reader = build_program(config), CheckpointReader(workdir)
     before = max((saved for saved in reader.steps() if saved < step), default=None)
+    data = identify_data(config, tokenizer)
     if before is None:
-        state, course = begin(program, donor)
+        state, course = begin(program, donor, data)
     else:
         meta = reader.meta(before)
         check_resumable(meta["config"], config)
         state, course = reader.restore(before, program.abstract_state), Course.of_meta(meta)
-    course = continue_on(course, identify_data(config, tokenizer), accept_data)
+    course = continue_on(course, data, accept_data)
     print(f"from step {course.step} on, to step {step}", flush=True)
     sharding, compiled = program.batch_sharding, {}
     steps = pipeline.training_plan(config, pipeline.open_sources(config.data.sources)).steps
