@@ -34,18 +34,20 @@ elsewhere the flags do.
 exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (steps that are not finite, spikes
 again and again, too much bad data, a device that computes wrongly), 4 hung twice, or devices failed twice, at the same
 step, or trainers were killed three times without a new checkpoint, 75 stopped on request, hung once, a device failed, a
-trainer was killed, or another process went missing: start it again, 130 Ctrl-C without a save
+trainer was killed, the data could not be read, or another process went missing: start it again, 130 Ctrl-C without a
+save
 """
 
 
 class Command(NamedTuple):
-    """What a command line asks for: what to train, where, as which process of a run; and two things out of the way."""
+    """What a command line asks for: what to train, where, as which process of a run; and what is seldom asked for."""
 
     config: Config
     workdir: epath.Path
     launch: Launch
     skip_examples: tuple[int, int] | None
     replay: int | None
+    accept_data: str | None
 
 
 def parse_arguments(arguments: Sequence[str]) -> Command:
@@ -60,12 +62,15 @@ def parse_arguments(arguments: Sequence[str]) -> Command:
     add(
         "--replay", type=positive, metavar="STEP", help="compute that step again, print norms of tensors, write nothing"
     )
+    add(
+        "--accept_data", metavar="DIGEST", help="go on with other data or another tokenizer, whose digest an error told"
+    )
     add("--process", type=_index, metavar="I", help="this one, counted from 0")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
     config = load_config(flags.config, overrides)
     launch = Launch(flags.coordinator, flags.processes, flags.process)
-    return Command(config, _folder(flags.workdir), launch, flags.skip_examples, flags.replay)
+    return Command(config, _folder(flags.workdir), launch, flags.skip_examples, flags.replay, flags.accept_data)
 
 
 def _examples(text: str) -> tuple[int, int]:
@@ -146,8 +151,8 @@ def _train(command: Command) -> int:
     if command.replay is not None:
         from aimv2_jax.train.replay import replay
 
-        return replay(config, command.workdir, tokenizer, command.replay, donor)
-    return train(config, command.workdir, tokenizer, donor, command.skip_examples)
+        return replay(config, command.workdir, tokenizer, command.replay, donor, command.accept_data)
+    return train(config, command.workdir, tokenizer, donor, command.skip_examples, command.accept_data)
 
 
 if __name__ == "__main__":

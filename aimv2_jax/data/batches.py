@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ from aimv2_jax.data.readahead import ReadAhead
 from aimv2_jax.data.records import REASONS, BadRecord, Record
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import GuardStop
+from aimv2_jax.untrusted import shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,8 @@ class _Search:
 
     def reject(self, error: BadRecord) -> None:
         """The record that was read last is unusable."""
-        self.faults.append(Fault(self.example, self.source.name, self.index, error.key, error.reason))
+        key = error.key and shorten(error.key)  # A foreign text, which may be of any length.
+        self.faults.append(Fault(self.example, self.source.name, self.index, key, error.reason))
 
 
 def render(
@@ -177,6 +180,24 @@ def render(
         raise BadRecord(error.reason, record.key) from error
 
 
+def _fields(rows: int, num_patches: int, patch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and dtype of the arrays of a batch."""
+    return {
+        "patches": ((rows, num_patches, 3 * patch_size**2), np.uint8),
+        "coords": ((rows, num_patches, 2), np.int32),
+        "valid": ((rows, num_patches), bool),
+        "example_index": ((rows, 2), np.uint32),
+        "source": ((rows,), np.int32),
+        "faults": ((rows, len(REASONS)), np.int32),
+    }
+
+
+def batch_bytes(rows: int, num_patches: int, patch_size: int) -> int:
+    """Of the arrays of a batch, as `LocalBatch` holds them."""
+    fields = _fields(rows, num_patches, patch_size).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields)
+
+
 class _Rows:
     """The rows of one batch while they are filled; those never filled stay filling, with `valid` False."""
 
@@ -185,14 +206,9 @@ class _Rows:
         self._step, self._num_patches, self._patch_size = step, num_patches, patch_size
         self._captions, self._faults = [b""] * count, []
         self.clock = StageClock()
-        self.arrays = {
-            "patches": np.zeros((count, num_patches, 3 * patch_size**2), np.uint8),
-            "coords": np.zeros((count, num_patches, 2), np.int32),
-            "valid": np.zeros((count, num_patches), bool),
-            "example_index": np.array([divmod(example, 1 << 32) for example in examples], np.uint32).reshape(count, 2),
-            "source": np.zeros(count, np.int32),
-            "faults": np.zeros((count, len(REASONS)), np.int32),
-        }
+        fields = _fields(count, num_patches, patch_size)
+        self.arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
+        self.arrays["example_index"][:] = np.array([divmod(one, 1 << 32) for one in examples]).reshape(count, 2)
 
     def fill(self, row: int, pixels: np.ndarray, caption: bytes) -> None:
         rows, columns = pixels.shape[0] // self._patch_size, pixels.shape[1] // self._patch_size

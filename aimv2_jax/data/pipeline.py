@@ -24,6 +24,7 @@ from aimv2_jax.data.batches import (
     TrainingBatches,
     TrainingView,
     View,
+    batch_bytes,
 )
 from aimv2_jax.data.noted import NotedReads, NotedSource
 from aimv2_jax.data.plan import Plan
@@ -34,7 +35,7 @@ from aimv2_jax.data.skips import Skips
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.steps import Steps
 from aimv2_jax.data.storage import PATIENCE_S, patience_s
-from aimv2_jax.data.workers import cores
+from aimv2_jax.data.workers import check_shared_memory, cores
 from aimv2_jax.errors import UserError
 from aimv2_jax.untrusted import printable
 
@@ -120,7 +121,7 @@ def training_batches(
       on_restart: told of a worker that died or stalled, from a thread.
 
     Raises:
-      UserError: if a source cannot be read.
+      UserError: if a source cannot be read, or shared memory is too small for the workers' batches.
       StorageError: by the batch, if storage fails for longer than a quarter of `watch.data_s`.
     """
     sources = open_sources(config.data.sources, patience_s(config.watch.data_s))
@@ -128,11 +129,14 @@ def training_batches(
     view: View = TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip)
     if data.areas:
         view = NativeView(config.seed, patch_size, data.upscale, data.flip)
-    sizes = {shape.examples for shape in config.batch_shapes}
+    rows = {size: tuple(int(row) for row in rows_of(size)) for size in {one.examples for one in config.batch_shapes}}
+    if data.workers:
+        largest = max(batch_bytes(len(rows[one.examples]), one.patches, patch_size) for one in config.batch_shapes)
+        check_shared_memory(largest, data.workers, data.prefetch)
     build = TrainingBatches(
         training_plan(config, sources),
         {name: NotedSource(source) for name, source in sources.items()},
-        {size: tuple(int(row) for row in rows_of(size)) for size in sizes},
+        rows,
         view,
         patch_size,
         # Worker i of n builds every n-th batch. Threads of one process wait for one another: there no read is quick.

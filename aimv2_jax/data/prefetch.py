@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import os
 import pickle
@@ -27,7 +28,16 @@ from absl import flags
 
 from aimv2_jax.data import whereabouts
 from aimv2_jax.data.batches import Fault, LocalBatch
-from aimv2_jax.data.workers import announce_semaphores, clear_up, cores, reading, start_reader, write_stacks
+from aimv2_jax.data.workers import (
+    announce_semaphores,
+    clear_up,
+    cores,
+    no_room_error,
+    reading,
+    remedy_for,
+    start_reader,
+    write_stacks,
+)
 from aimv2_jax.errors import UserError
 
 _FINISHED_BATCHES = 2  # Kept ready by the thread, beside what the workers keep.
@@ -68,6 +78,7 @@ class Failure:
       pid: its process id; 0 where it had not begun.
       what: what happened to it, with its exit code where it has one.
       at: the record and shard that it was at.
+      exit_code: with which it died, where that is known.
     """
 
     number: int
@@ -76,6 +87,7 @@ class Failure:
     pid: int
     what: str
     at: str
+    exit_code: int | None = None
 
     def __str__(self) -> str:
         return (
@@ -186,8 +198,8 @@ class Batches(contextlib.AbstractContextManager):
 
     def _failed(self, failure: Failure) -> None:
         if failure.number == self._failed_at:
-            remedy = "Exit code -9 is mostly the system's want of memory: lower data.workers or data.prefetch"
-            raise UserError("a data worker died twice over the same batch", str(failure), remedy)
+            what = "a data worker died twice over the same batch"
+            raise UserError(what, str(failure), remedy_for(failure.exit_code))
         self._failed_at = failure.number
         print(f"{failure}; the workers are started again from that batch", file=sys.stderr, flush=True)
         if self._on_restart is not None:
@@ -227,9 +239,15 @@ class _Crew:
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
-            code = re.search(r"exit code (-?\d+)", str(error))
-            self._failure = self._failure or self._fails(f"died with exit code {code[1] if code else 'unknown'}")
+            found = re.search(r"exit code (-?\d+)", str(error))
+            code = int(found[1]) if found else None
+            told = "unknown" if code is None else code
+            self._failure = self._failure or self._fails(f"died with exit code {told}", code)
             return self._failure
+        except OSError as error:
+            if error.errno == errno.ENOSPC and self._desk is not None:
+                raise no_room_error(error) from error
+            raise
         finally:
             self._awaited_s = None
         if element is None:
@@ -280,11 +298,12 @@ class _Crew:
             if self._failure is not None:
                 clear_up(self._desk.name)
 
-    def _fails(self, what: str) -> Failure:
+    def _fails(self, what: str, exit_code: int | None = None) -> Failure:
         assert self._desk is not None
         worker = self._taken % self._count  # Grain takes from one after another.
         notes = self._desk.workers[worker]
-        return Failure(self._numbers[self._taken], worker, self._count, notes.pid, what, notes.told())
+        number = self._numbers[self._taken]
+        return Failure(number, worker, self._count, notes.pid, what, notes.told(), exit_code)
 
     def _kill(self) -> None:
         assert self._desk is not None

@@ -8,6 +8,7 @@ B batch, T text tokens.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -43,6 +44,8 @@ class Tokenizer:
         self.length = length
         self._most_pieces = length if needs_end else length - 1
         model, self._pieces = _read_model(path)
+        self.digest = hashlib.sha256(model).hexdigest()
+        """Of the file's bytes."""
         self.num_pieces = self._pieces.get_piece_size()
         if self.num_pieces > vocab_size:
             raise UserError(

@@ -31,6 +31,8 @@ class ForeignDonor:
       UserError: as `read_weights`; and where it has other heads, patches, eps or pixel statistics than the config.
     """
 
+    tokenizer = None
+
     def __init__(self, config: Config):
         alone = not Path(config.init.path).is_dir()
         self._weights = read_weights(config.init.path, config.model.encoder.heads if alone else None)

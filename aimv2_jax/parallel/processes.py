@@ -174,6 +174,29 @@ def agree(name: str, value: _Value, timeout_s: int) -> _Value:
         raise _late({0: hosts()[0]}, name, timeout_s) from error
 
 
+def gather(name: str, value: _Value, timeout_s: int) -> dict[int, _Value]:
+    """What all processes gave as `value`, which is JSON, by their index; once for each `name`.
+
+    Process 0, in which the store lives, returns last: what each does next may be to end.
+    """
+    client = _client()
+    if client is None:
+        return {0: value}
+    import jax
+
+    key, index = f"{_STORE}/gathered/{name}", jax.process_index()
+    client.key_value_set(f"{key}/{index}", json.dumps(value))
+    meet(name, timeout_s)
+    found = {int(one.rpartition("/")[2]): json.loads(text) for one, text in client.key_value_dir_get(f"{key}/")}
+    client.key_value_set(f"{_STORE}/seen/{name}/{index}", "seen")
+    for other in found if index == 0 else ():
+        try:
+            client.blocking_key_value_get(f"{_STORE}/seen/{name}/{other}", timeout_s * 1000)
+        except RuntimeError as error:
+            raise _late({other: hosts()[other]}, name, timeout_s) from error
+    return dict(sorted(found.items()))
+
+
 def meet(name: str, timeout_s: int) -> None:
     """Waits until all processes have come here, once for each `name`.
 

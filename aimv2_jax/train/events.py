@@ -45,6 +45,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "spike": ("values", "action"),  # values: {"loss": …, "grad_norm": …}, with what was expected; action: as config.
     "skip": ("a", "b", "why"),  # Batches [a, b) are not trained on.
     "rewind": ("from_step", "to_step", "a", "b"),  # Back to the state after `to_step`, without the batches [a, b).
+    "data_changed": ("what",),  # From `step` on with other data or another tokenizer, as --accept_data allows.
     "bad_data": ("counts",),  # {reason: records} that could not be used since the last such line.
     "hang": ("what", "file"),  # A time-out: `what` was waited for, in `step`, which is not done; file: all stacks.
     # A device, or the network between devices, failed in the step after `step`; file: the traceback.

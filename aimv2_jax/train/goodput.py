@@ -29,7 +29,7 @@ PRODUCTIVE, LOST, START_UP, DATA, EVALUATION, SAVING, DOWN, OTHER = CLASSES = (
     "other",  # What none of these explains, such as a hang.
 )
 _SPENT = {"data_s": DATA, "evaluation_s": EVALUATION, "saving_s": SAVING}
-_STARTING = ("start", "restore", "compiled", "damaged", "skip")
+_STARTING = ("start", "restore", "compiled", "damaged", "skip", "data_changed")
 _ENDINGS = {
     EXIT_FINISHED: "finished",
     EXIT_AGAIN: "stopped",

@@ -9,9 +9,10 @@ import contextlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -19,6 +20,7 @@ from etils import epath
 import aimv2_jax
 from aimv2_jax.config import Config, config_digest, config_text
 from aimv2_jax.data import pipeline
+from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.data.skips import with_examples
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, UserError, last_words
@@ -28,6 +30,7 @@ from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import processes
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, state_bytes
 from aimv2_jax.train.course import Course
+from aimv2_jax.train.data_check import continue_on, identify_data
 from aimv2_jax.train.events import Events, process_age_s
 from aimv2_jax.train.interruptions import FOLDER
 from aimv2_jax.train.metrics import MetricsWriter
@@ -50,12 +53,14 @@ def train(
     tokenizer: Tokenizer,
     donor: Callable[[], Donor] | None = None,
     skip_examples: tuple[int, int] | None = None,
+    accept_data: str | None = None,
 ) -> int:
     """Trains until `train.steps`, from the newest intact checkpoint of `workdir` where there is one; the exit code.
 
     Where there is none, a cooldown (`train.cooldown_from`) starts from that step of its trunk, a run with `init.path`
     from the parameters that `donor` opens (by default those of another run there), and any other run anew. The batches
-    with any of the examples [a, b) of `skip_examples` are jumped over.
+    with any of the examples [a, b) of `skip_examples` are jumped over. Data and tokenizer must be those of the
+    checkpoint, unless `accept_data` is the digest of the ones that are there now.
 
     Returns:
       EXIT_FINISHED, or EXIT_AGAIN where it was asked to stop before, and has saved the step at which it did.
@@ -84,6 +89,7 @@ def train(
         watchdog = stack.enter_context(_watchdog(workdir, config, events))
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(watchdog.watching("start", 0))
+        data = identify_data(config, tokenizer)
         checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep, config.train.keep_steps))
         latest = _newest_intact(checkpointer, events)
         if latest is not None:
@@ -99,13 +105,14 @@ def train(
         profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
 
         begin_s = time.monotonic()
-        state, course = begin(program, donor) if latest is None else _continue(checkpointer, latest, program)
+        state, course = begin(program, donor, data) if latest is None else _continue(checkpointer, latest, program)
+        course = continue_on(course, data, accept_data, events)
         course = _skipping(course, skip_examples, config, events)
         _introduce(program, workdir, latest, size)
         _note_start(events, program, course.step, None if latest is None else time.monotonic() - begin_s)
         if jax.process_index() == 0:
             write_whole(workdir / "config.txt", config_text(config).encode())
-        again = partial(begin, program, donor)
+        again = partial(begin, program, donor, data)
         run = Run(program, workdir, tokenizer, checkpointer, writer, events, profiler, watchdog, again)
         starting.close()
         with _end_noted(events, run):
@@ -134,11 +141,11 @@ def _newest_intact(checkpointer: Checkpointer, events: Events) -> int | None:
     return latest
 
 
-def begin(program: Program, donor: Callable[[], Donor] | None) -> tuple[TrainState, Course]:
-    """Where the run begins that has no checkpoint: at step 0, or as a cooldown at a step of its trunk."""
+def begin(program: Program, donor: Callable[[], Donor] | None, data: Mapping[str, Any]) -> tuple[TrainState, Course]:
+    """Where a run on `data` begins that has no checkpoint: at step 0, or as a cooldown at a step of its trunk."""
     cooldown = program.config.cooldown
     if cooldown is None:
-        return _start(program, donor), Course()
+        return _start(program, donor, data[TOKENIZER]), Course()
     trunk = CheckpointReader(cooldown.trunk)
     check_trunk(trunk.meta(cooldown.start)["config"], program.config)
     return _continue(trunk, cooldown.start, program)
@@ -205,13 +212,13 @@ def _end_noted(events: Events, run: Run) -> Iterator[None]:
         raise
 
 
-def _start(program: Program, donor: Callable[[], Donor] | None) -> TrainState:
+def _start(program: Program, donor: Callable[[], Donor] | None, tokenizer: str) -> TrainState:
     """The state before step 0: fresh, or with the parameters of another model."""
     state, init = program.init(), program.config.init
     if not init.path:
         return state
     opened = RunDonor(init.path) if donor is None else donor()
-    params, report = warm_start(program, state.params, init, opened)
+    params, report = warm_start(program, state.params, init, opened, tokenizer)
     say(report)
     return state.replace(params=params)
 

@@ -21,6 +21,7 @@ from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.course import Course
+from aimv2_jax.train.data_check import continue_on, identify_data
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.loop import begin
 from aimv2_jax.train.nonfinite import read_record
@@ -36,24 +37,28 @@ def replay(
     tokenizer: Tokenizer,
     step: int,
     donor: Callable[[], Donor] | None = None,
+    accept_data: str | None = None,
 ) -> int:
     """Goes on from the newest checkpoint before `step` to that step, and prints its metrics and the norms of tensors.
 
     Args:
       donor: as of `loop.train`, for where there is no checkpoint before.
+      accept_data: as of `loop.train`.
 
     Raises:
-      UserError: where the config is another run's, and where the run has not come to that step.
+      UserError: where config, data or tokenizer are another run's, and where the run has not come to that step.
     """
     program, reader = build_program(config), CheckpointReader(workdir)
     _check_reached(step, workdir, reader, config)
     before = max((saved for saved in reader.steps() if saved < step), default=None)
+    data = identify_data(config, tokenizer)
     if before is None:
-        state, course = begin(program, donor)
+        state, course = begin(program, donor, data)
     else:
         meta = reader.meta(before)
         check_resumable(meta["config"], config)
         state, course = reader.restore(before, program.abstract_state), Course.of_meta(meta)
+    course = continue_on(course, data, accept_data)
     print(f"from step {course.step} on, to step {step}", flush=True)
     sharding, compiled = program.batch_sharding, {}
     steps = pipeline.training_plan(config, pipeline.open_sources(config.data.sources)).steps

@@ -337,6 +337,7 @@ _TOLD = {
         f"rewound from step {number(e.values.get('from_step'))} to {number(e.values.get('to_step'))}, "
         f"without batches {_batches(e)}"
     ),
+    "data_changed": lambda e: f"goes on with other data, as accepted: {_listed(e.values.get('what'))}",
     "bad_data": lambda e: f"records left out: {_listed(e.values.get('counts'))}",
     "hang": lambda e: f"hung, waiting for {e.values.get('what')}; stacks: {e.values.get('file')}",
     "device_failure": lambda e: f"a device failed: {e.values.get('status')}; traceback: {e.values.get('file')}",
@@ -356,6 +357,7 @@ _LABELS = {
     "spike": "spike",
     "skip": "skip",
     "rewind": "rewind",
+    "data_changed": "other data",
     "bad_data": "bad data",
     "hang": "hang",
     "device_failure": "device failure",

@@ -1,4 +1,4 @@
-"""Which config keys may change when a run is continued, and why."""
+"""Which config keys may change when a run is continued, and why. Data and tokenizer: data_check.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAY_CHANGE = {
     "data.read_threads": "when a record is read",
     "data.prefetch": "when a batch is read",
     "data.max_bad_fraction": "when the run gives up; changes no example",
-    "data.sources.*": "a folder may move; the names stay, since the order of examples depends on them",
+    "data.sources.*": "a folder may move; names and records stay, since the order of examples depends on them",
     "tokenizer.path": "a file may move",
     "init.path": "a folder may move; it is read before the first step only",
     "eval.*": "evaluation changes no parameter; the best is chosen among losses measured in the same way",

@@ -416,7 +416,7 @@ class Run:
         self.tally.forget()
         self.events.write("progress", spike.step, **self.spending.seconds())
         self.events.write("rewind", spike.step, from_step=spike.step, to_step=back.step, a=back.first, b=back.end)
-        return state, Course(back.step, course.skips.adding(back.first, back.end), turn)
+        return state, course.rewound(back.step, course.skips.adding(back.first, back.end))
 
     def _compare(self, number: int, once: Any, again: Any) -> None:
         """Ends the run where a step that was computed twice came out different."""

@@ -15,6 +15,7 @@ import jax
 from flax import traverse_util
 
 from aimv2_jax.config import InitConfig
+from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.parallel import rules
@@ -23,6 +24,9 @@ from aimv2_jax.train.program import Program
 
 POSITION = "encoder/position"
 """The one tensor that is resized: the encoder's table of learned positions, a row a patch of a square grid."""
+
+OF_TOKENS = ("decoder/token_table", "decoder/token_head/kernel")
+"""The tensors whose rows or columns are the pieces of a tokenizer."""
 
 _SHOWN = 6  # Names in a line of the report.
 
@@ -43,11 +47,14 @@ class Matching:
 class Donor(Protocol):
     """What has parameters to give: `name` for the log, `shapes` by path, and a way to read some of them.
 
+    `tokenizer` is the digest of the one that its tokens are of (as `data.identity` has it), None if that is not known.
+
     `read` takes `{path: jax.ShapeDtypeStruct}`, and gives the arrays placed as their shardings say.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
+    tokenizer: str | None
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]: ...
 
@@ -67,6 +74,7 @@ class RunDonor:
         meta = self._reader.meta(self._step)
         leaves = meta["leaves"]
         self.name = f"{workdir}:{self._step}"
+        self.tokenizer = (meta["extra"].get("data") or {}).get(TOKENIZER)
         self._part = "average" if has_average(meta) else "params"
         prefix = f"{self._part}/"
         self.shapes = {name.removeprefix(prefix): tuple(leaves[name][0]) for name in leaves if name.startswith(prefix)}
@@ -76,15 +84,26 @@ class RunDonor:
         return traverse_util.flatten_dict(self._reader.restore_part(self._step, tree)[self._part], sep="/")
 
 
-def warm_start(program: Program, params: Any, init: InitConfig, donor: Donor) -> tuple[Any, str]:
+def warm_start(
+    program: Program, params: Any, init: InitConfig, donor: Donor, tokenizer: str | None = None
+) -> tuple[Any, str]:
     """`params`, fresh ones, with those of the donor in their place, and a report for the log.
+
+    Args:
+      tokenizer: its digest, which is compared with the donor's where both are known.
 
     Raises:
       UserError: for tensors that are missing, left over or of another shape and not named in `init`; for names there
-        that match none.
+        that match none; for tensors that belong to another tokenizer.
     """
     ours = traverse_util.flatten_dict(params, sep="/")
     found = match({name: leaf.shape for name, leaf in ours.items()}, donor.shapes, init)
+    if tokenizer and donor.tokenizer and tokenizer != donor.tokenizer and set(OF_TOKENS) & set(found.taken):
+        raise UserError(
+            f"the token table of {donor.name} is of another tokenizer",
+            f"digest {donor.tokenizer} there, {tokenizer} here",
+            f"Set tokenizer.path to that one, or init.drop and init.fresh to {OF_TOKENS}",
+        )
     whole = rules.replicated(program.mesh)
     theirs = dict(
         donor.read(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -60,11 +61,12 @@ def stall() -> None:
 
 
 def stall_in_worker() -> None:
-    """Lets the read of one record stall: at every start, or once."""
+    """Lets a worker's read of one record stall: at every start, or once. The trainer may read it at its start."""
     read = Source.read
 
     def stalled(self: Source, index: int) -> bytes:
-        if [self.name, index] == _JOB["record"] and not os.path.exists(_JOB["once"]):
+        in_worker = multiprocessing.parent_process() is not None
+        if in_worker and [self.name, index] == _JOB["record"] and not os.path.exists(_JOB["once"]):
             if _JOB["job"] == "worker once":
                 Path(_JOB["once"]).touch()
             stall()

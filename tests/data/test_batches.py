@@ -140,6 +140,14 @@ def test_unusable_records_when_the_whole_source_is_then_the_guard_says_the_reaso
     assert "4 x undecodable_image" in str(error.value) and "1 x empty_image" in str(error.value)
 
 
+def test_unusable_record_when_its_key_is_long(make_dataset):
+    """A line of bad_records.jsonl holds the two ends of a key of megabytes."""
+    bad = {2: {"key": "a" + 5_000_000 * "x" + "z", "image": b"junk"}}
+    batches = training({"red": make_dataset("red", 5, bad)}, {"red": {"alt": 1.0}})
+    [key] = {fault.key for step in range(5) for fault in batches(step).faults}
+    assert len(key) <= 200 and (key[0], key[-1]) == ("a", "z")
+
+
 def test_unusable_record_when_it_is_the_only_one_then_the_guard_stops(make_dataset):
     build = training({"red": make_dataset("red", 1, {0: {"image": b"junk"}})}, {"red": {"alt": 1.0}})
     with pytest.raises(GuardStop, match="1 x undecodable_image"):

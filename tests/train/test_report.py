@@ -60,6 +60,7 @@ NEWS = {
     "spike": dict(values={"loss": 9.0, "mean": 1.5}, action="log"),
     "skip": dict(a=17, b=20, why="--skip_examples"),
     "rewind": dict(from_step=17, to_step=10, a=12, b=17),
+    "data_changed": dict(what=["data source 'photo': 60 records before, 50 now", HOSTILE]),
     "bad_data": dict(counts={"corrupt_record": 2}),
     "hang": dict(what="data", file="hang.txt"),
     "device_failure": dict(status=HOSTILE, file="hangs/17.txt"),
@@ -147,6 +148,7 @@ def test_every_kind_of_news_when_in_the_books_then_said_in_text_and_page(run):
             "batches 17 to 19 left out: --skip_examples",
             "and all were started again; it " + HOSTILE,
             "encoder/norm on cpu:1",
+            "goes on with other data, as accepted: data source 'photo': 60 records before, 50 now",
             "records left out: corrupt_record 2",
         ):
             assert part in said

@@ -1,5 +1,8 @@
 """A run that starts from another: what is taken, resized, initialised and refused."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from aimv2_jax.main import main
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.program import build_program
-from aimv2_jax.train.warm_start import RunDonor, match, warm_start
+from aimv2_jax.train.warm_start import OF_TOKENS, RunDonor, match, warm_start
 
 OURS = {"encoder/position": (16, 8), "encoder/trunk/norm/scale": (8,), "decoder/begin": (4,)}
 
@@ -103,6 +106,20 @@ def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_
     ]
     assert main(again) == 0
     assert "continuing from step 2" in capsys.readouterr().out
+
+
+def test_warm_start_when_the_tokenizer_is_another(small):
+    """Rows of the token table would become those of other pieces."""
+    config = tiny_config(init__path=str(small))
+    program, donor = build_program(config), RunDonor(config.init.path)
+    ours, params = donor.tokenizer, program.init().params
+    assert re.fullmatch(r"\w{16}", ours)
+    with pytest.raises(UserError, match=rf"small:2 is of another tokenizer: 'digest {ours} there, x here'"):
+        warm_start(program, params, config.init, donor, "x")
+    for tokenizer in (ours, None):
+        warm_start(program, params, config.init, donor, tokenizer)
+    apart = dataclasses.replace(config.init, drop=OF_TOKENS, fresh=OF_TOKENS)
+    assert "initialised: decoder/token_" in warm_start(program, params, apart, donor, "x")[1]
 
 
 def test_run_when_started_from_hugging_faces_folder_then_its_encoder(small, tmp_path, capsys):
