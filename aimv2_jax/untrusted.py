@@ -1,4 +1,4 @@
-"""Reading what others wrote: regular files of bounded size, JSON of bounded depth, values in range, text for a terminal.
+"""Reading what others wrote: bounded regular files, JSON of bounded depth, values in range, text for a terminal.
 
 Everything here raises `ValueError` for content that cannot be accepted and leaves `OSError` to the system's refusals,
 so that a caller can turn each into the error of its own domain. Nothing here blocks on a pipe or reads without a limit.
@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
@@ -39,6 +39,19 @@ def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike
       ValueError: if it is no regular file (a pipe, a device, a folder), or its name holds a zero byte.
       OSError: if the system refuses it.
     """
+    with open_regular(path, inside) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise TooLarge(f"it has {size:,} bytes, the limit is {max_bytes:,}")
+        # Bounded, because files of /proc report 0 bytes and may never end. None: it would have to wait for data.
+        data = file.read(size + 1) or b""
+    if len(data) > size:
+        raise ValueError("it grows while it is read")
+    return data
+
+
+def open_regular(path: str | os.PathLike, inside: str | os.PathLike | None = None) -> BinaryIO:
+    """Opens a local regular file to read; arguments and errors are those of `read_file`."""
     path = os.fspath(path)
     if inside is not None:
         path = os.path.realpath(path)  # What is checked is what is opened: no link is followed after this.
@@ -46,17 +59,14 @@ def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike
             raise OutsideFolder("it lies outside of the folder")
     # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if inside is not None else 0)
-    with open(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError("it is not a regular file")
-        if status.st_size > max_bytes:
-            raise TooLarge(f"it has {status.st_size:,} bytes, the limit is {max_bytes:,}")
-        # Bounded, because files of /proc report 0 bytes and may never end. None: it would have to wait for data.
-        data = file.read(status.st_size + 1) or b""
-    if len(data) > status.st_size:
-        raise ValueError("it grows while it is read")
-    return data
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
