@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from aimv2_jax.console import print_line
+from aimv2_jax.untrusted import printable
 
 EXIT_FINISHED = 0
 EXIT_BUG = 1
@@ -19,6 +20,7 @@ EXIT_HUNG = 4  # It hung, was killed, or its devices failed where it had before:
 EXIT_AGAIN = 75
 EXIT_INTERRUPTED = 130  # As shells have it: 128 and the number of SIGINT.
 
+_MAX_SENTENCE = 4000
 _MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.
 # What an operating system refuses for reasons that lie outside the program, and what to do about it.
 _REFUSALS = {
@@ -51,7 +53,8 @@ class UserError(Exception):
         super().__init__(what, value, remedy)
 
     def __str__(self) -> str:
-        return " ".join(f"{self.what}: {_shown(self.value)}. {self.remedy}.".splitlines())
+        # What others wrote, such as a file's name, may stand in all three.
+        return printable(" ".join(f"{self.what}: {_shown(self.value)}. {self.remedy}.".splitlines()), _MAX_SENTENCE)
 
 
 def _shown(value: object) -> str:

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+from aimv2_jax.console import print_line
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.inputs.discover import find
@@ -43,6 +44,7 @@ from aimv2_jax.data.shards import Shard
 from aimv2_jax.data.workers import cores
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.flags import Parser, positive
+from aimv2_jax.untrusted import printable
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
@@ -51,6 +53,12 @@ _UNITS = {"": 1, "B": 1} | {
 }
 _LOOKED_AT = 5
 _MOST_LETTERS = 100  # Of a kind's or label's name, which every record repeats.
+_MAX_LINE = 10_000  # Characters of the report.
+_HINTS = {  # By the reason why samples are dropped or lost.
+    "link_out_of_folder": "--follow-links takes what links lead to",
+    "decompression_bomb": "an input that unpacks to over a hundred times its size is read up to there",
+    "oversized_file": "no picture has more than 256 MiB",
+}
 _LEAST_SHARD = 1000  # A bare "1" is a slip: it would make a file of every record.
 
 
@@ -61,6 +69,7 @@ def prepare(
     shard_size: int = 10**9,
     runner: Runner = run_local,
     resume: bool = False,
+    follow_links: bool = False,
 ) -> DatasetInfo:
     """Prepares `inputs` in `output`.
 
@@ -68,15 +77,16 @@ def prepare(
       shard_size: bytes of input that an output shard is made of, about.
       runner: does the work; what comes of it does not depend on who does it.
       resume: goes on with work that this very call has begun; finished, it is the answer.
+      follow_links: takes what links lead to outside of the folder that they are in.
 
     Raises:
       UserError: if the inputs, the rules or the output make it impossible: not one sample can be used, say.
     """
     place = Output(output)
     place.check_free(resume)
-    shards = find(inputs)
+    shards = find(inputs, follow_links)
     _check(shards, rules)
-    tasks, command = tasks_of(shards, shard_size), _command(shards, rules, shard_size)
+    tasks, command = tasks_of(shards, shard_size), _command(shards, rules, shard_size, follow_links)
     with place.claimed():
         finished = place.begin(command, tasks, resume)
         if finished is not None:
@@ -100,7 +110,7 @@ def _check(shards: Sequence[InputShard], rules: Rules) -> None:
             raise UserError(f"no --caption, and this {kind} input has none of the usual ones", known[0].path, remedy)
 
 
-def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int) -> dict[str, Any]:
+def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int, follow_links: bool) -> dict[str, Any]:
     """What the data set depends on, by flag; of the inputs' names, no folder: that is this machine's own."""
     files = [PurePath(shard.path).name for shard in shards]
     return {
@@ -119,6 +129,7 @@ def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int) -> dic
         "shard-size": shard_size,
         "verify": rules.verify,
         "decode": rules.decode,
+        "follow-links": follow_links,
     }
 
 
@@ -162,7 +173,9 @@ def _accounts(*accounts: Mapping[str, Any]) -> list[str]:
     for reason, entry in (item for account in accounts for item in account.items()):
         count = entry.count if hasattr(entry, "count") else entry.samples
         size = f", {entry.bytes:,} bytes" if hasattr(entry, "bytes") else ""
-        lines.append(f"{count:,} {reason}{size}" + (f" (first: {entry.keys[0]})" if entry.keys else ""))
+        first = f" (first: {entry.keys[0]})" if entry.keys else ""
+        hint = f"; {_HINTS[reason]}" if reason in _HINTS else ""
+        lines.append(f"{count:,} {reason}{size}{first}{hint}")
     return lines
 
 
@@ -176,7 +189,7 @@ def report(info: DatasetInfo) -> str:
         lines.append("labels: " + ", ".join(info.labels))
     for title, account in (("dropped", info.drops), ("changed", info.changes), ("lost", info.lost)):
         lines += [f"{title}: {line}" for line in _accounts(account)]
-    return "\n".join(lines)
+    return "\n".join(printable(line, _MAX_LINE) for line in lines)
 
 
 def _caption_counts(info: DatasetInfo) -> Iterator[str]:
@@ -272,6 +285,8 @@ def _parser() -> Parser:
     add("--workers", type=positive, metavar="N", help="processes (one for each CPU)")
     add("--runner", choices=("local", "beam"), default="local", help="local processes, or Apache Beam")
     add("--beam-options", metavar="OPTIONS", help="of the pipeline: --beam-options='--runner=DataflowRunner ...'")
+    links = "takes what links in a folder lead to outside of it; without, a folder cannot reach your other files"
+    add("--follow-links", action="store_true", help=links)
     resume = "goes on with what an interrupted run left in --output; inputs rewritten at the same size are not noticed"
     add("--resume", action="store_true", help=resume)
     return parser
@@ -306,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("apache_beam").setLevel(logging.ERROR)
     else:
         runner = partial(run_local, workers=args.workers or cores())
-    print(report(prepare(args.input, args.output, rules, args.shard_size, runner, args.resume)))
+    print_line(report(prepare(args.input, args.output, rules, args.shard_size, runner, args.resume, args.follow_links)))
     return EXIT_FINISHED
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,28 +29,37 @@ from aimv2_jax.data.shards import Shard
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote, move_whole, write_whole
 from aimv2_jax.locks import claimed
+from aimv2_jax.untrusted import parse_json_object
 
 _WORK = ".parts"
 _COMMAND, _TASKS, _LOCK = "command.json", "tasks.jsonl", "lock"
+_READ_BYTES = 1 << 20
 _READERS = 32  # Threads that look after finished tasks: a bucket takes 50 ms to answer.
 _Answer = TypeVar("_Answer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What a finished task left: its shards, and its books."""
+    """What a finished task left: its shards, and its books.
+
+    `marks` are the time of each shard's last change (ns) and the crc32 of its bytes. A bucket's have none: nobody can
+    change a part of what lies there.
+    """
 
     shards: tuple[Shard, ...]
     books: Books
+    marks: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> str:
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        return json.dumps({"shards": shards, "books": self.books.to_tree()})
+        return json.dumps({"shards": shards, "books": self.books.to_tree(), "marks": self.marks})
 
     @classmethod
     def from_json(cls, text: str) -> Done:
-        tree = json.loads(text)
-        return cls(tuple(Shard(**shard) for shard in tree["shards"]), Books.from_tree(tree["books"]))
+        """Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for text that is damaged."""
+        tree = parse_json_object(text)
+        shards = tuple(Shard(**shard) for shard in tree["shards"])
+        return cls(shards, Books.from_tree(tree["books"]), tuple((time, crc32) for time, crc32 in tree["marks"]))
 
 
 class BucketError(UserError):
@@ -141,8 +151,8 @@ class Output:
             return None
         self.check_free(resume)
         try:
-            begun = dict(json.loads((self._work / _COMMAND).read_text()))
-        except (ValueError, TypeError) as error:
+            begun = parse_json_object((self._work / _COMMAND).read_text())
+        except ValueError as error:
             remedy = "Remove the folder and begin anew"
             raise UserError(f"--output: {_WORK}/{_COMMAND} cannot be read", self.name, remedy) from error
         for name, value in command.items():
@@ -200,6 +210,10 @@ class Output:
             yield Task.from_json(line)
 
     def finish_task(self, task: Task, done: Done) -> None:
+        if self.is_local:
+            paths = [Path(self._folder / shard.file) for shard in done.shards]
+            marks = tuple((path.stat().st_mtime_ns, _crc32(path)) for path in paths)
+            done = dataclasses.replace(done, marks=marks)
         self.write_text(f"{_WORK}/{task.number:05d}.json", done.to_json())
 
     def fail_task(self, task: Task, error: UserError) -> None:
@@ -229,7 +243,15 @@ class Output:
         except (ValueError, KeyError, TypeError, AttributeError):  # Damaged.
             return None
         paths = [(self._folder / shard.file, shard.bytes) for shard in done.shards]
-        return done if all(path.exists() and path.stat().length == size for path, size in paths) else None
+        if not all(path.exists() and path.stat().length == size for path, size in paths):
+            return None
+        if self.is_local:
+            if len(done.marks) != len(paths):
+                return None
+            for (path, _), (time, crc32) in zip(paths, done.marks):  # Read are those that somebody touched.
+                if Path(path).stat().st_mtime_ns != time and _crc32(Path(path)) != crc32:
+                    return None
+        return done
 
     def finish(self, info: DatasetInfo) -> None:
         """Writes `dataset.json`, by which the folder becomes a data set, and tidies up."""
@@ -240,3 +262,11 @@ class Output:
     def clear(self) -> None:
         """Removes the work folder."""
         self._work.rmtree()
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            value = zlib.crc32(data, value)
+    return value

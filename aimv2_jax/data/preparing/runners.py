@@ -68,15 +68,23 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                counts = future.result()
+                yield running.pop(future), counts
     except BrokenProcessPool as error:
+        at_work = sorted(running.values(), key=lambda task: task.number)[:workers]
         remedy = f"If the memory was full, give fewer --workers; {GO_ON}"
-        raise UserError("a worker process died while preparing", job.output, remedy) from error
+        what = "a worker process died while preparing one of these inputs"
+        raise UserError(what, "; ".join(map(_inputs, at_work)), remedy) from error
     finally:
         if running:  # Something went wrong, or Ctrl-C: what the workers are at would be minutes more.
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def _inputs(task: Task) -> str:
+    first, last = task.shards[0].path, task.shards[-1].path
+    return first if first == last else f"{first} to {last}"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from aimv2_jax.data.books import Books
 from aimv2_jax.data.inputs import read as inputs
@@ -13,6 +13,7 @@ from aimv2_jax.data.inputs.samples import Damage, InputShard, Sample
 from aimv2_jax.data.preparing.checks import Dropped, Rules, check
 from aimv2_jax.data.preparing.groups import Task
 from aimv2_jax.data.preparing.output import Done, Output
+from aimv2_jax.data.preparing.slowness import SlowSampleLog
 from aimv2_jax.data.records import encode
 from aimv2_jax.data.shards import ShardWriter
 from aimv2_jax.errors import UserError
@@ -36,9 +37,13 @@ def run_task(task: Task, job: Job) -> Done:
     """
     output, books = Output(job.output), Books()
     try:
-        with output.scratch() as scratch, ShardWriter(scratch, output.place, task.limit, task.prefix) as writer:
+        with (
+            output.scratch() as scratch,
+            ShardWriter(scratch, output.place, task.limit, task.prefix) as writer,
+            SlowSampleLog() as log,
+        ):
             for shard in task.shards:
-                _work(shard, job.rules, books, writer)
+                _work(shard, job.rules, books, writer, log)
         done = Done(tuple(writer.shards), books)
         output.finish_task(task, done)
     except OSError as error:  # Those of the input are told apart below.
@@ -47,11 +52,13 @@ def run_task(task: Task, job: Job) -> Done:
     return done
 
 
-def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter) -> None:
+def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter, log: SlowSampleLog) -> None:
+    log.begin(f"the first sample of {shard.path}")
     if not rules.captions:
         with _reading(shard):
             rules = dataclasses.replace(rules, captions=inputs.default_captions(shard))
-    for item in _items(shard):
+    for item in _items(shard, rules.fields):
+        log.begin(f"{item.key} of {shard.path}, or what follows it,")
         if isinstance(item, Damage):
             books.lose(item.reason, item.samples, item.num_bytes, item.key)
             continue
@@ -67,9 +74,9 @@ def _work(shard: InputShard, rules: Rules, books: Books, writer: ShardWriter) ->
             books.change(what, record.key)
 
 
-def _items(shard: InputShard) -> Iterator[Sample | Damage]:
+def _items(shard: InputShard, fields: Collection[str]) -> Iterator[Sample | Damage]:
     with _reading(shard):
-        yield from inputs.read(shard)
+        yield from inputs.read(shard, fields)
 
 
 @contextlib.contextmanager

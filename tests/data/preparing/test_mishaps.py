@@ -1,18 +1,23 @@
 """What goes wrong around preparation, and what is said then: odd inputs, odd outputs, odd runners."""
 
 import gzip
+import io
+import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from functools import partial
 
 import pytest
 from full_disk import files_of_at_most
 
 from aimv2_jax.data.datasets import DatasetInfo
 from aimv2_jax.data.prepare import main
-from aimv2_jax.data.preparing import runners
+from aimv2_jax.data.preparing import checks, runners, work
+from aimv2_jax.data.preparing.slowness import SlowSampleLog
 from aimv2_jax.data.shards import ShardWriter, place_in
 
 GOOD = {"txt": b"A thing.", "json": {"alt": "A thing."}}
@@ -87,7 +92,8 @@ def test_temporary_files_when_without_room_then_their_folder_is_named_and_not_th
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tars / "00000.tar").read_bytes()))
     with files_of_at_most(20_000):
         said = refused(run(tmp_path / "a.tar.gz", "--workers", 1))
-    assert f"no room for the copy of an input (File too large): '{tempfile.gettempdir()}'" in said and "TMPDIR" in said
+    assert f"no room in {tempfile.gettempdir()} for the copy of an input (File too large): '" in said
+    assert "a.tar.gz'" in said and "TMPDIR" in said
 
 
 @pytest.mark.parametrize("size", ["9" * 400, "99999999999TB", "9" * 400 + ".5 GB"])
@@ -182,3 +188,63 @@ def test_beam_when_its_runner_cannot_be_started_then_told(run, tars, monkeypatch
 
 def test_place_when_of_an_unknown_kind_then_told(run):
     assert "no such kind of place is known: 'https://a.b/c.tar'" in refused(run("https://a.b/c.tar"))
+
+
+def test_report_has_no_control_characters_of_keys(run, tmp_path, make_tar, picture):
+    key = "\x1b]0;PWNED\x07\x1b[2J\r\n5 records of 5 samples\n"
+    make_tar(tmp_path / "a.tar", {"a": {"jpg": picture()} | GOOD, key: {"jpg": b"no picture"} | GOOD})
+    code, said = run(tmp_path / "a.tar", "--workers", 1)
+    assert code == 0 and said.startswith("1 records of 2 samples")
+    assert all(line.isprintable() for line in said.splitlines())
+    assert r"(first: \x1b]0;PWNED\x07\x1b[2J\r\n5 records of 5 samples\n)" in said
+
+
+@pytest.fixture
+def one_dropped(tmp_path, make_tar, picture):
+    """A tar with a good sample and one that is dropped, whose key is not of ASCII."""
+    return make_tar(tmp_path / "a.tar", {"a": {"jpg": picture()} | GOOD, "ünï": {"jpg": b"no picture"} | GOOD})
+
+
+def test_report_is_escaped_where_the_output_is_ascii(run, monkeypatch, one_dropped):
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert run(one_dropped, "--workers", 1)[0] == 0
+    assert rb"(first: \xfcn\xef)" in output.buffer.getvalue()
+
+
+def test_report_that_nobody_reads_ends_well(run, tmp_path, monkeypatch, one_dropped):
+    """As in `prepare ... | true`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert run(one_dropped, "--workers", 1)[0] == 0
+    assert (tmp_path / "out/dataset.json").exists()
+
+
+def test_links_are_dropped_with_the_remedy(run, tmp_path, picture):
+    folder = tmp_path / "subset"
+    folder.mkdir()
+    (tmp_path / "a.jpg").write_bytes(picture())
+    for number in range(3):
+        (folder / f"{number}.jpg").symlink_to("../a.jpg")
+    rows = [f'{{"file_name": "{number}.jpg", "caption": "A thing."}}' for number in range(3)]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    said = refused(run(folder, "--workers", 1, output=tmp_path / "other"))
+    assert "3 link_out_of_folder (first: 0.jpg); --follow-links takes what links lead to" in said
+    code, said = run(folder, "--workers", 1, "--follow-links")
+    assert code == 0 and said.startswith("3 records of 3 samples")
+
+
+@pytest.mark.parametrize("limit_s, is_logged", [(0.04, True), (60, False)])
+def test_sample_that_takes_long_is_logged(run, tmp_path, monkeypatch, caplog, make_tar, picture, limit_s, is_logged):
+    def slow(sample, rules):
+        time.sleep(0.2 * (sample.key == "b"))
+        return checks.check(sample, rules)
+
+    monkeypatch.setattr(work, "SlowSampleLog", partial(SlowSampleLog, limit_s))
+    monkeypatch.setattr(work, "check", slow)
+    samples = {key: {"jpg": picture()} | GOOD for key in "abc"}
+    assert run(make_tar(tmp_path / "a.tar", samples), "--workers", 1)[0] == 0
+    logged = [record.getMessage() for record in caplog.records if "prepare has been at" in record.getMessage()]
+    assert any(f"b of {tmp_path}/a.tar" in line for line in logged) == is_logged

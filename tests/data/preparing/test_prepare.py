@@ -249,8 +249,8 @@ def test_input_when_it_fails_midway_then_told_and_resume_goes_on(run, tars, monk
 
     read = work.inputs.read
 
-    def failing(shard):
-        yield from read(shard)
+    def failing(shard, fields):
+        yield from read(shard, fields)
         if shard.path.endswith("00003.tar"):
             raise OSError(5, "Input/output error", shard.path)
 
@@ -436,7 +436,8 @@ def test_run_when_a_worker_is_killed_then_told_and_nothing_goes_on(many, tmp_pat
     os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert said.startswith("error: a worker process died while preparing") and "--resume" in said
+    assert said.startswith("error: a worker process died while preparing one of these inputs: '") and "--resume" in said
+    assert re.search(r"inputs: '/\S+/000\d\d\.tar; /\S+/000\d\d\.tar'", said)
     assert said.count("\n") == 1
     assert_gone(pids)
 
@@ -455,6 +456,22 @@ def test_resume_when_what_is_finished_is_gone_cut_or_damaged_then_made_again(run
     cut.write_bytes(cut.read_bytes()[:-1])
     code, _, folder = run(*FLAGS, "--resume")
     assert code == 0 and files_of(folder) == files_of(straight)
+
+
+def test_resume_finds_shards_that_were_overwritten(run, tmp_path, files_of, monkeypatch):
+    """Bytes of the right size are looked into where somebody touched them; those that nobody changed stay."""
+    from aimv2_jax.data import prepare
+
+    _, _, straight = run(*FLAGS, output="straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert run(*FLAGS)[0] == 2
+    overwritten, touched = (tmp_path / f"out/0000{number}-00000.arrayrecord" for number in (1, 2))
+    overwritten.write_bytes(os.urandom(overwritten.stat().st_size))
+    os.utime(touched, (1, 1))
+    code, _, folder = run(*FLAGS, "--resume")
+    assert code == 0 and files_of(folder) == files_of(straight)
+    assert touched.stat().st_mtime == 1
 
 
 def test_runners_when_local_with_one_and_two_workers_and_beam_then_the_same_bytes(run, files_of, tmp_path, tars):
