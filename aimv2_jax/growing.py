@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import numbers
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -64,8 +66,10 @@ class Upload:
 class GrowingFile:
     """A file at whose end is written; what `path` holds before stays. It is made at the first write.
 
+    Where a local one is deleted meanwhile, the next write makes it again; where its folder is, that is an error.
+
     Args:
-      path: local, or in a bucket; its folder is made.
+      path: local, or in a bucket; its folder is made. A symbolic link, a pipe or a device is refused.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -77,6 +81,11 @@ class GrowingFile:
     def write(self, data: bytes) -> None:
         """Writes at the end: on a disk when this returns, in a bucket some seconds later."""
         if self._file is None:
+            if not is_remote(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        elif self._upload is None and _is_deleted(self._file):
+            self._file.close()
             self._open()
         left = memoryview(data)
         while left:  # A full disk takes a part of it, and says so at the next.
@@ -104,8 +113,7 @@ class GrowingFile:
 
     def _open(self) -> None:
         if not is_remote(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = Path(self._path).open("ab", buffering=0)  # noqa: SIM115
+            self._file = _open_to_append(Path(self._path))
             return
         self._folder = tempfile.TemporaryDirectory(prefix="upload-")
         local = Path(self._folder.name) / self._path.name
@@ -113,6 +121,30 @@ class GrowingFile:
             local.write_bytes(self._path.read_bytes())
         self._file = local.open("ab", buffering=0)
         self._upload = Upload(local, self._path)
+
+
+def _open_to_append(path: Path) -> BinaryIO:
+    """Raises `UserError` for anything but a regular file: what a link leads to is not the run's to change."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # A link; a pipe that nobody reads.
+            raise
+        raise UserError("a file that the run writes is none", str(path), "Remove the link or pipe") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError("a file that the run writes is none", str(path), "Remove the pipe or device")
+    return open(descriptor, "ab", buffering=0)
+
+
+def _is_deleted(file: BinaryIO) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_nlink == 0
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # Deleted on another host of an NFS.
+            raise
+        return True
 
 
 def plain(value: Any) -> Any:

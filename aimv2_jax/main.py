@@ -16,7 +16,7 @@ from etils import epath
 
 from aimv2_jax.config import Config, load_config
 from aimv2_jax.errors import EXIT_AGAIN, UserError, reports_user_errors
-from aimv2_jax.files import is_remote
+from aimv2_jax.files import check_folder
 from aimv2_jax.flags import Parser, positive, split_overrides
 from aimv2_jax.parallel.clusters import Launch, find_place
 from aimv2_jax.platforms import skip_absent_tpu
@@ -89,10 +89,9 @@ def _folder(workdir: str) -> epath.Path:
         raise UserError("--workdir is empty", workdir, "Give a folder, such as runs/mine")
     try:
         path = epath.Path(workdir)
-        if not is_remote(workdir) and path.exists() and not path.is_dir():
-            raise UserError("--workdir is a file", workdir, "Give a folder")
     except KeyError as error:  # What epath knows by its scheme, and nothing more of it.
         raise UserError("no such kind of storage", workdir, "Give a folder, or gs://BUCKET/FOLDER") from error
+    check_folder(path, "--workdir")
     return path
 
 

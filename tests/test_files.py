@@ -1,12 +1,18 @@
-"""Files and locks: whole or absent, and held by one."""
+"""Files and locks: whole or absent, and held by one; and the folders that a command line names."""
 
+import errno
+import fcntl
+import json
 import multiprocessing
 import os
+import time
+from pathlib import Path
 
 import pytest
 
+from aimv2_jax import leases
 from aimv2_jax.errors import UserError
-from aimv2_jax.files import part_of, write_whole
+from aimv2_jax.files import check_folder, is_made_by_system, make_folder, part_of, write_whole
 from aimv2_jax.locks import claimed
 
 
@@ -57,3 +63,148 @@ def test_lock_when_another_process_holds_it_then_refused_until_that_ends(tmp_pat
     process.join(30)
     with claimed(tmp_path / "lock", "--output", "x"):
         pass
+
+
+def test_lock_when_it_is_a_link_then_its_target_stays(tmp_path):
+    (tmp_path / "victim").write_text("dear")
+    (tmp_path / "lock").symlink_to("victim")
+    with (
+        pytest.raises(UserError, match=r"is a symbolic link: '.*/lock'"),
+        claimed(tmp_path / "lock", "", ""),
+    ):
+        pass
+    (tmp_path / "lock").unlink()
+    (tmp_path / "lock").write_text("dear")
+    with claimed(tmp_path / "lock", "--workdir", tmp_path):
+        assert [(tmp_path / name).read_text() for name in ("lock", "victim")] == ["dear", "dear"]
+
+
+# --- where the file system has no locks ----------------------------------------------------------------------------
+
+
+def _without_locks(number):
+    """flock as file systems without it answer, and leases that are renewed and given up in tenths of seconds.
+
+    ENOSYS: Lustre unless mounted with -o flock (mount.lustre(8); ll_file_noflock in its llite/file.c). ENOLCK: NFS
+    whose lock daemon is not reached (flock(2), nlmclnt_proc in the kernel). EOPNOTSUPP: file servers of FUSE.
+    """
+
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    fcntl.flock = refuse
+    leases._RENEWED_EVERY_S, leases._GIVEN_UP_AFTER_S = 0.1, 1.0
+
+
+def _hold_without_locks(file, number, held, end):
+    _without_locks(number)
+    _hold(file, held, end)
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """A process that holds `lock` without locks, in a test that has none either."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)
+    monkeypatch.setattr(leases, "_RENEWED_EVERY_S", 0.1)
+    monkeypatch.setattr(leases, "_GIVEN_UP_AFTER_S", 1.0)
+    context = multiprocessing.get_context("spawn")
+    held, end = context.Event(), context.Event()
+    process = context.Process(target=_hold_without_locks, args=(tmp_path / "lock", errno.ENOSYS, held, end))
+    process.start()
+    assert held.wait(30)
+    _without_locks(errno.ENOSYS)
+    process.end = end
+    yield process
+    process.kill()
+    process.join(30)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_lock_when_the_disk_has_none(tmp_path, number, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)
+    monkeypatch.setattr(leases, "_RENEWED_EVERY_S", 0.1)
+    _without_locks(number)
+    with claimed(tmp_path / "lock", "--workdir", tmp_path):
+        assert os.strerror(number) in capsys.readouterr().err
+        assert json.loads((tmp_path / "lock.lease").read_bytes())["process"] == os.getpid()
+    assert not (tmp_path / "lock.lease").exists()
+
+
+def test_lock_without_locks_when_another_run_lives(tmp_path, holder):
+    """It is refused while that run renews its lease, and given at once when that has ended in good order."""
+    with (
+        pytest.raises(UserError, match=rf"--workdir is in use by another run: .* by process {holder.pid} on "),
+        claimed(tmp_path / "lock", "--workdir", "x"),
+    ):
+        pass
+    holder.end.set()
+    holder.join(30)
+    assert holder.exitcode == 0
+    begin_s = time.monotonic()
+    with claimed(tmp_path / "lock", "--workdir", "x"):
+        assert time.monotonic() - begin_s < leases._GIVEN_UP_AFTER_S
+
+
+def test_lock_without_locks_when_another_was_killed(tmp_path, holder):
+    holder.kill()
+    holder.join(30)
+    begin_s = time.monotonic()
+    with claimed(tmp_path / "lock", "--workdir", "x"):
+        assert time.monotonic() - begin_s >= leases._GIVEN_UP_AFTER_S
+
+
+def test_lease_when_another_took_it_then_its_run_ends(tmp_path, holder):
+    """As a run that was suspended for longer than others wait finds it: it may write nothing more."""
+    (tmp_path / "lock.lease").write_bytes(b'{"host": "elsewhere", "process": 1}')
+    holder.join(30)
+    assert holder.exitcode == 2
+    assert b"elsewhere" in (tmp_path / "lock.lease").read_bytes()
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def _names(folder: Path, case: str) -> Path:
+    (folder / "file").write_text("")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "self").symlink_to("self")
+    return {
+        "a file": folder / "file",
+        "below a file": folder / "file/x/y",
+        "dangling": folder / "dangling",
+        "below dangling": folder / "dangling/x",
+        "self": folder / "self",
+        "long": folder / "/".join("x" * 2000),
+    }[case]
+
+
+@pytest.mark.parametrize("case", ["a file", "below a file", "dangling", "below dangling", "self", "long"])
+def test_folder_when_it_cannot_be_made_then_told(tmp_path, case):
+    for call in (check_folder, make_folder):
+        with pytest.raises(UserError, match=r"^--workdir "):
+            call(_names(tmp_path, case), "--workdir")
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_folder_when_the_system_makes_none_there_then_told():
+    check_folder("/proc/x", "--workdir")
+    with pytest.raises(UserError, match=r"--workdir cannot be made: .*\(/proc/x\)"):
+        make_folder("/proc/x", "--workdir")
+
+
+def test_folder_when_deep_or_by_a_link_then_made(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    deep = tmp_path / "link" / "/".join("x" * 1500)
+    for _ in range(2):
+        check_folder(deep, "--workdir")
+        make_folder(deep, "--workdir")
+    assert deep.is_dir()
+    check_folder("gs://bucket/" + "x" * 5000, "--workdir")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._x", ".nfs00000000000af3c200000004", "Thumbs.db", "desktop.ini"])
+def test_name_when_a_system_made_it(name):
+    assert is_made_by_system(name)
+    assert not any(map(is_made_by_system, (f"a{name}", name[1:], "manifest.json", "0", "state", ".nfs", "_METADATA")))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 
 import pytest
 from bucket import NAME, stand_in
 
 from aimv2_jax import growing
+from aimv2_jax.errors import UserError
 from aimv2_jax.growing import GrowingFile
 
 
@@ -26,6 +29,33 @@ def test_file_on_a_disk_when_written_then_there_at_once_after_what_was_there(tmp
     with_more.write(b"two\n")
     assert path.read_bytes() == b"one\ntwo\n"
     with_more.close()
+
+
+def test_file_when_deleted_meanwhile_then_made_again(tmp_path):
+    file = GrowingFile(tmp_path / "folder/file")
+    file.write(b"one\n")
+    (tmp_path / "folder/file").unlink()
+    file.write(b"two\n")
+    assert (tmp_path / "folder/file").read_bytes() == b"two\n"
+    shutil.rmtree(tmp_path / "folder")
+    with pytest.raises(UserError, match=r"file cannot be written: 'No such file"), growing.writing(file._path):
+        file.write(b"three\n")
+    assert not (tmp_path / "folder").exists()
+    file.close()
+
+
+def test_file_when_a_link_or_a_pipe_then_refused(tmp_path):
+    (tmp_path / "victim").write_text("dear")
+    (tmp_path / "link").symlink_to("victim")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(UserError, match=f"is none: '.*/{name}'"):
+            GrowingFile(tmp_path / name).write(b"one\n")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(UserError, match="is none"):
+        GrowingFile(tmp_path / "pipe").write(b"one\n")
+    os.close(reader)
+    assert (tmp_path / "victim").read_text() == "dear"
 
 
 def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_there(bucket):

@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,6 @@ class Checkpointer(CheckpointReader):
         super().__init__(workdir)
         logging.getLogger("absl").addFilter(is_news)
         make_folder(self._folder, "--workdir")
-        self._ending = contextlib.ExitStack()
-        self._ending.enter_context(PatientEventLoops())
         self._keep, self._keep_steps = keep, frozenset(keep_steps)
         self._pending: concurrent.futures.Future[_Outcome] | None = None
         self._failure: UserError | None = None  # Of the newest save; None when it has not failed.
@@ -213,6 +212,8 @@ class Checkpointer(CheckpointReader):
         )
         handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options))
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
+        self._loops = contextlib.ExitStack()
+        self._loops.enter_context(PatientEventLoops())
 
     def steps(self) -> list[int]:
         self._settle(block=False)
@@ -344,7 +345,7 @@ class Checkpointer(CheckpointReader):
             self._finisher.shutdown()
             self._sweep()
             self._orbax.close()
-            self._ending.close()
+            self._loops.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -431,17 +432,24 @@ class Checkpointer(CheckpointReader):
         return _Outcome(left, None)
 
     def _write(self, step: int, name: str, meta: Mapping[str, Any]) -> str | None:
-        """Waits until all processes have written the step, and makes it one; the reason where that cannot be."""
+        """Waits until no process writes any more, and makes the step one; the reason where that cannot be."""
+        reason = None
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                step_folders.commit(self._folder, name, step, step_meta.about(meta))
         except PeerFailed as error:
-            return str(error)
+            reason = str(error)
         # ValueError is TensorStore's for a full disk, JaxRuntimeError Orbax's where process 0 could make no folders.
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-            return self._barrier.fail(reason_of(error))
-        return None
+            reason = self._barrier.fail(reason_of(error))
+            _wait_for_writers()
+        if jax.process_count() > 1:
+            self._barrier.end()
+        if reason is None and jax.process_index() == 0:
+            try:
+                step_folders.commit(self._folder, name, step, step_meta.about(meta))
+            except (OSError, ValueError) as error:
+                reason = self._barrier.fail(reason_of(error))
+        return reason
 
     def _sweep(self) -> None:
         """Deletes what saves and deletions that came to nothing have left, as far as that can be done."""
@@ -515,6 +523,13 @@ class _Outcome:
 
     known: dict[int, Evaluation | None]
     failure: UserError | None
+
+
+def _wait_for_writers() -> None:
+    """Waits for Orbax's threads: it tells of the first write that fails, while others go on in the same folder."""
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            threading.Thread.join(thread)  # Orbax's own `join` raises what the thread has raised.
 
 
 def _read_record(folder: epath.Path, unreadable: set[int] | None = None) -> dict[int, Evaluation | None]:

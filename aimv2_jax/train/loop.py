@@ -24,7 +24,7 @@ from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.data.skips import with_examples
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, UserError, last_words
-from aimv2_jax.files import is_remote, write_whole
+from aimv2_jax.files import is_remote, make_folder, write_whole
 from aimv2_jax.locks import claimed
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import processes
@@ -250,7 +250,7 @@ def _claimed(workdir: epath.Path) -> Iterator[None]:
         say(f"workdir {workdir} is in a bucket, which has no locks: see that no other run writes there")
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir, "--workdir")
     with claimed(Path(workdir) / _LOCK, "--workdir", workdir):
         yield
 

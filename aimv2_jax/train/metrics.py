@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from aimv2_jax.config import Config, config_text, config_to_dict
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote, write_whole
 from aimv2_jax.growing import GrowingFile, Upload, plain, writing
+from aimv2_jax.untrusted import as_int, open_regular, parse_json_object, printable
 
 _FILE = "metrics.jsonl"
 
@@ -124,33 +126,66 @@ def read_metrics(workdir: str | Path) -> tuple[list[dict[str, Any]], list[dict[s
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """All lines of a file of JSON objects with a `step`.
 
-    A last one that is only half there (a crash, or a trainer at work) is left out.
-
-    Raises:
-      UserError: naming a line that is something else.
+    A last one that is only half there (a crash, or a trainer at work) is left out. So is a damaged one; it is named on
+    the error output.
     """
-    *whole, last = path.read_bytes().split(b"\n")
-    del last  # Empty, or without its end.
-    lines = []
-    for number, text in enumerate(whole, start=1):
-        try:
-            line = json.loads(text.decode())
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            remedy = "Take the line out of the file, or move the file away"
-            raise UserError(f"{path}:{number} is not JSON with a step", text[:80].decode(errors="replace"), remedy)
-        lines.append(line)
+    lines, damaged = _split(path)
+    for number, text in damaged.items():
+        print(f"{path}:{number} is left out: it is not JSON with a step ({_shown(text)})", file=sys.stderr, flush=True)
     return lines
 
 
+def _split(path: epath.Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """The good lines of such a file, and the damaged ones by their number; an unfinished last one is neither."""
+    *whole, last = _bytes_of(path).split(b"\n")
+    del last  # Empty, or without its end.
+    lines, damaged = [], {}
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = parse_json_object(text)
+            as_int(line["step"], 0, 2**63 - 1)
+            lines.append(line)
+        except (ValueError, KeyError):
+            damaged[number] = text
+    return lines, damaged
+
+
+def _bytes_of(path: epath.Path) -> bytes:
+    if is_remote(path):
+        return path.read_bytes()
+    try:
+        with open_regular(path) as file:
+            return file.read(os.fstat(file.fileno()).st_size)  # A trainer may be at work on it.
+    except ValueError as error:
+        raise UserError("a file of the run is none", str(path), f"Move it away: {error}") from error
+
+
+def _shown(text: bytes) -> str:
+    return printable(text[:80].decode(errors="replace"))
+
+
 def cut_lines(path: epath.Path, step: int) -> None:
-    """Takes the lines beyond `step`, and an unfinished last one, out of a file of `read_lines`, if it is there."""
+    """Takes the lines beyond `step`, and an unfinished last one, out of a file of `read_lines`, if it is there.
+
+    A damaged line costs a run nothing: it is moved to the end of the file `NAME.damaged` beside, and named.
+    """
     if not path.exists():
         return
-    kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step)
+    lines, damaged = _split(path)
+    kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+    aside = path.with_name(f"{path.name}.damaged")
     with writing(path):
+        if damaged:
+            file = GrowingFile(aside)
+            file.write(b"".join(text + b"\n" for text in damaged.values()))
+            file.close()
         write_whole(path, kept.encode())
+    for number, text in damaged.items():
+        print(
+            f"{path}:{number} is not JSON with a step ({_shown(text)}): it was moved to {aside.name}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class _TensorBoard:

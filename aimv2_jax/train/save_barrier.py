@@ -12,7 +12,7 @@ import jax
 
 from aimv2_jax.parallel import processes
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0  # Between two looks at the others.
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 0.5  # Between two looks at the others.
 
 
 class PeerFailed(Exception):
@@ -45,10 +45,24 @@ class SaveBarrier:
           PeerFailed: when one of them has failed.
         """
         del timeout_ms
+        self._meet(key, failing=True)
+
+    def end(self) -> None:
+        """Says that nothing of this process writes any more; on process 0, waits until all have said so.
+
+        Only then may a folder be deleted, or a new save begin: TensorStore waits without end for files that it has
+        written into a folder that is gone.
+        """
+        if jax.process_index() == 0:
+            self._meet("end", failing=False)
+        else:
+            processes.post(f"{self.save}/end", None)
+
+    def _meet(self, key: str, failing: bool) -> None:
         name, wait_s = f"{self.save}/{key}", _FIRST_WAIT_S
         processes.post(name, None)
         while len(processes.posted(name)) < jax.process_count():
-            failures = processes.posted(f"{self.save}/failed")
+            failures = processes.posted(f"{self.save}/failed") if failing else {}
             if failures:
                 raise PeerFailed(failures[min(failures)])
             time.sleep(wait_s)

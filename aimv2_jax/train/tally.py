@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Int
 
 from aimv2_jax.errors import GuardStop
-from aimv2_jax.growing import GrowingFile
+from aimv2_jax.growing import GrowingFile, writing
 from aimv2_jax.train.metrics import cut_lines
 
 # A record without the asked caption kind is no damage: many sets have synthetic captions for some pictures only.
@@ -95,19 +95,21 @@ class BadRecordFile:
 
     def __init__(self, workdir: epath.PathLike, process: int, last_step: int):
         """Opens the file; lines of steps beyond `last_step`, which will come again, are cut."""
-        path = epath.Path(workdir) / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
-        cut_lines(path, last_step)
-        self._file = GrowingFile(path)
+        self._path = epath.Path(workdir) / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
+        cut_lines(self._path, last_step)
+        self._file = GrowingFile(self._path)
 
     def write(self, step: int, faults: Sequence[Any]) -> None:
         """Appends the faults (dataclasses of data.pipeline) of the batch that made `step`."""
         lines = [json.dumps({"step": step, **vars(fault)}) + "\n" for fault in faults]
         if lines:
-            self._file.write("".join(lines).encode())
+            with writing(self._path):
+                self._file.write("".join(lines).encode())
 
     def flush(self) -> None:
         """Returns when all of it is in the workdir, which may be in a bucket."""
-        self._file.flush()
+        with writing(self._path):
+            self._file.flush()
 
     def __enter__(self) -> BadRecordFile:
         return self

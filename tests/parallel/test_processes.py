@@ -31,7 +31,8 @@ SLOW_SAVES = """
 import os, time
 
 rename = os.rename
-os.rename = lambda old, new: (time.sleep(str(old).endswith("-saving")), rename(old, new))[1]  # One second.
+# One second, for the rename that makes a folder a step.
+os.rename = lambda old, new: (time.sleep(os.path.basename(new).isdecimal()), rename(old, new))[1]
 """
 TINY = dict(
     eval__sources={},
@@ -204,7 +205,7 @@ def test_run_when_one_of_4_gets_sigterm_then_all_save_one_step_end_with_75_in_ti
         several.wait_for(lambda: "step       2/" in several.said(0)[0])
         asked_s = time.time()
         several.kill(1, signal.SIGTERM)
-        several.wait_for(lambda: any((workdir / "checkpoints").glob("*-saving")))
+        several.wait_for(lambda: any((workdir / "checkpoints").glob("*-saving-????????")))
         # More of them while it saves change nothing, nor do those that come to its data workers, too.
         several.kill(1, signal.SIGTERM), several.kill(2, signal.SIGTERM), several.kill(1, signal.SIGINT)
         os.killpg(trainer_of(several.processes[1].pid), signal.SIGTERM)

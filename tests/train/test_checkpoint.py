@@ -152,6 +152,12 @@ def test_format_when_newer_than_ours_then_refused(tmp_path):
         lambda text: "{}",
         lambda text: '{"format_version": 1}',
         lambda text: '{"format_version": "one"}',
+        lambda text: json.dumps({**json.loads(text), "format_version": "1"}),
+        lambda text: json.dumps({**json.loads(text), "format_version": True}),
+        lambda text: json.dumps({**json.loads(text), "leaves": {"w": [[2], None]}}),
+        lambda text: json.dumps({**json.loads(text), "leaves": {"w": 7}}),
+        lambda text: json.dumps({**json.loads(text), "eval_loss": "low"}),
+        lambda text: "[" * 100_000,
     ],
 )
 def test_meta_when_it_cannot_be_understood_and_there_is_no_manifest_then_user_error_names_the_file(tmp_path, edit):
@@ -175,6 +181,8 @@ def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
         lambda state: shutil.rmtree(state),
         lambda state: (state / "manifest.ocdbt").unlink(),
         lambda state: (state / "_METADATA").write_text("{"),
+        lambda state: (state / "_METADATA").write_text("[" * 100_000),
+        lambda state: (state / "_METADATA").write_text("[]"),
         lambda state: shutil.rmtree(state / "d"),
         lambda state: [file.write_bytes(b"") for file in (state / "d").iterdir()],
     ],
@@ -187,6 +195,16 @@ def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, har
     with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: 'state.*Name another step") as error:
         CheckpointReader(tmp_path).restore(1, abstract(make_state()))
     assert len(str(error.value)) < 700
+
+
+def test_meta_when_a_pipe_then_damaged(tmp_path):
+    save_all(tmp_path, {1: None, 2: None})
+    for step, name in ((1, "meta/metadata"), (2, "manifest.json")):
+        path = tmp_path / "checkpoints" / str(step) / name
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(UserError, match=f"damaged checkpoint: .*/{step}: '{name}: it is not a regular file'"):
+            CheckpointReader(tmp_path).meta(step)
 
 
 def test_state_when_many_arrays_are_damaged_then_nothing_is_told_beside_the_sentence(tmp_path, monkeypatch, caplog):

@@ -176,6 +176,18 @@ def test_newest_when_intact_then_older_ones_are_not_read_and_nothing_changes(tmp
     assert folders(tmp_path) == ["10", "20"]
 
 
+def test_newest_when_a_desktop_left_files_then_intact(tmp_path):
+    save_all(tmp_path, {10: None, 20: None})
+    for step in (10, 20):
+        for name in (".DS_Store", "state/._d", "meta/.nfs00000000000af3c200000004"):
+            (tmp_path / f"checkpoints/{step}" / name).write_text("")
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert checkpointer.newest_intact() == (20, [])
+        assert_same(checkpointer.restore(20, abstract(make_state())), make_state(20))
+        checkpointer.save(30, make_state(30), CONFIG)
+    assert folders(tmp_path) == ["30"]
+
+
 def test_newest_when_there_are_no_steps_then_none(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         assert checkpointer.newest_intact() == (None, [])

@@ -92,6 +92,45 @@ def test_files_when_changed_then_each_is_named_with_what_is_wrong(folder):
     ]
 
 
+def test_files_when_systems_made_some_then_not_seen(folder):
+    """What a desktop or NFS leaves is neither extra, nor part of a step that is written, nor missed later."""
+    known = manifest.read(folder)
+    strays = [
+        ".DS_Store",
+        "state/.nfs00000000000af3c200000004",
+        "state/d/._one",
+        "Thumbs.db",
+        "@eaDir/x",
+        "desktop.ini",
+    ]
+    for name in strays:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    assert manifest.compare(folder, known) == []
+    assert manifest.write(folder, ABOUT).files == known.files
+    older = Manifest(ABOUT, {**known.files, ".nfs0001": Entry(0, hashlib.sha256().hexdigest())})
+    assert manifest.compare(folder, older) == []
+    (folder / ".DS_Store2").write_bytes(b"")
+    (folder / "state/nfs0001").write_bytes(b"")
+    assert manifest.compare(folder, known) == [Wrong(".DS_Store2", "extra"), Wrong("state/nfs0001", "extra")]
+
+
+def test_files_when_one_is_a_pipe_then_named(folder):
+    """It is not opened as a file, which would wait without end for somebody to write."""
+    known = manifest.read(folder)
+    for name in ("state/empty", "state/d/two"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    assert manifest.compare(folder, known) == [
+        Wrong("state/d/two", "size 0 instead of 3"),
+        Wrong("state/empty", "not a regular file"),
+    ]
+    (folder / manifest.NAME).unlink()
+    os.mkfifo(folder / manifest.NAME)
+    with pytest.raises(ValueError, match="not a regular file"):
+        manifest.read(folder)
+
+
 def test_files_when_two_are_swapped_then_both_are_named(folder):
     (folder / "state/d/three").write_bytes(b"too")
     known = manifest.write(folder, ABOUT)  # The manifest of before is no file of it.

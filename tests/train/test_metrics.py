@@ -1,6 +1,7 @@
 """The metrics file, its cut after a restore, the progress line and the stopwatch."""
 
 import json
+import re
 import struct
 import sys
 import types
@@ -105,20 +106,30 @@ def test_reading_when_lines_are_of_both_kinds_then_they_come_apart(tmp_path, ope
     assert evaluation == [{"step": 2, "eval_loss": 1.5, "eval_loss_text": 1.0}]
 
 
-def test_reading_when_a_line_in_the_middle_is_damaged_then_it_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not JSON"):
-        read_metrics(tmp_path)
-
-
-@pytest.mark.parametrize("line", [b"\xff\xfe\x00", b"", b"[1, 2]", b'{"loss": 1.0}', b'{"step": "x"}'])
-def test_cut_when_a_line_has_no_step_then_it_is_named_and_the_file_stays(tmp_path, open_writer, line):
+def test_reading_when_a_line_in_the_middle_is_damaged(tmp_path, capsys):
+    """It is left out and named, without what it would do to a terminal; a reader changes nothing."""
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    path.write_bytes(b'{"step": 1}\n{"st\x1b[2J\n{"step": 3}\n')
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not JSON with a step"):
-        open_writer().cut_after(1)
-    assert path.read_bytes() == before
+    assert read_metrics(tmp_path) == ([{"step": 1}, {"step": 3}], [])
+    said = capsys.readouterr().err
+    assert re.search(r"metrics\.jsonl:2 is left out: .*\(\{\"st\\x1b\[2J\)\n$", said) and said.count("\n") == 1
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+DAMAGED = [b"\xff\xfe\x00", b"\0" * 4096 + b'{"step": 2}', b"[1, 2]", b'{"loss": 1.0}', b'{"step": "x"}', b"[" * 10**5]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_cut_when_a_line_is_damaged_then_set_aside(tmp_path, open_writer, capsys, line):
+    """The run goes on, and nothing is lost: every such line is in a file beside, as it was."""
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+        open_writer().cut_after(2)
+        assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+        assert "metrics.jsonl:2 is not JSON with a step" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == 2 * (line + b"\n")
 
 
 def test_reading_when_the_file_is_empty_then_user_error(tmp_path):

@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 from aimv2_jax.aot.model_flops import flops_of_allowed_pairs
 from aimv2_jax.data.batches import Fault
-from aimv2_jax.errors import GuardStop, UserError
+from aimv2_jax.errors import GuardStop
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.parallel.rules import replicated
 from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
@@ -71,12 +71,14 @@ def test_bad_record_file_when_continued_then_later_and_half_lines_are_cut(tmp_pa
     assert lines[0] == {"step": 1, "example": 7, "source": "a", "record": 3, "key": "k", "reason": "corrupt_record"}
 
 
-def test_bad_record_file_when_a_line_is_damaged_then_it_is_named_and_the_file_stays(tmp_path):
+def test_bad_record_file_when_a_line_is_damaged(tmp_path):
+    """The run goes on, and the line is kept beside."""
     path = tmp_path / "bad_records.jsonl"
     path.write_text('{"step": 1}\n{garbage\n')
-    with pytest.raises(UserError, match=r"bad_records\.jsonl:2"):
-        BadRecordFile(tmp_path, 0, 2)
-    assert path.read_text() == '{"step": 1}\n{garbage\n'
+    with BadRecordFile(tmp_path, 0, 2) as file:
+        file.write(3, [Fault(example=7, source="a", record=3, key="k", reason="corrupt_record")])
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert (tmp_path / "bad_records.jsonl.damaged").read_text() == "{garbage\n"
 
 
 class Device:
