@@ -20,6 +20,7 @@ REASONS = (
     "empty_caption",
     "empty_image",
     "oversized_image",
+    "costly_image",
     "undecodable_image",
 )
 """Why a record can be unusable; the last axis of a batch's `faults`."""

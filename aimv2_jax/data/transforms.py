@@ -17,6 +17,7 @@ Box = tuple[int | float, int | float, int | float, int | float]
 """(left, top, right, bottom), in pixels."""
 
 _MOST_ERROR, _LEAST_FILL = 0.05, 0.8  # Of `fit_grid`.
+_MOST_RESIZED = 1 << 24  # Pixels that `center_view` makes before it cuts: at 224, of an image of aspect 334.
 
 
 def crop_box(
@@ -43,11 +44,26 @@ def crop_box(
     return left, top, left + w, top + h
 
 
-def center_box(width: int, height: int) -> Box:
-    """The largest centred square: to scale it is to scale the shorter side and cut, but cheap for 20000 x 1 pixels."""
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def center_view(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The centre square of an RGB image at `size`: the shorter side is resized to it, then the longer one is cut.
+
+    Byte for byte what `CLIPImageProcessor` of transformers makes of it by Pillow, for any size and aspect: the longer
+    side is rounded down, and so is the place of the cut. torchvision's `Resize` and `CenterCrop` differ in the latter
+    alone: they round half to even, which is one pixel further where 3, 7, 11, ... are to be cut in all.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized = size * long // short
+    start = (resized - size) // 2
+    left, top = (start, 0) if width > height else (0, start)
+    if size * resized <= _MOST_RESIZED:
+        whole = (size, resized) if width <= height else (resized, size)
+        return np.asarray(image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    # The same but for rounding. Cubic: two pixels beside each one are looked at, of either size.
+    across, down = width / (resized if width > height else size), height / (size if width > height else resized)
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    image, box = cut(image, box, margin=2 * math.ceil(max(1, across, down)))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def fit_grid(width: int, height: int, area: int) -> tuple[int, int]:
@@ -86,10 +102,28 @@ def resize(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The part of `image` inside `box` at `size`, (width, height) or a square's side: bicubic, antialiased (a = -0.5).
 
-    `mirrored`: with left and right exchanged, which numpy takes ten times as long for as Pillow.
+    No pixel outside of the box has a part in it, as of a crop that is resized (torchvision's `resized_crop`); of one
+    that the box's edge passes through, all has. `mirrored`: with left and right exchanged, which numpy takes ten times
+    as long for as Pillow.
     """
+    image, box = cut(image, box)
     resized = image.resize(sides(size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else resized)
+
+
+def cut(image: Image.Image, box: Box, margin: int = 0) -> tuple[Image.Image, Box]:
+    """The pixels of `image` that `box` touches, with `margin` more on each side, and where in them the box lies."""
+    left, top, right, bottom = touched(box)
+    left, top = max(0, left - margin), max(0, top - margin)
+    right, bottom = min(image.width, right + margin), min(image.height, bottom + margin)
+    if (left, top, right, bottom) != (0, 0, *image.size):
+        image = image.crop((left, top, right, bottom))
+    return image, (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+
+
+def touched(box: Box) -> tuple[int, int, int, int]:
+    """The smallest box of whole pixels around `box`."""
+    return math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
 
 
 def sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -196,16 +196,15 @@ class LoadedEncoder:
         return jax.device_put(arrays, rules.batch_sharding(self.mesh)), grids
 
     def pixels(self, image: ImageLike) -> np.ndarray:
-        """A picture as the model sees it, uint8 [H, W, 3]: cut, or whole, and resized once."""
+        """A picture as the model sees it, uint8 [H, W, 3]: its centre (`center_view`), or whole; resized once."""
         picture, vision = open_image(image), self.vision
         if vision.area is None:
-            box, size = transforms.center_box(*picture.size), vision.image_size
-        else:
-            width, height = picture.size
-            most = vision.area if vision.upscale else min(vision.area, max(1, width * height // vision.patch_size**2))
-            rows, columns = transforms.fit_grid(width, height, most)
-            box, size = (0, 0, width, height), (columns * vision.patch_size, rows * vision.patch_size)
-        decoded, box = picture.decode(box, size)
+            return transforms.center_view(picture.whole(), vision.image_size)
+        width, height = picture.size
+        most = vision.area if vision.upscale else min(vision.area, max(1, width * height // vision.patch_size**2))
+        rows, columns = transforms.fit_grid(width, height, most)
+        size = (columns * vision.patch_size, rows * vision.patch_size)
+        decoded, box = picture.decode((0, 0, width, height), size)
         return transforms.resize(decoded, box, size)
 
     def features(self, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Float[Array, "B L D"]:

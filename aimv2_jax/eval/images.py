@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from aimv2_jax.data import pictures
+from aimv2_jax.data.inputs.files import MAX_FILE_BYTES
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.transforms import Box
 from aimv2_jax.errors import UserError
+from aimv2_jax.untrusted import read_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,11 @@ class NamedPicture:
     name: str
     data: bytes
 
+
+_TOO_MUCH = {
+    "oversized_image": "a picture has more pixels than are decoded",
+    "costly_image": "a picture takes too long to decode for its pixels",
+}
 
 ImageLike = Image.Image | np.ndarray | str | Path | bytes | NamedPicture
 """A picture: an image of Pillow's, uint8 [H, W], [H, W, 3] or [H, W, 4], a file, or a file's bytes."""
@@ -46,7 +53,16 @@ class OpenedImage:
         try:
             return self.picture.decode(box, size)
         except BadRecord as error:
-            raise _no_picture(self.name) from error
+            raise _no_picture(self.name, error) from error
+
+    def whole(self) -> Image.Image:
+        """All of it, in RGB; raises as `decode`."""
+        if isinstance(self.picture, Image.Image):
+            return self.picture
+        try:
+            return self.picture.whole()
+        except BadRecord as error:
+            raise _no_picture(self.name, error) from error
 
 
 def open_image(image: ImageLike) -> OpenedImage:
@@ -56,7 +72,7 @@ def open_image(image: ImageLike) -> OpenedImage:
       UserError: for what is none.
     """
     if isinstance(image, (str, Path)):
-        return _opened(str(image), Path(image).read_bytes())
+        return _opened(str(image), _read(image))
     if isinstance(image, NamedPicture):
         return _opened(image.name, image.data)
     if isinstance(image, bytes):
@@ -84,13 +100,29 @@ def check_several(images: Any) -> None:
         raise UserError("one picture where a list is asked", type(images).__name__, "Give [picture]")
 
 
+def _read(path: str | Path) -> bytes:
+    try:
+        return read_file(path, MAX_FILE_BYTES)
+    except ValueError as error:
+        raise UserError(
+            f"not a picture that can be read, {error}", str(path), "Leave it out, or give a file"
+        ) from error
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise UserError(
+            f"a picture cannot be read ({why})", str(path), "Give the name of a file that can be"
+        ) from error
+
+
 def _opened(name: str, data: bytes) -> OpenedImage:
     try:
         picture = pictures.open_picture(data)
     except BadRecord as error:
-        raise _no_picture(name) from error
+        raise _no_picture(name, error) from error
     return OpenedImage(name, picture.size, picture)
 
 
-def _no_picture(name: str) -> UserError:
+def _no_picture(name: str, error: BadRecord | None = None) -> UserError:
+    if error is not None and error.reason in _TOO_MUCH:
+        return UserError(_TOO_MUCH[error.reason], name, "Leave it out, or save it again, smaller")
     return UserError("not a picture that can be decoded", name, "Leave it out, or give JPEG, PNG, WebP, GIF or BMP")

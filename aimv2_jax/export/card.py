@@ -33,7 +33,10 @@ def model_card(weights: Weights, dtype: str, tensors: int) -> str:
 
 def _use(vision: Vision) -> str:
     if vision.area is None:
-        how = f"It sees the centre square of a picture, resized to {vision.image_size} x {vision.image_size} pixels."
+        how = (
+            f"It sees {vision.image_size} x {vision.image_size} pixels: the shorter side of an image is resized to "
+            "that, then the centre is cut out."
+        )
         size = ""
     else:
         how = (
@@ -47,12 +50,12 @@ def _use(vision: Vision) -> str:
     return f"""{how}
 
 ```python
-from PIL import Image
 from transformers import AutoImageProcessor, Aimv2VisionModel
+from transformers.image_utils import load_image
 
 processor = AutoImageProcessor.from_pretrained("PATH")
 model = Aimv2VisionModel.from_pretrained("PATH")
-image = Image.open("picture.jpg").convert("RGB"){size}
+image = load_image("picture.jpg")  # Upright, in RGB.{size}
 pixels = processor(image, return_tensors="pt").to(model.dtype)
 features = model(**pixels).last_hidden_state  # [1, patches, {vision.width}]
 ```"""

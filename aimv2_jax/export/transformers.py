@@ -64,7 +64,7 @@ def config_json(vision: Vision, dtype: str) -> dict[str, Any]:
 
 
 def processor_json(vision: Vision) -> dict[str, Any]:
-    """What `AutoImageProcessor` reads: at native resolution pictures are neither resized nor cut."""
+    """What `AutoImageProcessor` reads: the steps of `transforms.center_view`; at native resolution neither of them."""
     fixed, side = vision.area is None, vision.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",

@@ -140,7 +140,7 @@ def test_evaluation_batches_when_run_through_then_every_record_once_in_order_and
     assert arrays["source"][:20].tolist() == [0] * 13 + [1] * 7
     record = decode(build.sources["blue"].read(2))
     image = decode_image(record.image)
-    pixels = transforms.resize(image, transforms.center_box(*image.size), 28)
+    pixels = transforms.center_view(image, 28)
     np.testing.assert_array_equal(arrays["patches"][15], transforms.patchify(pixels, 14))
 
 

@@ -108,23 +108,43 @@ def cubic_weights(start, stop, size_in, size_out):
 def test_resize_when_compared_with_the_formula_then_within_a_rounding(box):
     pixels = np.random.default_rng(0).integers(0, 256, (47, 61, 3), np.uint8)
     got = transforms.resize(Image.fromarray(pixels), box, 14)
-    down, across = cubic_weights(box[1], box[3], 47, 14), cubic_weights(box[0], box[2], 61, 14)
+    inside = pixels[box[1] : box[3], box[0] : box[2]]  # No more of the picture has a part in it.
+    down, across = (cubic_weights(0, side, side, 14) for side in inside.shape[:2])
     # Pillow goes across first and rounds to 8 bits in between.
-    between = np.clip(np.round(np.einsum("xw,hwc->hxc", across, pixels)), 0, 255)
+    between = np.clip(np.round(np.einsum("xw,hwc->hxc", across, inside)), 0, 255)
     wanted = np.clip(np.einsum("yh,hxc->yxc", down, between), 0, 255)
     assert np.abs(got - wanted).max() <= 1
 
 
-def test_center_box_when_wide_then_the_middle_square_at_size():
+def test_resize_of_a_box_sees_no_pixel_outside():
+    """As torchvision's `resized_crop`: the crop is resized, whatever lies beside it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    box = (7, 5, 33, 38)
+    crop = Image.fromarray(pixels).crop(box).resize((14, 14), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(transforms.resize(Image.fromarray(pixels), box, 14), crop)
+    other = 255 - pixels
+    other[5:38, 7:33] = pixels[5:38, 7:33]
+    np.testing.assert_array_equal(transforms.resize(Image.fromarray(other), box, 14), crop)
+
+
+def test_center_view_when_wide_then_the_middle():
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 200
-    got = transforms.resize(Image.fromarray(pixels), transforms.center_box(60, 20), 20)
-    np.testing.assert_array_equal(got, np.full((20, 20, 3), 200))
+    np.testing.assert_array_equal(transforms.center_view(Image.fromarray(pixels), 20), np.full((20, 20, 3), 200))
 
 
-def test_center_box_when_extremely_long_then_cheap_and_at_size():
-    image = Image.new("RGB", (20_000, 1), (255, 0, 0))
-    assert transforms.resize(image, transforms.center_box(20_000, 1), 28).shape == (28, 28, 3)
+@pytest.mark.parametrize("size", [(900, 3), (3, 900), (901, 7), (450, 30), (2, 601)])
+def test_center_view_when_very_long_then_the_same(monkeypatch, size):
+    """Beyond a bound only the middle is resized, which differs by rounding alone."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    whole = transforms.center_view(image, 28)
+    monkeypatch.setattr(transforms, "_MOST_RESIZED", 0)
+    assert np.abs(transforms.center_view(image, 28).astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(5_000_000, 1), (1, 5_000_000)])
+def test_center_view_when_extremely_long_then_cheap(size):
+    assert (transforms.center_view(Image.new("RGB", size, (255, 0, 0)), 224) == (255, 0, 0)).all()
 
 
 def test_resize_when_mirrored_then_left_is_right():

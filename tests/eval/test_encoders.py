@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,24 @@ def test_encoder_when_asked_for_what_it_cannot_see_then_told(workdir, ask, sente
 def test_picture_when_it_is_none_then_told(encoder, image, sentence):
     with pytest.raises(UserError, match=sentence):
         encoder([image])
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (os.mkdir, "cannot be read .Is a directory"),
+        (lambda path: None, "cannot be read .No such file"),
+        (lambda path: path.write_bytes(b"\xff\xd8" + b"\xff\xfe\0\x02" * 9000), "takes too long to decode"),
+        (lambda path: Image.new("1", (10_000, 9000)).save(path), "more pixels than are decoded"),
+    ],
+    ids=["pipe", "folder", "nothing", "costly", "large"],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_file_when_not_to_be_decoded_then_told(encoder, tmp_path, make, sentence):
+    make(tmp_path / "x.png")
+    with pytest.raises(UserError, match=f"{sentence}.*x.png"):
+        encoder([tmp_path / "x.png"])
 
 
 @pytest.mark.parametrize("one", [np.zeros((8, 8, 3), np.uint8), "one.jpg", Image.new("RGB", (8, 8))])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image
 
+from aimv2_jax.data import transforms
 from aimv2_jax.eval.images import open_image
 from aimv2_jax.eval.probes.cache import made_ahead
 from aimv2_jax.eval.probes.examples import Examples
@@ -58,10 +58,7 @@ def _small(examples: Examples) -> Float[np.ndarray, "N 768"]:
     def load(place: int) -> np.ndarray:
         picture = open_image(examples.image(place))
         image, box = picture.decode((0, 0, *picture.size), _FLOOR_SIDE)
-        return (
-            np.asarray(image.resize((_FLOOR_SIDE,) * 2, Image.Resampling.BICUBIC, box=box), np.float32).reshape(-1)
-            / 255
-        )
+        return transforms.resize(image, box, _FLOOR_SIDE).astype(np.float32).reshape(-1) / 255
 
     groups = (range(start, min(start + 64, len(examples))) for start in range(0, len(examples), 64))
     return np.concatenate([np.stack(group) for group in made_ahead(load, groups)])

@@ -1,0 +1,116 @@
+"""Small files that take long to decode are refused at once, and sound ones of every kind are not."""
+
+import io
+import random
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aimv2_jax.data.decode_cost import MAX_SCANS, check_cost
+from aimv2_jax.data.inputs.samples import Sample
+from aimv2_jax.data.pictures import decode_image, image_size, open_picture
+from aimv2_jax.data.preparing.checks import Dropped, Rules, check
+from aimv2_jax.data.records import BadRecord
+
+AT_ONCE_S = 0.5  # Pillow takes 2 s and more for each of these files; a look at the blocks takes some milliseconds.
+
+
+def saved(format, mode="RGB", size=(64, 48), **options):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def with_scans(data, count):
+    """A progressive JPEG whose last scan is repeated until there are `count`."""
+    start, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    return data[:end] + data[start:end] * (count - data.count(b"\xff\xda")) + data[end:]
+
+
+def chunk(name, content=b""):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def inserted(data, position, what):
+    return data[:position] + what + data[position:]
+
+
+JPEG, PNG, GIF = saved("JPEG"), saved("PNG"), saved("GIF", "P")
+PROGRESSIVE = saved("JPEG", progressive=True)
+GIF_PALETTE_END = 13 + 3 * 2 ** (GIF[10] % 8 + 1)
+SOF = JPEG.index(b"\xff\xc0")
+COSTLY = {
+    "scans": with_scans(PROGRESSIVE, MAX_SCANS + 1),
+    "scans after a segment that holds an end": with_scans(
+        inserted(PROGRESSIVE, PROGRESSIVE.rfind(b"\xff\xda"), b"\xff\xfe\0\x04\xff\xd9"), MAX_SCANS + 1
+    ),
+    "one component a scan": inserted(JPEG, JPEG.index(b"\xff\xda"), b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" * 200),
+    "empty comments": inserted(JPEG, 2, b"\xff\xfe\0\x02" * 600_000),
+    "filling": inserted(JPEG, SOF, b"\xff" * 2_000_000),
+    "filling by and by": inserted(JPEG, SOF, (b"\xff" * 60_000 + b"\xfe\0\x02") * 40),
+    "filling after an end": inserted(JPEG, SOF, b"\xff\xd9" + b"\xff" * 2_000_000),
+    "zeros between segments": inserted(JPEG, SOF, bytes(8_000_000)),
+    "PNG chunks": inserted(PNG, 33, chunk(b"prVt") * 250_000),
+    "PNG chunks after pixels": inserted(PNG, len(PNG) - 12, chunk(b"prVt") * 250_000),
+    "PNG without pixels in its chunks": inserted(PNG, 33, chunk(b"IDAT") * 250_000),
+    "GIF comments": inserted(GIF, GIF_PALETTE_END, b"\x21\xfe\x01a\0" * 200_000),
+    "GIF comment in parts": inserted(GIF, GIF_PALETTE_END, b"\x21\xfe" + b"\x01a" * 400_000 + b"\0"),
+    "GIF of stray bytes": inserted(GIF, GIF_PALETTE_END, b"\x01" * 2_000_000),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_image_when_costly_then_refused_at_once(name):
+    data, start = COSTLY[name], time.process_time()
+    for use in (open_picture, image_size, decode_image):
+        with pytest.raises(BadRecord, match="costly_image"):
+            use(data)
+    with pytest.raises(Dropped, match="costly_image"):
+        check(Sample("k", data, {"txt": "A thing."}), Rules({"alt": "txt"}))
+    assert time.process_time() - start < AT_ONCE_S
+
+
+def noise(count):
+    return random.Random(0).randbytes(count)
+
+
+SOUND = {
+    "as many scans as there may be": with_scans(PROGRESSIVE, MAX_SCANS),
+    "a film behind the photograph": PROGRESSIVE + noise(1 << 16) + b"\xff\xda" * 1000,
+    "a profile and depth in the header": inserted(JPEG, 2, (b"\xff\xe2\xff\xff" + noise(65_533)) * 160),
+    "aligned segments": inserted(JPEG, SOF, b"\xff" * 4096),
+    "restarts": saved("JPEG", restart_marker_blocks=1),
+    "PNG chunks of 8 KiB": inserted(PNG, 33, chunk(b"prVt", noise(8192)) * 500),
+    "an animation": saved("GIF", save_all=True, append_images=[Image.new("RGB", (64, 48))] * 30),
+    "a profile in a GIF": inserted(
+        GIF, GIF_PALETTE_END, b"\x21\xff\x0bICCRGBG1012" + (b"\xff" + noise(255)) * 2000 + b"\0"
+    ),
+    "WebP": saved("WEBP"),
+    "BMP": saved("BMP"),
+    "grey": saved("JPEG", "L"),
+    "CMYK": saved("JPEG", "CMYK"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of profiles that are noise.
+@pytest.mark.parametrize("name", SOUND)
+def test_image_when_sound_then_decoded(name):
+    assert decode_image(SOUND[name]).size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    "data", [JPEG, PROGRESSIVE, PNG, GIF, saved("WEBP")], ids=["jpeg", "scans", "png", "gif", "webp"]
+)
+def test_check_when_cut_or_changed_anywhere_then_no_error(data):
+    rng = random.Random(0)
+    for _ in range(300):
+        broken = bytearray(data[: rng.randrange(len(data) + 1)])
+        for _ in range(rng.randrange(4)):
+            if broken:
+                broken[rng.randrange(len(broken))] = rng.choice((0, 0xD8, 0xD9, 0xDA, 0xFE, 0xFF))
+        check_cost(bytes(broken))
