@@ -17,7 +17,7 @@ Found with the pinned versions, 100 images at 112 pixels, the quickstart's model
 - torchvision's `Resize` and `CenterCrop` on Pillow's images: equal but for those colours and where 3, 7, 11, ... pixels
   are cut in all (6 images of 100): `CenterCrop` rounds half to even, one pixel beside both processors; features there:
   median 0.16. With the cut rounded down, all images without a transparent colour are equal, byte for byte.
-Apple's `val_transforms` of AIM v1 are these with another size: they resize to 8/7 of the side that is cut (256 for 224).
+Apple's `val_transforms` of AIM v1 are these with another size: they resize to 8/7 of the side (256 for 224).
 """
 
 import sys
