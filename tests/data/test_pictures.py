@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -197,6 +198,28 @@ def test_decode_when_a_decompression_bomb_then_refused_before_it_goes_off(side):
     bomb = bomb[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + bomb[33:]
     with pytest.raises(BadRecord, match="oversized_image"):
         decode_image(bomb)
+
+
+def test_decode_when_of_16_bits_then_memory_is_bounded():
+    data = saved(Image.fromarray(np.zeros((3000, 3000), np.uint16)), "PNG")
+    tracemalloc.start()
+    try:
+        decode_image(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3000 * 3000 * 3  # Arrays of a band. Of the whole, as 64-bit numbers, it was 16 bytes a pixel.
+
+
+@pytest.mark.parametrize(("format", "fits"), [("WEBP", False), ("PNG", True)])
+def test_open_when_it_would_take_too_much_memory(monkeypatch, format, fits):
+    data = saved(Image.new("RGB", (10, 10), RED), format)
+    monkeypatch.setattr(pictures, "_MAX_BYTES", 15 * 100)
+    if fits:
+        assert open_picture(data).size == (10, 10)
+        return
+    with pytest.raises(BadRecord, match="oversized_image"):
+        open_picture(data)
 
 
 @pytest.fixture(scope="module")
