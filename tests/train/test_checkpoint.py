@@ -192,7 +192,7 @@ def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, har
     if not has_manifest:
         make_format_1(tmp_path, 1)
     harm(tmp_path / "checkpoints" / "1" / "state")
-    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: 'state.*Name another step") as error:
+    with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: ['\"]state.*Name another step") as error:
         CheckpointReader(tmp_path).restore(1, abstract(make_state()))
     assert len(str(error.value)) < 700
 
