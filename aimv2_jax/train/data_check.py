@@ -61,7 +61,7 @@ def continue_on(course: Course, data: Mapping[str, Any], accepted: str | None, e
         if course.step:
             say(
                 f"the checkpoint of step {course.step} is of an older version and does not record its data and "
-                "tokenizer: nothing can be compared with those that are there now"
+                "tokenizer: nothing can be compared with those that are there now. Examples come in another order since"
             )
         return course.on_data(data)
     found, digest = list(identity.differences(course.data, data)), identity.digest(data)
