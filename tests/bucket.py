@@ -1,4 +1,10 @@
-"""gs://bucket on a local disk, as etils and Orbax reach it: it can copy files to itself, and append and rename none."""
+"""gs://bucket on a local disk, as etils and Orbax reach it: it can copy files to itself, and append and rename none.
+
+In what follows it is kinder than a bucket, so no test of failures may rest on it: it raises OSError where TensorFlow's
+file system raises `tf.errors.OpError` (UnavailableError, FailedPreconditionError, ...; etils translates NotFoundError
+alone); it keeps folders without files, which a bucket does not have; it lists at once what was written; it answers
+within microseconds, and takes any number of writes of one object a second (GCS takes one).
+"""
 
 from __future__ import annotations
 

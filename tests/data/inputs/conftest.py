@@ -1,11 +1,9 @@
 """One small input at a time."""
 
 import contextlib
-import errno
-import io
 import json
-import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -28,16 +26,12 @@ def shard(tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A context in which temporary files take nothing."""
-
-    class Full(io.BytesIO):
-        def write(self, _):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """A context in which the kernel refuses what temporary files flush, as on a full disk."""
 
     @contextlib.contextmanager
     def context():
         with monkeypatch.context() as patch:
-            patch.setattr(tempfile, "TemporaryFile", Full)
+            patch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))
             yield
 
     return context()
