@@ -81,7 +81,16 @@ class DeviceFailure(Exception):
 
 
 class StorageError(Exception):
-    """Storage that did not answer for a while; when it does again, the same command goes on."""
+    """Storage that did not answer for a while; when it does again, the same command goes on.
+
+    Args:
+      told: what could not be read.
+      code: EXIT_AGAIN, or EXIT_HUNG where the same step could not be read before, and the rest could.
+    """
+
+    def __init__(self, told: str, code: int = EXIT_AGAIN):
+        super().__init__(told)
+        self.code = code
 
 
 def last_words(error: BaseException) -> tuple[int, str] | None:
@@ -97,7 +106,8 @@ def last_words(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, DeviceFailure):
         return error.code, f"error: {error}"
     if isinstance(error, StorageError):
-        return EXIT_AGAIN, f"stopped: {error}. Start the same command again when it can be"
+        when = ". Start the same command again when it can be" if error.code == EXIT_AGAIN else ""
+        return error.code, f"stopped: {error}{when}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.errno in _REFUSALS:

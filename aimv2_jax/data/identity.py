@@ -15,6 +15,7 @@ from typing import Any
 
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
+from aimv2_jax.errors import StorageError
 
 TOKENIZER = "tokenizer"
 _SAMPLED = 16  # Records of a source: the first, the last, and others at equal distances.
@@ -49,14 +50,21 @@ def _identify(source: Source) -> dict[str, Any]:
     shards, count = source.info.shards, len(source)
     picks = sorted({place * (count - 1) // (_SAMPLED - 1) for place in range(_SAMPLED)})
 
+    failures: list[StorageError] = []
+
     def digest_of(index: int) -> str | None:
         try:
             return _digest(source.read(index))
         except BadRecord:  # The run replaces it; a copy on another host may be whole.
             return None
+        except StorageError as error:
+            failures.append(error)
+            return None
 
     with ThreadPoolExecutor(_SAMPLED) as pool:
         sampled = dict(zip(map(str, picks), pool.map(digest_of, picks), strict=True))
+    if len(failures) == len(picks):  # Not a file that is broken: the storage is away.
+        raise failures[0]
     return {
         "records": count,
         "shards": len(shards),

@@ -33,7 +33,7 @@ from aimv2_jax.config import BatchShape
 from aimv2_jax.console import print_line
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop, UserError
+from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, GuardStop, StorageError, UserError
 from aimv2_jax.parallel import processes
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.parallel.rules import replicated
@@ -52,6 +52,7 @@ from aimv2_jax.train.rewind import Spike, plan_rewind
 from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import AveragedState, TrainState
 from aimv2_jax.train.stopping import StopRequests
+from aimv2_jax.train.storage_failures import storage_failure
 from aimv2_jax.train.tally import BadRecordFile, Tally
 from aimv2_jax.train.watchdog import Watchdog
 
@@ -220,10 +221,7 @@ class Run:
                 with self.stopwatch.pause():
                     self.profiler.before(number)
             depth = batches.depth
-            watching = self.watchdog.watching("data", number, batches.last_read)
-            with self.stopwatch.waiting(), self.spending.on("data"), watching:
-                host = next(batches)
-            assert host.step == course.skips.batch(number - 1)
+            host = self._next_batch(batches, number, course.skips.batch(number - 1))
             if not self.met_first_batch:
                 # The first collective waits less long for others than their workers may need.
                 processes.meet("first batch", config.processes.barrier_timeout_s)
@@ -267,6 +265,18 @@ class Run:
             if stopping:
                 return number
         return None
+
+    def _next_batch(self, batches: pipeline.Batches, number: int, batch: int) -> pipeline.HostBatch:
+        """The batch of step `number`, which is number `batch` of the plan."""
+        watching = self.watchdog.watching("data", number, batches.last_read)
+        try:
+            with self.stopwatch.waiting(), self.spending.on("data"), watching:
+                host = next(batches)
+        except StorageError as error:
+            examples = range(*map(self.plan.steps.first_example, (batch, batch + 1)))
+            raise storage_failure(error, self.config, number, examples, self.watchdog.interruptions) from error
+        assert host.step == batch
+        return host
 
     def _check_saved(self, number: int) -> bool:
         """Whether a save in the background failed, for the first time, and this step is to be saved instead.

@@ -31,7 +31,7 @@ def full_disk(monkeypatch):
     @contextlib.contextmanager
     def context():
         with monkeypatch.context() as patch:
-            patch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))
+            patch.setattr(tempfile, "TemporaryFile", lambda: Path("/dev/full").open("w+b"))  # noqa: SIM115
             yield
 
     return context()
