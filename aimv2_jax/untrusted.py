@@ -6,6 +6,7 @@ so that a caller can turn each into the error of its own domain. Nothing here bl
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -55,7 +56,7 @@ def open_regular(path: str | os.PathLike, inside: str | os.PathLike | None = Non
     path = os.fspath(path)
     if inside is not None:
         path = os.path.realpath(path)  # What is checked is what is opened: no link is followed after this.
-        if not _is_below(path, os.path.realpath(inside)):
+        if not _is_below(path, inside):
             raise OutsideFolder("it lies outside of the folder")
     # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if inside is not None else 0)
@@ -70,12 +71,22 @@ def open_regular(path: str | os.PathLike, inside: str | os.PathLike | None = Non
 
 
 def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether `path` lies in `folder` once the links of both are resolved."""
-    return _is_below(os.path.realpath(path), os.path.realpath(folder))
+    """Whether `path` lies in `folder` once the links of both are resolved.
+
+    So does what a snapshot in a cache of the Hugging Face hub links to: its files are in `blobs` beside `snapshots`.
+    """
+    return _is_below(os.path.realpath(path), folder)
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return os.path.commonpath([folder, path]) == folder
+def _is_below(path: str, folder: str | os.PathLike) -> bool:
+    return any(os.path.commonpath([root, path]) == root for root in _roots(os.fspath(folder)))
+
+
+@functools.lru_cache(maxsize=64)  # A folder is asked about for each of its files.
+def _roots(folder: str) -> tuple[str, ...]:
+    real = Path(os.path.realpath(folder))
+    hub = next((above.parent for above in (real, *real.parents) if above.name == "snapshots"), None)
+    return (str(real),) if hub is None else (str(real), str(hub / "blobs"))
 
 
 def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bool = False) -> Any:

@@ -96,7 +96,7 @@ def _model() -> ConfigDict:
                 heads=8,  # [R]
                 hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's. [R]
                 vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
-                text_length=77,  # Tokens of a caption [P: A1], its end included [R].
+                text_length=77,  # Tokens of a caption [P: A1], its end included where it fits [R; O: RECIPE.md §4].
                 remat=ml_collections.config_dict.placeholder(str),  # The decoder's own; None: as model.remat. [O]
                 # "joint": one trunk for both losses; "separate": a whole decoder for each; "mlp": AIMv1's head, which
                 # predicts patches only, by blocks without attention. [P]

@@ -28,13 +28,6 @@ def test_paper_mixture_is_table_2():
     assert dfn["synthetic"].pairs == 2 * dfn["alt"].pairs
 
 
-def test_paper_config_draws_the_probabilities_of_table_2():
-    config = base.get_config()
-    mixtures.use_paper_mixture(config)
-    counts = mixture_counts(config.data.mixture.to_dict())
-    assert counts == {"dfn": {"alt": 30, "synthetic": 30}, "coyo": {"alt": 9}, "hqitp": {"alt": 28, "synthetic": 3}}
-
-
 def test_paper_run_passes_over_dfn_twice_in_alt_and_synthetic():
     """1.5 million steps of 8192: 1.94 passes over the images by each kind, and so 0.97 over two synthetic captions."""
     config = base.get_config()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from test_mixtures import TABLE_2
 
 from aimv2_jax.config import load_config
 from aimv2_jax.data.steps import BLOCK, counts_in_block
@@ -12,13 +13,6 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 PEAK_RATE = {"large": 1e-3, "huge": 8e-4, "1b": 8e-4, "3b": 4e-4}  # Table A1.
 WIDTH = {"large": 1024, "huge": 1536, "1b": 2048, "3b": 3072}  # Table 1.
-MIXTURE = {  # Table 2: sampling probabilities, in percent.
-    ("dfn", "alt"): 30,
-    ("dfn", "synthetic"): 30,
-    ("coyo", "alt"): 9,
-    ("hqitp", "alt"): 28,
-    ("hqitp", "synthetic"): 3,
-}
 
 
 def weights(config):
@@ -42,8 +36,9 @@ def test_pretraining_of_every_size_has_table_a1(size):
 
 @pytest.mark.parametrize("size", PEAK_RATE)
 def test_pretraining_of_every_size_has_table_2(size):
+    """The table's sizes are in test_mixtures.py."""
     shares = weights(load_config(EXPERIMENTS / f"pretrain_{size}_224.py"))
-    assert shares == {pair: pytest.approx(percent / 100) for pair, percent in MIXTURE.items()}
+    assert shares == {(kind[0], kind[1]): pytest.approx(kind[3] / 100) for kind in TABLE_2}
 
 
 @pytest.mark.parametrize("size", PEAK_RATE)

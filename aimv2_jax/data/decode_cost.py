@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from aimv2_jax.data.records import BadRecord
 
 MAX_SCANS = 128  # Of a JPEG: encoders write 1 to 12, scripts for the smallest file up to about 100.
+_MIN_SCANS, _MAX_SCANNED_PIXELS = 16, 4_000_000_000  # Of large ones fewer, but not below that: 0.2 s for 89 million.
 _MAX_BLOCKS = 4096  # Segments, chunks, comments, each of up to 12 us in Pillow; more where they are not small:
 _BYTES_PER_BLOCK = 256
 _MAX_FILLING = 1 << 16  # Bytes of a JPEG's header that belong to no segment; Pillow takes 0.6 s for a million.
@@ -41,7 +42,7 @@ def check_cost(data: bytes) -> None:
 def _is_jpeg_costly(data: bytes) -> bool:
     """Whether it has too many scans or segments, or too much filling before its pixels (ITU-T T.81, annex B)."""
     position, segments, scans, filling = len(_JPEG) - 1, 0, 0, 0
-    components, progressive = 0, False
+    components, progressive, most_scans = 0, False, MAX_SCANS
     most_segments = _MAX_BLOCKS + len(data) // _BYTES_PER_BLOCK
     while True:
         end = len(data) if scans else position + _MAX_FILLING + 2
@@ -57,13 +58,15 @@ def _is_jpeg_costly(data: bytes) -> bool:
         segments += 1
         if marker in _FRAMES:
             components, progressive = data[position + 7 : position + 8], marker in _PROGRESSIVE
+            height, width = (int.from_bytes(data[position + at : position + at + 2]) for at in (3, 5))
+            most_scans = min(MAX_SCANS, max(_MIN_SCANS, _MAX_SCANNED_PIXELS // max(1, height * width)))
         elif marker == _START_OF_SCAN:
             scans += 1
             one_scan = not progressive and data[position + 2 : position + 3] == components
             # Each scan has a marker, but not each such pair of bytes is one: a film may follow the photograph.
-            if scans == 1 and (one_scan or data.count(b"\xff\xda", position) < MAX_SCANS):
+            if scans == 1 and (one_scan or data.count(b"\xff\xda", position) < most_scans):
                 return False
-        if scans > MAX_SCANS or segments > most_segments or filling > _MAX_FILLING:
+        if scans > most_scans or segments > most_segments or filling > _MAX_FILLING:
             return True
         position += max(2, int.from_bytes(data[position : position + 2]))
 

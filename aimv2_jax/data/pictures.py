@@ -50,6 +50,7 @@ _SMALLEST_TARGET = 8  # Pixels: below, simplejpeg has several scales of one size
 
 _BAND_PIXELS = 1 << 20
 _ORIENTATION_TAG = 0x0112
+_MAX_RLE_PIXELS = 4_000_000  # Of a BMP with run lengths, which Pillow decodes in Python: a second for as many.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +198,8 @@ def _open(data: bytes) -> Image.Image:
     pixels = math.prod(image.size)
     if pixels == 0:
         raise BadRecord("empty_image")
+    if image.format == "BMP" and pixels > _MAX_RLE_PIXELS and image.tile and image.tile[0][0] == "bmp_rle":
+        raise BadRecord("costly_image")
     if pixels > MAX_PIXELS or pixels * _BYTES_PER_PIXEL.get(image.format, 0) > _MAX_BYTES:
         raise BadRecord("oversized_image")
     return image

@@ -129,7 +129,7 @@ def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int, follow
         "shard-size": shard_size,
         "verify": rules.verify,
         "decode": rules.decode,
-        "follow-links": follow_links,
+        **({"follow-links": True} if follow_links else {}),  # Sets of older versions have no such key.
     }
 
 

@@ -70,9 +70,8 @@ def _listed(path: Path) -> dict[str, Path]:
 
 
 def _check_inside(file: Path, folder: Path) -> None:
-    """Refuses a link out of the folder, except into the `blobs` beside the `snapshots` of Hugging Face's cache."""
-    blobs = folder.resolve().parent.parent / "blobs"
-    if not is_inside(file, folder) and not is_inside(file, blobs):
+    """Refuses a link out of the folder, which may lead to any file of this machine."""
+    if not is_inside(file, folder):
         what = f"a link in {folder} leads out of it"
         raise UserError(what, str(file), "Copy the file itself there, or give the path that it leads to")
 

@@ -20,7 +20,11 @@ def storage_failure(
     While nothing of a source can be read, waiting helps, however often the run is started meanwhile. Where the source
     can be read but for this file, it is recorded as a hang is: the second time at the same step ends with EXIT_HUNG.
     """
-    if not all(_answers(source) for source in pipeline.open_sources(config.data.sources, patience_s=0.0).values()):
+    try:
+        sources = pipeline.open_sources(config.data.sources, patience_s=0.0)
+    except (OSError, UserError):  # Not even dataset.json is there.
+        return error
+    if not all(map(_answers, sources.values())):
         return error
     code = interruptions.exit_code(step)
     told = f"{error}, though other records can be read"

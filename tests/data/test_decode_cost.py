@@ -79,6 +79,32 @@ def noise(count):
     return random.Random(0).randbytes(count)
 
 
+def as_large(data, height, width):
+    """A JPEG whose header says that it is larger than it is."""
+    start = data.index(b"\xff\xc2") + 5
+    return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
+
+
+@pytest.mark.parametrize(("scans", "side", "costly"), [(45, 9400, False), (46, 9400, True), (128, 5500, False)])
+def test_scans_of_large_jpegs_are_fewer(scans, side, costly):
+    """A scan of 9400 x 9400 pixels takes 0.2 s."""
+    data = as_large(with_scans(PROGRESSIVE, scans), side, side)
+    if costly:
+        with pytest.raises(BadRecord, match="costly_image"):
+            check_cost(data)
+    else:
+        check_cost(data)
+
+
+def test_bmp_with_run_lengths_is_refused_when_large():
+    """Pillow decodes it in Python: 2.2 s for 13 kB of 3000 x 3000 pixels."""
+    header = struct.pack("<IiiHHIIiiII", 40, 3000, 3000, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024)
+    runs = b"\0\0" * 3000 + b"\0\1"
+    data = b"BM" + struct.pack("<IHHI", 14 + len(header) + len(runs), 0, 0, 14 + len(header)) + header + runs
+    with pytest.raises(BadRecord, match="costly_image"):
+        decode_image(data)
+
+
 SOUND = {
     "as many scans as there may be": with_scans(PROGRESSIVE, MAX_SCANS),
     "a film behind the photograph": PROGRESSIVE + noise(1 << 16) + b"\xff\xda" * 1000,

@@ -74,7 +74,11 @@ def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> lis
         with files.remote_errors(given):
             return _expanded(given, [str(path) for path in _remote_glob(given)], pool, follow_links)
     path = os.path.abspath(locate(given))
-    matches = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+    if os.path.lexists(path):
+        return _expanded(given, [path], pool, follow_links)
+    matches = glob.glob(path, recursive=True)
+    if not follow_links:  # What a user names may be a link; what a pattern finds is as little his as a folder's files.
+        _refuse_links([match for match in matches if not os.path.isdir(match)])
     return _expanded(given, matches, pool, follow_links)
 
 
@@ -126,11 +130,16 @@ def _walk(folder: str, follow_links: bool) -> list[str]:
             if not name.startswith(".") and not name.lower().endswith(_PICTURES_AND_TEXTS)
         ]
     if not (follow_links or files.is_remote(folder)):
-        for path in paths:
-            if os.path.islink(path) and not is_inside(path, folder):
-                remedy = "Remove it, or give --follow-links to take what links lead to"
-                raise UserError("--input has a link that leads out of its folder", path, remedy)
+        _refuse_links(paths, folder)
     return paths
+
+
+def _refuse_links(paths: list[str], folder: str | None = None) -> None:
+    """Raises `UserError` for a link that leads out of `folder`, by default the one that it lies in."""
+    for path in paths:
+        if os.path.islink(path) and not is_inside(path, folder or os.path.dirname(path)):
+            remedy = "Remove it, or give --follow-links to take what links lead to"
+            raise UserError("--input has a link that leads out of its folder", path, remedy)
 
 
 def _recognise(path: str) -> tuple[str, list[InputShard] | UserError] | None:

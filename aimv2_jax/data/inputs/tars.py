@@ -24,7 +24,6 @@ _PREFACES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX)
 _MAX_PREFACES, _MAX_PREFACE_BYTES = 8, 1 << 20
 _MAX_DIGITS = 18  # Of a size in a pax record.
 _SUM_OFFSET, _SUM_BYTES = 148, 8  # Of a header's checksum.
-_NO_SUM = -(1 << 60)  # Stays below all sums, whatever digits follow.
 _MIN_SEARCH_BYTES, _MAX_SEARCH_BYTES = 4 << 10, 1 << 20
 
 
@@ -228,13 +227,13 @@ def _summed_right(data: bytes) -> list[int]:
     unsigned = totals[starts + BLOCK] - totals[starts] - fields.sum(1, dtype=np.int64) + _SUM_BYTES * ord(" ")
     signed = unsigned - 256 * (highs[starts + BLOCK] - highs[starts])
     stated = np.zeros_like(starts)
-    has_begun, has_ended, is_cut = np.zeros((3, len(starts)), bool)
+    has_begun, has_ended, is_cut, is_wrong = np.zeros((4, len(starts)), bool)
     for digits in fields.T:  # Spaces, an octal number, spaces; or cut by a zero before the end.
         is_cut |= digits == 0
         is_digit = (digits >= ord("0")) & (digits <= ord("7")) & ~is_cut
         is_blank = (digits == ord(" ")) & ~is_cut
         stated = np.where(is_digit, 8 * stated + digits - ord("0"), stated)
-        stated[has_ended & is_digit | ~(is_digit | is_blank | is_cut)] = _NO_SUM
+        is_wrong |= has_ended & is_digit | ~(is_digit | is_blank | is_cut)
         has_ended |= has_begun & is_blank
         has_begun |= is_digit
-    return starts[(stated == unsigned) | (stated == signed)].tolist()
+    return starts[~is_wrong & ((stated == unsigned) | (stated == signed))].tolist()

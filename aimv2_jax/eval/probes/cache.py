@@ -27,7 +27,7 @@ from aimv2_jax.eval.probes.examples import Examples
 Pooling = Literal["patches", "mean"]
 T = TypeVar("T")
 _STORED = np.float16  # Rounds by 2^-11: far below what a probe can tell.
-_VERSION = 1  # To be raised with any change of what features are, so that kept ones are not taken for new ones.
+_VERSION = 2  # To be raised with any change of what features are, so that kept ones are not taken for new ones.
 _MOST_OF_MEMORY = 0.7  # That all features of a set may take.
 _AHEAD = 2  # Batches that are decoded ahead of the encoder, by a thread a core.
 

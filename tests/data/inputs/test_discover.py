@@ -122,6 +122,27 @@ def test_link_out_of_a_folder_is_refused(tree, tmp_path):
             discover.find([str(tree)])
 
 
+def test_link_that_a_pattern_finds_is_refused(tree, tmp_path):
+    (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
+    (tree / "tars/link.tar").symlink_to(tmp_path / "private.tar")
+    with pytest.raises(UserError, match=r"leads out of its folder: '.*tars/link\.tar'.*--follow-links"):
+        discover.find([f"{tree}/tars/*.tar"])
+    assert len(discover.find([f"{tree}/tars/*.tar"], follow_links=True)) == 2
+
+
+def test_snapshot_of_a_hub_is_an_input(tmp_path):
+    """huggingface_hub keeps files in models--X/blobs, and links to them in models--X/snapshots/COMMIT."""
+    snapshot, blobs = tmp_path / "datasets--x/snapshots/abc/data", tmp_path / "datasets--x/blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    (blobs / "hash").write_bytes(packed(pairs(2)))
+    (snapshot / "a.tar").symlink_to("../../../blobs/hash")
+    (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
+    assert len(discover.find([str(snapshot.parent)])) == 1
+    (snapshot / "b.tar").symlink_to(tmp_path / "private.tar")
+    with pytest.raises(UserError, match=r"leads out of its folder: '.*b\.tar'"):
+        discover.find([str(snapshot.parent)])
+
+
 def test_link_out_of_a_folder_is_followed_if_asked(tree, tmp_path):
     (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
     (tree / "tars/link.tar").symlink_to(tmp_path / "private.tar")
