@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, TextIO
 from etils import epath
 
 from aimv2_jax.config import Config, ProcessesConfig, config_digest
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import (
     EXIT_AGAIN,
     EXIT_FINISHED,
@@ -373,7 +374,7 @@ def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: 
         with _asking_for(file):
             log.close()
     except UserError as error:  # The run has ended as it has.
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
     return code
 
 

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from aimv2_jax.config import Config, config_to_dict
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import make_folder
 from aimv2_jax.parallel import processes
@@ -151,11 +152,10 @@ class CheckpointReader:
             self.verify(step)
         if self._verified[step] is None and step not in self._told_unverified:
             self._told_unverified.add(step)
-            print(
+            print_line(
                 f"the checkpoint of step {step} in {self._folder} has no manifest, since an older aimv2_jax wrote it: "
                 "its files are not verified",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
     def _record(self) -> dict[int, Evaluation | None]:
@@ -465,11 +465,10 @@ class Checkpointer(CheckpointReader):
         news = undeleted.keys() - self._undeleted.keys()
         self._undeleted |= undeleted
         for name in sorted(news):
-            print(
+            print_line(
                 f"could not delete {self._folder / name} ({undeleted[name]}): it is tried again before each save "
                 f"({len(self._undeleted)} in all)",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
     def _settle(self, block: bool) -> None:
