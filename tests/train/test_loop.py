@@ -24,7 +24,7 @@ from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
 from aimv2_jax.errors import UserError
 from aimv2_jax.main import main
-from aimv2_jax.train import loop
+from aimv2_jax.train import loop, stopping
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.goodput import tell
@@ -337,6 +337,7 @@ def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_t
 
 
 def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_SAME_S", 0.0)
     signalled(monkeypatch, 7, [signal.SIGINT, signal.SIGINT])
     assert main(tiny_arguments(tmp_path, train__save_every=100)) == errors.EXIT_INTERRUPTED
     assert CheckpointReader(tmp_path).steps() == []
