@@ -44,7 +44,7 @@ from aimv2_jax.errors import (
 )
 from aimv2_jax.growing import GrowingFile
 from aimv2_jax.parallel.clusters import Place
-from aimv2_jax.parallel.kills import MAX_KILLS, count_kill
+from aimv2_jax.parallel.kills import MAX_KILLS, count_kill_within
 from aimv2_jax.parallel.parent import signals_passed_on
 from aimv2_jax.parallel.processes import trainer_environment
 from aimv2_jax.parallel.roll_call import SECRET, Team, call_roll
@@ -318,7 +318,7 @@ class Watcher:
 
 def _after_kill(end: End, workdir: epath.PathLike) -> End:
     """Counts a trainer that was killed: the run is started again, unless that has led nowhere."""
-    kills = count_kill(workdir)
+    kills = count_kill_within(workdir)
     if kills < MAX_KILLS:
         return dataclasses.replace(end, lost=end.text)
     lost = f"{end.text}, as trainers were {kills} times since the newest checkpoint"
