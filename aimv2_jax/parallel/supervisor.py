@@ -260,7 +260,7 @@ class Watcher:
         if code < 0:
             number = signal.Signals(-code)
             text = f"its trainer was ended by {number.name}"
-            killed = number not in (signal.SIGTERM, signal.SIGINT)  # Those came before any training.
+            killed = number not in (signal.SIGTERM, signal.SIGINT)  # Those came while it started or ended.
             # SIGABRT is mostly jax's, whose own watch found another process missing.
             lost = text if killed and number != signal.SIGABRT else None
             code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_AGAIN

@@ -329,12 +329,16 @@ class Checkpointer(CheckpointReader):
         self._settle(block=True)
         self._raise_failure()
 
+    def settle(self) -> None:
+        """Returns when no save is in progress; if it failed, `check_errors` tells."""
+        self._settle(block=True)
+
     def restore(self, step: int, abstract_state: Any) -> Any:
-        self._settle(block=True)  # If it failed, `check_errors` tells.
+        self.settle()
         return super().restore(step, abstract_state)
 
     def restore_part(self, step: int, abstract_part: Any) -> Any:
-        self._settle(block=True)
+        self.settle()
         return super().restore_part(step, abstract_part)
 
     def close(self) -> None:
@@ -427,7 +431,7 @@ class Checkpointer(CheckpointReader):
             for old in record.keys() - kept:
                 undeleted = step_folders.delete(self._folder, old)
                 self._tell_undeleted(undeleted)
-                if str(old) in undeleted:
+                if undeleted and old in step_folders.committed_steps(self._folder):
                     left[old] = record[old]
         return _Outcome(left, None)
 
