@@ -141,6 +141,12 @@ class Events:
         last = next((event for text in reversed(lines) if (event := _event(text)) is not None), None)
         return 0.0 if last is None else max(0.0, last.time_s - self._wall())
 
+    def last(self, kind: str) -> Event | None:
+        """The last one of its kind; None where there is none, or this process writes no books."""
+        with writing(self._path):
+            events = read_events(self._path.parent) if self._active else []
+        return next((event for event in reversed(events) if event.kind == kind), None)
+
     def flush(self) -> None:
         """Returns when all of it is in the workdir, which may be in a bucket."""
         if self._active:
