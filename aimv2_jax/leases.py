@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_USER, UserError
 from aimv2_jax.untrusted import parse_json_object, printable, read_file
 
@@ -63,10 +64,9 @@ class Lease(contextlib.AbstractContextManager):
 
     def _watch(self, before: bytes) -> None:
         """Returns when the lease has not changed for long enough, or is gone; raises `UserError` when it changes."""
-        print(
+        print_line(
             f"{self._folder} was in use by {_owner(before)}: waiting up to {_GIVEN_UP_AFTER_S:.0f} s for a sign of it",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )
         end_s = time.monotonic() + _GIVEN_UP_AFTER_S
         while time.monotonic() < end_s:
@@ -82,7 +82,7 @@ class Lease(contextlib.AbstractContextManager):
             with contextlib.suppress(OSError, UserError):  # A disk may refuse for a while; the next look may succeed.
                 now = self._read()
                 if now is not None and not self._is_mine(now):
-                    print(f"error: {self._in_use(now)}", file=sys.stderr, flush=True)
+                    print_line(f"error: {self._in_use(now)}", sys.stderr)
                     os._exit(EXIT_USER)
                 self._write()
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.leases import Lease
 
@@ -49,6 +50,6 @@ def claimed(file: Path, what: str, folder: Path | str) -> Iterator[None]:
                 raise
             lease = file.with_name(f"{file.name}.lease")
             why = os.strerror(error.errno)
-            print(f"no locks in {folder} ({why}): {lease.name} takes their place", file=sys.stderr, flush=True)
+            print_line(f"no locks in {folder} ({why}): {lease.name} takes their place", sys.stderr)
             stack.enter_context(Lease(lease, what, folder))
         yield

@@ -179,7 +179,10 @@ run)
   killed=0
   while watch; do
     case "$verdict" in
-    75) everywhere "bash $worker over" && killed=0 ;;
+    75)
+      everywhere "bash $worker over"
+      killed=0
+      ;;
     134 | 137 | 139 | lost)
       killed=$((killed + 1))
       [ "$killed" -le "$most_killed" ] || finish

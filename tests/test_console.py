@@ -40,6 +40,25 @@ def test_print_line_when_read(capsys):
     assert tuple(capsys.readouterr()) == ("to people\n", "to people\n")
 
 
+def test_print_line_when_the_reader_is_slow():
+    """A full pipe that does not block raises EAGAIN: that line is lost, and no later one."""
+    from aimv2_jax.console import print_line
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with open(reading, "rb", buffering=0) as pipe, open(writing, "w") as output:
+        print_line("x" * 1_000_000, output)
+        assert set(pipe.read(1 << 20)) == set(b"x")
+        print_line("later", output)
+        assert pipe.read(1 << 20) == b"later\n"
+
+
+def test_exit_code_when_the_disk_of_its_output_is_full():
+    code = "import sys; from aimv2_jax.console import print_line; print_line('once'); sys.exit(7)"
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, timeout=60).returncode == 7
+
+
 def test_command_when_its_output_is_gone():
     """The line about a user error finds no reader: the exit code is still that of the error."""
     command = f"{sys.executable} -m aimv2_jax.main --config=nowhere.py --workdir=x"

@@ -20,7 +20,7 @@ from etils import epath
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_AGAIN, EXIT_HUNG, EXIT_INTERRUPTED
 from aimv2_jax.parallel.clusters import Place
-from aimv2_jax.parallel.kills import MAX_KILLS, count_kill
+from aimv2_jax.parallel.kills import MAX_KILLS, count_kill_within
 from aimv2_jax.parallel.processes import trainer_environment
 
 _GOES_ON = "the same command goes on from the newest checkpoint, if there is one"
@@ -83,9 +83,9 @@ def _code_of_signal(number: signal.Signals, workdir: epath.PathLike) -> int:
     if number == signal.SIGINT:
         return EXIT_INTERRUPTED
     if number == signal.SIGTERM:
-        print_line(f"stopped on request, before the first step; {_GOES_ON}", sys.stderr)
+        print_line(f"stopped on request, while it started or ended; {_GOES_ON}", sys.stderr)
         return EXIT_AGAIN
-    kills = count_kill(workdir)
+    kills = count_kill_within(workdir)
     if kills < MAX_KILLS:
         print_line(f"error: the trainer was ended by {number.name}; {_GOES_ON}", sys.stderr)
         return EXIT_AGAIN

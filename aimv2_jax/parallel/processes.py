@@ -104,8 +104,9 @@ class Trainer:
             words = last_words(error)
             code, text = (EXIT_BUG, traceback.format_exc()) if words is None else words
             _tell(self.channel, {"code": code, "text": text})
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for output in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # Nobody reads it any more.
+                    output.flush()
             os._exit(code)
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.parallel.links import Link, Message
@@ -199,7 +200,7 @@ class _Gathering:
         self._forget(link)
         if str(reason) not in self._refused and len(self._refused) < _SHOWN:
             self._refused.append(str(reason))
-            print(f"refused, and waiting for another: {reason}", file=sys.stderr, flush=True)
+            print_line(f"refused, and waiting for another: {reason}", sys.stderr)
 
     def _refuse_all(self, reason: UserError) -> None:
         """Tells all that have come why the run does not start, and raises it here."""

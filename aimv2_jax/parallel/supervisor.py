@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, TextIO
 from etils import epath
 
 from aimv2_jax.config import Config, ProcessesConfig, config_digest
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import (
     EXIT_AGAIN,
     EXIT_FINISHED,
@@ -43,7 +44,7 @@ from aimv2_jax.errors import (
 )
 from aimv2_jax.growing import GrowingFile
 from aimv2_jax.parallel.clusters import Place
-from aimv2_jax.parallel.kills import MAX_KILLS, count_kill
+from aimv2_jax.parallel.kills import MAX_KILLS, count_kill_within
 from aimv2_jax.parallel.parent import signals_passed_on
 from aimv2_jax.parallel.processes import trainer_environment
 from aimv2_jax.parallel.roll_call import SECRET, Team, call_roll
@@ -259,7 +260,7 @@ class Watcher:
         if code < 0:
             number = signal.Signals(-code)
             text = f"its trainer was ended by {number.name}"
-            killed = number not in (signal.SIGTERM, signal.SIGINT)  # Those came before any training.
+            killed = number not in (signal.SIGTERM, signal.SIGINT)  # Those came while it started or ended.
             # SIGABRT is mostly jax's, whose own watch found another process missing.
             lost = text if killed and number != signal.SIGABRT else None
             code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_AGAIN
@@ -317,7 +318,7 @@ class Watcher:
 
 def _after_kill(end: End, workdir: epath.PathLike) -> End:
     """Counts a trainer that was killed: the run is started again, unless that has led nowhere."""
-    kills = count_kill(workdir)
+    kills = count_kill_within(workdir)
     if kills < MAX_KILLS:
         return dataclasses.replace(end, lost=end.text)
     lost = f"{end.text}, as trainers were {kills} times since the newest checkpoint"
@@ -373,7 +374,7 @@ def supervise(place: Place, config: Config, workdir: epath.PathLike, arguments: 
         with _asking_for(file):
             log.close()
     except UserError as error:  # The run has ended as it has.
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
     return code
 
 

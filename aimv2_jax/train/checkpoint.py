@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from aimv2_jax.config import Config, config_to_dict
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import make_folder
 from aimv2_jax.parallel import processes
@@ -151,11 +152,10 @@ class CheckpointReader:
             self.verify(step)
         if self._verified[step] is None and step not in self._told_unverified:
             self._told_unverified.add(step)
-            print(
+            print_line(
                 f"the checkpoint of step {step} in {self._folder} has no manifest, since an older aimv2_jax wrote it: "
                 "its files are not verified",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
     def _record(self) -> dict[int, Evaluation | None]:
@@ -329,12 +329,16 @@ class Checkpointer(CheckpointReader):
         self._settle(block=True)
         self._raise_failure()
 
+    def settle(self) -> None:
+        """Returns when no save is in progress; if it failed, `check_errors` tells."""
+        self._settle(block=True)
+
     def restore(self, step: int, abstract_state: Any) -> Any:
-        self._settle(block=True)  # If it failed, `check_errors` tells.
+        self.settle()
         return super().restore(step, abstract_state)
 
     def restore_part(self, step: int, abstract_part: Any) -> Any:
-        self._settle(block=True)
+        self.settle()
         return super().restore_part(step, abstract_part)
 
     def close(self) -> None:
@@ -427,7 +431,7 @@ class Checkpointer(CheckpointReader):
             for old in record.keys() - kept:
                 undeleted = step_folders.delete(self._folder, old)
                 self._tell_undeleted(undeleted)
-                if str(old) in undeleted:
+                if undeleted and old in step_folders.committed_steps(self._folder):
                     left[old] = record[old]
         return _Outcome(left, None)
 
@@ -465,11 +469,10 @@ class Checkpointer(CheckpointReader):
         news = undeleted.keys() - self._undeleted.keys()
         self._undeleted |= undeleted
         for name in sorted(news):
-            print(
+            print_line(
                 f"could not delete {self._folder / name} ({undeleted[name]}): it is tried again before each save "
                 f"({len(self._undeleted)} in all)",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
 
     def _settle(self, block: bool) -> None:

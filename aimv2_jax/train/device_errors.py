@@ -76,7 +76,7 @@ def running(computed: Callable[[], int], interruptions: Interruptions, events: E
         with contextlib.suppress(Exception):  # Of a bucket, TensorFlow's and fsspec's own kinds; the run ends anyway.
             interruptions.record(step, "device", "".join(traceback.format_exception(error)).encode(errors="replace"))
         with contextlib.suppress(UserError):  # The disk may have no room.
-            events.write("device_failure", step - 1, status=_first_line(error), file=file)
+            events.write("device_failure", max(0, step - 1), status=_first_line(error), file=file)
         again = ", as at this step before" if code == EXIT_HUNG else ""
         who = f"a device of process {jax.process_index()} on {os.uname().nodename}, or one that it waited for"
         raise DeviceFailure(f"{who}, failed at step {step}{again}: {_first_line(error)}; see {file}", code) from error

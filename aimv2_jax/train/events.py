@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from aimv2_jax.errors import UserError
+from aimv2_jax.console import print_line
 from aimv2_jax.files import is_remote
 from aimv2_jax.growing import GrowingFile, plain, writing
-from aimv2_jax.untrusted import as_int, as_number, parse_json_object
+from aimv2_jax.untrusted import as_int, as_number, parse_json_object, printable
 
 _FILE = "events.jsonl"
 _TAIL_BYTES = 1 << 16
@@ -140,6 +141,12 @@ class Events:
         last = next((event for text in reversed(lines) if (event := _event(text)) is not None), None)
         return 0.0 if last is None else max(0.0, last.time_s - self._wall())
 
+    def last(self, kind: str) -> Event | None:
+        """The last one of its kind; None where there is none, or this process writes no books."""
+        with writing(self._path):
+            events = read_events(self._path.parent) if self._active else []
+        return next((event for event in reversed(events) if event.kind == kind), None)
+
     def flush(self) -> None:
         """Returns when all of it is in the workdir, which may be in a bucket."""
         if self._active:
@@ -211,10 +218,8 @@ def has_events(workdir: epath.PathLike) -> bool:
 def read_events(workdir: epath.PathLike) -> list[Event]:
     """All events of a run, as they were written; none where there are no books.
 
-    Half a line, which a kill or a full disk left, is passed over.
-
-    Raises:
-      UserError: naming a line that is something else.
+    Half a line, which a kill or a full disk left, is passed over. A line that is something else is left out, too, and
+    named on the error output.
     """
     path = epath.Path(workdir) / _FILE
     if not path.exists():
@@ -225,8 +230,8 @@ def read_events(workdir: epath.PathLike) -> list[Event]:
         if event is not None:
             events.append(event)
         elif not _is_half(text.decode(errors="replace")):
-            remedy = "Take the line out of the file, or move the file away"
-            raise UserError(f"{path}:{number} is no event", text[:80].decode(errors="replace"), remedy)
+            shown = printable(text[:80].decode(errors="replace"))
+            print_line(f"{path}:{number} is left out: it is no event ({shown})", sys.stderr)
     return events
 
 

@@ -6,7 +6,6 @@ What is decided here by what lies in the workdir, process 0 decides for all (`pr
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,6 @@ from typing import Any
 import jax
 from etils import epath
 
-import aimv2_jax
 from aimv2_jax.config import Config, config_digest, config_text
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.identity import TOKENIZER
@@ -28,10 +26,11 @@ from aimv2_jax.files import is_remote, make_folder, write_whole
 from aimv2_jax.locks import claimed
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import processes
+from aimv2_jax.train import device_errors
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, state_bytes
 from aimv2_jax.train.course import Course
 from aimv2_jax.train.data_check import continue_on, identify_data
-from aimv2_jax.train.events import Events, process_age_s
+from aimv2_jax.train.events import Event, Events, process_age_s
 from aimv2_jax.train.interruptions import FOLDER
 from aimv2_jax.train.metrics import MetricsWriter
 from aimv2_jax.train.optimizer import decay_report
@@ -42,6 +41,8 @@ from aimv2_jax.train.run import Run, say
 from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.warm_start import Donor, RunDonor, warm_start
 from aimv2_jax.train.watchdog import Hang, Watchdog, register_dump_signal
+from aimv2_jax.untrusted import printable
+from aimv2_jax.versions import installed_versions
 
 _LOCK = "lock"
 _CLOCK_S = 2.0  # By which the clocks of two hosts may differ.
@@ -90,7 +91,8 @@ def train(
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(watchdog.watching("start", 0))
         data = identify_data(config, tokenizer)
-        checkpointer = stack.enter_context(Checkpointer(workdir, config.train.keep, config.train.keep_steps))
+        checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_steps)
+        stack.enter_context(_closed_in_time(checkpointer, watchdog))
         latest = _newest_intact(checkpointer, events)
         if latest is not None:
             check_resumable(checkpointer.meta(latest)["config"], config)
@@ -105,7 +107,8 @@ def train(
         profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
 
         begin_s = time.monotonic()
-        state, course = begin(program, donor, data) if latest is None else _continue(checkpointer, latest, program)
+        with device_errors.running(lambda: latest or 0, watchdog.interruptions, events):
+            state, course = begin(program, donor, data) if latest is None else _continue(checkpointer, latest, program)
         course = continue_on(course, data, accept_data, events)
         course = _skipping(course, skip_examples, config, events)
         _introduce(program, workdir, latest, size)
@@ -130,6 +133,16 @@ def _watchdog(workdir: epath.Path, config: Config, events: Events) -> Watchdog:
 
     tell, channel = processes.tell_hung, processes.channel()
     return Watchdog(workdir, jax.process_index(), config.watch, on_hang=note, tell=tell, channel=channel)
+
+
+@contextlib.contextmanager
+def _closed_in_time(checkpointer: Checkpointer, watchdog: Watchdog) -> Iterator[None]:
+    """The end waits for the save in progress, also where the run ends by an error: as long as a save may take."""
+    try:
+        yield
+    finally:
+        with watchdog.watching("save"):
+            checkpointer.close()
 
 
 def _newest_intact(checkpointer: Checkpointer, events: Events) -> int | None:
@@ -182,9 +195,9 @@ def _check_clock(events: Events) -> None:
 
 
 def _note_start(events: Events, program: Program, step: int, restore_s: float | None) -> None:
-    config, devices = program.config, program.mesh.devices
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
-    versions |= {"aimv2_jax": aimv2_jax.__version__, "python": platform.python_version()}
+    config, devices, versions = program.config, program.mesh.devices, installed_versions()
+    versions["python"] = platform.python_version()
+    _tell_versions(events.last("start"), versions)
     events.write(
         "start",
         step,
@@ -198,6 +211,16 @@ def _note_start(events: Events, program: Program, step: int, restore_s: float | 
     )
     if restore_s is not None:
         events.write("restore", step, seconds=round(restore_s, 3))
+
+
+def _tell_versions(before: Event | None, versions: Mapping[str, str]) -> None:
+    """Says which packages are others than at the start before."""
+    known = {} if before is None else before.values.get("versions")
+    if not isinstance(known, Mapping):  # Not ours.
+        return
+    told = [f"{name} {now} ({known[name]} before)" for name, now in versions.items() if known.get(name, now) != now]
+    if told:
+        say(printable(f"since the last start of this run other versions were installed: {', '.join(told)}"))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import jax
 from etils import epath
 
 from aimv2_jax.config import Config, config_text, config_to_dict
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote, write_whole
 from aimv2_jax.growing import GrowingFile, Upload, plain, writing
@@ -131,7 +132,7 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """
     lines, damaged = _split(path)
     for number, text in damaged.items():
-        print(f"{path}:{number} is left out: it is not JSON with a step ({_shown(text)})", file=sys.stderr, flush=True)
+        print_line(f"{path}:{number} is left out: it is not JSON with a step ({_shown(text)})", sys.stderr)
     return lines
 
 
@@ -181,10 +182,8 @@ def cut_lines(path: epath.Path, step: int) -> None:
             file.close()
         write_whole(path, kept.encode())
     for number, text in damaged.items():
-        print(
-            f"{path}:{number} is not JSON with a step ({_shown(text)}): it was moved to {aside.name}",
-            file=sys.stderr,
-            flush=True,
+        print_line(
+            f"{path}:{number} is not JSON with a step ({_shown(text)}): it was moved to {aside.name}", sys.stderr
         )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.files import is_remote
 from aimv2_jax.train.events import Event, has_events, read_events
@@ -151,21 +153,18 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
 
 
 def _metric_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl.
-
-    Raises:
-      UserError: naming a line with a step or a value that no run writes.
-    """
-    lines = read_lines(path)
-    for line in lines:
+    """The lines of metrics.jsonl; one with a step or a value that no run writes is left out, and named."""
+    lines = []
+    for line in read_lines(path):
         try:
             as_int(line["step"], 0, _MAX_STEP)
             for value in line.values():
                 if value is not None:
                     as_number(value, math.inf)
-        except (ValueError, OverflowError) as error:
-            remedy = "Take the line out of the file, or move the file away"
-            raise UserError(f"{path} has a line that no run writes", printable(str(line)), remedy) from error
+        except (ValueError, OverflowError):
+            print_line(f"{path}: a line that no run writes is left out ({printable(str(line)[:80])})", sys.stderr)
+        else:
+            lines.append(line)
     return [{printable(name): value for name, value in line.items()} for line in lines]
 
 

@@ -7,8 +7,9 @@ The order of a step is a contract:
 3. only then read the metrics of step i-1, so that the devices never wait for the host; here it is seen whether its
    numbers were finite, and no spike;
 4. where step i is due to be evaluated or saved, its own metrics are read first, then comes the evaluation, then the
-   save, which records the evaluation of this very state. No step is saved that was not finite, the last one and one
-   that a request to stop ends with apart: their states are those of the steps before.
+   save, which records the evaluation of this very state. A save that failed makes the next step due. No step is saved
+   that was not finite, the last one and one that a request to stop ends with apart: their states are those of the steps
+   before.
 
 A run that is asked to stop (stopping.py) saves step i, the same on all processes, and ends; an evaluation that is going
 on is given up. A spike may send it back (rewind.py). Whatever is decided here is decided alike on every process: from
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -47,7 +49,7 @@ from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch
 from aimv2_jax.train.nonfinite import write_record
 from aimv2_jax.train.profile import Profiler
 from aimv2_jax.train.program import Program
-from aimv2_jax.train.recompute import Recompute
+from aimv2_jax.train.recompute import Difference, Recompute
 from aimv2_jax.train.rewind import Spike, plan_rewind
 from aimv2_jax.train.starvation import FeedWatch
 from aimv2_jax.train.step import AveragedState, TrainState
@@ -125,10 +127,12 @@ class Run:
         self.current_step = 0  # The step that is being dispatched, waited for, or evaluated.
         self.done = 0  # Steps, as far as they were read.
         self.nonfinite = 0  # Of them the last ones, in a row, that were not finite.
+        self.owes_save = False  # One that failed is to be made up for, at the next step that can be saved.
+        self.unevaluated = False  # Whether a request to stop came during the evaluation of the last step.
 
     def train(self, state: TrainState, course: Course) -> int:
         """Trains on to the last step, or until it is asked to stop; the exit code."""
-        self.first_step = course.step
+        self.first_step = self.current_step = course.step
         running = device_errors.running(lambda: self.current_step, self.watchdog.interruptions, self.events)
         with jax.transfer_guard("disallow"), running, self.ending:
             while True:
@@ -147,8 +151,13 @@ class Run:
             self.events.write("preemption", stopped)
             self.events.write("stop", stopped, code=EXIT_AGAIN, why="asked to stop")
             return EXIT_AGAIN
-        say(f"finished: step {steps}, best checkpoint at step {self.checkpointer.best_step()}")
-        self.events.write("stop", steps, code=EXIT_FINISHED, why="finished")
+        why, told = "finished", f"finished: step {steps}, best checkpoint at step {self.checkpointer.best_step()}"
+        if self.unevaluated:
+            why += ", and asked to stop before the last step was evaluated"
+            command = f"python -m aimv2_jax.eval.heldout --checkpoint={shlex.quote(f'{self.workdir}:{steps}')}"
+            told += f"; step {steps} is not evaluated, since the run was asked to stop: {command} does that"
+        say(told)
+        self.events.write("stop", steps, code=EXIT_FINISHED, why=why)
         return EXIT_FINISHED
 
     def _train_on(self, state: TrainState, course: Course) -> int | None:
@@ -240,15 +249,16 @@ class Run:
                 again = self.recompute.start(state, batch, shape) if checked else None
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):  # So that XProf knows of steps.
                     state, metrics = step.compiled(state, batch, program.rng)
-                if again is not None:
-                    self._compare(number, (state, metrics), again)
-                    del again
+                differences = [] if again is None else self.recompute.differences((state, metrics), again)
+                del again
+            self._check_same(number, differences)
             self._read(pending)
             pending = _Pending(number, host.step, metrics, counts, shape.examples, step.flops)
-            failed = self._check_saved(number)
+            self._check_saved(number)
             stopping = self.stop.reached() and number < config.train.steps
             evaluating, saving = self._due(number)
-            if evaluating or saving or stopping or failed:
+            saving = saving or self.owes_save
+            if evaluating or saving or stopping:
                 self._read(pending)
                 pending = None
                 with self.stopwatch.pause():
@@ -258,7 +268,8 @@ class Run:
                         self.ending.enter_context(self.watchdog.watching("stop", number))
                     # A state after steps that were not finite waits for one that is, unless there will be no other.
                     last = stopping or number == config.train.steps
-                    if last or ((saving or failed) and not self.nonfinite):
+                    if last or (saving and not self.nonfinite):
+                        self.unevaluated = values is None and not stopping
                         values = values or {}
                         # The loss of what `eval/load.py` takes.
                         self._save(course.at(number), state, values.get("eval_loss_ema", values.get("eval_loss")))
@@ -278,15 +289,16 @@ class Run:
         assert host.step == batch
         return host
 
-    def _check_saved(self, number: int) -> bool:
-        """Whether a save in the background failed, for the first time, and this step is to be saved instead.
+    def _check_saved(self, number: int) -> None:
+        """Where a save in the background failed, for the first time, has this step saved instead, or one soon after.
 
         Several processes do not see that at the same step; there, the next save that is due makes up for it.
         """
         failure, alone = self.checkpointer.check_errors(), jax.process_count() == 1
         if failure is not None:
-            self._tell_failure(number, failure, f"with step {number}" if alone else "with the next save")
-        return failure is not None and alone
+            when = f"with step {number}, or after it with the first that is finite" if alone else "with the next save"
+            self._tell_failure(number, failure, when)
+            self.owes_save = alone
 
     def _tell_failure(self, number: int, failure: UserError, when: str) -> None:
         say(f"{failure} It is tried once more, {when}.")
@@ -301,6 +313,7 @@ class Run:
             self.events.flush()
             start_s = time.perf_counter()
             failure = self.checkpointer.save(course.step, state, self.config, eval_loss, course.extra())
+            self.owes_save = False
             if failure is not None:
                 self._tell_failure(course.step, failure, f"with step {course.step}")
             self._retire_interruptions()
@@ -385,7 +398,7 @@ class Run:
 
     def _newest(self) -> str:
         """Which checkpoint there is."""
-        with contextlib.suppress(UserError):  # What ends the run is said already.
+        with contextlib.suppress(UserError), self.watchdog.watching("save"):  # What ends the run is said already.
             self.checkpointer.wait()  # A save may be on its way.
         kept = self.checkpointer.latest_step()
         return "there is no checkpoint yet" if kept is None else f"the newest checkpoint is that of step {kept}"
@@ -411,8 +424,9 @@ class Run:
             raise GuardStop(
                 f"{spike}; the run has gone back {course.rewinds} times, as often as guard.max_rewinds allows"
             )
-        self.checkpointer.wait()
-        with jax.transfer_guard("allow"):
+        with self.watchdog.watching("save", spike.step):
+            self.checkpointer.settle()
+        with self.watchdog.watching("start", spike.step), jax.transfer_guard("allow"):
             saved = self.checkpointer.steps()
             saved = processes.agree(f"steps before rewind {turn}", saved, self.config.processes.barrier_timeout_s)
             begin = None if saved else self.begin()
@@ -428,9 +442,8 @@ class Run:
         self.events.write("rewind", spike.step, from_step=spike.step, to_step=back.step, a=back.first, b=back.end)
         return state, course.rewound(back.step, course.skips.adding(back.first, back.end))
 
-    def _compare(self, number: int, once: Any, again: Any) -> None:
+    def _check_same(self, number: int, differences: Sequence[Difference]) -> None:
         """Ends the run where a step that was computed twice came out different."""
-        differences = self.recompute.differences(once, again)
         if not differences:
             return
         host = os.uname().nodename

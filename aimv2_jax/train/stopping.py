@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 import jax
 from jax.experimental import multihost_utils
+
+# `scancel -s INT` and srun signal every process of a step: the trainer, and its parent, which passes it on.
+_SAME_S = 0.5
 
 
 class StopRequests:
@@ -17,11 +21,13 @@ class StopRequests:
     One process alone keeps a flag. Of several, each has jax's own handler of SIGTERM, which tells the others: these
     settle on a call of `reached` that none of them has made yet.
 
-    The first Ctrl-C is as good as a SIGTERM, the second one raises KeyboardInterrupt. More of SIGTERM changes nothing.
+    The first Ctrl-C is as good as a SIGTERM, the second one raises KeyboardInterrupt, if it is not the same that came
+    twice. More of SIGTERM changes nothing.
     """
 
     def __init__(self) -> None:
-        self._requested = self._interrupted = False
+        self._requested = False
+        self._interrupted_s: float | None = None  # When Ctrl-C came first.
         self._several = jax.process_count() > 1
         self._calls = 0  # Of `reached`.
         self._before: dict[int, object] = {}
@@ -55,9 +61,12 @@ class StopRequests:
         self._requested = True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+        now_s = time.monotonic()
+        if self._interrupted_s is not None:
+            if now_s < self._interrupted_s + _SAME_S:
+                return
             raise KeyboardInterrupt
-        self._interrupted = True
+        self._interrupted_s = now_s
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
         else:

@@ -109,13 +109,14 @@ class Watchdog(contextlib.AbstractContextManager):
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def watching(self, what: str, step: int, detail: Callable[[], str] | None = None) -> _Watch:
-        """A context in which `what`, one of `WATCHED`, is going on at `step`.
+    def watching(self, what: str, step: int | None = None, detail: Callable[[], str] | None = None) -> _Watch:
+        """A context in which `what`, one of `WATCHED`, is going on at `step`, by default that of the one before.
 
         Contexts may lie in one another, and in several threads: each has its time. `detail` says more, if it comes to
         that.
         """
-        return _Watch(self._open, what, step, self._limits[what], detail)
+        self._step = self._step if step is None else step
+        return _Watch(self._open, what, self._step, self._limits[what], detail)
 
     def close(self) -> None:
         self._closed.set()
@@ -132,7 +133,6 @@ class Watchdog(contextlib.AbstractContextManager):
             watches = list(self._open)
             paused_s = now_s - looked_s - self._look_s
             looked_s = now_s
-            self._step = max((watch.step for watch in watches), default=self._step)
             for watch in watches:
                 if paused_s > _PAUSE_S:  # The whole process was held up, and not what is being watched.
                     watch.since_s += paused_s

@@ -107,6 +107,7 @@ ssh)
   for word in "$@"; do [[ $word == --command=* ]] && order=${word#--command=}; done
   order=${order% && *install} # This machine has its Python.
   if [[ $order == *code && -f "$CLOUD/unreachable" ]]; then rm "$CLOUD/unreachable"; exit 255; fi
+  if [[ $order == *over && -f "$CLOUD/not_over" ]]; then exit 255; fi
   for host in $(hosts "$@"); do (cd "$host" && HOST=${host##*/host} bash -c "$order") || exit; done
   ;;
 esac
@@ -161,6 +162,15 @@ def test_run_when_the_trainer_ends_then_started_again_if_that_can_help(ends, cod
     assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (1, 0, 1)
     assert (tmp_path / "modes").read_text().split()[1] == "700"  # What is copied holds uncommitted changes.
     assert not list(tmp_path.glob("aimv2_jax.*"))
+
+
+@needs_git
+@pytest.mark.parametrize("code", [75, 137])
+def test_run_when_hosts_may_still_be_at_work(code, cloud, tmp_path):
+    """Where a host does not say that its trainer is over, none is started beside it."""
+    (tmp_path / "not_over").touch()
+    done, _ = cloud("run", f"{code} 0", *TRAIN)
+    assert done.returncode == 255 and len(starts(tmp_path, 0)) == 1
 
 
 @needs_git

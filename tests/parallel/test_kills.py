@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
+from bucket import NAME, stand_in
 
 from aimv2_jax.parallel import kills
 from aimv2_jax.parallel.kills import count_kill
@@ -16,6 +20,29 @@ def test_kills_when_a_checkpoint_comes_between(tmp_path):
     assert [count_kill(tmp_path), count_kill(tmp_path), count_kill(tmp_path)] == [1, 2, 3]
     (tmp_path / FOLDER / "100").mkdir()
     assert count_kill(tmp_path) == 1
+
+
+def test_kills_when_the_run_is_in_a_bucket(tmp_path, monkeypatch):
+    """A folder is a step with its manifest; STEP-2 is a step that was saved again."""
+    steps = stand_in(tmp_path / "bucket", monkeypatch) / "run" / FOLDER
+    workdir = f"{NAME}/run"
+    (steps / "50").mkdir(parents=True)
+    (steps / "50" / "manifest.json").touch()
+    assert count_kill(workdir) == 1
+    (steps / "100").mkdir()  # Half written.
+    assert [count_kill(workdir), count_kill(workdir)] == [2, 3]
+    (steps / "100-2").mkdir()
+    (steps / "100-2" / "manifest.json").touch()
+    assert count_kill(workdir) == 1
+
+
+def test_kills_when_the_disk_hangs(tmp_path, monkeypatch):
+    """A pipe that nobody writes to holds up its reader as a disk that hangs does."""
+    os.mkfifo(tmp_path / kills.FILE)
+    assert kills.count_kill_within(tmp_path, seconds=0.1) == 1
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "kills"]
+    os.close(os.open(tmp_path / kills.FILE, os.O_WRONLY))
+    thread.join()
 
 
 @pytest.mark.parametrize(

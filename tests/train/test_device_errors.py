@@ -51,6 +51,12 @@ def test_run_when_a_device_fails_twice(tmp_path, error):
     assert [event.step for event in events] == [6, 6, 7] and events[0].values["status"] == str(error)
 
 
+def test_events_when_a_device_fails_at_step_0(tmp_path):
+    with pytest.raises(DeviceFailure, match="failed at step 0"):
+        fail(tmp_path, FAILURES[0], step=0)
+    assert [event.step for event in read_events(tmp_path)] == [0]
+
+
 @pytest.mark.parametrize("error", BUGS, ids=range(len(BUGS)))
 def test_run_when_the_program_is_wrong(tmp_path, error):
     with pytest.raises(type(error)) as raised:

@@ -6,7 +6,9 @@ What goes wrong is put into the task, by the numbers of the examples: nothing of
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ from runs import saved_state
 from tiny import tiny_config
 
 from aimv2_jax.errors import EXIT_FINISHED, GuardStop, UserError
-from aimv2_jax.train import loop, recompute, run
+from aimv2_jax.train import loop, recompute, run, step_folders
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.metrics import read_metrics
@@ -320,14 +322,64 @@ def test_nonfinite_record_when_it_cannot_be_written(tmp_path, monkeypatch, capsy
 # --- saves that fail ------------------------------------------------------------------------------------------------
 
 
-def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_instead(tmp_path, monkeypatch, capsys):
+def watchdogs(monkeypatch) -> list:
+    """Those of the runs that begin from now on."""
+    made, make = [], loop._watchdog
+    monkeypatch.setattr(loop, "_watchdog", lambda *args: made.append(make(*args)) or made[-1])
+    return made
+
+
+def test_save_when_a_guard_ends_the_run(tmp_path, monkeypatch):
+    """Waits for it are watched: a disk that hangs would hold up the run without limit."""
+    dogs, wait, seen = watchdogs(monkeypatch), Checkpointer.wait, []
+
+    def watched(self):
+        seen.append([(watch.what, watch.step) for watch in dogs[0]._open])
+        wait(self)
+
+    monkeypatch.setattr(Checkpointer, "wait", watched)
+    with spoilt([0, 1, 2], np.nan), pytest.raises(GuardStop, match="there is no checkpoint yet"):
+        train(tmp_path, train__steps=20)
+    assert seen == [[("save", 3)], [("save", 3)]]  # For the sentence, and at the end.
+
+
+@pytest.mark.slow
+def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys):
+    """It goes back all the same, and what failed is told and made up for then."""
+    dogs, seen, fails = watchdogs(monkeypatch), [], iter([40])
+    commit, settle, check = step_folders.commit, Checkpointer.settle, Checkpointer.check_errors
+
+    def full(folder, name, step, about):
+        if step == 40 and next(fails, None) == 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        commit(folder, name, step, about)
+
+    def watched(self):
+        seen.append([watch.what for watch in dogs[0]._open])
+        settle(self)
+
+    monkeypatch.setattr(step_folders, "commit", full)
+    monkeypatch.setattr(Checkpointer, "settle", watched)
+    monkeypatch.setattr(Checkpointer, "check_errors", lambda self: check(self) if seen else None)  # A slow disk.
+    with spoilt([44], 10.0):
+        assert train(tmp_path, guard__spike="rewind", guard__rewind_batches=10, train__keep=9) == EXIT_FINISHED
+    said = capsys.readouterr().out
+    assert "back to step 30" in said and "step 40, which needs" in said and "once more, with step 31" in said
+    assert seen == [["save"], ["start"]] and CheckpointReader(tmp_path).steps() == [10, 20, 30, 31, 40, 50]
+
+
+@pytest.mark.parametrize(("spoils", "instead"), [([], 13), ([12, 13], 15)])
+def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_instead(
+    tmp_path, monkeypatch, capsys, spoils, instead
+):
     plain, failures = (
         Checkpointer.check_errors,
         iter([None] * 12 + [UserError("could not write", "no room", "Make it")]),
     )
     monkeypatch.setattr(Checkpointer, "check_errors", lambda self: next(failures, None) or plain(self))
-    assert train(tmp_path, train__steps=20, train__keep=9) == EXIT_FINISHED
-    assert CheckpointReader(tmp_path).steps() == [10, 13, 20]
-    assert "could not write: 'no room'. Make it. It is tried once more, with step 13." in capsys.readouterr().out
+    with spoilt(spoils, np.nan):
+        assert train(tmp_path, train__steps=20, train__keep=9) == EXIT_FINISHED
+    assert CheckpointReader(tmp_path).steps() == [10, instead, 20]
+    assert "could not write: 'no room'. Make it. It is tried once more, with step 13" in capsys.readouterr().out
     [event] = [event for event in read_events(tmp_path) if event.kind == "save_failed"]
     assert event.step == 13

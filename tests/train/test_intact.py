@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -433,6 +435,33 @@ def test_bucket_when_a_step_is_set_aside_again_and_again(bucket):
     assert sorted(path.name for path in (bucket / "run/checkpoints").iterdir()) == sorted(
         ["30", *(f"{step}{more}" for step in (10, 20) for more in ("", "-2", "-3"))]
     )
+
+
+def test_bucket_when_a_step_cannot_be_deleted(bucket, monkeypatch):
+    """Whatever its folder is called, it stays a step where its manifest stays, and there alone."""
+    workdir, kind = f"{NAME}/run", type(CheckpointReader(NAME)._folder)
+    unlink, rmtree = kind.unlink, kind.rmtree
+
+    def refuse(method, path, **options):
+        if path.name == "manifest.json" or path.name == "30":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return method(path, **options)
+
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        checkpointer.save(20, make_state(1), CONFIG)
+        checkpointer.set_aside_newer(5, "rewound")
+        checkpointer.save(20, make_state(2), CONFIG)
+        checkpointer.settle()
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "unlink", lambda path, **options: refuse(unlink, path, **options))
+            checkpointer.save(30, make_state(3), CONFIG)
+            checkpointer.settle()
+        assert (bucket / "run/checkpoints/20-2/manifest.json").exists() and checkpointer.steps() == [20, 30]
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "rmtree", lambda path, **options: refuse(rmtree, path, **options))
+            checkpointer.save(40, make_state(4), CONFIG)
+            checkpointer.settle()
+        assert checkpointer.steps() == CheckpointReader(workdir).steps() == [40]
 
 
 def test_bucket_when_a_step_has_no_manifest_then_it_is_none_unless_it_is_of_format_1(bucket):

@@ -24,9 +24,9 @@ from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
 from aimv2_jax.errors import UserError
 from aimv2_jax.main import main
-from aimv2_jax.train import loop
+from aimv2_jax.train import loop, stopping
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
-from aimv2_jax.train.events import read_events
+from aimv2_jax.train.events import Events, read_events
 from aimv2_jax.train.goodput import tell
 from aimv2_jax.train.interruptions import Interruptions
 from aimv2_jax.train.metrics import read_metrics
@@ -337,6 +337,7 @@ def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_t
 
 
 def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_SAME_S", 0.0)
     signalled(monkeypatch, 7, [signal.SIGINT, signal.SIGINT])
     assert main(tiny_arguments(tmp_path, train__save_every=100)) == errors.EXIT_INTERRUPTED
     assert CheckpointReader(tmp_path).steps() == []
@@ -363,8 +364,12 @@ def test_run_when_asked_to_stop_in_an_evaluation(tmp_path, monkeypatch, capsys, 
     changes = dict(train__steps=steps, train__eval_every=5, train__save_every=100, eval__batch_size=8)
     assert main(tiny_arguments(tmp_path, **changes)) == code
     assert len(taken) == 2 and read_metrics(tmp_path)[1] == []
-    assert "asked to stop: the evaluation of step 5 is given up" in capsys.readouterr().out
+    said, finished = capsys.readouterr().out, code == errors.EXIT_FINISHED
+    assert "asked to stop: the evaluation of step 5 is given up" in said
     assert CheckpointReader(tmp_path).steps() == [5]
+    command = f"python -m aimv2_jax.eval.heldout --checkpoint={tmp_path}:5 does that"
+    assert (f"step 5 is not evaluated, since the run was asked to stop: {command}" in said) == finished
+    assert ("before the last step was evaluated" in read_events(tmp_path)[-1].values["why"]) == finished
 
 
 def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys):
@@ -389,6 +394,32 @@ def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys
     assert CheckpointReader(tmp_path).steps() == [5]
     last = read_events(tmp_path)[-1]
     assert (last.kind, last.values["code"]) == ("stop", errors.EXIT_HUNG)
+
+
+def test_start_when_a_device_fails_twice(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly:")
+
+    monkeypatch.setattr(Program, "init", fail)
+    for code in (errors.EXIT_AGAIN, errors.EXIT_HUNG):
+        assert main(tiny_arguments(tmp_path, eval__sources={})) == code
+        assert "failed at step 0" in capsys.readouterr().err
+    assert [event.kind for event in read_events(tmp_path)] == ["device_failure"] * 2
+
+
+def test_start_when_other_versions_are_installed(tmp_path, capsys):
+    start = dict(processes=1, devices=8, device_kind="cpu", config="ab", steps=4, save_every=2)
+    with Events(tmp_path) as events:
+        events.write("start", 0, **start, versions={"jax": "0.1\x1b", "flax": "2", "gone": "1"})
+        events.write("save", 2, seconds=0.5)
+        loop._tell_versions(events.last("start"), {"jax": "0.2", "flax": "2", "new": "1"})
+        said = capsys.readouterr().out
+        assert said.endswith("other versions were installed: jax 0.2 (0.1\\x1b before)\n") and said.count("\n") == 1
+        for versions in ({"jax": "0.2"}, [1]):
+            events.write("start", 2, **start, versions=versions)
+            loop._tell_versions(events.last("start"), {"jax": "0.2"})
+    loop._tell_versions(Events(tmp_path / "new").last("start"), {"jax": "0.2"})
+    assert capsys.readouterr().out == ""
 
 
 def test_run_when_it_hung_before_what_it_saves(tmp_path):

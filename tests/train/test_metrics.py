@@ -1,6 +1,7 @@
 """The metrics file, its cut after a restore, the progress line and the stopwatch."""
 
 import json
+import os
 import re
 import struct
 import sys
@@ -115,6 +116,15 @@ def test_reading_when_a_line_in_the_middle_is_damaged(tmp_path, capsys):
     said = capsys.readouterr().err
     assert re.search(r"metrics\.jsonl:2 is left out: .*\(\{\"st\\x1b\[2J\)\n$", said) and said.count("\n") == 1
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_reading_a_damaged_line_when_stderr_is_gone(tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\nno line\n')
+    with open(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        assert read_metrics(tmp_path) == ([{"step": 1}], [])
 
 
 DAMAGED = [b"\xff\xfe\x00", b"\0" * 4096 + b'{"step": 2}', b"[1, 2]", b'{"loss": 1.0}', b'{"step": "x"}', b"[" * 10**5]

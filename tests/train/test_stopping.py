@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from several import free_port
 from tiny import ROOT
+
+from aimv2_jax.train import stopping
 
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
@@ -35,6 +38,19 @@ with StopRequests() as requests:
 processes.meet("end", 60)
 processes.leave()
 """
+
+
+def test_interrupt_when_it_comes_twice_at_once(monkeypatch):
+    """As from srun and from the parent: only one that comes later is a second Ctrl-C."""
+    clock = [10.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    with stopping.StopRequests() as requests:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert requests.reached()
+        clock[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_stop_when_requested_before_the_first_call():
