@@ -39,7 +39,7 @@ def run_trainer(command: Sequence[str], workdir: epath.PathLike) -> int:
     its.close()
     try:
         with signals_passed_on(trainer):
-            code = trainer.wait()
+            code = _wait(trainer)
     finally:
         trainer.kill()
         trainer.wait()
@@ -48,6 +48,17 @@ def run_trainer(command: Sequence[str], workdir: epath.PathLike) -> int:
     if code >= 0:
         return code
     return _code_of_signal(signal.Signals(-code), workdir) if hung is None else hung
+
+
+def _wait(trainer: subprocess.Popen) -> int:
+    """How the trainer ended.
+
+    With a time limit, `Popen.wait` looks every 50 ms at the latest. Without one it blocks in waitpid(2), and a signal
+    that comes just before it does so is not handled before the next one comes.
+    """
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return trainer.wait(timeout=60.0)
 
 
 @contextlib.contextmanager

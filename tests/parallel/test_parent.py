@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from tiny import ROOT
@@ -56,6 +59,31 @@ def test_exit_code_when_killed_three_times(tmp_path, capfd):
     assert "as trainers were 3 times since the newest checkpoint. Look into" in capfd.readouterr().err
 
 
+@contextlib.contextmanager
+def in_time(process: subprocess.Popen) -> Iterator[None]:
+    """Kills the process after a minute, so that whoever reads from it goes on, and the test fails."""
+    timer = threading.Timer(60, process.kill)
+    timer.start()
+    yield
+    timer.cancel()
+
+
+def test_signals_when_each_follows_at_once():
+    """None is lost that comes while the parent is about to wait again: one of 30,000 was, in a wait without a limit."""
+    wait = """
+signal.signal(signal.SIGTERM, lambda number, _: os.write(1, b"."))
+os.write(1, b".")
+while True:
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", PARENT, *trainer(wait)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as parent, in_time(parent):
+        for _ in range(500):
+            assert parent.stdout.read(1) == b"."
+            parent.send_signal(signal.SIGTERM)
+        parent.kill()
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_signals_when_sent_to_the_parent(ignored):
     """SIGINT and SIGTERM go on as they are; SIGHUP as a SIGTERM, and under nohup, which has it ignored, not at all."""
@@ -68,9 +96,10 @@ while len(got) < GOT:
     time.sleep(0.01)
 sys.exit(75)
 """.replace("GOT", "2" if ignored else "3")
-    prelude = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); " if ignored else ""
+    handler = "SIG_IGN" if ignored else "SIG_DFL"  # Not as the tests themselves may have been started, by nohup.
+    prelude = f"import signal; signal.signal(signal.SIGHUP, signal.{handler}); "
     command = [sys.executable, "-c", prelude + PARENT, *trainer(wait)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent, in_time(parent):
         said = []
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             said.append(parent.stdout.readline().strip())
