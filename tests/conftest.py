@@ -1,8 +1,10 @@
 """Eight virtual CPU devices, checked shapes, and the place of the golden tensors."""
 
 import os
+import signal
 from pathlib import Path
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # However the tests were started: nohup has it ignored, as do all children.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
