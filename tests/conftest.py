@@ -4,7 +4,6 @@ import os
 import signal
 from pathlib import Path
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # However the tests were started: nohup has it ignored, as do all children.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -12,6 +11,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# However the tests were started: nohup has it ignored, and so would every child.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Every annotated array of these modules is checked while the tests run.
 CHECKED = ["models", "data.transforms", "data.plan", "data.tokenizer"]
 CHECKED += ["train.losses", "train.task", "train.optimizer", "train.tally", "eval.generate"]
