@@ -68,22 +68,6 @@ def in_time(process: subprocess.Popen) -> Iterator[None]:
     timer.cancel()
 
 
-def test_signals_when_each_follows_at_once():
-    """None is lost that comes while the parent is about to wait again: one of 30,000 was, in a wait without a limit."""
-    wait = """
-signal.signal(signal.SIGTERM, lambda number, _: os.write(1, b"."))
-os.write(1, b".")
-while True:
-    time.sleep(60)
-"""
-    command = [sys.executable, "-c", PARENT, *trainer(wait)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as parent, in_time(parent):
-        for _ in range(500):
-            assert parent.stdout.read(1) == b"."
-            parent.send_signal(signal.SIGTERM)
-        parent.kill()
-
-
 @pytest.mark.parametrize("ignored", [False, True])
 def test_signals_when_sent_to_the_parent(ignored):
     """SIGINT and SIGTERM go on as they are; SIGHUP as a SIGTERM, and under nohup, which has it ignored, not at all."""
