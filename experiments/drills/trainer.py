@@ -211,7 +211,7 @@ def main() -> int:
 
     replace_tokenizer()
     _slow_down(*map(float, os.environ["DRILL_SLOW_S"].split()))
-    return train()
+    return train(sys.argv[1:])  # In this process, whose names for shared memory the drill knows.
 
 
 if __name__ == "__main__":
