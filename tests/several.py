@@ -25,6 +25,22 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def outputs_of_two(code: str) -> list[list[str]]:
+    """The lines that two processes print which run `code` with arguments INDEX PORT; both must end well."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    port = str(free_port())
+    running = [subprocess.Popen([sys.executable, "-c", code, str(index), port], **options) for index in range(2)]
+    try:
+        said = [one.communicate(timeout=120) for one in running]
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+    assert [one.returncode for one in running] == [0, 0], said
+    return [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in said]
+
+
 class Several:
     """`python -m aimv2_jax.main` with `arguments`, `count` times; what each says goes to `folder`/INDEX.out and .err.
 

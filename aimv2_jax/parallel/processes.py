@@ -185,14 +185,13 @@ def gather(name: str, value: _Value, timeout_s: int) -> dict[int, _Value]:
         return {0: value}
     import jax
 
-    key, index = f"{_STORE}/gathered/{name}", jax.process_index()
-    client.key_value_set(f"{key}/{index}", json.dumps(value))
+    post(f"gathered/{name}", value)
     meet(name, timeout_s)
-    found = {int(one.rpartition("/")[2]): json.loads(text) for one, text in client.key_value_dir_get(f"{key}/")}
-    client.key_value_set(f"{_STORE}/seen/{name}/{index}", "seen")
-    for other in found if index == 0 else ():
+    found = posted(f"gathered/{name}")
+    post(f"seen/{name}", True)
+    for other in found if jax.process_index() == 0 else ():
         try:
-            client.blocking_key_value_get(f"{_STORE}/seen/{name}/{other}", timeout_s * 1000)
+            client.blocking_key_value_get(f"{_STORE}/posted/seen/{name}/{other}", timeout_s * 1000)
         except RuntimeError as error:
             raise _late({other: hosts()[other]}, name, timeout_s) from error
     return dict(sorted(found.items()))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runs import assert_bitwise, saved_state
-from several import HOST, Several, free_port
+from several import HOST, Several, free_port, outputs_of_two
 from tiny import QUICKSTART, ROOT, tiny_arguments, tiny_config
 
 from aimv2_jax.errors import EXIT_AGAIN
@@ -125,19 +125,7 @@ processes.leave()
 
 
 def test_processes_when_they_have_joined_then_know_all_hosts_agree_with_process_0_and_name_who_is_late():
-    command = [sys.executable, "-c", MEETING]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    port = str(free_port())
-    running = [subprocess.Popen([*command, str(index), port], **options) for index in range(2)]
-    try:
-        said = [one.communicate(timeout=120) for one in running]
-    finally:
-        for one in running:
-            one.kill()
-            one.wait()
-    assert [one.returncode for one in running] == [0, 0], said
-    lines = [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in said]
+    lines = outputs_of_two(MEETING)
     assert lines[0] == [str({0: HOST, 1: HOST}), "red"]
     late = f"of: 'process 0 on {HOST}'. Look into their logs, or raise processes.barrier_timeout_s."
     assert lines[1] == [*lines[0], *(f"others have waited 1 s for the {name} {late}" for name in (True, False))]

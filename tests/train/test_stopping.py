@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from several import free_port
-from tiny import ROOT
+from several import outputs_of_two
 
 from aimv2_jax.train import stopping
 
@@ -55,16 +51,5 @@ def test_interrupt_when_it_comes_twice_at_once(monkeypatch):
 
 def test_stop_when_requested_before_the_first_call():
     """Both processes stop at one call, and at every one after it: a rewind may lie between the call and the save."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    port = str(free_port())
-    running = [subprocess.Popen([sys.executable, "-c", CALLS, str(index), port], **options) for index in range(2)]
-    try:
-        said = [one.communicate(timeout=120) for one in running]
-    finally:
-        for one in running:
-            one.kill()
-            one.wait()
-    assert [one.returncode for one in running] == [0, 0], said
-    lines = [[line for line in out.splitlines() if "stops at" in line] for out, _ in said]
+    lines = [[line for line in output if "stops at" in line] for output in outputs_of_two(CALLS)]
     assert lines[0] == lines[1] and lines[0][0].endswith("and later [True, True, True]")
