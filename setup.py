@@ -8,16 +8,21 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "aimv2_jax/__init__.py").read_text())[1]
 
-# Lower bounds are what the suite has run with. Upper bounds stand where a break is known: flax 0.12.9 with jax 0.11.2
-# fails at import; grain and orbax change interfaces that one module of ours each wraps.
+# Two tiers: jax 0.11 and flax 0.12.9 left Python 3.11. Python 3.14 waits for tensorflow-text.
+TIER_ONE, TIER_TWO = "python_version < '3.12'", "python_version >= '3.12'"
+JAX_ONE, JAX_TWO = ">=0.10.0,<0.11", ">=0.11.2,<0.13"
+# Lower bounds are what the suite has run with. Upper bounds stand where a break is known: grain and orbax change
+# interfaces that one module of ours each wraps.
 REQUIRES = [
-    "jax>=0.10.0,<0.11",
-    "flax>=0.12.7,<0.12.9",
+    f"jax{JAX_ONE}; {TIER_ONE}",
+    f"flax>=0.12.7,<0.12.9; {TIER_ONE}",
+    f"jax{JAX_TWO}; {TIER_TWO}",
+    f"flax>=0.12.10; {TIER_TWO}",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "array-record>=0.8.3",
-    "tensorflow-text>=2.20,<2.22",
+    "tensorflow-text>=2.20",
     "sentencepiece>=0.2.1",
     "ml-collections>=1.1",
     "einops>=0.8",
@@ -58,7 +63,7 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "tpu": TPU,
-        "gpu": ["jax[cuda12]>=0.10.0,<0.11"],
+        "gpu": [f"jax[cuda12]{JAX_ONE}; {TIER_ONE}", f"jax[cuda12]{JAX_TWO}; {TIER_TWO}"],
         "wandb": ["wandb>=0.20"],
         "parquet": PARQUET,
         "beam": BEAM,

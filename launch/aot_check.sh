@@ -16,7 +16,7 @@ predict() { # NAME EXPERIMENT TOPOLOGY FLAGS...
     return
   fi
   echo "$name: predicting ($(date +%H:%M))"
-  .venv/bin/python -m aimv2_jax.aot --config="$config" --topology="$topology" --json "$folder/$name.part.json" \
+  "$venv/bin/python" -m aimv2_jax.aot --config="$config" --topology="$topology" --json "$folder/$name.part.json" \
     --breakdown "$@" > "$folder/$name.txt"
   mv "$folder/$name.part.json" "$folder/$name.json"
 }
@@ -51,4 +51,4 @@ for area in 128 256 512 1024 2048 4096; do
   predict "8_v5e_large_native_$(printf %04d "$area")" native_large v5e:16x16 --no-xla-attention --area "$area"
 done
 
-.venv/bin/python -m aimv2_jax.aot.summary "$folder" --output experiments/results/aot.md
+"$venv/bin/python" -m aimv2_jax.aot.summary "$folder" --output experiments/results/aot.md

@@ -14,6 +14,6 @@ prepare_flags=("$@")
 
 for split in train test; do
   [ -f "$workdir/data/$split/dataset.json" ] ||
-    .venv/bin/python -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
+    "$venv/bin/python" -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
       --caption alt=txt --caption synthetic=json:synthetic "${prepare_flags[@]}"
 done

@@ -7,9 +7,9 @@ mkdir -p "$workdir"
 workdir=$(cd "$workdir" && pwd)
 . "$(dirname "$0")/environment.sh"
 
-.venv/bin/python -m aimv2_jax.main --config=experiments/quickstart.py --workdir="$workdir"
-.venv/bin/python -m aimv2_jax.eval.show --checkpoint="$workdir" --output="$workdir/pictures"
-.venv/bin/python -m aimv2_jax.eval.heldout --checkpoint="$workdir" --json="$workdir/heldout.json"
+"$venv/bin/python" -m aimv2_jax.main --config=experiments/quickstart.py --workdir="$workdir"
+"$venv/bin/python" -m aimv2_jax.eval.show --checkpoint="$workdir" --output="$workdir/pictures"
+"$venv/bin/python" -m aimv2_jax.eval.heldout --checkpoint="$workdir" --json="$workdir/heldout.json"
 
 cat <<END
 
@@ -21,6 +21,6 @@ Held-out figures: $workdir/heldout.json; all metrics: $workdir/metrics.jsonl
 
 What to try next:
   captions alone (no image loss):
-    .venv/bin/python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/captions --config.loss.image=False
+    $venv/bin/python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/captions --config.loss.image=False
   every key of a run, with its meaning: experiments/base.py; the paper's runs: experiments/pretrain_*_224.py
 END

@@ -9,14 +9,14 @@ set -euo pipefail
 train() { # STAGE FLAGS...
   local stage=$1
   shift
-  .venv/bin/python -m aimv2_jax.main --config="experiments/stages/$stage.py" --workdir="$workdir/$stage" \
+  "$venv/bin/python" -m aimv2_jax.main --config="experiments/stages/$stage.py" --workdir="$workdir/$stage" \
     --config.data.sources.pairs="$workdir/data/train" --config.eval.sources.pairs="$workdir/data/test" "$@"
 }
 train small
 train larger --config.init.path="$workdir/small:last"
 train native --config.init.path="$workdir/larger:last"
 
-.venv/bin/python -m aimv2_jax.eval.heldout --checkpoint "$workdir/larger:last" --resolution 112 168 224 \
+"$venv/bin/python" -m aimv2_jax.eval.heldout --checkpoint "$workdir/larger:last" --resolution 112 168 224 \
   --json "$workdir/larger.json"
-.venv/bin/python -m aimv2_jax.eval.heldout --checkpoint "$workdir/native:last" --resolution 112 168 native:144 \
+"$venv/bin/python" -m aimv2_jax.eval.heldout --checkpoint "$workdir/native:last" --resolution 112 168 native:144 \
   --json "$workdir/native.json"

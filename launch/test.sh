@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Makes what it needs and runs all tests; arguments go to pytest (-m "not slow", --golden DIR, ...).
+# Makes what it needs and runs the style and all tests but the slow ones (launch/slow_tests.sh).
+# Arguments, if any, go to pytest instead: a path, -k NAME, --golden DIR, ...
 set -euo pipefail
 EXTRAS=test
 . "$(dirname "$0")/environment.sh"
 
-if [ $# -eq 0 ]; then # The whole suite, so the style, too.
-  .venv/bin/ruff check .
-  .venv/bin/ruff format --check .
+if [ $# -eq 0 ]; then
+  "$venv/bin/ruff" check .
+  "$venv/bin/ruff" format --check .
+  set -- -m "not slow"
 fi
-exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadgroup "$@"
+exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadgroup "$@"

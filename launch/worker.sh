@@ -31,7 +31,7 @@ start)
   echo $! >"$run/pid"
   ;;
 watch) # Runs the training, hands SIGTERM on to it, and leaves its exit code, which appears whole.
-  "${PYTHON:-.venv/bin/python}" -m aimv2_jax.main "${@:2}" &
+  "${PYTHON:-${VENV:-.venv}/bin/python}" -m aimv2_jax.main "${@:2}" &
   child=$!
   trap 'kill -TERM "$child"' TERM
   code=0
