@@ -1,6 +1,7 @@
 """Packaging; tools are configured in pyproject.toml."""
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,7 +9,12 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "aimv2_jax/__init__.py").read_text())[1]
 
-# Two tiers: jax 0.11 and flax 0.12.9 left Python 3.11. Python 3.14 waits for tensorflow-text.
+PYTHONS = ("3.11", "3.12", "3.13")  # 3.14 waits for tensorflow-text.
+PYTHON = "{}.{}".format(*sys.version_info)
+if PYTHON not in PYTHONS:  # pip would first name the requirements that it cannot find for it.
+    sys.exit(f"error: aimv2_jax runs on Python {', '.join(PYTHONS)}; this is {PYTHON}.")
+
+# Two tiers: jax 0.11 and flax 0.12.9 left Python 3.11.
 TIER_ONE, TIER_TWO = "python_version < '3.12'", "python_version >= '3.12'"
 JAX_ONE, JAX_TWO = ">=0.10.0,<0.11", ">=0.11.2,<0.13"
 # Lower bounds are what the suite has run with. Upper bounds stand where a break is known: grain and orbax change
@@ -30,6 +36,7 @@ REQUIRES = [
     "jaxtyping>=0.3.4",
     "etils[epath]>=1.13",
     "numpy>=2.1",
+    "packaging>=24",
     "scipy>=1.14",  # Of jax, too; by name because experiments/scaling fits with it.
     "pillow>=11.3",
     "simplejpeg>=1.8.2",
@@ -58,6 +65,7 @@ setup(
     " AND CC-BY-SA-4.0 AND LicenseRef-Public-Domain",
     license_files=["LICENSE", "aimv2_jax/data/sample/ATTRIBUTION.md", "aimv2_jax/data/sample/licenses/*"],
     python_requires=">=3.11,<3.14",
+    classifiers=[f"Programming Language :: Python :: {version}" for version in PYTHONS],
     packages=find_packages(include=["aimv2_jax", "aimv2_jax.*"]),
     package_data={"aimv2_jax": ["data/sample/**/*"]},
     install_requires=REQUIRES,

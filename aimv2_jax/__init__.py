@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    _told = "aimv2_jax runs on Python 3.11, 3.12, 3.13; this is {}.{}.".format(*sys.version_info)
+    if sys.argv[:1] == ["-m"]:  # A command is being started: one line, and the exit code of what a user can change.
+        print("error: " + _told, file=sys.stderr)
+        raise SystemExit(2)
+    raise ImportError(_told)
 
 if TYPE_CHECKING:
     from aimv2_jax.eval.encoders import load_encoder

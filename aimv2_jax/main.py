@@ -20,6 +20,7 @@ from aimv2_jax.files import check_folder
 from aimv2_jax.flags import Parser, positive, split_overrides
 from aimv2_jax.parallel.clusters import Launch, find_place
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.versions import warn_of_versions
 
 _EPILOG = """\
 any key of the config can be set on the command line:
@@ -134,6 +135,7 @@ def _listen_early() -> None:
 
 
 def _train(command: Command) -> int:
+    warn_of_versions()  # Before jax is imported, which may fail then.
     from aimv2_jax.data import pipeline
     from aimv2_jax.data.tokenizer import Tokenizer
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
+import sys
 
 import aimv2_jax
+from aimv2_jax.console import print_line
 
-# They compile and compute, decode images, clean and tokenize captions.
+# They compile and compute, write checkpoints, decode images, clean and tokenize captions.
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -18,6 +21,7 @@ _PACKAGES = (
     "nvidia-cuda-nvcc-cu12",
     "flax",
     "optax",
+    "orbax-checkpoint",
     "numpy",
     "grain",
     "pillow",
@@ -26,12 +30,41 @@ _PACKAGES = (
     "sentencepiece",
     "tensorflow-text",
 )
+_BOUNDED = ("jax", "flax")
 
 
 def installed_versions() -> dict[str, str]:
     """name -> version; a package that is not installed has "none". Nothing is imported."""
     versions = {"aimv2_jax": aimv2_jax.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
     return versions | {name: _version(name) for name in _PACKAGES}
+
+
+def warn_of_versions() -> None:
+    """Prints a warning where the installed jax or flax is outside of the bounds of this package's own metadata."""
+    outside = _outside_bounds()
+    if outside:
+        python = ".".join(platform.python_version_tuple()[:2])
+        told = f"{' and '.join(outside)}, which aimv2_jax is tested with on Python {python}: results may differ"
+        print_line(f"warning: {told}", sys.stderr)
+
+
+def _outside_bounds() -> list[str]:
+    """What is installed and what is asked for; empty where this package is not installed."""
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion, Version
+
+    outside = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, InvalidVersion):
+        for text in importlib.metadata.requires("aimv2_jax") or ():
+            if not text.startswith(_BOUNDED):  # Parsing all of them takes milliseconds.
+                continue
+            required = Requirement(text)
+            if required.name in _BOUNDED and (required.marker is None or required.marker.evaluate()):
+                installed = Version(importlib.metadata.version(required.name))
+                if not required.specifier.contains(installed, prereleases=True):
+                    bounds = ",".join(sorted(map(str, required.specifier), reverse=True))
+                    outside.append(f"{required.name} {installed} is not {bounds}")
+    return outside
 
 
 def _version(package: str) -> str:

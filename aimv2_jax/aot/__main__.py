@@ -21,6 +21,7 @@ from aimv2_jax.config import Config, load_config
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.files import write_whole
 from aimv2_jax.flags import Parser, check_output, positive, split_overrides
+from aimv2_jax.versions import warn_of_versions
 
 _EPILOG = """\
 Any key of the config can be set: --config.mesh.fsdp=32 --config.train.reduce_dtype=bfloat16.
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = [("mesh.slices", str(topology.slices)), *overrides]
     config = at_one_area(load_config(flags.config, overrides), flags.area)
     require_libtpu()
+    warn_of_versions()
     figures = {"topology": topology.name, "slices": topology.slices, "config": flags.config, "full": flags.full}
     figures |= {"area": max(config.data.areas, default=None), "overrides": said}
     figures |= run(config, topology, flags.full)

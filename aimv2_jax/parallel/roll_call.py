@@ -186,7 +186,7 @@ class _Gathering:
         ]
         if differences:
             what = f"{hello} was started otherwise than process 0 on {me.host}"
-            remedy = "Start the same command with the same packages installed on all hosts"
+            remedy = "Start the same command with the same Python and packages on all hosts"
             return UserError(what, ", ".join(differences[:_SHOWN]), remedy)
         if hello.index == 0 or hello.index in self._came:
             other = me if hello.index == 0 else self._came[hello.index][0]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 
 import pytest
+from package_metadata import install
 from several import HOST, Several, free_port
 from tiny import tiny_arguments
 
@@ -16,6 +18,7 @@ from aimv2_jax.errors import EXIT_USER, UserError
 from aimv2_jax.parallel import roll_call
 from aimv2_jax.parallel.clusters import Place
 from aimv2_jax.parallel.roll_call import SECRET, call_roll
+from aimv2_jax.versions import installed_versions
 
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
@@ -49,6 +52,25 @@ def test_start_when_a_process_has_another_config_then_all_are_refused_at_once(tm
     said = refused(tmp_path, monkeypatch, changed={1: ["--config.seed=5"]})
     for index in (0, 1):  # Process 2 may come too late to be told.
         assert f"process 1 on {HOST} was started otherwise than process 0 on {HOST}: 'config " in said[index]
+
+
+def test_start_when_a_process_has_the_other_tier(tmp_path, monkeypatch):
+    """Both hosts and all versions that differ are named; process 1 finds the other tier's metadata first."""
+    other = {"python": "3.13", "jax": "0.12.0.1", "jaxlib": "0.12.0.1", "flax": "0.12.12"}
+    if sys.version_info >= (3, 12):
+        other = {"python": "3.11", "jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
+    for name in ("jax", "jaxlib", "flax"):
+        install(tmp_path / "other", name, other[name])
+    setup = f"""
+import platform, sys
+if sys.orig_argv[-2:] == ["--process", "1"]:
+    sys.path.insert(0, {str(tmp_path / "other")!r})
+    platform.python_version_tuple = lambda: {(*other["python"].split("."), "0")!r}
+"""
+    said, here = refused(tmp_path, monkeypatch, indices=(0, 1), setup=setup), installed_versions()
+    differing = ", ".join(f"{name} {version} (process 0: {here[name]})" for name, version in other.items())
+    for line in said.values():
+        assert f"process 1 on {HOST} was started otherwise than process 0 on {HOST}: '{differing}'. Start" in line
 
 
 def test_start_when_two_processes_are_process_0_then_the_second_is_refused(tmp_path):
