@@ -22,14 +22,14 @@ FOLDER = Path(__file__).parent
 # torch has one version and several builds (CPU, CUDA), of which machines install different files.
 LEFT_OUT = "torch"
 HEADER = """\
-# Exact versions that the test suite passed with on Python {python}, {system}; written on {date} by constraints/write.py.
-# {use}
+# Versions that the test suite passed with on Python {python}, {system}; written on {date} by constraints/write.py.
+# Use: {use}
 # Left out: torch (of the extra `test`) and what it alone needs, as its files differ by machine; packages of the extras
 # that were not installed: {absent}.
 """
 USES = {
-    "": "Use: pip install -c constraints/{name}.txt .",
-    "-hashes": "Use: pip install --require-hashes --no-deps -r constraints/{name}-hashes.txt && pip install --no-deps .",
+    "": "pip install -c constraints/{name}.txt .",
+    "-hashes": "pip install --require-hashes --no-deps -r constraints/{name}-hashes.txt && pip install --no-deps .",
 }
 
 

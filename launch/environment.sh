@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes an environment at the root of the checkout and installs the package with extras.
 # Usage: EXTRAS=test . launch/environment.sh       PYTHON=... chooses the interpreter, VENV=... the folder (.venv).
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 venv=${VENV:-.venv}
 base=$(bash launch/find_python.sh) || exit 2
 

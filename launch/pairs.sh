@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the studies on real pairs: . launch/pairs.sh STUDY PAIRS WORKDIR FLAGS...
 # Sets `workdir` (runs/STUDY, unless WORKDIR is given), makes the environment, and prepares the pairs in
 # "$workdir/data/train" and "$workdir/data/test" once, with more FLAGS of aimv2_jax.data.prepare.

@@ -2,7 +2,7 @@
 # Makes what it needs and runs the style and all tests but the slow ones (launch/slow_tests.sh).
 # Arguments, if any, go to pytest instead: a path, -k NAME, --golden DIR, ...
 set -euo pipefail
-EXTRAS=test
+EXTRAS="test"
 . "$(dirname "$0")/environment.sh"
 
 if [ $# -eq 0 ]; then

@@ -124,3 +124,5 @@ def test_pythons_when_setup_and_all_others_name_them():
     package = (ROOT / "aimv2_jax/__init__.py").read_text()
     assert f"not ({oldest.replace('.', ', ')}) <= sys.version_info[:2] <= ({newest.replace('.', ', ')}):" in package
     assert f"runs on Python {', '.join(setup_pythons()[::-1])};" in package
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert ast.literal_eval(re.search(r"^ +python: (\[.*\])$", workflow, re.M)[1])[::-1] == setup_pythons()
