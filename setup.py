@@ -23,7 +23,7 @@ REQUIRES = [
     f"jax{JAX_ONE}; {TIER_ONE}",
     f"flax>=0.12.7,<0.12.9; {TIER_ONE}",
     f"jax{JAX_TWO}; {TIER_TWO}",
-    f"flax>=0.12.10; {TIER_TWO}",
+    f"flax>=0.12.9; {TIER_TWO}",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",

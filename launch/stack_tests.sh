@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Runs the tests whose outcome another Python or jax can change: numbers, models, step, sharding, checkpoint and resume,
-# export, AOT. Usage: PYTHON=python3.11 VENV=.venv-3.11 launch/stack_tests.sh       Arguments go to pytest.
+# export, AOT. Arguments go to pytest.
+# Usage: PYTHON=python3.11 VENV=.venv-3.11 launch/stack_tests.sh
 set -euo pipefail
 exec bash "$(dirname "$0")/test.sh" -m "not slow" "$@" \
   tests/test_golden.py \
   tests/test_versions.py \
+  tests/launch/test_environment.py \
   tests/models \
-  tests/aot \
-  tests/export
+  tests/train/test_task.py \
+  tests/train/test_optimizer.py \
+  tests/train/test_sharding.py \
+  tests/train/test_checkpoint.py \
+  tests/train/test_loop.py \
+  tests/export \
+  tests/aot
