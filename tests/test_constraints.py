@@ -1,0 +1,54 @@
+"""The exact versions in `constraints/`: within setup.py's bounds, the same with hashes, and how they are found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import runpy
+
+import pytest
+from packaging.requirements import Requirement
+from tiny import ROOT
+
+FOLDER = ROOT / "constraints"
+TIERS = {"jax-0.10": "3.11", "jax-0.12": "3.13"}
+
+
+def pins(name: str) -> dict[str, str]:
+    """package -> version; every other line is a comment, or a hash of the package above."""
+    versions = {}
+    for line in (FOLDER / f"{name}.txt").read_text().splitlines():
+        pin = re.fullmatch(r"([a-z0-9-]+)==([\w.]+)( \\)?", line)
+        if pin:
+            versions[pin[1]] = pin[2]
+        else:
+            assert re.fullmatch(r"#.*|    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+    return versions
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_constraints_when_read_then_within_the_bounds(name):
+    """What pip would refuse beside this package is not written down."""
+    versions = pins(name)
+    asked = importlib.metadata.requires("aimv2_jax")
+    environment = {"python_version": TIERS[name], "python_full_version": f"{TIERS[name]}.0"}
+    required = [Requirement(text) for text in asked]
+    compared = [one for one in required if not one.marker or one.marker.evaluate(environment | {"extra": "test"})]
+    assert {"jax", "flax", "libtpu", "pytest"} <= {one.name for one in compared}
+    for one in compared:
+        package = one.name.lower()
+        assert package == "torch" or one.specifier.contains(versions[package]), (str(one), versions.get(package))
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_constraints_when_hashed_then_the_same_versions(name):
+    text = (FOLDER / f"{name}-hashes.txt").read_text()
+    assert pins(f"{name}-hashes") == pins(name)
+    assert all(re.search(rf"^{package}==.* \\\n    --hash=", text, re.M) for package in pins(name))
+
+
+def test_versions_when_pinned_then_those_installed():
+    versions, absent = runpy.run_path(str(FOLDER / "write.py"))["pinned"]()
+    assert {name: importlib.metadata.version(name) for name in versions} == versions
+    assert {"jax", "jaxlib", "opt-einsum", "pytest-xdist", "libtpu"} <= set(versions)  # Asked for here, and by others.
+    assert not {"torch", "sympy", "triton", "aimv2-jax"} & set(versions) and not absent & set(versions)
