@@ -55,6 +55,7 @@ def _run_worker(job: Path, folder: Path, full: bool) -> None:
     environment = dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip())
     # Such a module is parsed once and never run: no use in a cache, and a hit would dump nothing.
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # What is predicted is the program with all of them.
     with (folder / "log.txt").open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "aimv2_jax.aot.worker", str(job)], env=environment, stdout=log, stderr=log

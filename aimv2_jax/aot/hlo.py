@@ -63,7 +63,7 @@ class Instruction:
 
     @cached_property
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self._parenthesised)
+        return re.findall(r"%([\w.\-]+(?:#\d+)?)", self._parenthesised)
 
     @cached_property
     def _parenthesised(self) -> str:
@@ -117,13 +117,17 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-    """The module of a text as the compiler writes it."""
+    """The module of a text as the compiler writes it.
+
+    The dumps of jax 0.12 write `%tuple#1` for the result of a get-tuple-element; such an instruction is put in there.
+    """
     computations: dict[str, list[Instruction]] = {}
+    named: dict[str, Instruction] = {}  # Of the current computation.
     entry, current = "", None
     for line in _whole_lines(text):
         head = _HEAD.match(line)
         if head:
-            current = computations.setdefault(head[2], [])
+            current, named = computations.setdefault(head[2], []), {}
             entry = head[2] if head[1] else entry
             continue
         match = _INSTRUCTION.match(line)
@@ -131,9 +135,30 @@ def parse_module(text: str) -> Module:
             shape, rest = _split_shape(match[3])
             opcode = _OPCODE.match(rest)
             if opcode:
-                after = rest[len(opcode[1]) :]
-                current.append(Instruction(match[2], shape, opcode[1], after, bool(match[1])))
+                one = Instruction(match[2], shape, opcode[1], rest[len(opcode[1]) :], bool(match[1]))
+                elements = [_element(name, named) for name in one.operands if "#" in name and name not in named]
+                current += [*elements, one]
+                named |= {each.name: each for each in current[-1 - len(elements) :]}
     return Module(computations, entry)
+
+
+def _element(name: str, named: dict[str, Instruction]) -> Instruction:
+    """The get-tuple-element that `TUPLE#NUMBER` stands for."""
+    tuple_name, _, number = name.partition("#")
+    shape = _split_tuple(named[tuple_name].shape)[int(number)]
+    return Instruction(name, shape, "get-tuple-element", f"(%{tuple_name}), index={number}", False)
+
+
+def _split_tuple(shape: str) -> list[str]:
+    """The shapes that a tuple's shape is made of."""
+    elements, depth = [""], 0
+    for letter in re.sub(r"/\*.*?\*/", "", shape[1:-1]):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += letter
+    return [element.strip() for element in elements]
 
 
 def _whole_lines(text: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aot.modules import module
 
 from aimv2_jax.aot.hlo import arrays, parse_module
+from aimv2_jax.aot.kernels import moved_bytes
 
 
 def test_arrays_when_a_tuple_with_layouts_then_types_sizes_and_bytes():
@@ -39,3 +40,19 @@ def test_module_when_a_kernels_metadata_breaks_its_line_then_it_is_one_instructi
     )
     (_, kernel) = parse_module(text).computations["main"]
     assert kernel.opcode == "custom-call" and '"flops":"8"' in kernel.rest
+
+
+def test_module_elements_of_tuples_are_instructions():
+    """Of a text that names them `%tuple#NUMBER`: their own bytes count, not the tuple's."""
+    parsed = module(
+        "  %two = (f32[8,128]{1,0:T(8,128)}, (s32[]{:S(2)}, u32[2]{0}), /*index=2*/bf16[1024]{0:S(1)}) fusion(%x)\n"
+        "  %first = bf16[1024]{0} copy(%two#2)\n"
+        "  ROOT %last = (bf16[1024]{0}, (s32[]{:S(2)}, u32[2]{0}), bf16[1024]{0:S(1)}) tuple(%first, %two#1, %two#2)"
+    )
+    lines = parsed.computations["main"][1:]
+    assert [one.name for one in lines] == ["two", "two#2", "first", "two#1", "last"]
+    assert [(one.opcode, one.shape, one.operands) for one in lines if "#" in one.name] == [
+        ("get-tuple-element", "bf16[1024]{0:S(1)}", ["two"]),
+        ("get-tuple-element", "(s32[]{:S(2)}, u32[2]{0})", ["two"]),
+    ]
+    assert moved_bytes(lines[2], "main", parsed) == 2 * 2048

@@ -117,9 +117,9 @@ def test_batches_when_split_over_hosts_then_their_rows_put_together_are_the_glob
 
 
 def test_batches_when_started_at_a_million_then_there_within_a_second(make_config):
-    start = time.monotonic()
+    start = time.process_time()  # Of this process, so that others that keep the machine busy do not count.
     [batch] = take(make_config(), 1, start=10**6)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert batch.step == 10**6 and batch.arrays["example_index"][0].tolist() == [0, 8 * 10**6]
 
 

@@ -78,7 +78,7 @@ def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> lis
         return _expanded(given, [path], pool, follow_links)
     matches = glob.glob(path, recursive=True)
     if not follow_links:  # What a user names may be a link; what a pattern finds is as little his as a folder's files.
-        _refuse_links([match for match in matches if not os.path.isdir(match)])
+        _refuse_links(matches)
     return _expanded(given, matches, pool, follow_links)
 
 
@@ -135,9 +135,9 @@ def _walk(folder: str, follow_links: bool) -> list[str]:
 
 
 def _refuse_links(paths: list[str], folder: str | None = None) -> None:
-    """Raises `UserError` for a link that leads out of `folder`, by default the one that it lies in."""
+    """Raises `UserError` for a link to a file that is not in `folder`, by default the one that the link lies in."""
     for path in paths:
-        if os.path.islink(path) and not is_inside(path, folder or os.path.dirname(path)):
+        if os.path.islink(path) and not os.path.isdir(path) and not is_inside(path, folder or os.path.dirname(path)):
             remedy = "Remove it, or give --follow-links to take what links lead to"
             raise UserError("--input has a link that leads out of its folder", path, remedy)
 

@@ -1,0 +1,69 @@
+"""A run that goes on with another Python and another jax: the same state, the same losses but for rounding."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import assert_bitwise
+from tiny import ROOT
+
+from aimv2_jax.train.metrics import read_metrics
+
+OTHER = os.environ.get("OTHER_PYTHON", "")
+BEFORE, COMPARED, AFTER = 10, 5, 10  # Steps.
+# Two versions of the compiler may sum in another order: some dozens of float32's roundings (6e-8) after a few steps.
+ROUNDING = 2e-6
+TRAIN = """
+import sys, jax, host
+print(jax.__version__)
+changes = {"train__steps": int(sys.argv[2]), "train__log_every": 1, "mesh__data": 1, "mesh__fsdp": 2}
+host.train(host.Path(sys.argv[1]), **changes)
+"""
+pytestmark = pytest.mark.skipif(
+    not OTHER, reason="no Python of the other tier: name the one of such an environment by OTHER_PYTHON"
+)
+
+
+def train(python: str, workdir: Path, steps: int) -> str:
+    """Trains up to a step, with the compiler's optimisations, or goes on to it; the version of jax."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
+    command = [python, "-c", TRAIN, str(workdir), str(steps)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()[0]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """Of the steps after the restart."""
+    lines, _ = read_metrics(workdir)
+    assert [line["step"] for line in lines] == list(range(1, BEFORE + AFTER + 1))
+    names = ("loss", "loss_image", "loss_text", "grad_norm")
+    return np.array([[line[name] for name in names] for line in lines[BEFORE:]])
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["from_this", "from_the_other"])
+def test_run_continues_on_the_other_tier(tmp_path, reverse):
+    """Bit for bit the state that was saved, and then the losses of a run that stays but for rounding."""
+    here, there = (OTHER, sys.executable) if reverse else (sys.executable, OTHER)
+    stays, moves = tmp_path / "stays", tmp_path / "moves"
+    version = train(here, stays, BEFORE)
+    shutil.copytree(stays, moves)
+    assert train(here, stays, BEFORE + AFTER) == version
+    assert train(there, moves, BEFORE + AFTER) != version
+    with np.load(stays / "restored.npz") as one, np.load(moves / "restored.npz") as other:
+        assert_bitwise(list(one.values()), list(other.values()))
+    ours, theirs = losses(stays), losses(moves)
+    difference = np.abs(theirs / ours - 1)
+    print(f"largest relative difference by step: {difference.max(axis=1)}")
+    assert difference[:COMPARED].max() < ROUNDING
