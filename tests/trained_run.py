@@ -1,4 +1,4 @@
-"""A tiny run: a data set of drawn pictures, and a workdir with a checkpoint of an untrained model and some metrics."""
+"""A tiny run: a data set of drawn pictures, and a workdir with a checkpoint of drawn parameters and some metrics."""
 
 import io
 import math
@@ -14,7 +14,8 @@ from aimv2_jax.data.datasets import write_dataset
 from aimv2_jax.data.records import Record
 from aimv2_jax.train.checkpoint import Checkpointer
 from aimv2_jax.train.metrics import MetricsWriter
-from aimv2_jax.train.program import build_program
+from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.step import TrainState
 from experiments import base
 
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
@@ -61,12 +62,33 @@ def config(tmp_path_factory) -> Config:
     return build_config(tree.to_dict())
 
 
+def drawn_state(program: Program) -> TrainState:
+    """A state of the right shapes without the compile that the true one takes.
+
+    Every parameter is noise of its own, as after some training: gains around 1, and moments that are empty.
+    """
+    rng, abstract = np.random.default_rng(0), program.abstract_state
+
+    def draw(path, leaf):
+        name, noise = path[-1].key, rng.normal(size=leaf.shape)
+        noise *= leaf.shape[-2] ** -0.5 if name == "kernel" else 0.1
+        return (noise + (name == "scale")).astype(leaf.dtype)
+
+    params = jax.tree.map_with_path(draw, abstract.params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    return jax.device_put(zeros.replace(params=params), program.state_shardings)
+
+
 @pytest.fixture(scope="session")
-def workdir(config, tmp_path_factory) -> Path:
+def state(config) -> TrainState:
+    """What the run has at step 20."""
+    return drawn_state(build_program(config))
+
+
+@pytest.fixture(scope="session")
+def workdir(config, state, tmp_path_factory) -> Path:
     """The run after 20 and 40 steps, of which 20 was the better; at 40 the parameters are twice those at 20."""
     folder = tmp_path_factory.mktemp("run")
-    program = build_program(config)
-    state = program.init()
     with Checkpointer(folder, keep=2) as checkpointer:
         checkpointer.save(20, state, config, eval_loss=4.0)
         later = state.replace(params=jax.tree.map(lambda leaf: 2 * leaf, state.params))

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from trained_run import drawn_state
 
 from aimv2_jax.eval import show
 from aimv2_jax.eval.heldout import held_out_figures
@@ -32,7 +33,7 @@ def run(request, config, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("kind")
     with Checkpointer(folder, keep=1) as checkpointer:
-        checkpointer.save(3, build_program(config).init(), config)
+        checkpointer.save(3, drawn_state(build_program(config)), config)
     with MetricsWriter(folder, tensorboard=False, wandb_project=None, config=config) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 5.0 - step, "lr": 1e-3, "grad_norm": 1.0})

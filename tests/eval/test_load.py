@@ -6,14 +6,13 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.eval.load import load
 from aimv2_jax.models.positions import resize_positions
 from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.program import build_program
 
 
-def test_load_when_given_a_workdir_then_the_best_step_with_config_and_parameters(workdir, config):
+def test_load_when_given_a_workdir_then_the_best_step_with_config_and_parameters(workdir, config, state):
     loaded = load(str(workdir))
     assert (loaded.workdir, loaded.step, loaded.config) == (str(workdir), 20, config)
     assert loaded.name == f"{workdir}:20"
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, build_program(config).init().params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, state.params)
 
 
 def test_load_when_on_eight_devices_then_parameters_whole_on_each_and_rows_split(workdir):

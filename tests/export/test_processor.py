@@ -1,6 +1,7 @@
 """The exported image processor, `load_encoder` and the evaluation of a run see the same pixels."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from aimv2_jax.eval.encoders import LoadedEncoder
 from aimv2_jax.export.transformers import processor_json
 from aimv2_jax.export.vision import Vision
 
-transformers = pytest.importorskip("transformers", reason="extra [test]")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="extra [test]")
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,13 @@ def vision_of(size: int) -> Vision:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("size", [57, 224])
 def test_processor_when_given_paths_then_equal_bytes(images, tmp_path, size):
+    from transformers import AutoImageProcessor
+
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor_json(vision_of(size))))
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
     assert processor.backend == "pil"  # There is no torchvision here; see tests/interop.
     encoder = LoadedEncoder("none", vision_of(size), {}, None)
-    for path in images:
+    for path in images if size == 57 else images[:46]:  # Each way of writing twice.
         [pixels] = processor([str(path)], do_rescale=False, do_normalize=False)["pixel_values"]
         assert pixels.dtype == np.uint8 and pixels.shape == (3, size, size)
         picture = open_picture(path.read_bytes())

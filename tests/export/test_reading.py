@@ -1,14 +1,13 @@
 """Encoders of others: whatever does not fit is one sentence that names the tensor or the value."""
 
+import functools
 import json
 import re
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from aimv2_jax.errors import UserError
@@ -23,17 +22,19 @@ VISION = Vision(width=16, depth=3, heads=2, hidden=24, patch_size=4, image_size=
 GATE = "encoder.layers.2.ffn.gate_proj.weight"
 
 
-def initial(vision: Vision) -> Weights:
-    tree = traverse_util.flatten_dict(vision.initial(jax.random.key(0)), sep="/")
-    arrays = {path: np.asarray(leaf) for path, leaf in tree.items()}
-    return Weights("fresh", vision, vision.shapes(), lambda paths: {path: arrays[path] for path in paths})
+@functools.cache
+def drawn(vision: Vision) -> Weights:
+    """Parameters of noise, so that no two are alike."""
+    rng, shapes = np.random.default_rng(0), vision.shapes()
+    arrays = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    return Weights("fresh", vision, shapes, lambda paths: {path: arrays[path] for path in paths})
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     path = tmp_path / "model"
     path.mkdir()
-    write_folder(path, initial(VISION), "float32", most_bytes=10**9)
+    write_folder(path, drawn(VISION), "float32", most_bytes=10**9)
     return path
 
 
@@ -67,7 +68,7 @@ def test_names_when_listed_then_each_stands_once_on_either_side():
 @pytest.mark.parametrize("change", [{}, {"position": "sincos", "area": 16}, {"head": True}])
 def test_encoder_when_written_and_read_then_sizes_and_every_bit_are_back(tmp_path, change):
     vision = Vision(**{**VISION.as_json(), **change})
-    weights = initial(vision)
+    weights = drawn(vision)
     write_folder(tmp_path, weights, "float32", most_bytes=10**9)
     read = read_weights(tmp_path)
     assert read.vision == vision and read.left == ()
@@ -75,7 +76,7 @@ def test_encoder_when_written_and_read_then_sizes_and_every_bit_are_back(tmp_pat
 
 
 def test_encoder_when_its_files_are_bounded_then_several_with_an_index_and_the_same_tensors(tmp_path):
-    weights = initial(VISION)
+    weights = drawn(VISION)
     write_folder(tmp_path, weights, "float32", most_bytes=4000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -99,7 +100,7 @@ def test_encoder_when_it_is_part_of_a_model_with_text_then_read_and_the_rest_tol
     (folder / "config.json").write_text(json.dumps({"model_type": "aimv2", "vision_config": config}))
     read = read_weights(folder)
     assert sorted(read.left) == sorted(text)
-    assert_equal(read, initial(VISION))
+    assert_equal(read, drawn(VISION))
 
 
 def test_file_by_itself_when_read_then_sizes_are_those_of_its_tensors(folder):
@@ -243,7 +244,7 @@ def test_encoder_in_a_hub_cache_is_read_through_its_links(folder, tmp_path):
     for path in folder.iterdir():
         path.rename(blobs / f"hash-{path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
-    assert_equal(read_weights(snapshot), initial(VISION))
+    assert_equal(read_weights(snapshot), drawn(VISION))
 
 
 def test_files_of_an_export_have_the_modes_that_the_umask_gives(folder):
@@ -257,7 +258,7 @@ def test_heads_when_given_where_they_are_known_then_told(folder):
 
 
 def test_index_when_a_tensor_is_not_where_it_says_then_told(tmp_path):
-    write_folder(tmp_path, initial(VISION), "float32", most_bytes=4000)
+    write_folder(tmp_path, drawn(VISION), "float32", most_bytes=4000)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["other.weight"] = index["weight_map"][GATE]

@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from real_images import write_images
-from tiny import tiny_arguments
 
 from aimv2_jax import load_encoder
 from aimv2_jax.eval.encoders import encoder_of
@@ -16,23 +16,16 @@ from aimv2_jax.export import hf
 from aimv2_jax.export.check import sample_pictures
 from aimv2_jax.export.source import open_weights
 from aimv2_jax.export.transformers import write_folder
-from aimv2_jax.main import main
 
-torch = pytest.importorskip("torch", reason="transformers needs it")
-transformers = pytest.importorskip("transformers", reason="extra [test]")
+# Imported in the tests: it takes seconds, which collecting need not.
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="extra [test]")
 
 LARGEST_ENTRY = 2e-5  # Of features in float32, as in test_golden.py.
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The quickstart's data and loop, with a small model, for twenty steps."""
-    workdir = tmp_path_factory.mktemp("run")
-    assert main(tiny_arguments(workdir, data__image_size=56)) == 0
-    return workdir
-
-
 def load_theirs(folder: Path):
+    import transformers
+
     model, report = transformers.Aimv2VisionModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.eval()
@@ -40,6 +33,8 @@ def load_theirs(folder: Path):
 
 def run_theirs(model, pixels: np.ndarray) -> np.ndarray:
     """`pixels` are normalised, [N, 3, H, W]."""
+    import torch
+
     with torch.no_grad():
         return model(pixel_values=torch.from_numpy(pixels)).last_hidden_state.numpy()
 
@@ -54,9 +49,9 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-def test_trained_model_when_exported_then_transformers_sees_the_same_features(trained, tmp_path):
-    assert hf.main([f"--checkpoint={trained}", f"--output={tmp_path}/hf"]) == 0
-    model, encoder, pictures = load_theirs(tmp_path / "hf"), load_encoder(trained), sample_pictures()
+def test_model_when_exported_then_transformers_sees_the_same_features(workdir, tmp_path):
+    assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/hf"]) == 0
+    model, encoder, pictures = load_theirs(tmp_path / "hf"), load_encoder(workdir), sample_pictures()
     ours = encoder(pictures)
     for picture, features in zip(pictures, ours):
         assert_close(features[None], run_theirs(model, normalised(encoder, encoder.pixels(picture))), LARGEST_ENTRY)
@@ -65,17 +60,21 @@ def test_trained_model_when_exported_then_transformers_sees_the_same_features(tr
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # All three by transformers' own loading,
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # which leaves files open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_processor_when_given_paths_then_features_agree(trained, tmp_path):
-    images = [str(path) for path in write_images(tmp_path, 100)]
-    assert hf.main([f"--checkpoint={trained}", f"--output={tmp_path}/hf"]) == 0
-    model, encoder = load_theirs(tmp_path / "hf"), load_encoder(trained)
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+def test_processor_when_given_paths_then_features_agree(workdir, tmp_path):
+    from transformers import AutoImageProcessor
+
+    images = [str(path) for path in write_images(tmp_path, 46)]
+    assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/hf"]) == 0
+    model, encoder = load_theirs(tmp_path / "hf"), load_encoder(workdir)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
     theirs = run_theirs(model, np.stack(processor(images, return_tensors="np")["pixel_values"]))
     assert_close(encoder(images), theirs, LARGEST_ENTRY)
 
 
-def test_card_when_its_lines_are_run_on_a_smaller_type_then_features(trained, tmp_path, monkeypatch):
-    assert hf.main([f"--checkpoint={trained}", f"--output={tmp_path}/hf", "--dtype=bfloat16"]) == 0
+def test_card_when_its_lines_are_run_on_a_smaller_type_then_features(workdir, tmp_path, monkeypatch):
+    import torch
+
+    assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/hf", "--dtype=bfloat16"]) == 0
     card = (tmp_path / "hf/README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -85,13 +84,15 @@ def test_card_when_its_lines_are_run_on_a_smaller_type_then_features(trained, tm
     assert names["features"].shape == (1, 16, 32) and names["features"].dtype == torch.bfloat16
 
 
-def test_native_model_when_exported_then_transformers_sees_the_same_at_any_grid(trained, tmp_path):
-    weights = open_weights(trained)
+def test_native_model_when_exported_then_transformers_sees_the_same_at_any_grid(workdir, tmp_path):
+    from transformers import AutoImageProcessor
+
+    weights = open_weights(workdir)
     vision = dataclasses.replace(weights.vision, position="sincos", area=20)
     weights = dataclasses.replace(weights, vision=vision, shapes=vision.shapes())
     write_folder(tmp_path, weights, "float32", 10**9)
     model, encoder = load_theirs(tmp_path), encoder_of(weights)
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
     for picture in sample_pictures():
         [ours] = encoder([picture])
         pixels = encoder.pixels(picture)
