@@ -1,4 +1,4 @@
-"""Captions to tokens by SentencePiece, in batches, in the main process only.
+"""Captions to tokens: tensorflow-text's SentencePiece, in batches, in the main process only.
 
 As a command, trains a model (`tokenizer_training`): `python -m aimv2_jax.data.tokenizer train --help`.
 
@@ -7,9 +7,13 @@ B batch, T text tokens.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -59,6 +63,7 @@ class Tokenizer:
         self.eos_id: int | None = eos_id if eos_id >= 0 else None
         self.unk_id: int | None = unk_id if unk_id >= 0 else None
         self.pad_id: int = next((i for i in (pad_id, eos_id) if i >= 0), 0)
+        self._splitter = _tensorflow_splitter(model)
 
     def encode(self, captions: Sequence[bytes]) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
         """`tokens` and `token_valid` of captions in UTF-8, see `batch_arrays`."""
@@ -76,16 +81,15 @@ class Tokenizer:
         tokens = np.full(shape, self.pad_id, np.int32)
         if not captions:
             return {"tokens": tokens, "token_valid": np.zeros(shape, bool), "truncated": np.zeros(0, bool)}
-        # One by one: a whole batch in one call would keep Python's other threads waiting for as long.
-        pieces = [self._pieces.encode(caption) for caption in captions]
-        found = np.array([len(ids) for ids in pieces])
-        lengths = np.minimum(found, self._most_pieces)
+        pieces = self._splitter(list(captions))
+        values, splits = pieces.values.numpy(), pieces.row_splits.numpy()
+        lengths = np.minimum(np.diff(splits), self._most_pieces)
         column = np.arange(self.length)
         token_valid = column < lengths[:, None]
-        tokens[token_valid] = np.concatenate([ids[: self._most_pieces] for ids in pieces])
+        tokens[token_valid] = values[(splits[:-1, None] + column)[token_valid]]
         if self.eos_id is not None:
             tokens[column == lengths[:, None]] = self.eos_id
-        return {"tokens": tokens, "token_valid": token_valid, "truncated": found > lengths}
+        return {"tokens": tokens, "token_valid": token_valid, "truncated": np.diff(splits) > lengths}
 
     def decode(self, ids: Sequence[int] | Int32[np.ndarray, " T"]) -> str:
         """The text of `ids` up to the first end or padding."""
@@ -112,6 +116,32 @@ def _read_model(path: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]
     if not usable:
         raise UserError("config tokenizer.path: not a SentencePiece model", path, "Give a SentencePiece .model file")
     return model, pieces
+
+
+def _tensorflow_splitter(model: bytes) -> Any:
+    """A function from a list of byte strings to the ragged tensor of their piece ids."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _silence():
+        import tensorflow as tf
+        import tensorflow_text
+
+        tf.config.set_visible_devices([], "GPU")  # They belong to jax.
+        tokenizer = tensorflow_text.SentencepieceTokenizer(model=model, out_type=tf.int32)
+        tokenizer.tokenize([b""])
+    return tokenizer.tokenize
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps from the terminal what tensorflow's C++ writes while it loads, before its log level counts."""
+    with tempfile.TemporaryFile() as sink:
+        stderr = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 if __name__ == "__main__":
