@@ -13,5 +13,6 @@ exec bash "$(dirname "$0")/test.sh" -m "not slow" "$@" \
   tests/train/test_sharding.py \
   tests/train/test_checkpoint.py \
   tests/train/test_loop.py \
+  tests/train/test_tiers.py \
   tests/export \
   tests/aot
