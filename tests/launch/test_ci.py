@@ -15,23 +15,25 @@ from tiny import ROOT
 def ci(tmp_path: Path, found: str = "", suite: int = 0, other: int = 0, **variables: str) -> tuple[int, list[str], str]:
     """Exit code, what was run, and the output, where the scripts end with these codes and find `found`."""
     launch = tmp_path / "launch"
-    log = 'echo "$(basename "$0") PYTHON=${PYTHON:-} VENV=${VENV:-} $*" >>log\n'
+    log = 'echo "$(basename "$0") PYTHON=${PYTHON:-} VENV=${VENV:-} OTHER=${OTHER_PYTHON:-} $*" >>log\n'
     stand_in(launch, "test.sh", f"{log}exit {suite}\n")
     stand_in(launch, "stack_tests.sh", f"{log}exit {other}\n")
     # Without arguments it finds this Python, else `found`, or nothing.
     searching = f"[ $# -gt 0 ] || {{ echo {sys.executable}; exit; }}\n{log}[ -n '{found}' ] || exit 2\necho '{found}'\n"
     stand_in(launch, "find_python.sh", searching)
-    (tmp_path / ".ci").mkdir()
+    for folder in (".ci", ".venv"):
+        (tmp_path / folder).mkdir()
     shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
     environment = {"PATH": "/usr/bin:/bin"} | variables
     done = run(["bash", tmp_path / ".ci/run"], env=environment, cwd="/")
-    return done.returncode, (tmp_path / "log").read_text().splitlines(), done.stdout
+    log = (tmp_path / "log").read_text().replace(str(tmp_path), "ROOT")
+    return done.returncode, log.splitlines(), done.stdout
 
 
-SUITE = "test.sh PYTHON= VENV= "
+SUITE = "test.sh PYTHON= VENV= OTHER= "
 OTHERS = "3.11" if sys.version_info >= (3, 12) else "3.13 3.12"
-SEARCH = f"find_python.sh PYTHON= VENV= {OTHERS}"
-STACK = f"stack_tests.sh PYTHON={sys.executable} VENV=.venv-other "
+SEARCH = f"find_python.sh PYTHON= VENV= OTHER= {OTHERS}"
+STACK = f"stack_tests.sh PYTHON={sys.executable} VENV=.venv-other OTHER=ROOT/.venv/bin/python "
 
 
 @pytest.mark.parametrize(("other", "code"), [(0, 0), (1, 1), (5, 5)])
@@ -53,7 +55,7 @@ def test_ci_when_the_suite_fails(tmp_path):
 def test_ci_when_python_is_named(tmp_path):
     """The suite gets it; the other tier is searched for without it."""
     code, log, _ = ci(tmp_path, found=sys.executable, PYTHON="named")
-    assert (code, log) == (0, ["test.sh PYTHON=named VENV= ", SEARCH, STACK])
+    assert (code, log) == (0, ["test.sh PYTHON=named VENV= OTHER= ", SEARCH, STACK])
 
 
 def test_stack_tests_when_they_name_paths_then_all_exist():
