@@ -87,7 +87,7 @@ def test_warning_when_a_command_starts(tmp_path):
 
 def started(*words: str, path: Path, python: str = sys.executable) -> subprocess.CompletedProcess:
     environment = {"PATH": "", "PYTHONPATH": f"{path}:{ROOT}", "JAX_PLATFORMS": "cpu", "HOME": str(path)}
-    return subprocess.run([python, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([python, *words], cwd=path, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("version", UNSUPPORTED)
