@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.config import Config, load_config
 from aimv2_jax.errors import EXIT_AGAIN, UserError, reports_user_errors
 from aimv2_jax.files import check_folder
@@ -100,6 +101,7 @@ def _folder(workdir: str) -> epath.Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains by a command line: a process' own, in a child of it; or the one that is given, in this process."""
     skip_absent_tpu()
+    keep_freed_memory()
     called = arguments is not None
     arguments = arguments if called else sys.argv[1:]
     from aimv2_jax.parallel import processes

@@ -1,4 +1,4 @@
-"""Keeps JAX from starting a TPU that this machine does not have.
+"""Which platforms may be here: JAX is kept from starting a TPU that this machine does not have.
 
 With libtpu installed, as the extras `tpu` and `test` install it, and no TPU at hand, JAX loads it all the same (its 470
 MB are read from the disk), asks it for chips, and libtpu complains at length to stderr.
@@ -54,6 +54,16 @@ def platforms_without_tpu() -> str | None:
     if all("cuda" in plugin for plugin in plugins):
         return "cuda,cpu"  # JAX passes over "cuda" where there is no GPU.
     return None
+
+
+def is_cpu_only() -> bool:
+    """Whether JAX will compute on the CPU: by the user's choice, or because nothing else is here."""
+    jax = sys.modules.get("jax")
+    chosen = os.environ.get("JAX_PLATFORMS") if jax is None else jax.config.jax_platforms
+    if not chosen:
+        return not may_have_gpu() and not may_have_tpu() and not _plugins()
+    present = {"cuda": may_have_gpu, "gpu": may_have_gpu, "tpu": may_have_tpu}  # JAX passes over those that are absent.
+    return all(name == "cpu" or (name in present and not present[name]()) for name in chosen.split(","))
 
 
 def may_have_gpu(root: Path = Path("/")) -> bool:

@@ -4,7 +4,6 @@ touches its devices; and what can be done to those of a trainer: look at their s
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import fcntl
 import math
@@ -21,6 +20,7 @@ import time
 import warnings
 from typing import NamedTuple
 
+from aimv2_jax.allocator import keep_freed_pictures
 from aimv2_jax.data import whereabouts
 from aimv2_jax.errors import UserError
 
@@ -112,7 +112,7 @@ def start_worker(index: int, count: int, family: str = "") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, _ERRORS, all_threads=True)
     _announce_segments(family)
-    _keep_memory()
+    keep_freed_pictures()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if jax := sys.modules.get("jax"):  # grain brings it
         jax.config.update("jax_platforms", "cpu")
@@ -192,18 +192,6 @@ def _announced_semaphore(semaphore: multiprocessing.synchronize.SemLock) -> str:
     if not getattr(semaphore, "_is_fork_ctx", True):  # Those lose their name as soon as they are made.
         multiprocessing.resource_tracker.register(name, "semaphore")
     return name
-
-
-def _keep_memory() -> None:
-    """Keeps glibc from giving memory back whenever a decoded picture of megabytes is done with.
-
-    Getting it again, page by page, takes 5 % of the time of a picture of 1600 pixels.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # Of mallopt(3); the latter takes up to 32 MiB.
-    with contextlib.suppress(OSError, AttributeError):  # Other systems' libraries have other ways.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 128 << 20)
 
 
 def _be_killed_with(sentinel: int) -> None:

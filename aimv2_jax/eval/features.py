@@ -29,6 +29,7 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.data import records
 from aimv2_jax.data.datasets import DATASET_FILE
 from aimv2_jax.data.pictures import FORMAT_OF
@@ -181,6 +182,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
+    keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     count, pictures = named_pictures(flags.input)
     if flags.pca is not None:

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.config import Config
 from aimv2_jax.data.pipeline import evaluation_batches, open_sources
 from aimv2_jax.data.tokenizer import Tokenizer
@@ -213,6 +214,7 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
+    keep_freed_memory()
     parser = Parser(prog="python -m aimv2_jax.eval.heldout", description=__doc__)
     add_checkpoint(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written, beside the screen")

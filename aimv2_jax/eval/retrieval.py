@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.data import records
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
@@ -110,6 +111,7 @@ def _several(text: str) -> int:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
+    keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     for path, flag, suffix in ((flags.json, "--json", ""), (flags.picture, "--picture", ".png")):
         if path is not None:

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from matplotlib.figure import Figure
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.data.pipeline import evaluation_batches
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms import unpatchify
@@ -204,6 +205,7 @@ def save(figure: Figure, path: Path) -> None:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
+    keep_freed_memory()
     parser = Parser(prog="python -m aimv2_jax.eval.show", description=__doc__)
     add_checkpoint(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the PNGs are written")

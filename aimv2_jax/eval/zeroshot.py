@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors
 from aimv2_jax.eval.arguments import add_checkpoint
 from aimv2_jax.eval.images import ImageLike
@@ -82,6 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
+    keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     for path, flag, suffix in ((flags.json, "--json", ""), (flags.confusion, "--confusion", ".png")):
         if path is not None:

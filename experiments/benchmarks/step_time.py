@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from aimv2_jax.allocator import keep_freed_memory  # noqa: E402
 from aimv2_jax.config import Config, build_config  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
 from aimv2_jax.flags import Parser, positive, split_overrides  # noqa: E402
@@ -240,6 +241,15 @@ def measure(config: Config, rounds: int, steps: int, matmul_side: int) -> dict[s
     }
 
 
+def take_turns(config: Config, steps: int) -> None:
+    """For every line of the input, times `steps` steps and prints their rate (`beside.py`)."""
+    trainer = Trainer(config)
+    seconds(trainer.train, 1)
+    for _ in sys.stdin:
+        step_s = statistics.median(seconds(trainer.train, 1) for _ in range(steps))
+        print(json.dumps({"images_per_s": config.data.batch_size / step_s}), flush=True)
+
+
 def start_platform(name: str) -> None:
     """Binds JAX to the platform; raises `UserError` where there is none."""
     platform = PLATFORMS[name]
@@ -247,6 +257,7 @@ def start_platform(name: str) -> None:
     if not platform.is_here():
         raise UserError(f"no {platform.what} is at hand", f"--platform {name}", remedy)
     os.environ["JAX_PLATFORMS"] = platform.jax_name
+    keep_freed_memory()
     if name == "gpu":  # JAX takes three quarters unless told; the largest batch is to have what there is.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
@@ -269,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rounds", type=positive, default=5, help="alternations of matmuls and steps; the median counts"
     )
     parser.add_argument("--steps", type=positive, default=3, help="steps a round")
+    parser.add_argument("--turns", action="store_true", help="a round for every line of the input, for beside.py")
     rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     flags = parser.parse_args(rest)
     platform = PLATFORMS[flags.platform]
@@ -285,6 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start_platform(flags.platform)
     if batch is None and pods:
         batch = largest_batch(lambda size: fits(config(size)))
+    if flags.turns:
+        take_turns(config(batch), flags.steps)
+        return EXIT_FINISHED
     line = measure(config(batch), flags.rounds, flags.steps, platform.matmul_side)
     line |= {"preset": flags.preset, "platform": flags.platform, "batch": config(batch).data.batch_size}
     text = json.dumps(line)

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
 from aimv2_jax.eval.arguments import add_encoder, check_layer
 from aimv2_jax.eval.encoders import LoadedEncoder, encoder_of
@@ -127,6 +128,7 @@ def open_encoder(flags: argparse.Namespace) -> LoadedEncoder:
 @reports_user_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
+    keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if flags.cache is not None and flags.cache.exists() and not flags.cache.is_dir():
         raise UserError("--cache is a file", str(flags.cache), "Name a folder")

@@ -1,0 +1,106 @@
+"""Times train steps of several programs in turns, so that what disturbs the machine disturbs all alike; prints a table.
+
+    python experiments/benchmarks/beside.py --json FILE
+        --run "ours=PYTHON experiments/benchmarks/step_time.py --turns"
+        --run "reference=PYTHON step_torch.py" ...
+
+All programs are started, one after another, and stay: for every line that comes to its input, a program times some
+steps and prints their rate as a JSON line `{"images_per_s": N}`; the first is not counted. Each has `--threads` threads
+(as many cores, and OMP_NUM_THREADS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
+from aimv2_jax.flags import Parser, positive  # noqa: E402
+
+
+class Program:
+    """A started benchmark."""
+
+    def __init__(self, name: str, command: str):
+        self.name = name
+        self.process = subprocess.Popen(
+            shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def rate(self) -> float:
+        """Images a second of its next steps."""
+        with contextlib.suppress(BrokenPipeError):  # It has ended, as the end of its output tells.
+            self.process.stdin.write("\n")
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # Other output.
+                return float(json.loads(line)["images_per_s"])
+        raise UserError(f"--run {self.name} ended", f"code {self.process.wait()}", "Run it by itself: what did it say?")
+
+
+@contextlib.contextmanager
+def started(commands: dict[str, str]) -> Iterator[list[Program]]:
+    """All programs, warm; they are ended at the end."""
+    programs = []
+    try:
+        for name, command in commands.items():
+            programs.append(Program(name, command))
+            programs[-1].rate()
+        yield programs
+    finally:
+        for program in programs:
+            program.process.kill()
+            program.process.wait()
+
+
+def table(rates: dict[str, list[float]]) -> str:
+    """Median, lowest and highest rate of each, and the ratio of the first one's median to its."""
+    first = statistics.median(next(iter(rates.values())))
+    lines = ["| what | images/s, median | lowest | highest | the first is x times as fast |", "|---|---|---|---|---|"]
+    for name, values in rates.items():
+        median = statistics.median(values)
+        lines.append(f"| {name} | {median:.2f} | {min(values):.2f} | {max(values):.2f} | {first / median:.2f} |")
+    return "\n".join(lines)
+
+
+@reports_user_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", action="append", required=True, metavar="NAME=COMMAND", help="once for each program")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each; the median counts")
+    parser.add_argument("--threads", type=positive, default=2, help="of each program")
+    parser.add_argument("--json", metavar="FILE", help="also write all rates to this file")
+    flags = parser.parse_args(arguments)
+    commands = dict(_named(text) for text in flags.run)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # Programs inherit both.
+    os.environ["OMP_NUM_THREADS"] = str(flags.threads)
+    rates: dict[str, list[float]] = {name: [] for name in commands}
+    with started(commands) as programs:
+        for _ in range(flags.rounds):
+            for program in programs:
+                rates[program.name].append(program.rate())
+            print(", ".join(f"{name} {values[-1]:.2f}" for name, values in rates.items()), flush=True)
+    print(table(rates))
+    if flags.json:
+        Path(flags.json).write_text(json.dumps({"threads": flags.threads, "images_per_s": rates}, indent=1) + "\n")
+    return EXIT_FINISHED
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, command = text.partition("=")
+    if not (name and equals and command):
+        raise UserError("--run has no name and command", text, "Give NAME=COMMAND")
+    return name, command
+
+
+if __name__ == "__main__":
+    sys.exit(main())
