@@ -1,7 +1,9 @@
 """Eight virtual CPU devices, checked shapes, and the place of the golden tensors."""
 
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,6 +22,29 @@ CHECKED += ["eval.features", "eval.likelihood", "eval.probes.neighbours", "eval.
 install_import_hook([f"aimv2_jax.{module}" for module in CHECKED], "beartype.beartype")
 
 
+def pytest_configure(config):
+    """How this process, pytest-xdist's workers and all that tests start compile, which is most of what the suite does.
+
+    Compiled code runs for milliseconds here, so optimising it is left out: a third of the compiler's time stays. (Tests
+    that compare with reference tensors have the optimisations: `fully_optimized`.) And what several compile alike is
+    compiled once: the limit of size makes jax lock the folder. A test that kills trainers while they compile gives them
+    another folder, since half an entry may stay.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # Set by the process that started this one, or by the user.
+        return
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_compilation_cache_max_size": 8 << 30,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_disable_most_optimizations": True,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--golden",
@@ -36,14 +61,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """What several tests compile alike, this process compiles once.
-
-    Its children do not share that: several may write at a time, and one that is killed may leave half an entry.
-    """
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+@pytest.fixture(scope="module")
+def fully_optimized():
+    """What is compiled meanwhile is compiled as users compile it."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
