@@ -27,13 +27,9 @@ SETTINGS = {
     "eval__batch_size": 16,
     "eval__max_examples": 10,
     "train__steps": 10,
-    "train__log_every": 5,
+    "train__log_every": 1,
     "train__save_every": 5,
-    "train__tensorboard": False,
     "mesh__data": DEVICES,
-    "model__layers": "scan",
-    "model__encoder__depth": 1,
-    "model__decoder__depth": 1,
 }
 
 
@@ -42,9 +38,7 @@ def main() -> None:
     workdir = Path(sys.argv[5])
     changes = dict(argument.split("=", 1) for argument in sys.argv[6:])
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
     from tiny import tiny_config
 
     from aimv2_jax.parallel import processes

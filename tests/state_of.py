@@ -14,7 +14,7 @@ def main() -> None:
     index, count, port = map(int, sys.argv[1:4])
     task, workdir, file = sys.argv[4:7]
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     import jax
     import numpy as np

@@ -18,6 +18,7 @@ TINY = {
     "model.decoder.heads": 2,
     "model.decoder.hidden": 32,
     "model.decoder.text_length": 12,
+    "model.layers": "scan",  # Less to compile than "loop", which tests of the step have.
     "optimizer.warmup_steps": 5,
     "optimizer.schedule_steps": 100,
     "data.image_size": 28,
@@ -29,6 +30,7 @@ TINY = {
     "train.log_every": 5,
     "train.eval_every": 0,
     "train.save_every": 10,
+    "train.tensorboard": False,
 }
 
 

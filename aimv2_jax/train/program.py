@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.core import meta
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
@@ -24,7 +25,7 @@ from aimv2_jax.parallel.chips import chip_kind
 from aimv2_jax.parallel.mesh import build_mesh, check_batch
 from aimv2_jax.train import guard
 from aimv2_jax.train.optimizer import COSINE_PARTS, Schedule, adamlh, learning_rate
-from aimv2_jax.train.step import TrainState, eval_step, init_state, train_step, with_average
+from aimv2_jax.train.step import TrainState, eval_step, fresh_state, init_state, train_step, with_average
 from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
 
 
@@ -51,7 +52,7 @@ class Program:
     @cached_property
     def state_shardings(self) -> TrainState:
         """Shardings of the whole state, by the rule table."""
-        abstract = jax.eval_shape(self.task.init, abstract_key())
+        abstract = meta.unbox(self.task.abstract_named)
         params = rules.param_shardings(self.task.logical_axes(), self.mesh)
         rules.check_divisible(abstract, params)
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
@@ -60,15 +61,11 @@ class Program:
         state = TrainState(step=whole, params=params, opt_state=opt_state, guard=guarded)
         return with_average(state, params) if self.config.optimizer.ema_decay else state
 
-    @property
-    def _init_state(self) -> Any:
-        decay = self.config.optimizer.ema_decay
-        return partial(init_state, task=self.task, optimizer=self.optimizer, ema_decay=decay)
-
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without its memory."""
-        shapes = jax.eval_shape(self._init_state, abstract_key())
+        fresh = partial(fresh_state, optimizer=self.optimizer, ema_decay=self.config.optimizer.ema_decay)
+        shapes = jax.eval_shape(fresh, meta.unbox(self.task.abstract_named))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -94,7 +91,13 @@ class Program:
 
     def init(self) -> TrainState:
         """The state before step 0, laid out as the rules say; the same numbers on any mesh."""
-        return jax.jit(self._init_state, out_shardings=self.state_shardings)(self.rng)
+        return self._init(self.rng)
+
+    @cached_property
+    def _init(self) -> Any:
+        decay = self.config.optimizer.ema_decay
+        run = partial(init_state, task=self.task, optimizer=self.optimizer, ema_decay=decay)
+        return jax.jit(run, out_shardings=self.state_shardings)
 
     @cached_property
     def step(self) -> Any:

@@ -34,8 +34,12 @@ class AveragedState(TrainState):
 def init_state(
     rng: jax.Array, task: PretrainTask, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> TrainState:
-    """The state before step 0, a function of the run's key; with a decay it has an average, still empty."""
-    params = task.init(rng)
+    """The state before step 0, a function of the run's key."""
+    return fresh_state(task.init(rng), optimizer, ema_decay)
+
+
+def fresh_state(params: Any, optimizer: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
+    """The state before step 0 with these parameters; with a decay it has an average, still empty."""
     step = jnp.zeros((), jnp.int32)
     state = TrainState(step=step, params=params, opt_state=optimizer.init(params), guard=guard.fresh())
     return with_average(state, jax.tree.map(jnp.zeros_like, params)) if ema_decay else state

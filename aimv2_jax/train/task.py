@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,12 @@ class PretrainTask:
 
     def logical_axes(self) -> Any:
         """The logical axis names of every parameter, as a tree of PartitionSpecs shaped like the parameters."""
-        return nn.get_partition_spec(jax.eval_shape(self._init_named, abstract_key()))
+        return nn.get_partition_spec(self.abstract_named)
+
+    @cached_property
+    def abstract_named(self) -> Any:
+        """Shapes and types of the parameters, boxed with the logical names of their axes."""
+        return jax.eval_shape(self._init_named, abstract_key())
 
     def _init_named(self, rng: jax.Array) -> Params:
         num_patches, pixels = self.model.encoder.num_patches, self.model.decoder.pixels

@@ -115,8 +115,10 @@ def hang(what: str) -> int:
 
         jax.device_get = stalled_get
     replace_tokenizer()
-    limit = {f"watch__{'data' if what.startswith('worker') else what}_s": f"{_JOB['timeout_s']:.0f}"}
-    return trainer_main(trainer_flags(Path(_JOB["workdir"]), train__steps=100, **limit))
+    changes = {f"watch__{'data' if what.startswith('worker') else what}_s": f"{_JOB['timeout_s']:.0f}"}
+    if jax.config.jax_compilation_cache_dir:  # Nothing that hangs does so while it compiles.
+        changes["train__compilation_cache"] = "workdir"
+    return trainer_main(trainer_flags(Path(_JOB["workdir"]), train__steps=100, **changes))
 
 
 def digests() -> None:
@@ -206,18 +208,18 @@ class Hung:
     timeout_s: float
     stacks_s: float
     end_s: float
-    codes: tuple[int, int]
+    codes: tuple[int, ...]
     threads: int
 
 
-def hang_twice(folder: Path, what: str, stall_s: float, timeout_s: float) -> Hung:
-    """Lets it hang twice, at the same step; raises RuntimeError where the log or the codes are not as they should."""
+def hang_at_one_step(folder: Path, what: str, stall_s: float, timeout_s: float, starts: int = 2) -> Hung:
+    """Lets every start hang at the same step; raises RuntimeError where the log or the codes are not as they should."""
     codes, stacks_s, end_s, threads = [], 0.0, 0.0, 0
     workdir = folder / what
     name, index = late_record()
     job = dict(job=what, stall_s=stall_s, timeout_s=timeout_s, workdir=str(workdir))
     job |= dict(record=[name, index], once="/nonexistent")
-    for _ in range(2):
+    for _ in range(starts):
         with Job(folder, **job) as child:
             # A worker stalls while there still are batches: what counts is the wait for the one it owes.
             begin_s = when(child, lambda text: "stalls " in text)
@@ -232,12 +234,12 @@ def hang_twice(folder: Path, what: str, stall_s: float, timeout_s: float) -> Hun
                 "stacks of data worker" not in text or f"reads record {index} of {name}" not in text
             ):
                 raise RuntimeError(f"the log says nothing of the worker:\n{text[-3000:]}")
-    if codes != [EXIT_AGAIN, EXIT_HUNG]:
+    if codes != [EXIT_AGAIN, EXIT_HUNG][:starts]:
         raise RuntimeError(f"{what}: ended with codes {codes}")
     # Batches that were ready are taken first, and the worker is started again: that is no part of the wait.
     if stacks_s > 2 * timeout_s + (_AGAIN_S if what == "worker" else 0):
         raise RuntimeError(f"{what}: stacks after {stacks_s:.1f} s, with a time-out of {timeout_s} s")
-    return Hung(what, timeout_s, round(stacks_s, 2), round(end_s, 2), (codes[0], codes[1]), threads)
+    return Hung(what, timeout_s, round(stacks_s, 2), round(end_s, 2), tuple(codes), threads)
 
 
 def when(child: Job, said: Callable[[str], bool]) -> float:
@@ -256,7 +258,7 @@ def drill_hangs(folder: Path, long: bool) -> list[Hung]:
     for what in ("worker", "step", "save", "stop"):
         # A worker must come back after a first stall, or the run would not be what hangs; and begin in time.
         in_worker = what == "worker"
-        hangs.append(hang_twice(folder, what, 300.0 if in_worker else stall_s, 10.0 if in_worker else timeout_s))
+        hangs.append(hang_at_one_step(folder, what, 300.0 if in_worker else stall_s, 10.0 if in_worker else timeout_s))
         print(hangs[-1], flush=True)
     stall_once(folder, 30.0)
     print("a worker that stalled once was started again, and the run went on", flush=True)

@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 from runs import assert_bitwise, saved_state
 from several import HOST, Several, free_port, outputs_of_two
-from tiny import QUICKSTART, ROOT, tiny_arguments, tiny_config
+from tiny import ROOT, tiny_arguments, tiny_config
 
-from aimv2_jax.errors import EXIT_AGAIN
+from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED
+from aimv2_jax.train import loop
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
 from aimv2_jax.train.events import read_events
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import build_program
+from experiments.drills.bytes_tokenizer import BytesTokenizer
 
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
-pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
+pytestmark = pytest.mark.xdist_group("shared-memory")
+FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 HEARTBEAT_S = 10
 STOPPED_S = 30  # From the signal until the step is saved; 10 where the cores are not shared with other tests.
@@ -36,40 +39,39 @@ os.rename = lambda old, new: (time.sleep(os.path.basename(new).isdecimal()), ren
 """
 TINY = dict(
     eval__sources={},
-    model__layers="scan",
-    train__tensorboard=False,
     train__log_every=1,
     processes__heartbeat_timeout_s=HEARTBEAT_S,
 )
 
 
-def quickstart(workdir: Path) -> list[str]:
-    settings = {"data.workers": 0, "eval.sources": {}, "model.layers": "scan", "train.tensorboard": False}
-    settings |= {"train.steps": 4, "train.log_every": 1, "train.save_every": 0}
-    keys = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [f"--config={QUICKSTART}", f"--workdir={workdir}", *keys]
+SHORT = TINY | dict(train__steps=4, train__save_every=0)
 
 
-def test_losses_when_2_and_4_processes_train_the_quickstart_then_those_of_one(tmp_path):
-    losses, counts = {}, {}
-    for count in (1, 2, 4):
-        workdir = tmp_path / f"run{count}"
-        with Several(count, tmp_path / f"out{count}", quickstart(workdir), devices=4 if count == 1 else 2) as several:
-            several.finish()
-            if count > 1:  # Process 0 alone talks; all have a log.
-                assert f"{count} process(es)" in several.said(0)[0] and "finished: step 4" in several.said(0)[0]
-                assert not any(several.said(index)[0] for index in range(1, count))
-                logs = [(workdir / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
-                assert "finished: step 4" in logs[0]
-                assert all(f"process {index} of {count} on {HOST}" in log for index, log in enumerate(logs))
-        lines, _ = read_metrics(workdir)
-        assert [line["step"] for line in lines] == [1, 2, 3, 4]
-        losses[count] = [line["loss"] for line in lines]
-        counts[count] = [line["count_image"] for line in lines]
-    for count in (2, 4):
-        assert counts[count] == counts[1]
-        # float32 over two to eight devices: sums come in another order.
-        np.testing.assert_allclose(losses[count], losses[1], rtol=2e-6)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """This process and its eight devices."""
+    workdir, config = tmp_path_factory.mktemp("alone"), tiny_config(**SHORT)
+    assert loop.train(config, workdir, BytesTokenizer("", config.model.decoder.text_length)) == EXIT_FINISHED
+    return workdir
+
+
+@pytest.mark.parametrize("count", [2, FOUR])
+def test_losses_when_several_processes_train(alone, tmp_path, count):
+    """They are those of one process on as many devices."""
+    workdir = tmp_path / "run"
+    with Several(count, tmp_path / "out", tiny_arguments(workdir, **SHORT)) as several:
+        several.finish()
+        # Process 0 alone talks; all have a log.
+        assert f"{count} process(es)" in several.said(0)[0] and "finished: step 4" in several.said(0)[0]
+        assert not any(several.said(index)[0] for index in range(1, count))
+        logs = [(workdir / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
+        assert "finished: step 4" in logs[0]
+        assert all(f"process {index} of {count} on {HOST}" in log for index, log in enumerate(logs))
+    ours, theirs = (read_metrics(path)[0] for path in (workdir, alone))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4]
+    assert [line["count_image"] for line in ours] == [line["count_image"] for line in theirs]
+    # float32 over eight devices: sums come in another order.
+    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-6)
 
 
 def run_script(count: int, folder: Path, *arguments: str) -> None:
@@ -88,13 +90,18 @@ def run_script(count: int, folder: Path, *arguments: str) -> None:
             one.wait()
 
 
-def test_checkpoint_when_saved_by_4_processes_then_bitwise_on_1_on_2_and_on_other_meshes(tmp_path):
-    run_script(4, tmp_path, "save", str(tmp_path / "run"), str(tmp_path / "saved.npz"), "mesh__data=2", "mesh__fsdp=4")
-    run_script(2, tmp_path, "restore", str(tmp_path / "run"), str(tmp_path / "two.npz"), "mesh__data=1", "mesh__fsdp=4")
-    with np.load(tmp_path / "saved.npz") as saved, np.load(tmp_path / "two.npz") as two:
-        saved, two = ([arrays[name] for name in sorted(arrays)] for arrays in (saved, two))
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_checkpoint_when_saved_by_several_processes(tmp_path, writers, readers):
+    """Bitwise the same on fewer processes, and on other meshes."""
+    workdir, mesh = str(tmp_path / "run"), ["mesh__data=2", f"mesh__fsdp={writers}"]
+    run_script(writers, tmp_path, "save", workdir, str(tmp_path / "saved.npz"), *mesh)
+    with np.load(tmp_path / "saved.npz") as arrays:
+        saved = [arrays[name] for name in sorted(arrays)]
     assert any(array.std() > 0 for array in saved)
-    assert_bitwise(two, saved)
+    if readers > 1:
+        run_script(readers, tmp_path, "restore", workdir, str(tmp_path / "two.npz"), "mesh__data=1", "mesh__fsdp=4")
+        with np.load(tmp_path / "two.npz") as arrays:
+            assert_bitwise([arrays[name] for name in sorted(arrays)], saved)
     for mesh in (dict(mesh__data=8), dict(mesh__data=1, mesh__fsdp=4, mesh__tensor=2)):
         assert_bitwise(saved_state(tmp_path / "run", 1, **mesh), saved)
 
@@ -131,7 +138,8 @@ def test_processes_when_they_have_joined_then_know_all_hosts_agree_with_process_
     assert lines[1] == [*lines[0], *(f"others have waited 1 s for the {name} {late}" for name in (True, False))]
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+# 0 has jax's coordinator, without which the other's jax ends at once, too.
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_its_host(tmp_path, victim):
     workdir = tmp_path / "run"
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **TINY)
@@ -158,7 +166,7 @@ def test_stop_in_the_start_of_a_resumed_run(tmp_path):
     with Checkpointer(workdir, keep=1) as checkpointer:
         checkpointer.save(3, build_program(config).init(), config)
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **TINY)
-    with Several(2, tmp_path / "out", arguments, devices=1) as several:
+    with Several(2, tmp_path / "out", arguments) as several:
         several.wait_for(lambda: "compiling the train step" in several.said(0)[0])
         several.kill(1, signal.SIGTERM)
         assert several.wait() == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
@@ -185,31 +193,33 @@ def running_in(workdir: Path) -> list[str]:
     return found
 
 
-def test_run_when_one_of_4_gets_sigterm_then_all_save_one_step_end_with_75_in_time_and_go_on_exactly(tmp_path):
+@pytest.mark.parametrize("count", [2, FOUR])
+def test_run_when_one_process_gets_sigterm(tmp_path, count):
+    """All save one step, end with 75 in time, compile nothing when they are started again, and go on exactly."""
     workdir, straight = tmp_path / "run", tmp_path / "straight"
     settings = TINY | dict(data__workers=1, train__compilation_cache=tmp_path / "compiled")
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **settings)
-    with Several(4, tmp_path / "out1", arguments, setup=SLOW_SAVES) as several:
+    with Several(count, tmp_path / "out1", arguments, setup=SLOW_SAVES) as several:
         several.wait_for(lambda: "step       2/" in several.said(0)[0])
         asked_s = time.time()
         several.kill(1, signal.SIGTERM)
         several.wait_for(lambda: any((workdir / "checkpoints").glob("*-saving-????????")))
         # More of them while it saves change nothing, nor do those that come to its data workers, too.
-        several.kill(1, signal.SIGTERM), several.kill(2, signal.SIGTERM), several.kill(1, signal.SIGINT)
+        several.kill(1, signal.SIGTERM), several.kill(2 % count, signal.SIGTERM), several.kill(1, signal.SIGINT)
         os.killpg(trainer_of(several.processes[1].pid), signal.SIGTERM)
-        assert several.wait(60) == dict.fromkeys(range(4), EXIT_AGAIN)
+        assert several.wait(60) == dict.fromkeys(range(count), EXIT_AGAIN)
         [ended] = [event for event in read_events(workdir) if event.kind == "stop"]
         assert ended.time_s - asked_s < STOPPED_S
         said, errors = several.said(0)
         stopped = int(re.search(r"stopped on request: step (\d+) of 100000 is saved", said)[1])
-        assert not errors and all(several.said(index) == ("", "") for index in (1, 2, 3))
+        assert not errors and all(several.said(index) == ("", "") for index in range(1, count))
     assert CheckpointReader(workdir).steps() == [stopped]
-    steps, compiled = stopped + 3, set((tmp_path / "compiled").iterdir())
-    assert any("train_step" in file.name for file in compiled)
+    steps, compiled = stopped + 3, set((tmp_path / "compiled").glob("*train_step*"))
+    assert compiled
     for place in (workdir, straight):
-        with Several(4, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
+        with Several(count, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
             several.finish()
-    assert set((tmp_path / "compiled").iterdir()) == compiled
+    assert set((tmp_path / "compiled").glob("*train_step*")) == compiled
     assert_bitwise(saved_state(workdir, steps), saved_state(straight, steps))
     ours, theirs = ([(line["step"], line["loss"]) for line in read_metrics(path)[0]] for path in (workdir, straight))
     assert ours == theirs and [step for step, _ in ours] == list(range(1, steps + 1))

@@ -23,8 +23,7 @@ from aimv2_jax.train.task import PretrainTask
 
 TRUNK = {
     "optimizer__schedule": "half_cosine", "optimizer__schedule_steps": 24, "train__steps": 24, "train__save_every": 8,
-    "train__keep": 1, "train__keep_steps": (10, 20), "train__log_every": 1, "model__layers": "scan",
-    "model__encoder__depth": 1, "model__decoder__depth": 1, "optimizer__cooldown_share": 4 / 24,
+    "train__keep": 1, "train__keep_steps": (10, 20), "train__log_every": 1, "optimizer__cooldown_share": 4 / 24,
     "eval__max_examples": 4, "eval__kinds": "('alt',)", "eval__prefixes": "(0.5,)",
 }  # fmt: skip
 

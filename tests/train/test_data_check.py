@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from programs import shared_programs  # noqa: F401
 from several import HOST, Several
 from tiny import ROOT, tiny_arguments
 
@@ -23,14 +24,12 @@ from aimv2_jax.train.course import Course
 from aimv2_jax.train.data_check import continue_on
 from aimv2_jax.train.events import read_events
 
-pytestmark = pytest.mark.xdist_group("shared-memory")  # Real processes: one test after another.
+# Real processes: one test after another.
+pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures("shared_programs")]
 
 MARK = b"<in between>"
 SAMPLE = ROOT / "aimv2_jax/data/sample"
-SMALL = dict(
-    optimizer__warmup_steps=1, train__steps=4, train__save_every=2, train__tensorboard=False, eval__sources={},
-    model__layers="scan", model__encoder__depth=1, model__decoder__depth=1,
-)  # fmt: skip
+SMALL = dict(train__steps=4, train__save_every=2, eval__sources={})
 
 
 def photos(folder: Path, records: slice) -> Path:
@@ -132,8 +131,7 @@ def test_course_when_it_goes_back_then_its_data_stays():
     assert (back.step, back.rewinds, back.data, back.data_changes) == (4, 1, course.data, course.data_changes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("purpose", ["training", "evaluation"])
+@pytest.mark.parametrize("purpose", ["training", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_processes_when_one_has_other_data(data, tmp_path, purpose):
     """Each reads a copy at the same path on a disk of its own: in its home."""
     for index, copy in enumerate(("60", "50")):

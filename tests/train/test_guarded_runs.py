@@ -36,12 +36,8 @@ from experiments.drills.bytes_tokenizer import BytesTokenizer
 
 BATCH = 16
 SETTINGS = dict(
-    model__layers="scan",
-    model__encoder__depth=1,
-    model__decoder__depth=1,
     eval__sources={},
     train__log_every=1,
-    train__tensorboard=False,
     train__save_every=10,
     train__steps=50,
     optimizer__warmup_steps=1,
@@ -171,7 +167,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", ["after", pytest.param("before", marks=pytest.mark.slow)])
 def test_run_when_killed_around_a_rewind_then_the_next_start_decides_the_same(without, tmp_path, monkeypatch, moment):
     """Before anything is set aside, and right after."""
     plain = Checkpointer.set_aside_newer
@@ -236,7 +232,7 @@ def flipped(tree, rng: np.random.Generator):
     return jax.tree.unflatten(jax.tree.structure(tree), flat), jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-@pytest.mark.parametrize(("devices", "trials"), [(1, 100), (8, 20)])
+@pytest.mark.parametrize(("devices", "trials"), [(1, 10), (8, 5), pytest.param(1, 100, marks=pytest.mark.slow)])
 def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every_time(
     tmp_path, monkeypatch, devices, trials
 ):
@@ -338,12 +334,11 @@ def test_save_when_a_guard_ends_the_run(tmp_path, monkeypatch):
         wait(self)
 
     monkeypatch.setattr(Checkpointer, "wait", watched)
-    with spoilt([0, 1, 2], np.nan), pytest.raises(GuardStop, match="there is no checkpoint yet"):
-        train(tmp_path, train__steps=20)
-    assert seen == [[("save", 3)], [("save", 3)]]  # For the sentence, and at the end.
+    with spoilt([12, 13, 14], np.nan), pytest.raises(GuardStop, match="there is no checkpoint yet"):
+        train(tmp_path, train__steps=20, train__save_every=0)
+    assert seen == [[("save", 15)], [("save", 15)]]  # For the sentence, and at the end.
 
 
-@pytest.mark.slow
 def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys):
     """It goes back all the same, and what failed is told and made up for then."""
     dogs, seen, fails = watchdogs(monkeypatch), [], iter([40])
@@ -368,7 +363,7 @@ def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys
     assert seen == [["save"], ["start"]] and CheckpointReader(tmp_path).steps() == [10, 20, 30, 31, 40, 50]
 
 
-@pytest.mark.parametrize(("spoils", "instead"), [([], 13), ([12, 13], 15)])
+@pytest.mark.parametrize(("spoils", "instead"), [(False, 13), (True, 15)])  # Steps 13 and 14 change nothing.
 def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_instead(
     tmp_path, monkeypatch, capsys, spoils, instead
 ):
@@ -377,8 +372,9 @@ def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_in
         iter([None] * 12 + [UserError("could not write", "no room", "Make it")]),
     )
     monkeypatch.setattr(Checkpointer, "check_errors", lambda self: next(failures, None) or plain(self))
-    with spoilt(spoils, np.nan):
-        assert train(tmp_path, train__steps=20, train__keep=9) == EXIT_FINISHED
+    jumped = (14 * BATCH, 15 * BATCH) if spoils else None
+    with spoilt([12, 13, 14], np.nan) if spoils else contextlib.nullcontext():
+        assert train(tmp_path, jumped, train__steps=20, train__keep=9) == EXIT_FINISHED
     assert CheckpointReader(tmp_path).steps() == [10, instead, 20]
     assert "could not write: 'no room'. Make it. It is tried once more, with step 13" in capsys.readouterr().out
     [event] = [event for event in read_events(tmp_path) if event.kind == "save_failed"]

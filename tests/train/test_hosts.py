@@ -18,9 +18,6 @@ from tiny import ROOT
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
-pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.slow]
-
 STEPS = 10
 
 
@@ -67,26 +64,27 @@ def alone(tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """Five steps on four hosts of two devices each."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} hosts".format)
+def saved(request, tmp_path_factory) -> Path:
+    """Five steps on two or four hosts, which have eight devices together."""
     workdir = tmp_path_factory.mktemp("saved") / "run"
     workdir.mkdir()
-    run_hosts(4, workdir, train__steps=5, eval__sources={})
-    assert len(list(workdir.glob("batches/4.*.npz"))) == 4
+    run_hosts(request.param, workdir, train__steps=5, eval__sources={})
+    assert len(list(workdir.glob("batches/4.*.npz"))) == request.param
     return workdir
 
 
 @pytest.fixture(scope="module")
 def together(saved, tmp_path_factory) -> Path:
-    """From the checkpoint of four hosts five more on two, which read by workers."""
+    """From there five more on two hosts, which read by workers."""
     workdir = shutil.copytree(saved, tmp_path_factory.mktemp("together") / "run")
     run_hosts(2, workdir, data__workers=1)
     assert len(list(workdir.glob("batches/9.*.npz"))) == 2
     return workdir
 
 
-def test_global_arrays_when_4_hosts_train_and_2_continue_then_those_of_one_host(alone, together):
+def test_global_arrays_when_several_hosts_train(alone, together):
+    """They are those of one host."""
     for step in range(STEPS):
         one, several = global_batch(alone, step), global_batch(together, step)
         assert one.keys() == several.keys() >= {"patches", "tokens", "valid", "example_index"}
@@ -101,14 +99,14 @@ def test_counts_when_k_cycles_have_passed_then_k_times_the_weights_summed_over_h
     weights = {name: round(host.CYCLE * sum(kinds.values())) for name, kinds in host.MIXTURE.items()}
     for workdir in (alone, together):
         lines = read_metrics(workdir)[0]
-        assert [line["step"] for line in lines] == [5, 10]
-        for line in lines:  # Five steps of 40: two cycles.
-            assert {name: line[f"images/{name}"] for name in weights} == {name: 2 * n for name, n in weights.items()}
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        for half in (lines[:5], lines[5:]):  # Five steps of 40: two cycles.
+            counts = {name: sum(line[f"images/{name}"] for line in half) for name in weights}
+            assert counts == {name: 2 * n for name, n in weights.items()}
 
 
-def test_run_when_4_hosts_train_and_2_continue_then_one_record_of_it_and_nearly_the_numbers_of_one_host(
-    alone, together
-):
+def test_run_when_several_hosts_train(alone, together):
+    """There is one record of it, and its numbers are nearly those of one host."""
     assert CheckpointReader(together).steps() == CheckpointReader(alone).steps() == [5, 10]
     one, several = read_metrics(alone), read_metrics(together)
     for ours, theirs in zip(one[0], several[0], strict=True):
@@ -118,39 +116,33 @@ def test_run_when_4_hosts_train_and_2_continue_then_one_record_of_it_and_nearly_
     assert one[1][-1]["eval_loss"] == pytest.approx(several[1][-1]["eval_loss"], rel=1e-2)
 
 
-ONWARD = dict(train__steps=STEPS, train__log_every=1, eval__sources={})
-# What goes on from the checkpoint of four hosts of two devices each: hosts, devices of all, and their mesh.
+# What goes on elsewhere from the checkpoint of several hosts: hosts, devices of all, and their mesh.
 ELSEWHERE = {
     "1 device": (1, 1, {"data": 1}),
     "2 devices": (1, 2, {"data": 1, "fsdp": 2}),
     "8 devices": (1, 8, {"data": 2, "fsdp": 2, "tensor": 2}),
     "2 hosts": (2, 8, {"data": 2, "fsdp": 4}),
 }
+SLOW = ("2 devices", "8 devices", "2 hosts")
 
 
-@pytest.fixture(scope="module")
-def at_home(saved, tmp_path_factory) -> Path:
-    """The run goes on where it was."""
-    workdir = shutil.copytree(saved, tmp_path_factory.mktemp("home") / "run")
-    run_hosts(4, workdir, **ONWARD)
-    return workdir
-
-
-@pytest.mark.parametrize("place", ELSEWHERE)
-def test_run_when_it_goes_on_elsewhere_then_the_same_state_examples_and_pixels_and_losses_within_rounding(
-    saved, at_home, tmp_path, place
-):
+@pytest.mark.parametrize("place", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ELSEWHERE])
+def test_run_when_it_goes_on_elsewhere(saved, together, tmp_path, place):
+    """Its state, examples and pixels are the same as where it was, its losses within rounding."""
     count, devices, mesh = ELSEWHERE[place]
-    sizes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    changes = {f"mesh__{axis}": size for axis, size in mesh.items()} | {"eval__sources": {}}
     workdir = shutil.copytree(saved, tmp_path / "run")
-    run_hosts(count, workdir, devices, **ONWARD, **sizes)
+    if (count, devices) == (1, host.DEVICES):  # As this process.
+        host.train(workdir, **changes)
+    else:
+        run_hosts(count, workdir, devices, **changes)
     with np.load(workdir / "restored.npz") as restored:
         assert_bitwise(list(restored.values()), saved_state(saved, 5, **host.SETTINGS))
     for step in range(5, STEPS):
-        ours, theirs = global_batch(workdir, step), global_batch(at_home, step)
+        ours, theirs = global_batch(workdir, step), global_batch(together, step)
         assert ours.keys() == theirs.keys()
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name], err_msg=f"{name} of step {step}", strict=True)
-    ours, theirs = ({line["step"]: line["loss"] for line in read_metrics(path)[0]} for path in (workdir, at_home))
+    ours, theirs = ({line["step"]: line["loss"] for line in read_metrics(path)[0]} for path in (workdir, together))
     for step in range(6, STEPS + 1):  # Sums in another order; from one and the same state, five steps don't add it up.
         assert ours[step] == pytest.approx(theirs[step], rel=2e-6)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import shared_programs  # noqa: F401
 from runs import assert_bitwise, broken_source, saved_state
 from slow_reads import SlowSource
 from tiny import tiny_arguments, tiny_config
@@ -34,8 +35,7 @@ from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.run import Run
 from aimv2_jax.train.tally import Tally
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
-pytestmark = pytest.mark.xdist_group("shared-memory")
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
@@ -43,11 +43,16 @@ KEYS = {
 }  # fmt: skip
 
 
+def unevaluated(workdir: Path, **changes) -> list[str]:
+    """Arguments of a run that measures nothing on the held-out set."""
+    return tiny_arguments(workdir, eval__sources={}, **changes)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
     """20 steps in one go, evaluated at 10 and 20."""
     workdir = tmp_path_factory.mktemp("straight")
-    assert main(tiny_arguments(workdir, train__eval_every=10)) == 0
+    assert main(tiny_arguments(workdir, train__eval_every=10, train__tensorboard=True)) == 0
     return workdir
 
 
@@ -72,14 +77,14 @@ def test_run_when_finished_then_metrics_have_their_keys_and_the_best_is_known(st
 
 def test_run_when_started_again_then_says_it_is_finished_and_changes_nothing(straight, capsys):
     before = (straight / "metrics.jsonl").read_text()
-    assert main(tiny_arguments(straight, train__eval_every=10)) == 0
+    assert main(tiny_arguments(straight, train__eval_every=10, train__tensorboard=True)) == 0
     assert "already finished" in capsys.readouterr().out
     assert (straight / "metrics.jsonl").read_text() == before
 
 
 def test_run_when_stopped_and_resumed_twice_then_bitwise_the_straight_run(straight, tmp_path):
     for steps in (7, 13, 20):
-        assert main(tiny_arguments(tmp_path, train__steps=steps, train__eval_every=10, train__save_every=100)) == 0
+        assert main(unevaluated(tmp_path, train__steps=steps, train__save_every=100)) == 0
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
     for name in ("loss", "epochs/other"):
         ours, theirs = ({line["step"]: line[name] for line in read_metrics(path)[0]} for path in (tmp_path, straight))
@@ -87,8 +92,8 @@ def test_run_when_stopped_and_resumed_twice_then_bitwise_the_straight_run(straig
 
 
 def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_same_numbers(straight, tmp_path):
-    assert main(tiny_arguments(tmp_path, train__steps=10)) == 0
-    assert main(tiny_arguments(tmp_path, mesh__data=2, mesh__fsdp=4, model__layers="loop")) == 0
+    assert main(unevaluated(tmp_path, train__steps=10)) == 0
+    assert main(unevaluated(tmp_path, mesh__data=2, mesh__fsdp=4, model__layers="loop")) == 0
     ours, theirs = ({line["step"]: line for line in read_metrics(path)[0]} for path in (tmp_path, straight))
     for step in (15, 20):
         assert ours[step]["count_image"] == theirs[step]["count_image"]  # the same prefixes
@@ -109,20 +114,20 @@ def test_batch_when_taken_after_a_resume_then_equals_that_of_the_straight_run():
         np.testing.assert_array_equal(array, other.arrays[name])
 
 
-def test_train_step_when_50_steps_run_then_compiled_once(tmp_path, caplog):
+def test_train_step_when_20_steps_run_then_compiled_once(tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING, logger="jax"):
-            assert main(tiny_arguments(tmp_path, train__steps=50, train__log_every=1, eval__max_examples=8)) == 0
+            assert main(unevaluated(tmp_path, train__log_every=1)) == 0
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     assert sum("train_step" in message for message in compiled) == 1
-    assert len(read_metrics(tmp_path)[0]) == 50
+    assert len(read_metrics(tmp_path)[0]) == 20
 
 
 def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_the_checkpoint(tmp_path, capsys):
-    assert main(tiny_arguments(tmp_path, train__steps=10)) == 0
+    assert main(unevaluated(tmp_path, train__steps=10)) == 0
     kept = saved_state(tmp_path, 10)
     # The rate may not change on a resume, so the state itself is spoilt: one parameter that is not a number.
     config = tiny_config(train__steps=10)
@@ -133,7 +138,7 @@ def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_th
         state.params["decoder"]["begin"] = jax.device_put(np.full(begin.shape, np.nan, np.float32), begin.sharding)
         checkpointer.save(11, state.replace(step=state.step + 1), config)
     capsys.readouterr()
-    assert main(tiny_arguments(tmp_path, train__save_every=1)) == 3
+    assert main(unevaluated(tmp_path, train__save_every=1)) == 3
     message = capsys.readouterr().err
     assert "loss is nan at step 14, and so in 3 steps in a row" in message
     assert "newest checkpoint is that of step 11" in message and "--replay 14" in message
@@ -145,7 +150,7 @@ def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_th
 def test_run_when_some_records_are_bad_then_counted_named_and_replaced(tmp_path):
     folder = broken_source(tmp_path / "data", good=50, bad=1)
     workdir = tmp_path / "run"
-    assert main(tiny_arguments(workdir, data__sources__photo=folder, data__max_bad_fraction=0.5)) == 0
+    assert main(unevaluated(workdir, data__sources__photo=folder, data__max_bad_fraction=0.5)) == 0
     counts = [line.get("bad/photo/undecodable_image", 0) for line in read_metrics(workdir)[0]]
     lines = [json.loads(line) for line in (workdir / "bad_records.jsonl").read_text().splitlines()]
     assert sum(counts) == len(lines) > 0
@@ -164,7 +169,7 @@ def test_run_when_too_many_records_are_bad_then_stops_by_the_guard(tmp_path, cap
 
 def test_config_when_saved_with_a_checkpoint_then_the_run_is_known_from_it(straight):
     meta = CheckpointReader(straight).meta(20)
-    assert meta["config"] == config_to_dict(tiny_config(train__eval_every=10))
+    assert meta["config"] == config_to_dict(tiny_config(train__eval_every=10, train__tensorboard=True))
 
 
 def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch):
@@ -231,14 +236,14 @@ def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_device
 
     monkeypatch.setattr(Program, "compile_step", long_step)
     monkeypatch.setattr(pipeline, "to_devices", watched)
-    arguments = tiny_arguments(tmp_path, train__steps=5, train__save_every=0, eval__sources={}, model__layers="scan")
+    arguments = unevaluated(tmp_path, train__steps=5, train__save_every=0)
     assert main(arguments) == 0
     assert handed_over == [True] * 4
 
 
 def test_loop_when_it_starves_then_says_what_to_change(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "Source", partial(SlowSource, delay_s=0.05, journal=tmp_path / "journal"))
-    arguments = tiny_arguments(tmp_path / "run", data__read_threads=1, eval__sources={}, model__layers="scan")
+    arguments = unevaluated(tmp_path / "run", data__read_threads=1)
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert said.count("steps wait for data") == 1
@@ -253,7 +258,7 @@ def test_loop_when_steps_are_slow_then_they_do_not_wait_for_data(tmp_path, monke
         return lambda *args: (time.sleep(0.3), step(*args))[1]
 
     monkeypatch.setattr(Program, "compile_step", slow_step)
-    assert main(tiny_arguments(tmp_path, train__steps=8, train__log_every=4, eval__max_examples=4)) == 0
+    assert main(unevaluated(tmp_path, train__steps=8, train__log_every=4)) == 0
     assert read_metrics(tmp_path)[0][-1]["data_wait_fraction"] < 0.02
 
 
@@ -307,18 +312,18 @@ def test_run_when_asked_to_stop_then_saves_that_step_ends_with_75_and_goes_on_ex
             Program, "compile_step", lambda *args: (while_compiling.append(handlers()), compile_step(*args))[1]
         )
         signalled(patched, 7, numbers)
-        assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == errors.EXIT_AGAIN
+        assert main(unevaluated(tmp_path, train__save_every=100)) == errors.EXIT_AGAIN
     assert "stopped on request: step 7 of 20 is saved" in capsys.readouterr().out
     assert [before] == while_compiling and handlers() == before
     assert CheckpointReader(tmp_path).steps() == [7]
-    assert main(tiny_arguments(tmp_path, train__eval_every=10, train__save_every=100)) == 0
+    assert main(unevaluated(tmp_path, train__save_every=100)) == 0
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
 
 
 def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_the_straight_run(
     straight, tmp_path, monkeypatch, capsys
 ):
-    arguments = tiny_arguments(tmp_path, train__eval_every=10)
+    arguments = unevaluated(tmp_path)
     with monkeypatch.context() as patched:
         signalled(patched, 7, [signal.SIGTERM])
         assert main(arguments) == errors.EXIT_AGAIN
@@ -339,14 +344,14 @@ def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_t
 def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "_SAME_S", 0.0)
     signalled(monkeypatch, 7, [signal.SIGINT, signal.SIGINT])
-    assert main(tiny_arguments(tmp_path, train__save_every=100)) == errors.EXIT_INTERRUPTED
+    assert main(unevaluated(tmp_path, train__save_every=100)) == errors.EXIT_INTERRUPTED
     assert CheckpointReader(tmp_path).steps() == []
 
 
 def test_run_when_asked_to_stop_at_its_last_step_then_it_is_finished(tmp_path, monkeypatch):
     signalled(monkeypatch, 4, [signal.SIGTERM])
     # Where nothing is evaluated, 12 rows for 8 devices are no mistake.
-    assert main(tiny_arguments(tmp_path, train__steps=4, eval__sources={}, eval__batch_size=12)) == 0
+    assert main(unevaluated(tmp_path, train__steps=4, eval__batch_size=12)) == 0
 
 
 @pytest.mark.parametrize(("steps", "code"), [(20, errors.EXIT_AGAIN), (5, errors.EXIT_FINISHED)])
@@ -387,7 +392,7 @@ def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys
         return call
 
     monkeypatch.setattr(Program, "compile_step", failing)
-    arguments = tiny_arguments(tmp_path, train__save_every=5, eval__sources={})
+    arguments = unevaluated(tmp_path, train__save_every=5)
     for code, again in ((errors.EXIT_AGAIN, ""), (errors.EXIT_HUNG, ", as at this step before")):
         assert main(arguments) == code
         assert f"failed at step 7{again}: INTERNAL: Core halted" in capsys.readouterr().err
@@ -402,7 +407,7 @@ def test_start_when_a_device_fails_twice(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Program, "init", fail)
     for code in (errors.EXIT_AGAIN, errors.EXIT_HUNG):
-        assert main(tiny_arguments(tmp_path, eval__sources={})) == code
+        assert main(unevaluated(tmp_path)) == code
         assert "failed at step 0" in capsys.readouterr().err
     assert [event.kind for event in read_events(tmp_path)] == ["device_failure"] * 2
 
@@ -427,7 +432,7 @@ def test_run_when_it_hung_before_what_it_saves(tmp_path):
     (tmp_path / "hangs").mkdir()
     for name in ("00000000-00000-start", "00000003-00001-step", "00000009-00000-data"):
         (tmp_path / f"hangs/{name}.txt").touch()
-    assert main(tiny_arguments(tmp_path, train__steps=4, eval__sources={})) == 0
+    assert main(unevaluated(tmp_path, train__steps=4)) == 0
     assert Interruptions(tmp_path, 0).exit_code(0) == errors.EXIT_AGAIN
     assert Interruptions(tmp_path, 0).exit_code(3) == errors.EXIT_AGAIN
     assert Interruptions(tmp_path, 0).exit_code(9) == errors.EXIT_HUNG
@@ -436,8 +441,8 @@ def test_run_when_it_hung_before_what_it_saves(tmp_path):
 def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(tmp_path, monkeypatch):
     save = Checkpointer.save
     monkeypatch.setattr(Checkpointer, "save", lambda *args, **kwargs: (time.sleep(0.5), save(*args, **kwargs)))
-    changes = dict(train__steps=9, train__save_every=3, train__log_every=2, eval__sources={})
-    assert main(tiny_arguments(tmp_path, **changes)) == 0
+    changes = dict(train__steps=9, train__save_every=3, train__log_every=2)
+    assert main(unevaluated(tmp_path, **changes)) == 0
     stalls = {line["step"]: line["save_stall_s"] for line in read_metrics(tmp_path)[0]}
     assert stalls.keys() == {2, 4, 6, 8, 9}
     assert stalls[2] == stalls[6] == stalls[9] == 0

@@ -41,7 +41,7 @@ def picture(grid: tuple[int, int], area: int, seed: int, config) -> dict[str, np
 
 @pytest.mark.parametrize("attention", ["xla", "pallas"])
 def test_pictures_when_alone_or_padded_beside_others_then_the_same_loss_gradient_and_prefix(attention):
-    config = tiny_config(**NATIVE, model__attention=attention, model__layers="scan")
+    config = tiny_config(**NATIVE, model__attention=attention)
     task = build_task(config)
     params, grids = jax.jit(task.init)(run_key(0)), [(2, 3), (1, 8)]
     alone = [picture(grid, grid[0] * grid[1], seed, config) for seed, grid in enumerate(grids)]
@@ -75,7 +75,7 @@ def test_native_run_when_trained_then_each_shape_is_compiled_once_ahead_and_a_re
         Program, "compile_step", lambda program, shape: (compiled.append(shape), compile_step(program, shape))[1]
     )
     often = dict(train__save_every=4, train__log_every=1, train__keep=5)
-    settings = dict(NATIVE, **often, seed=SEED, train__steps=8, model__layers="scan")
+    settings = dict(NATIVE, **often, seed=SEED, train__steps=8)
     assert main(tiny_arguments(tmp_path / "straight", **settings)) == 0
     assert compiled == [(32, 4), (16, 8), (8, 16)]
     said = capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_native_run_when_trained_then_each_shape_is_compiled_once_ahead_and_a_re
 
 
 def test_native_steps_when_one_has_run_at_each_area_then_nothing_compiles_any_more(tmp_path, caplog):
-    config = tiny_config(**NATIVE, model__layers="scan")
+    config = tiny_config(**NATIVE)
     program = build_program(config)
     steps = {shape: program.compile_step(shape) for shape in config.batch_shapes}
     state, seen = program.init(), set()

@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_config
 
 from aimv2_jax.errors import UserError
+from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.train.program import build_program
 
 WIDTHS = dict(model__encoder__width=48, model__decoder__width=48)
@@ -36,3 +37,12 @@ def test_mesh_when_decoder_has_no_attention():
     program = build_program(tiny_config(mesh__data=4, mesh__tensor=2, **kind))
     assert program.mesh.shape["tensor"] == 2
     assert jax.tree.leaves(program.state_shardings)
+
+
+def test_program_when_built_then_traces_the_model_once(monkeypatch):
+    """A trace of the model is most of what a start without a compile costs."""
+    traced, plain = [], AIMv2.__call__
+    monkeypatch.setattr(AIMv2, "__call__", lambda self, *args: (traced.append(None), plain(self, *args))[1])
+    program = build_program(tiny_config())
+    assert program.abstract_state.params and program.state_shardings.params
+    assert len(traced) == 1

@@ -368,7 +368,7 @@ def test_rows_when_drawn_then_in_order_valid_first_and_all_as_often():
 
 
 def test_text_loss_when_rows_are_dropped_then_those_have_no_gradient_and_the_others_do():
-    task = build_task(tiny_config(loss__image=False, model__decoder__keep_rows=0.5, model__layers="scan"))
+    task = build_task(tiny_config(loss__image=False, model__decoder__keep_rows=0.5))
     params, batch = jax.jit(task.init)(run_key(0)), batch_of(8)
     kept = task.draw_kept(run_key(1), batch)
     assert kept["kept"].shape == (8, LENGTH // 2)

@@ -43,7 +43,7 @@ def test_run_when_its_workdir_is_in_a_bucket_then_that_of_a_disk_and_goes_on_exa
     bucket, tmp_path, capsys, monkeypatch
 ):
     data = broken_source(tmp_path / "data", good=50, bad=1)
-    changes = dict(data__sources__photo=data, data__max_bad_fraction=0.5, eval__max_examples=8, model__layers="scan")
+    changes = dict(data__sources__photo=data, data__max_bad_fraction=0.5, eval__max_examples=8, train__tensorboard=True)
     workdir, disk = f"{NAME}/runs/one", tmp_path / "disk"
     written = written_at_saves(bucket / "runs/one/metrics.jsonl", monkeypatch)
     assert main(tiny_arguments(workdir, train__steps=10, train__save_every=5, train__keep=1, **changes)) == 0
