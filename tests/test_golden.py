@@ -40,6 +40,10 @@ LARGEST_ENTRY = 2e-5
 LOSS_RELATIVE = 5e-6
 PARAMETER_ABSOLUTE = 3e-5
 WAYS = [(layers, remat) for layers in ("scan", "loop") for remat in ("none", "attention", "full")]
+# For a forward pass, in which nothing is rematerialised, and for what is done with losses and gradients.
+TWO_WAYS = [("scan", "none"), ("loop", "full")]
+# What users run, a forward pass and a whole train step, is compiled as for them; gradients alone as the suite compiles.
+fully_optimized = pytest.mark.usefixtures("fully_optimized")
 
 
 def read_json(path: Path) -> dict:
@@ -152,9 +156,7 @@ def pretrain(golden_dir) -> Pretrain:
     return Pretrain(golden_dir / "pretrain")
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: "-".join(way))
-def way(request) -> tuple[str, str]:
-    return request.param
+every_way, two_ways = (pytest.mark.parametrize("way", ways, ids="-".join) for ways in (WAYS, TWO_WAYS))
 
 
 def test_parameters_when_mapped_then_the_tree_is_exactly_ours(pretrain):
@@ -176,6 +178,8 @@ def test_targets_when_pixels_are_normalised_then_equal(pretrain):
     np.testing.assert_array_equal(outside, pretrain.raw_batch["image_loss_mask"])
 
 
+@fully_optimized
+@two_ways
 def test_activations_when_run_as_in_training_then_equal(pretrain, way):
     task, batch, prefix = pretrain.task(*way), pretrain.batch, jnp.asarray(pretrain.prefix)
     encoder, decoder = task.model.encoder, task.model.decoder
@@ -239,6 +243,7 @@ def check_losses(expected: dict, counts, sums, total):
     assert total == pytest.approx(expected["total_loss"], rel=LOSS_RELATIVE)
 
 
+@every_way
 def test_losses_and_gradients_when_one_batch_then_equal(pretrain, way):
     counts, sums, total, grads = loss_and_gradients(pretrain.task(*way), pretrain)
     check_losses(read_json(pretrain.directory / "losses.json"), counts, sums, total)
@@ -254,13 +259,13 @@ def test_losses_and_gradients_when_accumulated_row_by_row_then_equal(pretrain):
         assert_close(grads[path], theirs, f"gradient of {path}")
 
 
-def test_losses_and_gradients_when_the_end_is_predicted_then_equal(pretrain, golden_dir, way):
+def test_losses_and_gradients_when_the_end_is_predicted_then_equal(pretrain, golden_dir):
     directory = golden_dir / "pretrain_eos"
     targets = read_tensors(directory / "targets.safetensors", {"text_targets"})["text_targets"]
     token_valid = jnp.asarray(pretrain.batch["token_valid"])
     counted = losses.counted_tokens(token_valid, jnp.ones(len(token_valid), bool), predict_eos=True)
     np.testing.assert_array_equal(np.where(counted, pretrain.batch["tokens"], -100), targets)
-    counts, sums, total, grads = loss_and_gradients(pretrain.task(*way, predict_eos=True), pretrain)
+    counts, sums, total, grads = loss_and_gradients(pretrain.task("scan", "none", predict_eos=True), pretrain)
     check_losses(read_json(directory / "losses.json"), counts, sums, total)
     tensors = read_tensors(directory / "grads.safetensors", pretrain.names())
     for path, theirs in to_ours(tensors, APPLE_PRETRAIN).items():
@@ -278,6 +283,8 @@ def _params(pretrain):
     return read_tensors(pretrain.directory / "params.safetensors", pretrain.names())
 
 
+@fully_optimized
+@two_ways
 def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equal(pretrain, way):
     golden = pretrain.config["optimizer"]
     schedule = learning_rate(
@@ -379,6 +386,8 @@ def params_of(weights: Weights) -> dict:
 HUGGING_FACE = ["hf_learned", "hf_native", "hf_head"]
 
 
+@fully_optimized
+@two_ways
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_model_when_read_then_hidden_states_equal(golden_dir, name, way):
     directory = golden_dir / name
@@ -412,6 +421,7 @@ def test_hugging_face_model_when_read_and_written_then_the_same_bit_for_bit(gold
     assert {key: config[key] for key in written} == written
 
 
+@fully_optimized
 @pytest.mark.parametrize("name", ["learned", "native", "attention_pool"])
 def test_apples_released_names_when_read_then_blocks_and_features_equal(golden_dir, name):
     directory, golden = golden_dir / "apple_aim" / name, read_json(golden_dir / "apple_aim/config.json")["models"][name]

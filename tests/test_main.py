@@ -10,15 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from several import free_port
-from tiny import ROOT, tiny_arguments
+from tiny import ROOT, tiny_arguments, tiny_config
+from trained_run import drawn_state
 
 from aimv2_jax import errors
 from aimv2_jax.flags import split_overrides
 from aimv2_jax.main import main
+from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.train import step_folders
-from aimv2_jax.train.program import Program
+from aimv2_jax.train.checkpoint import Checkpointer
+from aimv2_jax.train.program import Program, build_program
+from experiments.benchmarks import step_time
 
 MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export.hf"]
 MODULES += [f"-m aimv2_jax.eval.{name}" for name in ("show", "heldout", "features", "probes", "zeroshot", "retrieval")]
@@ -98,11 +103,13 @@ def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(
     assert "two checkpoints" in capsys.readouterr().err
 
 
-def test_main_when_the_workdir_has_another_model_then_refused_naming_the_key(tmp_path, capsys, monkeypatch):
-    assert main(tiny_arguments(tmp_path, train__steps=2, eval__max_examples=4)) == 0
+def test_main_when_the_workdir_has_another_model_then_refused_naming_the_key(tmp_path, capsys, nothing_compiles):
+    config = tiny_config()
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(2, drawn_state(build_program(config, jax.devices()[:1])), config)
     changes = {"model__encoder__width": 48, "optimizer__peak_lr": 0.5, "seed": 7}
     for key, value in changes.items():
-        assert main(tiny_arguments(tmp_path, eval__max_examples=4, **{key: value})) == errors.EXIT_USER
+        assert main(tiny_arguments(tmp_path, **{key: value})) == errors.EXIT_USER
         message = capsys.readouterr().err
         assert key.replace("__", ".") in message and str(value) in message
 
@@ -202,12 +209,10 @@ def test_step_time_when_imported_and_built_then_needs_no_grain_orbax_or_tensorfl
     assert imported_by(statement.replace("experiments", f"{ROOT}/experiments"), "grain", "orbax", "tensorflow") == "[]"
 
 
-def test_step_time_when_run_then_prints_one_json_line_with_its_keys(tmp_path):
+def test_step_time_when_run_then_prints_one_json_line_with_its_keys(tmp_path, capsys):
     file = tmp_path / "line.json"
-    command = [sys.executable, "experiments/benchmarks/step_time.py", "--preset=tiny", "--rounds=1", "--steps=1"]
-    result = subprocess.run([*command, f"--json={file}"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    [line] = result.stdout.splitlines()
+    assert step_time.main(["--preset=tiny", "--rounds=1", "--steps=1", f"--json={file}"]) == 0
+    [line] = capsys.readouterr().out.splitlines()
     values = json.loads(line)
     assert values == json.loads(file.read_text())
     assert {"images_per_s", "matmul_gflop_per_s", "images_per_gflop", "preset", "platform", "batch"} < set(values)
@@ -217,11 +222,6 @@ def test_step_time_when_run_then_prints_one_json_line_with_its_keys(tmp_path):
 
 def test_step_time_when_the_preset_is_the_reference_then_it_has_the_size_of_the_torch_model():
     """Encoder 384 x 12, decoder 256 x 4, 112 px: 29,356,672 parameters, as the PyTorch model of the same sizes has."""
-    code = (
-        f"import sys; sys.path.insert(0, '{ROOT}/experiments/benchmarks'); import step_time, jax; "
-        "from aimv2_jax.models.aimv2 import count_parameters; from aimv2_jax.train.program import build_program; "
-        "program = build_program(step_time.preset_config('reference', {}), jax.devices()[:1]); "
-        "print(count_parameters(program.abstract_state.params), program.config.data.batch_size)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["29356672", "16"]
+    program = build_program(step_time.preset_config("reference"), jax.devices()[:1])
+    assert count_parameters(program.abstract_state.params) == 29_356_672
+    assert program.config.data.batch_size == 16

@@ -81,8 +81,8 @@ def drawn_state(program: Program) -> TrainState:
 
 @pytest.fixture(scope="session")
 def state(config) -> TrainState:
-    """What the run has at step 20."""
-    return drawn_state(build_program(config))
+    """What the run has at step 20; on one device, so that saving it compiles no slices of replicas."""
+    return drawn_state(build_program(config, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,8 @@ def workdir(config, state, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with Checkpointer(folder, keep=2) as checkpointer:
         checkpointer.save(20, state, config, eval_loss=4.0)
-        later = state.replace(params=jax.tree.map(lambda leaf: 2 * leaf, state.params))
+        doubled = jax.tree.map(lambda leaf: jax.device_put(2 * np.asarray(leaf), leaf.sharding), state.params)
+        later = state.replace(params=doubled)
         checkpointer.save(40, later, config, eval_loss=5.0)
     with MetricsWriter(folder, tensorboard=False, wandb_project=None, config=config) as writer:
         for step in range(2, 41, 2):

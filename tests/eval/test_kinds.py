@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from trained_run import drawn_state
@@ -33,7 +34,7 @@ def run(request, config, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("kind")
     with Checkpointer(folder, keep=1) as checkpointer:
-        checkpointer.save(3, drawn_state(build_program(config)), config)
+        checkpointer.save(3, drawn_state(build_program(config, jax.devices()[:1])), config)
     with MetricsWriter(folder, tensorboard=False, wandb_project=None, config=config) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 5.0 - step, "lr": 1e-3, "grad_norm": 1.0})

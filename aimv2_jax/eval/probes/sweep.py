@@ -86,8 +86,10 @@ def train(
         return jnp.sum(losses * counted) / jnp.sum(counted).clip(1)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: Any, number: Array, features: Array, valid: Array, classes: Array) -> Any:
-        features = (features.astype(jnp.float32) - standard.mean) * standard.inverse
+    def step(
+        state: Any, number: Array, mean: Array, inverse: Array, features: Array, valid: Array, classes: Array
+    ) -> Any:
+        features = (features.astype(jnp.float32) - mean) * inverse
 
         def one(state: Any, rate: Array, decay: Array) -> Any:
             params, moments = state
@@ -106,7 +108,8 @@ def train(
     copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(plan.grid), *leaf.shape)), params)
     state = copies, jax.vmap(adam.init)(copies)
     for number, (features, valid, classes) in enumerate(batches):
-        state = step(state, jnp.int32(number), features, valid, classes)
+        # The statistics are arguments, so that every encoder's heads are trained by one compiled program.
+        state = step(state, jnp.int32(number), standard.mean, standard.inverse, features, valid, classes)
     return state[0]
 
 
@@ -116,12 +119,12 @@ def predict(
     """Log-probabilities of every point of the grid, a batch at a time."""
 
     @jax.jit
-    def run(params: Any, features: Array, valid: Array) -> Array:
-        features = (features.astype(jnp.float32) - standard.mean) * standard.inverse
+    def run(params: Any, mean: Array, inverse: Array, features: Array, valid: Array) -> Array:
+        features = (features.astype(jnp.float32) - mean) * inverse
         return jax.vmap(lambda one: nn.log_softmax(head.apply({"params": one}, features, valid)))(params)
 
     for features, valid, _ in batches:
-        yield np.asarray(run(params, features, valid))
+        yield np.asarray(run(params, standard.mean, standard.inverse, features, valid))
 
 
 def epochs_of(
