@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 
 import jax
 import pytest
@@ -113,3 +115,10 @@ def test_step_time_when_a_pod_s_batch_meets_a_cpu_then_a_batch_is_asked_for(caps
 def test_recompute_when_measured_then_each_kind_of_step_as_often_as_asked():
     plain_s, checked_s = recompute.measure(preset_config("tiny"), rounds=2)
     assert len(plain_s) == len(checked_s) == 2 and min(plain_s + checked_s) > 0
+
+
+def test_turns_when_asked_twice_then_two_rates(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    assert main(["--preset", "tiny", "--turns", "--steps", "1"]) == 0
+    rates = [json.loads(line)["images_per_s"] for line in capsys.readouterr().out.splitlines()]
+    assert len(rates) == 2 and min(rates) > 0

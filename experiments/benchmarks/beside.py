@@ -31,10 +31,17 @@ from aimv2_jax.flags import Parser, positive  # noqa: E402
 class Program:
     """A started benchmark."""
 
-    def __init__(self, name: str, command: str):
+    def __init__(self, name: str, command: str, threads: int):
         self.name = name
+        cores = sorted(os.sched_getaffinity(0))[:threads]
         self.process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            shlex.split(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
 
     def rate(self) -> float:
@@ -46,20 +53,27 @@ class Program:
                 return float(json.loads(line)["images_per_s"])
         raise UserError(f"--run {self.name} ended", f"code {self.process.wait()}", "Run it by itself: what did it say?")
 
+    def end(self) -> None:
+        """Ends it, whatever it does."""
+        self.process.kill()
+        with contextlib.suppress(BrokenPipeError):  # A line that it had not read.
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
 
 @contextlib.contextmanager
-def started(commands: dict[str, str]) -> Iterator[list[Program]]:
+def started(commands: dict[str, str], threads: int) -> Iterator[list[Program]]:
     """All programs, warm; they are ended at the end."""
     programs = []
     try:
         for name, command in commands.items():
-            programs.append(Program(name, command))
+            programs.append(Program(name, command, threads))
             programs[-1].rate()
         yield programs
     finally:
         for program in programs:
-            program.process.kill()
-            program.process.wait()
+            program.end()
 
 
 def table(rates: dict[str, list[float]]) -> str:
@@ -81,10 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write all rates to this file")
     flags = parser.parse_args(arguments)
     commands = dict(_named(text) for text in flags.run)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])  # Programs inherit both.
-    os.environ["OMP_NUM_THREADS"] = str(flags.threads)
     rates: dict[str, list[float]] = {name: [] for name in commands}
-    with started(commands) as programs:
+    with started(commands, flags.threads) as programs:
         for _ in range(flags.rounds):
             for program in programs:
                 rates[program.name].append(program.rate())
