@@ -19,6 +19,7 @@ def test_positions_when_resized_then_equal_to_pillows_bicubic_of_a_float_picture
         np.testing.assert_allclose(ours[:, channel], expected, rtol=0, atol=1e-5)  # Sums of 16 products in float32.
 
 
+@pytest.mark.usefixtures("fully_optimized")
 def test_positions_when_a_ramp_is_enlarged_then_it_stays_one_three_cells_inside_the_border():
     row, column = np.mgrid[:16, :16].astype(np.float32)
     table = np.stack([row, column, 2 * row - 3 * column], axis=-1).reshape(-1, 3)

@@ -74,7 +74,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.parallel.mesh import build_mesh
 
 devices = described_devices(parse_topology("v5e:2x2", 2))
-print({device.platform for device in devices}, build_mesh(2, -1, 1, 1, devices).shape)
+print({device.platform for device in devices}, dict(build_mesh(2, -1, 1, 1, devices).shape))
 try:
     build_mesh(1, -1, 1, 1, devices)
 except UserError as error:
@@ -87,7 +87,7 @@ def test_mesh_on_two_slices_of_tpus():
     pytest.importorskip("libtpu")
     done = subprocess.run([sys.executable, "-c", TPUS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "{'tpu'} OrderedDict([('slice', 2), ('data', 4)," in done.stdout
+    assert "{'tpu'} {'slice': 2, 'data': 4," in done.stdout
     assert "1 for 8 devices in 2 slices" in done.stdout and "Set mesh.slices=2" in done.stdout
 
 
