@@ -112,6 +112,7 @@ class Program:
             grad_shardings=self.state_shardings.params,
             ema_decay=self.config.optimizer.ema_decay,
             skip_beyond=settings.spike_sigma if settings.spike == "skip" else None,
+            writes_in_order=self.mesh.devices.flat[0].platform == "cpu",
         )
         whole = rules.replicated(self.mesh)
         return jax.jit(

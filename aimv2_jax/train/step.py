@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,12 +64,17 @@ def train_step(
     grad_shardings: Any = None,
     ema_decay: float = 0.0,
     skip_beyond: float | None = None,
+    writes_in_order: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Forward, backward, clip, update. `rng` is the run's key; what is per example is folded in from its number.
 
     A step whose loss or gradient is not finite changes no parameter, nothing of the optimiser's, and no average; nor
     does, with `skip_beyond`, one whose loss or gradient norm is so many deviations above those before (guard.py). The
     learning rate follows the updates that were made, in a cooldown the steps.
+
+    With `writes_in_order` nothing of the state is overwritten before all that reads it: XLA's CPU compiler copies the
+    whole donated state unless it is told so (that of jax 0.10 drops the order, and copies all the same). A TPU's needs
+    no telling, and computes the state in one pass.
 
     Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm;
     loss_deviations and grad_norm_deviations, how far above the last steps' they are; skipped, 1 where nothing was
@@ -88,15 +94,19 @@ def train_step(
     skipped = ~verdict.finite
     if skip_beyond is not None:
         skipped |= verdict.is_spike(skip_beyond)
-    before = {name: getattr(state, name) for name in after}
-    after = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), before, after)
+    param_norm = optax.tree.norm(state.params)
+    if writes_in_order:
+        param_norm, skipped = jax.lax.optimization_barrier((param_norm, skipped))
+    for name in sorted(after, key=("average", "params", "opt_state").index):  # Each is computed from those behind it.
+        kept = jax.tree.map(partial(jnp.where, skipped), getattr(state, name), after[name])
+        after[name], skipped = jax.lax.optimization_barrier((kept, skipped)) if writes_in_order else (kept, skipped)
     metrics = {
         "loss": loss,
         **{f"loss_{name}": losses.divide(total, counts[name]) for name, total in sums.items()},
         **{f"count_{name}": count.astype(jnp.float32) for name, count in counts.items()},
         "lr": schedule(num_updates(state.opt_state), state.step),
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(state.params),
+        "param_norm": param_norm,
         "loss_deviations": verdict.loss_deviations,
         "grad_norm_deviations": verdict.grad_norm_deviations,
         "skipped": skipped.astype(jnp.float32),
