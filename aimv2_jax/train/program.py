@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.core import meta
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
@@ -52,7 +51,7 @@ class Program:
     @cached_property
     def state_shardings(self) -> TrainState:
         """Shardings of the whole state, by the rule table."""
-        abstract = meta.unbox(self.task.abstract_named)
+        abstract = self.task.abstract_params
         params = rules.param_shardings(self.task.logical_axes(), self.mesh)
         rules.check_divisible(abstract, params)
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
@@ -65,7 +64,7 @@ class Program:
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without its memory."""
         fresh = partial(fresh_state, optimizer=self.optimizer, ema_decay=self.config.optimizer.ema_decay)
-        shapes = jax.eval_shape(fresh, meta.unbox(self.task.abstract_named))
+        shapes = jax.eval_shape(fresh, self.task.abstract_params)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,

@@ -70,6 +70,11 @@ class PretrainTask:
         """Shapes and types of the parameters, boxed with the logical names of their axes."""
         return jax.eval_shape(self._init_named, abstract_key())
 
+    @property
+    def abstract_params(self) -> Params:
+        """Shapes and types of the parameters."""
+        return jax.eval_shape(meta.unbox, self.abstract_named)  # Traced, since it constrains layouts on a mesh.
+
     def _init_named(self, rng: jax.Array) -> Params:
         num_patches, pixels = self.model.encoder.num_patches, self.model.decoder.pixels
         return self.model.init(

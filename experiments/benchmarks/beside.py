@@ -41,8 +41,8 @@ class Program:
             text=True,
             bufsize=1,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
+        os.sched_setaffinity(self.process.pid, cores)  # Before it has other threads; forking with JAX's would warn.
 
     def rate(self) -> float:
         """Images a second of its next steps."""

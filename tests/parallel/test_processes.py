@@ -212,7 +212,9 @@ def test_run_when_one_process_gets_sigterm(tmp_path, count):
         assert ended.time_s - asked_s < STOPPED_S
         said, errors = several.said(0)
         stopped = int(re.search(r"stopped on request: step (\d+) of 100000 is saved", said)[1])
-        assert not errors and all(several.said(index) == ("", "") for index in range(1, count))
+        # jax 0.12's own runtime tells of the signal, too.
+        assert all("preemption_notifier" in line for line in errors.splitlines())
+        assert all(several.said(index) == ("", "") for index in range(1, count))
     assert CheckpointReader(workdir).steps() == [stopped]
     steps, compiled = stopped + 3, set((tmp_path / "compiled").glob("*train_step*"))
     assert compiled

@@ -1,4 +1,4 @@
-"""The step that is told to write in order, as on a CPU: the same numbers, and no copy of the state."""
+"""The step that is told to write in order, as on a CPU: the same numbers, and no copy of the state (layers in a loop)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COPY = re.compile(r"= f32\[(?P<shape>[0-9,]+)\]\S* copy\(")
 
 @pytest.fixture(scope="module")
 def program():
-    return build_program(tiny_config(optimizer__ema_decay=0.9), jax.devices()[:1])
+    return build_program(tiny_config(optimizer__ema_decay=0.9, model__layers="loop"), jax.devices()[:1])
 
 
 def compiled(program, writes_in_order: bool):
