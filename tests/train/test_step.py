@@ -1,4 +1,4 @@
-"""The step that is told to write in order, as on a CPU: the same numbers, and no copy of the state (layers in a loop)."""
+"""The step that is told to write in order, as on a CPU: the same numbers, and, of layers in a loop, no copied state."""
 
 from __future__ import annotations
 
