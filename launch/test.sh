@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
   "$venv/bin/ruff" format --check .
   set -- -m "not slow"
 fi
-exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadgroup "$@"
+exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder "$@"

@@ -388,6 +388,8 @@ class Trunk(nn.Module):
         `cache` holds one cache a layer, stacked like the parameters.
         """
         layers, remat, attention = self.run
+        if self.is_initializing():
+            layers = "scan"  # The parameters are the same, and a loop takes `depth` times as long to trace.
         if cache is not None or self.is_initializing():
             attention = "xla"  # The kernels read whole sequences of whole tiles.
         block = Block(self.heads, self.hidden, self.eps, self.precision, attention, parent=None)

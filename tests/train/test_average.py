@@ -16,6 +16,8 @@ from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
 from aimv2_jax.train.program import build_program
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 DECAY = 0.8
 AVERAGED = dict(optimizer__ema_decay=DECAY, train__save_every=1, train__keep=9)
 

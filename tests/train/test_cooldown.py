@@ -21,6 +21,8 @@ from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.tally import Tally
 from aimv2_jax.train.task import PretrainTask
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 TRUNK = {
     "optimizer__schedule": "half_cosine", "optimizer__schedule_steps": 24, "train__steps": 24, "train__save_every": 8,
     "train__keep": 1, "train__keep_steps": (10, 20), "train__log_every": 1, "optimizer__cooldown_share": 4 / 24,

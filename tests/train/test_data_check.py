@@ -25,7 +25,7 @@ from aimv2_jax.train.data_check import continue_on
 from aimv2_jax.train.events import read_events
 
 # Real processes: one test after another.
-pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures("shared_programs")]
+pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures("two_devices", "shared_programs")]
 
 MARK = b"<in between>"
 SAMPLE = ROOT / "aimv2_jax/data/sample"

@@ -35,7 +35,7 @@ from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.run import Run
 from aimv2_jax.train.tally import Tally
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
 KEYS = {
     "step", "loss", "loss_image", "loss_text", "lr", "grad_norm", "param_norm",
@@ -93,7 +93,7 @@ def test_run_when_stopped_and_resumed_twice_then_bitwise_the_straight_run(straig
 
 def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_same_numbers(straight, tmp_path):
     assert main(unevaluated(tmp_path, train__steps=10)) == 0
-    assert main(unevaluated(tmp_path, mesh__data=2, mesh__fsdp=4, model__layers="loop")) == 0
+    assert main(unevaluated(tmp_path, mesh__data=1, mesh__fsdp=2, model__layers="loop")) == 0
     ours, theirs = ({line["step"]: line for line in read_metrics(path)[0]} for path in (tmp_path, straight))
     for step in (15, 20):
         assert ours[step]["count_image"] == theirs[step]["count_image"]  # the same prefixes
@@ -351,8 +351,8 @@ def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeyp
 
 def test_run_when_asked_to_stop_at_its_last_step_then_it_is_finished(tmp_path, monkeypatch):
     signalled(monkeypatch, 4, [signal.SIGTERM])
-    # Where nothing is evaluated, 12 rows for 8 devices are no mistake.
-    assert main(unevaluated(tmp_path, train__steps=4, eval__batch_size=12)) == 0
+    # Where nothing is evaluated, 13 rows for 2 devices are no mistake.
+    assert main(unevaluated(tmp_path, train__steps=4, eval__batch_size=13)) == 0
 
 
 @pytest.mark.parametrize(("steps", "code"), [(20, errors.EXIT_AGAIN), (5, errors.EXIT_FINISHED)])

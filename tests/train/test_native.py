@@ -17,6 +17,8 @@ from aimv2_jax.main import main
 from aimv2_jax.train.program import Program, build_program
 from aimv2_jax.train.task import build_task, run_key
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 SEED = 7  # All three areas come in the first four steps, and in the next four.
 NATIVE = dict(model__encoder__position="sincos", data__areas=(4, 8, 16), data__batch_size=8, eval__area=8)
 

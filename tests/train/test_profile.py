@@ -9,6 +9,8 @@ from tiny import tiny_arguments
 from aimv2_jax.main import main
 from aimv2_jax.train.profile import Profiler
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def steps_in(file) -> list[int]:
     """The steps whose dispatch is in a trace."""

@@ -17,6 +17,8 @@ from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.program import build_program
 from aimv2_jax.train.warm_start import OF_TOKENS, RunDonor, match, warm_start
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 OURS = {"encoder/position": (16, 8), "encoder/trunk/norm/scale": (8,), "decoder/begin": (4,)}
 
 

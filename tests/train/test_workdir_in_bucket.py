@@ -15,7 +15,7 @@ from aimv2_jax.main import main
 from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, parse_spec
 from aimv2_jax.train.metrics import read_metrics
 
-pytestmark = pytest.mark.xdist_group("shared-memory")
+pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures("two_devices")]
 
 
 @pytest.fixture
