@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from tiny import only_devices
 
 # However the tests were started: nohup has it ignored, and so would every child.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -82,9 +83,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="module")
 def two_devices():
     """A file's runs take two of the eight devices, for tests of what no mesh changes: half the time of a run."""
-    every = jax.devices()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: every[:2])
+    with only_devices(2):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Several processes on this machine that train as one, on eight CPU devices, started as a user starts them by hand."""
+"""Several processes on this machine that train as one, each on a CPU device, started as a user starts them by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tiny import ROOT
 
 from experiments.drills.bytes_tokenizer import SITE
 
-DEVICES = 8  # Of all together.
 HOST = socket.gethostname()
 
 
@@ -67,7 +66,7 @@ class Several:
         environment = os.environ | {
             "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         }
         self.coordinator = f"127.0.0.1:{free_port()}"
         self.processes: dict[int, subprocess.Popen] = {}

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
+import pytest
 
 from aimv2_jax.config import Config, load_config
 
@@ -19,7 +24,7 @@ TINY = {
     "model.decoder.hidden": 32,
     "model.decoder.text_length": 12,
     "model.layers": "scan",  # Less to compile than "loop", which tests of the step have.
-    "optimizer.warmup_steps": 5,
+    "optimizer.warmup_steps": 1,
     "optimizer.schedule_steps": 100,
     "data.image_size": 28,
     "data.batch_size": 16,
@@ -32,6 +37,14 @@ TINY = {
     "train.save_every": 10,
     "train.tensorboard": False,
 }
+
+
+@contextlib.contextmanager
+def only_devices(count: int) -> Iterator[None]:
+    """Programs that are built meanwhile take so many of this process' devices, unless they are given others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:count])
+        yield
 
 
 def overrides(**changes: object) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from aimv2_jax.models.layers import (
     Trunk,
     add,
     named,
+    parameter,
     symmetric_uniform,
     xavier_uniform,
 )
@@ -71,7 +72,7 @@ class Encoder(nn.Module):
         x = RMSNorm(self.eps, self.precision, name="patch_norm")(x)
         if self.position == "learned":
             init = named(nn.initializers.normal(0.02), *POSITION_AXES)
-            table = self.param("position", init, (self.num_patches, self.width), param)
+            table = parameter(self, "position", init, (self.num_patches, self.width), param)
             if patches.shape[1] != self.num_patches:
                 raise ValueError(
                     f"this encoder has learned positions for {self.num_patches} patches, got {patches.shape[1]}"

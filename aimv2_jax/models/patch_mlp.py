@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.models.decoder import Output, Predictions
-from aimv2_jax.models.layers import Linear, Precision, RMSNorm, Run, SwiGLU, init_stacked, run_layers
+from aimv2_jax.models.layers import Linear, Precision, RMSNorm, Run, SwiGLU, init_stacked, parameter, run_layers
 from aimv2_jax.models.positions import sincos_positions
 
 
@@ -61,7 +61,7 @@ class PatchMLP(nn.Module):
         x = Linear(self.width, ("features", "output"), self.precision, bias_init=zeros, name="embed")(features[:, :-1])
         x += sincos_positions(coords[:, :-1], self.width).astype(self.precision.compute)
         block = MLPBlock(self.hidden, self.eps, self.precision, parent=None)
-        stacked = self.param("blocks", init_stacked, block, self.depth, x[:1, :1])
+        stacked = parameter(self, "blocks", init_stacked, block, self.depth, x[:1, :1])
         x, _ = run_layers(
             lambda x, params: (block.apply({"params": params}, x), None),
             x,

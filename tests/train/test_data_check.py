@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures(
 
 MARK = b"<in between>"
 SAMPLE = ROOT / "aimv2_jax/data/sample"
-SMALL = dict(train__steps=4, train__save_every=2, eval__sources={}, optimizer__warmup_steps=1)
+SMALL = dict(train__steps=4, train__save_every=2, eval__sources={})
 
 
 def photos(folder: Path, records: slice) -> Path:

@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from runs import saved_state
-from tiny import tiny_config
+from tiny import only_devices, tiny_config
 
 from aimv2_jax.errors import EXIT_FINISHED, GuardStop, UserError
 from aimv2_jax.train import loop, recompute, run, step_folders
@@ -37,12 +37,12 @@ from experiments.drills.bytes_tokenizer import BytesTokenizer
 pytestmark = pytest.mark.usefixtures("two_devices")
 
 BATCH = 16
+NOT_FINITE = [5, 6, 12, 13, 14]  # One list for all tests: it is compiled into the step.
 SETTINGS = dict(
     eval__sources={},
     train__log_every=1,
     train__save_every=10,
     train__steps=50,
-    optimizer__warmup_steps=1,
 )
 
 
@@ -87,7 +87,7 @@ def test_step_when_its_gradient_is_nan_then_nothing_but_the_count_of_steps_chang
     tmp_path, capsys
 ):
     """Batches 5 and 6 make steps 6 and 7."""
-    with spoilt([5, 6], np.nan):
+    with spoilt(NOT_FINITE, np.nan):
         assert train(tmp_path, train__steps=8, train__save_every=1, train__keep=9) == EXIT_FINISHED
         said = capsys.readouterr().out
         assert "loss is nan at step 6, which therefore changed nothing (1 in a row, 3 end the run)" in said
@@ -121,7 +121,7 @@ def test_step_when_its_gradient_is_nan_then_nothing_but_the_count_of_steps_chang
 
 
 def test_run_when_m_steps_in_a_row_are_not_finite_then_stopped_and_again_when_it_is_started_again(tmp_path):
-    with spoilt([12, 13, 14], np.nan):
+    with spoilt(NOT_FINITE, np.nan):
         for _ in range(2):
             with pytest.raises(GuardStop, match="loss is nan at step 15, and so in 3 steps in a row"):
                 train(tmp_path, train__steps=20)
@@ -198,7 +198,7 @@ def test_run_when_every_course_has_spikes_then_it_gives_up_after_so_many(tmp_pat
 def test_run_when_a_spike_is_to_be_skipped_then_its_update_alone_is_left_out(tmp_path, capsys):
     with spoilt([44], 10.0):
         for steps, save_every in ((44, 0), (46, 1)):  # 44 is saved as the last, since most need no saving.
-            changes = dict(guard__spike="skip", train__steps=steps, train__save_every=save_every)
+            changes = dict(guard__spike="skip", train__steps=steps, train__save_every=save_every, train__keep=5)
             assert train(tmp_path, **changes) == EXIT_FINISHED
     assert "; its update is left out" in capsys.readouterr().out
     assert unlike(state(tmp_path, 44), state(tmp_path, 45)) == {"step", "guard"}
@@ -242,8 +242,6 @@ def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every
 ):
     """With four devices the second computation has each part on another one."""
     mesh = dict(mesh__data=2, mesh__fsdp=2) if devices == 4 else dict(mesh__data=1)
-    every = jax.local_devices()
-    monkeypatch.setattr(jax, "devices", lambda *_: every[:devices])
     rng, plain, found = np.random.default_rng(0), Recompute.differences, []
 
     def tried(self, once, again):
@@ -257,7 +255,7 @@ def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every
         raise GuardStop("tried")
 
     monkeypatch.setattr(Recompute, "differences", tried)
-    with pytest.raises(GuardStop, match="tried"):
+    with only_devices(devices), pytest.raises(GuardStop, match="tried"):
         train(tmp_path, guard__recompute_every=2, train__steps=2, **mesh)
     assert found == [True] * trials
 
@@ -338,7 +336,7 @@ def test_save_when_a_guard_ends_the_run(tmp_path, monkeypatch):
         wait(self)
 
     monkeypatch.setattr(Checkpointer, "wait", watched)
-    with spoilt([12, 13, 14], np.nan), pytest.raises(GuardStop, match="there is no checkpoint yet"):
+    with spoilt(NOT_FINITE, np.nan), pytest.raises(GuardStop, match="there is no checkpoint yet"):
         train(tmp_path, train__steps=20, train__save_every=0)
     assert seen == [[("save", 15)], [("save", 15)]]  # For the sentence, and at the end.
 
@@ -377,7 +375,7 @@ def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_in
     )
     monkeypatch.setattr(Checkpointer, "check_errors", lambda self: next(failures, None) or plain(self))
     jumped = (14 * BATCH, 15 * BATCH) if spoils else None
-    with spoilt([12, 13, 14], np.nan) if spoils else contextlib.nullcontext():
+    with spoilt(NOT_FINITE, np.nan) if spoils else contextlib.nullcontext():
         assert train(tmp_path, jumped, train__steps=20, train__keep=9) == EXIT_FINISHED
     assert CheckpointReader(tmp_path).steps() == [10, instead, 20]
     assert "could not write: 'no room'. Make it. It is tried once more, with step 13" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from runs import assert_bitwise, saved_state
 from several import free_port
-from tiny import ROOT
+from tiny import ROOT, only_devices
 
 from aimv2_jax.train.checkpoint import CheckpointReader
 from aimv2_jax.train.metrics import read_metrics
@@ -56,9 +56,16 @@ def global_batch(workdir: Path, step: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([rows for _, rows in sorted(shards.items())]) for name, shards in parts.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def devices():
+    """As many in this process as all hosts have together."""
+    with only_devices(host.DEVICES):
+        yield
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """One host: this process and its eight devices."""
+    """One host: this process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     host.train(workdir, data__workers=0)
     return workdir
@@ -66,7 +73,7 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} hosts".format)
 def saved(request, tmp_path_factory) -> Path:
-    """Five steps on two or four hosts, which have eight devices together."""
+    """Five steps on two or four hosts, which have four devices together."""
     workdir = tmp_path_factory.mktemp("saved") / "run"
     workdir.mkdir()
     run_hosts(request.param, workdir, train__steps=5, eval__sources={})
@@ -132,10 +139,7 @@ def test_run_when_it_goes_on_elsewhere(saved, together, tmp_path, place):
     count, devices, mesh = ELSEWHERE[place]
     changes = {f"mesh__{axis}": size for axis, size in mesh.items()} | {"eval__sources": {}}
     workdir = shutil.copytree(saved, tmp_path / "run")
-    if (count, devices) == (1, host.DEVICES):  # As this process.
-        host.train(workdir, **changes)
-    else:
-        run_hosts(count, workdir, devices, **changes)
+    run_hosts(count, workdir, devices, **changes)
     with np.load(workdir / "restored.npz") as restored:
         assert_bitwise(list(restored.values()), saved_state(saved, 5, **host.SETTINGS))
     for step in range(5, STEPS):
