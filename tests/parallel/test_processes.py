@@ -213,6 +213,7 @@ def test_run_when_one_process_gets_sigterm(tmp_path, count):
     assert CheckpointReader(workdir).steps() == [stopped]
     steps, compiled = stopped + 3, set((tmp_path / "compiled").glob("*train_step*"))
     assert compiled
+    settings["data__workers"] = 0
     for place in (workdir, straight):
         with Several(count, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
             several.finish()
