@@ -10,7 +10,7 @@ from experiments.drills import hang
 # Tests with worker processes run one after another: several at a time would starve those that watch the clock.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 # A data worker has to import what it needs within the time-out, too.
-TIMEOUTS_S = {"worker": 6.0, "step": 3.0, "save": 3.0, "stop": 3.0}
+TIMEOUTS_S = {"worker": 10.0, "step": 3.0, "save": 3.0, "stop": 3.0}
 TWICE = [pytest.param(what, 2, marks=pytest.mark.slow) for what in ("worker", "save", "stop")]
 
 
@@ -27,4 +27,4 @@ def test_run_when_it_hangs(tmp_path, what, starts):
 
 
 def test_worker_when_it_stalls_once_then_it_is_started_again_and_the_run_finishes(tmp_path):
-    hang.stall_once(tmp_path, timeout_s=8.0)
+    hang.stall_once(tmp_path, timeout_s=15.0)

@@ -205,6 +205,6 @@ def test_batch_when_put_together_from_hosts_then_the_same_examples_and_losses(
     together = put_together(program, hosts, tokenizer)
     for name, array in host_batch(range(BATCH), tokenizer).items():
         np.testing.assert_array_equal(together[name], array, name)
-    if hosts == 4:  # equal arrays give equal numbers: once is enough
+    if hosts == 4 and tensor == 1:  # Equal arrays give equal numbers: once is enough.
         assert_same(one_device, run(program, together))
         assert_sharded_throughout(capfd)
