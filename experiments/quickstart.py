@@ -28,5 +28,5 @@ def get_config() -> ConfigDict:
     )
     config.tokenizer.path = f"{SAMPLE}/tokenizer.model"
     config.eval.update(sources={"photo": f"{SAMPLE}/test/photo", "other": f"{SAMPLE}/test/other"}, batch_size=64)
-    config.train.update(steps=320, log_every=10, eval_every=40, save_every=40, keep=2)
+    config.train.update(steps=320, log_every=10, eval_every=80, save_every=40, keep=2)
     return config
