@@ -60,6 +60,10 @@ def test_names_when_listed_then_each_stands_once_on_either_side():
     for naming in ("hf", "apple"):
         alone = [name.in_(naming) for name in names.NAMES if name.part in (None, 0)]
         assert len(set(alone)) == len(alone)
+    fused = {name.part: name.ours for name in names.NAMES if name.part is not None}
+    assert fused == {
+        i: f"encoder/trunk/blocks/attention/{kind}/kernel" for i, kind in enumerate(("query", "key", "value"))
+    }
     assert len({name.ours for name in names.NAMES}) == len(names.NAMES)
     every = Vision(16, 3, 2, 24, 4, 16, "learned", head=True)
     assert set(every.shapes()) == {name.ours for name in names.NAMES}  # The model has no tensor without a name.
