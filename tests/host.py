@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-DEVICES = 4  # Of all hosts together, unless told otherwise.
+DEVICES = 4  # Total over all hosts, by default.
 MIXTURE = {
     "photo": {"alt": 0.30, "synthetic": 0.30},
     "other": {"alt": 0.09},

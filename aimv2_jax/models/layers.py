@@ -385,7 +385,7 @@ class Trunk(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Float[Array, "N B S D"] | None, Cache | None]:
         """Returns the normed rows, the residual stream after every block (if `collect`), and the grown cache.
 
-        `cache` holds one cache a layer, stacked like the parameters.
+        `cache` holds one cache a layer, stacked like the parameters. Initialisation computes neither of the last two.
         """
         layers, remat, attention = self.run
         if cache is not None:

@@ -195,7 +195,7 @@ def test_run_when_one_process_gets_sigterm(tmp_path, count):
     workdir, straight, cache = tmp_path / "run", tmp_path / "straight", tmp_path / "compiled"
     settings = TINY | dict(data__workers=1, train__compilation_cache=cache)
     cache.mkdir()
-    for name in ("train_step", "init_state"):  # What is compiled already; nobody else may add to what is counted.
+    for name in ("train_step", "init_state"):  # Reuse what is compiled so far; no other test writes to this folder.
         for file in Path(jax.config.jax_compilation_cache_dir).glob(f"jit_{name}-*"):
             shutil.copy(file, cache)
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **settings)

@@ -58,7 +58,7 @@ def global_batch(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def devices():
-    """As many in this process as all hosts have together."""
+    """This process uses as many devices as all hosts have in total."""
     with only_devices(host.DEVICES):
         yield
 
