@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, checked shapes, and the place of the golden tensors."""
 
 import gc
+import math
 import os
 import shutil
 import signal
@@ -28,17 +29,21 @@ def pytest_configure(config):
     """How this process, pytest-xdist's workers and all that tests start compile, which is most of what the suite does.
 
     Compiled code runs for milliseconds here, so optimising it is left out: a third of the compiler's time stays. (Tests
-    that compare with reference tensors have the optimisations: `fully_optimized`.) And what several compile alike is
-    compiled once: the limit of size makes jax lock the folder. A test that kills trainers while they compile gives them
-    another folder, since half an entry may stay.
+    that compare with reference tensors have the optimisations: `fully_optimized`.) What several tests compile alike is
+    compiled once, and found again by the next run in the same checkout: pytest's own cache keeps it, `--cache-clear`
+    empties that. The limit of size makes jax lock the folder. A test that kills trainers while they compile gives them
+    another folder, since half an entry may stay; one that reads what the compiler says takes `always_compiled`.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # Set by the process that started this one, or by the user.
         return
-    folder = tempfile.mkdtemp(prefix="compiled-")
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if hasattr(config, "cache"):
+        folder = config.cache.mkdir("compiled")
+    else:  # `-p no:cacheprovider`
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     settings = {
-        "jax_compilation_cache_dir": folder,
-        "jax_compilation_cache_max_size": 8 << 30,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_max_size": 2 << 30,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_disable_most_optimizations": True,
     }
@@ -94,6 +99,15 @@ def fully_optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def always_compiled():
+    """What is compiled meanwhile is not kept, and so never found: for tests that read what the compiler says."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.fixture(scope="session")

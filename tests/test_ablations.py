@@ -137,6 +137,7 @@ LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.starts
 ALL = {"image", "text"}
 # The others differ from AIMv2 in numbers alone, of which one stands for all.
 TRAINED = [*LOSSES, "separate_decoders", "ema", "curriculum_1_112"]
+SLOW = {"captioning_full", "captioning_prefix", "curriculum_1_112"}  # What they change is in the others' programs, too.
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def tokenizer():
     return Tokenizer(load_config(QUICKSTART).tokenizer.path, 12, 1024)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRAINED])
 def test_ablation_when_tiny_and_trained_on_one_batch_then_its_losses_fall(name, tokenizer):
     config = tiny_version(name)
     program = build_program(config, jax.devices()[:1])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -44,30 +45,6 @@ TINY = dict(
     train__log_every=1,
     processes__heartbeat_timeout_s=HEARTBEAT_S,
 )
-
-
-SHORT = TINY | dict(train__steps=4, train__save_every=0)
-
-
-@pytest.mark.parametrize("count", [2, FOUR])
-def test_losses_when_several_processes_train(tmp_path, count):
-    """They are those of this process on as many devices."""
-    workdir, alone, config = tmp_path / "run", tmp_path / "alone", tiny_config(**SHORT)
-    with only_devices(count):
-        assert loop.train(config, alone, BytesTokenizer("", config.model.decoder.text_length)) == EXIT_FINISHED
-    with Several(count, tmp_path / "out", tiny_arguments(workdir, **SHORT)) as several:
-        several.finish()
-        # Process 0 alone talks; all have a log.
-        assert f"{count} process(es)" in several.said(0)[0] and "finished: step 4" in several.said(0)[0]
-        assert not any(several.said(index)[0] for index in range(1, count))
-        logs = [(workdir / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
-        assert "finished: step 4" in logs[0]
-        assert all(f"process {index} of {count} on {HOST}" in log for index, log in enumerate(logs))
-    ours, theirs = (read_metrics(path)[0] for path in (workdir, alone))
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4]
-    assert [line["count_image"] for line in ours] == [line["count_image"] for line in theirs]
-    # float32 over several devices: sums come in another order.
-    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-6)
 
 
 def run_script(count: int, folder: Path, *arguments: str) -> None:
@@ -155,6 +132,7 @@ def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_stop_in_the_start_of_a_resumed_run(tmp_path):
     """SIGTERM to one of two processes that go on from step 3 and still compile: both save step 4, and end with 75."""
     workdir = tmp_path / "run"
@@ -189,17 +167,28 @@ def running_in(workdir: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("count", [2, FOUR])
-def test_run_when_one_process_gets_sigterm(tmp_path, count):
-    """All save one step, end with 75 in time, compile nothing when they are started again, and go on exactly."""
-    workdir, straight, cache = tmp_path / "run", tmp_path / "straight", tmp_path / "compiled"
+class Stopped(NamedTuple):
+    """A run of several processes that was stopped and went on, and one of as many steps that was not."""
+
+    count: int
+    steps: int
+    workdir: Path
+    straight: Path
+    said: list[tuple[str, str]]  # By the processes of the straight run.
+
+
+@pytest.fixture(scope="module", params=[2, FOUR])
+def stopped(request, tmp_path_factory) -> Stopped:
+    """One process gets SIGTERM: all save one step, end with 75 in time, and compile nothing when started again."""
+    count, folder = request.param, tmp_path_factory.mktemp("stopped")
+    workdir, straight, cache = folder / "run", folder / "straight", folder / "compiled"
     settings = TINY | dict(data__workers=1, train__compilation_cache=cache)
     cache.mkdir()
     for name in ("train_step", "init_state"):  # Reuse what is compiled so far; no other test writes to this folder.
         for file in Path(jax.config.jax_compilation_cache_dir).glob(f"jit_{name}-*"):
             shutil.copy(file, cache)
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **settings)
-    with Several(count, tmp_path / "out1", arguments, setup=SLOW_SAVES) as several:
+    with Several(count, folder / "out1", arguments, setup=SLOW_SAVES) as several:
         several.wait_for(lambda: "step       2/" in several.said(0)[0])
         asked_s = time.time()
         several.kill(1, signal.SIGTERM)
@@ -220,9 +209,40 @@ def test_run_when_one_process_gets_sigterm(tmp_path, count):
     assert compiled
     settings["data__workers"] = 0
     for place in (workdir, straight):
-        with Several(count, tmp_path / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
+        with Several(count, folder / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
             several.finish()
+            said = [several.said(index) for index in range(count)]
     assert set(cache.glob("*train_step*")) == compiled
-    assert_bitwise(saved_state(workdir, steps), saved_state(straight, steps))
-    ours, theirs = ([(line["step"], line["loss"]) for line in read_metrics(path)[0]] for path in (workdir, straight))
-    assert ours == theirs and [step for step, _ in ours] == list(range(1, steps + 1))
+    return Stopped(count, steps, workdir, straight, said)
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(workdir)[0]]
+
+
+def test_run_when_stopped_goes_on_exactly(stopped):
+    """Its state, and the losses of all its steps, are those of the run that was not stopped."""
+    assert_bitwise(saved_state(stopped.workdir, stopped.steps), saved_state(stopped.straight, stopped.steps))
+    assert losses(stopped.workdir) == losses(stopped.straight)
+    assert [step for step, _ in losses(stopped.workdir)] == list(range(1, stopped.steps + 1))
+
+
+def test_losses_when_several_processes_train(stopped, tmp_path):
+    """They are those of this process on as many devices."""
+    config = tiny_config(train__steps=stopped.steps, train__save_every=0, **TINY)
+    with only_devices(stopped.count):
+        assert loop.train(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length)) == EXIT_FINISHED
+    ours, theirs = (read_metrics(path)[0] for path in (stopped.straight, tmp_path))
+    assert [line["count_image"] for line in ours] == [line["count_image"] for line in theirs]
+    # float32 over several devices: sums come in another order.
+    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-6)
+
+
+def test_output_when_several_processes_train(stopped):
+    """Process 0 alone writes to the terminal; all have a log."""
+    last, count = f"finished: step {stopped.steps}", stopped.count
+    assert f"{count} process(es)" in stopped.said[0][0] and last in stopped.said[0][0]
+    assert not any(out for out, _ in stopped.said[1:])
+    logs = [(stopped.straight / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
+    assert last in logs[0]
+    assert all(f"process {index} of {count} on {HOST}" in log for index, log in enumerate(logs))

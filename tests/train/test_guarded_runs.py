@@ -365,7 +365,8 @@ def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys
     assert seen == [["save"], ["start"]] and CheckpointReader(tmp_path).steps() == [10, 20, 30, 31, 40, 50]
 
 
-@pytest.mark.parametrize(("spoils", "instead"), [(False, 13), (True, 15)])  # Steps 13 and 14 change nothing.
+# Steps 13 and 14 change nothing.
+@pytest.mark.parametrize(("spoils", "instead"), [pytest.param(False, 13, marks=pytest.mark.slow), (True, 15)])
 def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_instead(
     tmp_path, monkeypatch, capsys, spoils, instead
 ):

@@ -72,21 +72,23 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} hosts".format)
-def saved(request, tmp_path_factory) -> Path:
-    """Five steps on two or four hosts, which have four devices together."""
-    workdir = tmp_path_factory.mktemp("saved") / "run"
+def together(request, tmp_path_factory) -> Path:
+    """Two or four hosts, which have four devices together and read by workers."""
+    workdir = tmp_path_factory.mktemp("together") / "run"
     workdir.mkdir()
-    run_hosts(request.param, workdir, train__steps=5, eval__sources={})
-    assert len(list(workdir.glob("batches/4.*.npz"))) == request.param
+    run_hosts(request.param, workdir, data__workers=1)
+    assert len(list(workdir.glob("batches/9.*.npz"))) == request.param
     return workdir
 
 
 @pytest.fixture(scope="module")
-def together(saved, tmp_path_factory) -> Path:
-    """From there five more on two hosts, which read by workers."""
-    workdir = shutil.copytree(saved, tmp_path_factory.mktemp("together") / "run")
-    run_hosts(2, workdir, data__workers=1)
-    assert len(list(workdir.glob("batches/9.*.npz"))) == 2
+def saved(together, tmp_path_factory) -> Path:
+    """The same when it had done five steps."""
+    workdir = shutil.copytree(together, tmp_path_factory.mktemp("saved") / "run")
+    shutil.rmtree(workdir / "checkpoints/10")
+    for step in range(5, STEPS):
+        for file in workdir.glob(f"batches/{step}.*.npz"):
+            file.unlink()
     return workdir
 
 

@@ -11,10 +11,11 @@ from experiments.drills import hang
 pytestmark = pytest.mark.xdist_group("shared-memory")
 # A data worker has to import what it needs within the time-out, too.
 TIMEOUTS_S = {"worker": 10.0, "step": 3.0, "save": 3.0, "stop": 3.0}
-TWICE = [pytest.param(what, 2, marks=pytest.mark.slow) for what in ("worker", "save", "stop")]
+AT_LENGTH = [("worker", 2), ("save", 1), ("save", 2), ("stop", 1), ("stop", 2)]
+AT_LENGTH = [pytest.param(*case, marks=pytest.mark.slow) for case in AT_LENGTH]
 
 
-@pytest.mark.parametrize(("what", "starts"), [("worker", 1), ("step", 2), ("save", 1), ("stop", 1), *TWICE])
+@pytest.mark.parametrize(("what", "starts"), [("worker", 1), ("step", 2), *AT_LENGTH])
 def test_run_when_it_hangs(tmp_path, what, starts):
     """Stacks in time and 75, and 4 when it hangs at that step again."""
     hung = hang.hang_at_one_step(tmp_path, what, stall_s=300.0, timeout_s=TIMEOUTS_S[what], starts=starts)

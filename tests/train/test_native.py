@@ -41,7 +41,7 @@ def picture(grid: tuple[int, int], area: int, seed: int, config) -> dict[str, np
     }
 
 
-@pytest.mark.parametrize("attention", ["xla", "pallas"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("pallas", marks=pytest.mark.slow)])
 def test_pictures_when_alone_or_padded_beside_others_then_the_same_loss_gradient_and_prefix(attention):
     config = tiny_config(**NATIVE, model__attention=attention)
     task = build_task(config)
