@@ -1,4 +1,4 @@
-"""Packaging; tools are configured in pyproject.toml."""
+"""Package definition; pyproject.toml configures the tools."""
 
 import re
 import sys
@@ -7,18 +7,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "aimv2_jax/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "aimv2_jax/version.py").read_text())[1]
 
 PYTHONS = ("3.11", "3.12", "3.13")  # 3.14 waits for tensorflow-text.
 PYTHON = "{}.{}".format(*sys.version_info)
-if PYTHON not in PYTHONS:  # pip would first name the requirements that it cannot find for it.
+if PYTHON not in PYTHONS:  # Otherwise pip would first report missing requirements.
     sys.exit(f"error: aimv2_jax runs on Python {', '.join(PYTHONS)}; this is {PYTHON}.")
 
-# Two tiers: jax 0.11 and flax 0.12.9 left Python 3.11.
+# Two tiers: jax 0.11 and flax 0.12.9 dropped Python 3.11.
 TIER_ONE, TIER_TWO = "python_version < '3.12'", "python_version >= '3.12'"
 JAX_ONE, JAX_TWO = ">=0.10.0,<0.11", ">=0.11.2,<0.13"
-# Lower bounds are what the suite has run with. Upper bounds stand where a break is known: grain and orbax change
-# interfaces that one module of ours each wraps.
+# Lower bounds are versions that the test suite ran with. Upper bounds are known incompatibilities: grain and orbax
+# change interfaces, each wrapped in one module here.
 REQUIRES = [
     f"jax{JAX_ONE}; {TIER_ONE}",
     f"flax>=0.12.7,<0.12.9; {TIER_ONE}",
@@ -37,7 +37,7 @@ REQUIRES = [
     "etils[epath]>=1.13",
     "numpy>=2.1",
     "packaging>=24",
-    "scipy>=1.14",  # Of jax, too; by name because experiments/scaling fits with it.
+    "scipy>=1.14",  # Also required by jax; listed because experiments/scaling uses it.
     "pillow>=11.3",
     "simplejpeg>=1.8.2",
     "ftfy>=6.3",
@@ -48,10 +48,10 @@ REQUIRES = [
     "tqdm>=4.67",
 ]
 PARQUET = ["pyarrow>=18"]
-# jax 0.10.2 asks for libtpu 0.0.42; what we predict and pick options by is 0.0.52, so that one is installed. The tests
-# compile for TPUs with it, on machines that have none. (requests: jax asks the metadata server by it.)
+# jax 0.10.2 requires libtpu 0.0.42, but predictions and compiler options are for 0.0.52, so that version is installed.
+# The tests compile for TPUs with it on machines without TPUs. (requests: jax uses it for the metadata server.)
 TPU = ["libtpu>=0.0.52,<0.0.53", "requests>=2.32"]
-# Beam holds pillow below 13 and protobuf below 7: the bounds above admit both.
+# Beam requires pillow below 13 and protobuf below 7; the bounds above allow both.
 BEAM = ["apache-beam>=2.70,<3"]
 
 setup(
@@ -60,7 +60,7 @@ setup(
     description="Pre-training of AIMv2 vision encoders in JAX / Flax, on TPU pods, exact and reproducible",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    # The code is Apache-2.0; the bundled images have licences of their own (data/sample/ATTRIBUTION.md, one by one).
+    # The code is Apache-2.0; each bundled image has its own licence (data/sample/ATTRIBUTION.md).
     license_expression="Apache-2.0 AND CC0-1.0 AND CC-BY-3.0 AND CC-BY-3.0-US AND CC-BY-4.0 AND CC-BY-SA-3.0"
     " AND CC-BY-SA-4.0 AND LicenseRef-Public-Domain",
     license_files=["LICENSE", "aimv2_jax/data/sample/ATTRIBUTION.md", "aimv2_jax/data/sample/licenses/*"],
@@ -79,14 +79,14 @@ setup(
             *PARQUET,
             *BEAM,
             *TPU,
-            "pytest>=8.4,<9.2",  # With 9.2, pytest-xdist 3.8 forgets --dist=loadgroup and deals single tests.
+            "pytest>=8.4,<9.2",  # With 9.2, pytest-xdist 3.8 ignores --dist=loadgroup and distributes single tests.
             "pytest-xdist>=3.8",
             "beartype>=0.21",
             "hypothesis>=6.130",
-            # Whose own classes read what we export: without torchvision, which does not load beside this torch.
+            # Their classes load our exports in tests. Without torchvision, which is incompatible with this torch.
             "torch==2.13.0",
             "transformers>=5.23,<6",
-            "ruff>=0.17,<0.18",  # Its format is part of the suite.
+            "ruff>=0.17,<0.18",  # Its formatting is checked by the suite.
         ],
     },
 )

@@ -1,7 +1,6 @@
-"""The configuration: ml_collections in, frozen dataclasses out, every value checked here. Imports no jax.
+"""Configuration: turns an ml_collections config into frozen dataclasses and checks every value. Imports no jax.
 
-The keys and their meaning stand in `experiments/base.py`, which is also the only place with default values: the
-dataclasses below have none, so that a key has one truth.
+`experiments/base.py` documents the keys and is the only file with default values; the dataclasses below have none.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import ml_collections
 from aimv2_jax.errors import UserError
 
 TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
-Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # What each keeps: models/layers.py.
+Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # models/layers.py lists what each saves.
 AttentionMask = Literal["prefix", "full"]
 
 
@@ -54,7 +53,7 @@ class DecoderConfig:
     text_length: int
     remat: Remat | None
     kind: Literal["joint", "separate", "mlp"]
-    keep_rows: float
+    token_keep_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ModelConfig:
     param_dtype: Literal["float32"]
 
     @property
-    def attending(self) -> dict[str, EncoderConfig | DecoderConfig]:
+    def attention_trunks(self) -> dict[str, EncoderConfig | DecoderConfig]:
         """The trunks whose blocks have attention, by name."""
         trunks: dict[str, EncoderConfig | DecoderConfig] = {"encoder": self.encoder}
         return trunks if self.decoder.kind == "mlp" else trunks | {"decoder": self.decoder}
@@ -129,7 +128,7 @@ class TokenizerConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     sources: Mapping[str, str]
-    kinds: tuple[str, ...]
+    caption_types: tuple[str, ...]
     batch_size: int
     prefixes: tuple[float, ...]
     max_examples: int | None
@@ -140,8 +139,8 @@ class EvalConfig:
 class InitConfig:
     path: str
     parts: Literal["model", "encoder"]
-    drop: tuple[str, ...]
-    fresh: tuple[str, ...]
+    ignore: tuple[str, ...]
+    reinit: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +165,8 @@ class GuardConfig:
     spike_sigma: float
     rewind_batches: int
     max_rewinds: int
-    recompute_every: int
-    recompute_elsewhere: bool
+    sdc_check_every: int
+    sdc_rotate_devices: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +200,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Cooldown:
-    """A branch off the run in the folder `trunk`: the first `start` steps are the trunk's, `steps` more its own."""
+    """A branch of the run in folder `trunk`: its first `start` steps, followed by `steps` cooldown steps."""
 
     trunk: str
     start: int
@@ -209,7 +208,7 @@ class Cooldown:
 
 
 class BatchShape(typing.NamedTuple):
-    """Examples of a batch, and patches of each, padding included."""
+    """Examples per batch, and patches per example including padding."""
 
     examples: int
     patches: int
@@ -243,7 +242,7 @@ class Config:
 
     @property
     def batch_shapes(self) -> tuple[BatchShape, ...]:
-        """The shapes of training batches: one; or at native resolution one an area, all of as many patches."""
+        """Shapes of training batches: one, or at native resolution one per area, all with equal numbers of patches."""
         data = self.data
         if not data.areas:
             return (BatchShape(data.batch_size, self.num_patches),)
@@ -251,7 +250,7 @@ class Config:
 
     @property
     def cooldown(self) -> Cooldown | None:
-        """Where this run branches off another and cools down, by `train.cooldown_from`; None: it is no such branch."""
+        """The cooldown branch named by `train.cooldown_from`; None if the run is not a branch."""
         if self.train.cooldown_from is None:
             return None
         trunk, _, step = self.train.cooldown_from.rpartition(":")
@@ -262,47 +261,43 @@ class Config:
 # --- from text and ConfigDict to dataclasses ---------------------------------------------------------------------
 
 
-# Beyond these the devices would compute with zero or infinity in place of what was written.
+# Values outside this range would become zero or infinity on the devices.
 _FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
-# Worker processes, their threads, and batches that each keeps ready: more is a slip, and would sink the machine.
-_MOST_READERS = 1024
-
-
-# Keys that came with or after format 2 of checkpoints, with how a trainer without them behaved.
-_ADDED: Mapping[str, Mapping[str, Any]] = {
-    "guard": dict(
-        max_nonfinite=1,
-        spike="off",
-        spike_sigma=6.0,
-        rewind_batches=200,
-        max_rewinds=20,
-        recompute_every=0,
-        recompute_elsewhere=True,
-    ),
-    "watch": dict(start_s=0, data_s=0, step_s=0, evaluation_s=0, save_s=0, stop_s=0),
+# Config keys of earlier commits -> their current names.
+_RENAMED = {
+    "eval.kinds": "caption_types",
+    "guard.recompute_every": "sdc_check_every",
+    "guard.recompute_elsewhere": "sdc_rotate_devices",
+    "init.drop": "ignore",
+    "init.fresh": "reinit",
+    "model.decoder.keep_rows": "token_keep_rate",
 }
 
 
+# Sanity bound on worker processes, threads per worker, and prefetched batches per worker.
+_MAX_DATA_WORKERS = 1024
+
+
 class _FlagText(str):
-    """A value as typed on the command line; its key's type decides how it is read."""
+    """A value as typed on the command line; the type of its key decides how it is parsed."""
 
 
 def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """Reads `path` (a file with `get_config()`), applies `(dotted key, text)` overrides, and checks every value.
+    """Loads `path` (a file with `get_config()`), applies `(dotted key, text)` overrides, and checks every value.
 
     Raises:
-      UserError: for a missing file, an unknown key, a value of the wrong type, or one that cannot work.
+      UserError: for a missing file, an unknown key, a value of the wrong type, or an invalid value.
     """
     tree = _read_experiment(Path(path))
     for key, text in overrides:
-        _set(tree, key, _FlagText(text))
+        _set_key(tree, key, _FlagText(text))
     return build_config(tree)
 
 
 def build_config(tree: Mapping[str, Any]) -> Config:
-    """Turns a nested mapping into a checked `Config`; raises `UserError` naming key, value and remedy."""
+    """Turns a nested mapping into a checked `Config`; raises `UserError` with key, value and remedy."""
     config = _build(Config, tree, "")
     _check(config)
     if config.cooldown is None:
@@ -311,28 +306,23 @@ def build_config(tree: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
-def build_saved_config(tree: Mapping[str, Any]) -> Config:
-    """As `build_config`, of what this version, or one without the keys of `_ADDED`, saved with a checkpoint."""
-    return build_config(dict(tree) | {name: keys | tree.get(name, {}) for name, keys in _ADDED.items()})
-
-
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts, lists and numbers: `build_config` reads it back."""
+    """The config as nested dicts, lists and numbers; the inverse of `build_config`."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def config_digest(config: Config) -> str:
-    """Eight letters that tell a resolved config from others."""
+    """Eight hexadecimal digits that identify a resolved config."""
     return hashlib.sha256(config_text(config).encode()).hexdigest()[:8]
 
 
 def config_text(config: Config) -> str:
-    """The resolved config as `dotted.key = value` lines: for logs, golden files and differences."""
+    """The resolved config as `dotted.key = value` lines, for logs, golden files and diffs."""
     return "".join(f"{key} = {value!r}\n" for key, value in flatten(config_to_dict(config)).items())
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one flat dict with dotted keys."""
+    """Flattens nested mappings into one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -345,8 +335,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read_experiment(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError("--config: no such file", str(path), "Give an experiment such as experiments/quickstart.py")
-    # Experiments build on each other as `from experiments import base`: the folder above theirs must be importable,
-    # that of a subfolder's being the same.
+    # Experiments import each other with `from experiments import base`: the folder above `experiments` must be on
+    # sys.path, also for an experiment in a subfolder.
     folders = path.resolve().parents
     root = str(next((folder for folder in folders if folder.name == "experiments"), folders[0]).parent)
     added = root not in sys.path
@@ -357,13 +347,13 @@ def _read_experiment(path: Path) -> dict[str, Any]:
         if spec is None or spec.loader is None:
             raise UserError("--config: not a Python file", str(path), "Give a .py file that defines get_config()")
         module = importlib.util.module_from_spec(spec)
-        with _naming_the_place(path):
+        with _experiment_errors(path):
             spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise UserError(
                 "--config: the file has no get_config()", str(path), "Define get_config() -> ConfigDict in it"
             )
-        with _naming_the_place(path):
+        with _experiment_errors(path):
             config = module.get_config()
     finally:
         if added:
@@ -378,52 +368,58 @@ def _read_experiment(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _naming_the_place(path: Path) -> Iterator[None]:
-    """Whatever a user's experiment does wrong becomes a UserError with the line of that file."""
+def _experiment_errors(path: Path) -> Iterator[None]:
+    """Raises any error in an experiment file as a UserError with its line number."""
     try:
         yield
     except SyntaxError as error:
-        place = f"{error.filename or path}:{error.lineno or 1}"
-        raise UserError("--config: not valid Python", place, f"Mend it: {error.msg}") from error
+        location = f"{error.filename or path}:{error.lineno or 1}"
+        raise UserError("--config: not valid Python", location, f"Fix it: {error.msg}") from error
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
-        place = f"{path}:{lines[-1]}" if lines else str(path)
-        said = str(error).strip().partition("\n")[0]
-        raise UserError("--config: the file fails", place, f"Mend it: {type(error).__name__}: {said}") from error
+        location = f"{path}:{lines[-1]}" if lines else str(path)
+        message = str(error).strip().partition("\n")[0]
+        raise UserError("--config: the file fails", location, f"Fix it: {type(error).__name__}: {message}") from error
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError("unknown config key", dotted, f"{parent} holds a value, not further keys")
+            raise UserError("unknown config key", dotted, f"{parent} holds a value, not keys")
         tree = child
     tree[leaf] = value
 
 
-def _build(kind: type, tree: Any, where: str) -> Any:
+def _build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise UserError(f"config {where.rstrip('.')} must hold keys", _shown(tree), "Set the keys below it, one by one")
-    hints = typing.get_type_hints(kind)
+        raise UserError(f"config {prefix.rstrip('.')} must hold keys", _plain(tree), "Set the keys below it one by one")
+    hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            remedy = f"Did you mean {where}{near[0]}" if near else f"Known here: {', '.join(hints)}"
-            raise UserError("unknown config key", f"{where}{key}", remedy)
+            raise UserError("unknown config key", f"{prefix}{key}", _remedy_for(prefix, str(key), hints))
     missing = [key for key in hints if key not in tree]
     if missing:
-        raise UserError("config key missing", f"{where}{missing[0]}", "Start from experiments/base.py, which sets it")
-    return kind(**{key: _convert(hint, tree[key], f"{where}{key}") for key, hint in hints.items()})
+        raise UserError("config key missing", f"{prefix}{missing[0]}", "Start from experiments/base.py, which sets it")
+    return cls(**{key: _convert(hint, tree[key], f"{prefix}{key}") for key, hint in hints.items()})
+
+
+def _remedy_for(prefix: str, key: str, known: Mapping[str, Any]) -> str:
+    """The remedy for an unknown key: its new name if it was renamed, or a similar key."""
+    if f"{prefix}{key}" in _RENAMED:
+        return f"It is called {prefix}{_RENAMED[f'{prefix}{key}']} now"
+    matches = difflib.get_close_matches(key, known, n=1)
+    return f"Did you mean {prefix}{matches[0]}" if matches else f"Known keys: {', '.join(known)}"
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the type `hint`, or a UserError naming `key`."""
+    """Converts `value` to the type `hint`; raises a UserError with `key`."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # always `X | None` here
+    if origin in (types.UnionType, typing.Union):  # Unions in the config are always `X | None`.
         if value is None or (isinstance(value, _FlagText) and value.lower() == "none"):
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), value, key)
@@ -432,28 +428,28 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if str(value) in args:
             return str(value)
-        raise UserError(f"config {key} has an unknown value", _shown(value), f"Choose one of {', '.join(args)}")
+        raise UserError(f"config {key} has an unknown value", _plain(value), f"Choose one of {', '.join(args)}")
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(inner) == len(value):
             return tuple(_convert(arg, item, f"{key}[{i}]") for i, (arg, item) in enumerate(zip(inner, value)))
-        raise UserError(f"config {key} has the wrong length", _shown(value), f"Give {len(inner)} values")
-    # origin of Mapping[...] is collections.abc.Mapping
+        raise UserError(f"config {key} has the wrong length", _plain(value), f"Give {len(inner)} values")
+    # The origin of Mapping[...] is collections.abc.Mapping.
     if origin is Mapping and isinstance(value, Mapping):
         return {str(name): _convert(args[1], item, f"{key}.{name}") for name, item in value.items()}
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) < 2**31:  # What int32 holds: the devices count in it.
+        if abs(value) < 2**31:  # Devices count in int32.
             return value
         raise UserError(f"config {key} is out of range", value, "Give a whole number below 2147483648")
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if value == 0 or _FLOAT32_TINY <= abs(value) <= _FLOAT32_MAX:
             return float(value)
-        raise UserError(f"config {key} must be finite in float32", value, "Give 0 or a size from 1e-37 to 1e38")
+        raise UserError(f"config {key} must be finite in float32", value, "Give 0 or a magnitude from 1e-37 to 1e38")
     if hint is str and isinstance(value, str):
         return str(value)
-    raise UserError(f"config {key} has the wrong type", _shown(value), f"Give {_type_name(hint)}")
+    raise UserError(f"config {key} has the wrong type", _plain(value), f"Give {_type_name(hint)}")
 
 
 def _literal(text: str) -> Any:
@@ -461,11 +457,11 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # As its documentation lists them.
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # The errors listed in its documentation.
         return str(text)
 
 
-def _shown(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, _FlagText) else value
 
 
@@ -476,7 +472,7 @@ def _type_name(hint: Any) -> str:
     return "a list of values, as (a, b)" if typing.get_origin(hint) is tuple else "keys with values"
 
 
-# --- what cannot work, said before anything compiles ---------------------------------------------------------------
+# --- checks of values, before anything compiles ---------------------------------------------------------------------
 
 
 def _check(config: Config) -> None:
@@ -492,7 +488,7 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"config model.{name}.heads does not divide model.{name}.width",
                 f"{part.heads} heads, width {part.width}",
-                "Choose heads so that width / heads is whole (AIMv2 uses 128 channels a head)",
+                "Choose heads so that width / heads is an integer (AIMv2 uses 128 channels per head)",
             )
     if model.encoder.position == "sincos" and model.encoder.width % 4:
         raise UserError(
@@ -509,8 +505,7 @@ def _check(config: Config) -> None:
     _at_least(2, model.decoder.vocab_size, "model.decoder.vocab_size")
     _at_least(2, model.decoder.text_length, "model.decoder.text_length")
     _at_least(1, model.patch_size, "model.patch_size")
-    for key in ("norm_eps",):
-        _positive(getattr(model, key), f"model.{key}")
+    _positive(model.norm_eps, "model.norm_eps")
     for i, std in enumerate(model.pixel_std):
         _positive(std, f"model.pixel_std[{i}]")
     if data.image_size < 1 or data.image_size % model.patch_size:
@@ -520,7 +515,9 @@ def _check(config: Config) -> None:
             f"Use for example {max(2, round(data.image_size / model.patch_size)) * model.patch_size}",
         )
     if config.num_patches < 2:
-        raise UserError("config data.image_size leaves one patch", data.image_size, "Next-patch prediction needs two")
+        raise UserError(
+            "config data.image_size gives only one patch", data.image_size, "Next-patch prediction needs two"
+        )
     _check_losses(config)
     _check_optimizer(optimizer)
     _check_data(config)
@@ -536,7 +533,7 @@ def _check(config: Config) -> None:
             raise UserError(
                 "config train.tpu_compiler_options has an unknown group",
                 generation,
-                f"Put options below one of {', '.join(TPU_OPTION_GROUPS)}",
+                f"Put options under one of {', '.join(TPU_OPTION_GROUPS)}",
             )
     for shape in config.batch_shapes:
         if shape.examples % train.microbatches:
@@ -558,16 +555,16 @@ def _check(config: Config) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
-            "config mesh.data, mesh.fsdp, mesh.tensor cannot be laid out",
+            "config mesh.data, mesh.fsdp, mesh.tensor are not valid sizes",
             sizes,
-            "Give sizes of at least 1; one of them may be -1, which takes the devices that are left",
+            "Give sizes of at least 1; one of them may be -1, which takes the remaining devices",
         )
 
 
 def _check_guard(guard: GuardConfig) -> None:
     for key in ("max_nonfinite", "rewind_batches"):
         _at_least(1, getattr(guard, key), f"guard.{key}")
-    for key in ("max_rewinds", "recompute_every"):
+    for key in ("max_rewinds", "sdc_check_every"):
         _at_least(0, getattr(guard, key), f"guard.{key}")
     _positive(guard.spike_sigma, "guard.spike_sigma")
 
@@ -581,25 +578,27 @@ def _check_losses(config: Config) -> None:
     encoder, decoder = config.model.encoder, config.model.decoder
     if loss.image and encoder.attention_mask == "full":
         raise UserError(
-            "config model.encoder.attention_mask lets every patch read the one it is to predict",
+            "config model.encoder.attention_mask lets every patch attend to the one it predicts",
             encoder.attention_mask,
             "Set loss.image=False, or model.encoder.attention_mask=prefix",
         )
     if loss.text and decoder.kind == "mlp":
         raise UserError(
-            "config model.decoder.kind is a head for patches, which writes no text",
+            "config model.decoder.kind is a patch head, which predicts no text",
             decoder.kind,
             "Set loss.text=False, or model.decoder.kind to joint or separate",
         )
-    if not 0 < decoder.keep_rows <= 1:
+    if not 0 < decoder.token_keep_rate <= 1:
         raise UserError(
-            "config model.decoder.keep_rows is out of range", decoder.keep_rows, "Give a share above 0, up to 1"
+            "config model.decoder.token_keep_rate is out of range",
+            decoder.token_keep_rate,
+            "Give a fraction above 0, up to 1",
         )
-    if loss.image and decoder.keep_rows < 1:
+    if loss.image and decoder.token_keep_rate < 1:
         raise UserError(
-            "config model.decoder.keep_rows drops rows that the image loss needs",
-            decoder.keep_rows,
-            "Set loss.image=False, or model.decoder.keep_rows=1",
+            "config model.decoder.token_keep_rate drops tokens that the image loss needs",
+            decoder.token_keep_rate,
+            "Set loss.image=False, or model.decoder.token_keep_rate=1",
         )
 
 
@@ -614,7 +613,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             raise UserError(f"config optimizer.betas[{i}] is out of range", beta, "Give a number in [0, 1)")
     if optimizer.weight_decay >= 1:
         raise UserError(
-            "config optimizer.weight_decay would turn parameters over",
+            "config optimizer.weight_decay is too large: it would flip the sign of parameters",
             optimizer.weight_decay,
             "It is the fraction removed at each step at the peak learning rate (the paper: 1e-4)",
         )
@@ -628,14 +627,14 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         raise UserError(
             "config optimizer.schedule_steps must exceed optimizer.warmup_steps",
             f"{optimizer.schedule_steps} with {optimizer.warmup_steps} of warm-up",
-            "The schedule counts its warm-up",
+            "The schedule includes its warm-up",
         )
 
 
 def _check_cooldown(config: Config) -> None:
     share = config.optimizer.cooldown_share
     if not 0 < share < 1:
-        remedy = "Give the cooldown's share of all steps of its run, such as 0.2"
+        remedy = "Give the cooldown's fraction of all steps of its run, such as 0.2"
         raise UserError("config optimizer.cooldown_share is not between 0 and 1", share, remedy)
     trunk = config.train.cooldown_from
     if trunk is None:
@@ -660,9 +659,11 @@ def _check_data(config: Config) -> None:
         _at_least(1, getattr(data, key), f"data.{key}")
     _at_least(0, data.workers, "data.workers")
     for key in ("workers", "read_threads", "prefetch"):
-        if getattr(data, key) > _MOST_READERS:
+        if getattr(data, key) > _MAX_DATA_WORKERS:
             raise UserError(
-                f"config data.{key} is too large", getattr(data, key), f"Give at most {_MOST_READERS}; a few are plenty"
+                f"config data.{key} is too large",
+                getattr(data, key),
+                f"Give at most {_MAX_DATA_WORKERS}; a few are enough",
             )
     _in_order(data.crop_area, 1.0, "data.crop_area")
     _in_order(data.crop_ratio, math.inf, "data.crop_ratio")
@@ -675,33 +676,35 @@ def _check_data(config: Config) -> None:
     for key, value in (("data.areas", data.areas), ("eval.area", config.eval.area)):
         if value and config.model.encoder.position != "sincos":
             raise UserError(
-                f"config {key} needs positions for any grid",
+                f"config {key} needs position embeddings for any grid",
                 f"model.encoder.position={config.model.encoder.position}",
                 f"Set model.encoder.position=sincos, or leave {key} out",
             )
     for name in data.mixture:
         if name not in data.sources:
             raise UserError(
-                "config data.mixture has a weight for a source that isn't there",
+                "config data.mixture has a weight for an unknown source",
                 name,
-                f"Add data.sources.{name}=PATH, or drop the weight; sources: {', '.join(data.sources) or 'none'}",
+                f"Add data.sources.{name}=PATH, or remove the weight; sources: {', '.join(data.sources) or 'none'}",
             )
     for name in data.sources:
         if not sum(data.mixture.get(name, {}).values()):
             raise UserError(
-                "config data.sources has a source without a weight", name, f"Set data.mixture.{name}.KIND, or drop it"
+                "config data.sources has a source without a weight",
+                name,
+                f"Set data.mixture.{name}.KIND, or remove the source",
             )
     for name, kinds in data.mixture.items():
         for kind, weight in kinds.items():
             _at_least(0, weight, f"data.mixture.{name}.{kind}")
     if not data.sources:
-        raise UserError("config data.sources is empty", {}, "Name at least one prepared data set")
+        raise UserError("config data.sources is empty", {}, "Name at least one prepared dataset")
     cycle = mixture_counts(data.mixture)
     length = sum(sum(kinds.values()) for kinds in cycle.values())
     if length > 10**6:
         raise UserError(
-            "config data.mixture has weights with no short common cycle",
-            f"{length} examples a cycle",
+            "config data.mixture has weights without a short common cycle",
+            f"{length} examples per cycle",
             "Use weights with fewer digits, such as 0.28",
         )
     _at_least(1, evaluation.batch_size, "eval.batch_size")
@@ -710,10 +713,14 @@ def _check_data(config: Config) -> None:
     for i, prefix in enumerate(evaluation.prefixes):
         if not 0 < prefix < 1:
             raise UserError(f"config eval.prefixes[{i}] is out of range", prefix, "Give fractions between 0 and 1")
-    if len(set(evaluation.kinds)) < len(evaluation.kinds):
-        raise UserError("config eval.kinds names a caption kind twice", evaluation.kinds, "Name each once")
-    if evaluation.sources and not (evaluation.kinds and evaluation.prefixes):
-        raise UserError("config eval.kinds or eval.prefixes is empty", (), "Name caption kinds and prefix fractions")
+    if len(set(evaluation.caption_types)) < len(evaluation.caption_types):
+        raise UserError(
+            "config eval.caption_types names a caption kind twice", evaluation.caption_types, "Name each once"
+        )
+    if evaluation.sources and not (evaluation.caption_types and evaluation.prefixes):
+        raise UserError(
+            "config eval.caption_types or eval.prefixes is empty", (), "Name caption kinds and prefix fractions"
+        )
 
 
 def _check_areas(config: Config) -> None:
@@ -727,12 +734,12 @@ def _check_areas(config: Config) -> None:
             raise UserError(
                 "config data.areas has an area that does not divide the patches of a batch",
                 f"{area}, of {data.batch_size} x {max(areas)} patches",
-                "Give areas whose multiples data.batch_size x the largest is, such as powers of two",
+                "Give areas that divide data.batch_size x the largest area, such as powers of two",
             )
 
 
 def mixture_counts(mixture: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:
-    """The smallest whole numbers in the proportions of `mixture`, read as the decimals that were written.
+    """The smallest integers in the proportions of `mixture`, whose weights are read as exact decimals.
 
     `{"a": {"alt": 0.3}, "b": {"alt": 0.28}}` gives `{"a": {"alt": 15}, "b": {"alt": 14}}`. Weights of 0 are left out.
     """
@@ -743,9 +750,9 @@ def mixture_counts(mixture: Mapping[str, Mapping[str, float]]) -> dict[str, dict
     }
     weights = [weight for kinds in exact.values() for weight in kinds.values()]
     scale = math.lcm(*(weight.denominator for weight in weights))
-    shrink = math.gcd(*(int(weight * scale) for weight in weights))
+    divisor = math.gcd(*(int(weight * scale) for weight in weights))
     return {
-        name: {kind: int(weight * scale) // shrink for kind, weight in kinds.items()} for name, kinds in exact.items()
+        name: {kind: int(weight * scale) // divisor for kind, weight in kinds.items()} for name, kinds in exact.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Lines for people, on outputs that may be gone: a pipe whose reader ended, a terminal that was closed."""
+"""Console output that survives a closed pipe or terminal."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import os
 import sys
 from typing import TextIO
 
-_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # No reader, no terminal, no descriptor: for good.
+# The reader, the terminal or the descriptor is gone for good.
+_CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 def print_line(text: str, output: TextIO | None = None) -> None:
-    """Prints `text` to `output`, by default the standard one, and flushes it.
+    """Prints `text` to `output`, by default stdout, and flushes it.
 
-    Characters that its encoding does not have are escaped. An output that is gone is replaced by /dev/null: whatever is
-    printed later, and what Python still flushes at its end, must not end the program, either. Where only this line
-    cannot be written (a full disk, a pipe that takes no more just now), it is dropped.
+    Characters that the output's encoding lacks are escaped. A closed output is replaced by /dev/null, so that neither
+    later prints nor Python's flush at exit end the program. A line that cannot be written now (full disk, full pipe) is
+    dropped.
     """
     output = sys.stdout if output is None else output
     encoding = output.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=output, flush=True)
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError):  # A stream without a descriptor, or one that is closed.
-            _to_null(output, for_good=error.errno in _GONE)
+        with contextlib.suppress(OSError, ValueError):  # The stream may be closed or without a descriptor.
+            _redirect_to_null(output, permanently=error.errno in _CLOSED)
 
 
-def _to_null(output: TextIO, for_good: bool) -> None:
-    """Drops what is in Python's buffer, or with `for_good` whatever comes."""
+def _redirect_to_null(output: TextIO, permanently: bool) -> None:
+    """Drops the contents of Python's buffer, and all later output if `permanently`."""
     descriptor = output.fileno()
-    kept = None if for_good else os.dup(descriptor)
+    original = None if permanently else os.dup(descriptor)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
-    if kept is not None:
+    if original is not None:
         output.flush()
-        os.dup2(kept, descriptor)
-        os.close(kept)
+        os.dup2(original, descriptor)
+        os.close(original)

@@ -1,4 +1,4 @@
-"""What a user can mend, told in one sentence; and the exit codes of the commands."""
+"""User errors as one-sentence messages, and the exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -15,119 +15,123 @@ EXIT_FINISHED = 0
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_GUARD = 3
-EXIT_HUNG = 4  # It hung, was killed, or its devices failed where it had before: starting it again is no help.
-# Stopped on request, hung once, or ended by a device or a signal: the same command goes on. TEMPFAIL in sysexits.h.
-EXIT_AGAIN = 75
-EXIT_INTERRUPTED = 130  # As shells have it: 128 and the number of SIGINT.
+# The run hung, was killed, or its devices failed at the same step as before: a restart does not help.
+EXIT_HUNG = 4
+# Stopped on request, hung once, or ended by a device or a signal: the same command continues. TEMPFAIL in sysexits.h.
+EXIT_RETRY = 75
+EXIT_INTERRUPTED = 130  # The convention of shells: 128 + SIGINT.
 
-_MAX_SENTENCE = 4000
-_MAX_SHOWN = 300  # Letters of an offending value: enough for a path, too few to hide the sentence.
-# What an operating system refuses for reasons that lie outside the program, and what to do about it.
-_REFUSALS = {
-    errno.EACCES: "Give yourself the right to it, or name another place",
-    errno.EPERM: "Give yourself the right to it, or name another place",
-    errno.EROFS: "Name a place that can be written",
-    errno.ENOSPC: "Make room there, or name a place on another disk",
-    errno.EDQUOT: "Make room there, or name a place on another disk",
+_MAX_MESSAGE_CHARS = 4000
+_MAX_VALUE_CHARS = 300  # Enough for a path, too few to hide the sentence.
+# Errors of the operating system whose cause is outside the program, with their remedies.
+_SYSTEM_REMEDIES = {
+    errno.EACCES: "Fix its permissions, or give another path",
+    errno.EPERM: "Fix its permissions, or give another path",
+    errno.EROFS: "Give a writable path",
+    errno.ENOSPC: "Make room there, or give a path on another disk",
+    errno.EDQUOT: "Make room there, or give a path on another disk",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
-    errno.ENAMETOOLONG: "Name another place",
-    errno.ELOOP: "Mend the symbolic link",
-    errno.ENOTDIR: "Move the file away that lies where a folder is expected, or name another place",
-    errno.EISDIR: "Move the folder away that lies where a file is expected, or name another place",
+    errno.ENAMETOOLONG: "Give a shorter path",
+    errno.ELOOP: "Fix the symbolic link",
+    errno.ENOTDIR: "Move the file away, since a folder is expected there, or give another path",
+    errno.EISDIR: "Move the folder away, since a file is expected there, or give another path",
     errno.EMFILE: "Raise the limit on open files (ulimit -n)",
-    errno.EIO: "Look after the disk, or name a place on another",
+    errno.EIO: "Check the disk, or give a path on another disk",
 }
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """An error that the user can fix.
 
     Args:
-      what: what is wrong, naming the config key, file or flag.
+      what: the problem, naming the config key, file or flag.
       value: the offending value.
-      remedy: what to do about it, as a sentence without its full stop.
+      remedy: what to do about it, as a sentence without a full stop.
     """
 
     def __init__(self, what: str, value: object, remedy: str):
-        self.what, self.value, self.remedy = what, value, remedy
+        self.what = what
+        self.value = value
+        self.remedy = remedy
         super().__init__(what, value, remedy)
 
     def __str__(self) -> str:
-        # What others wrote, such as a file's name, may stand in all three.
-        return printable(" ".join(f"{self.what}: {_shown(self.value)}. {self.remedy}.".splitlines()), _MAX_SENTENCE)
+        # All three may contain untrusted text, such as a file's name.
+        text = f"{self.what}: {_shortened(self.value)}. {self.remedy}."
+        return printable(" ".join(text.splitlines()), _MAX_MESSAGE_CHARS)
 
 
-def _shown(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
-    half = _MAX_SHOWN // 2
-    return text if len(text) <= _MAX_SHOWN else f"{text[:half]} ... {text[-half:]}"
+    half = _MAX_VALUE_CHARS // 2
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:half]} ... {text[-half:]}"
 
 
-class GuardStop(Exception):
-    """The run stopped itself to protect what it has (non-finite loss, too much bad data)."""
+class TrainingAborted(Exception):
+    """A guard stopped the run, to protect its checkpoints (non-finite loss, too much bad data)."""
 
 
 class DeviceFailure(Exception):
     """A device, or the network between devices, failed.
 
     Args:
-      told: what failed, and when.
-      code: EXIT_AGAIN, or EXIT_HUNG where it had failed at the same step before.
+      message: what failed, and when.
+      code: EXIT_RETRY, or EXIT_HUNG where it had failed at the same step before.
     """
 
-    def __init__(self, told: str, code: int):
-        super().__init__(told)
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
         self.code = code
 
 
 class StorageError(Exception):
-    """Storage that did not answer for a while; when it does again, the same command goes on.
+    """Storage did not respond for a while; once it does, the same command continues.
 
     Args:
-      told: what could not be read.
-      code: EXIT_AGAIN, or EXIT_HUNG where the same step could not be read before, and the rest could.
+      message: what could not be read.
+      code: EXIT_RETRY, or EXIT_HUNG where the same step could not be read before, while other records could.
     """
 
-    def __init__(self, told: str, code: int = EXIT_AGAIN):
-        super().__init__(told)
+    def __init__(self, message: str, code: int = EXIT_RETRY):
+        super().__init__(message)
         self.code = code
 
 
-def last_words(error: BaseException) -> tuple[int, str] | None:
-    """The exit code of a command that `error` ends, and the line about it; None where that is our bug.
+def describe_exit(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and message of a command that `error` ends; None for a bug of this package.
 
-    A file or folder that the operating system refuses (no room, no right, ...) is the user's to mend, too; Ctrl-C is no
-    error, and its code is that of shells.
+    A refusal of the operating system (disk full, no permission, ...) counts as a user error. Ctrl-C is not an error; it
+    has the exit code of shells.
     """
     if isinstance(error, UserError):
         return EXIT_USER, f"error: {error}"
-    if isinstance(error, GuardStop):
+    if isinstance(error, TrainingAborted):
         return EXIT_GUARD, f"stopped: {error}"
     if isinstance(error, DeviceFailure):
         return error.code, f"error: {error}"
     if isinstance(error, StorageError):
-        when = ". Start the same command again when it can be" if error.code == EXIT_AGAIN else ""
-        return error.code, f"stopped: {error}{when}"
+        remedy = ". Start the same command again when the storage is back" if error.code == EXIT_RETRY else ""
+        return error.code, f"stopped: {error}{remedy}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
-    if isinstance(error, OSError) and error.errno in _REFUSALS:
-        refusal = UserError(os.strerror(error.errno), error.filename, _REFUSALS[error.errno])
+    if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:
+        refusal = UserError(os.strerror(error.errno), error.filename, _SYSTEM_REMEDIES[error.errno])
         return EXIT_USER, f"error: {refusal}"
     return None
 
 
-def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps a command's main: what has `last_words` becomes that line and code."""
+def cli_main(main: Callable[..., int]) -> Callable[..., int]:
+    """Wraps a command's main: errors that `describe_exit` knows become one line on stderr and an exit code."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs)
         except BaseException as error:
-            words = last_words(error)
-            if words is None:
+            described = describe_exit(error)
+            if described is None:
                 raise
-            code, line = words
+            code, line = described
             print_line(line, sys.stderr)
             return code
 

@@ -15,70 +15,80 @@ from typing import NamedTuple
 from etils import epath
 
 from aimv2_jax.allocator import keep_freed_memory
+from aimv2_jax.cli import Parser, positive, split_overrides
 from aimv2_jax.config import Config, load_config
-from aimv2_jax.errors import EXIT_AGAIN, UserError, reports_user_errors
-from aimv2_jax.files import check_folder
-from aimv2_jax.flags import Parser, positive, split_overrides
-from aimv2_jax.parallel.clusters import Launch, find_place
+from aimv2_jax.distributed.cluster import LaunchFlags, find_process
+from aimv2_jax.errors import EXIT_RETRY, UserError, cli_main
 from aimv2_jax.platforms import skip_absent_tpu
-from aimv2_jax.versions import warn_of_versions
+from aimv2_jax.storage.files import check_folder
+from aimv2_jax.version import warn_of_versions
 
 _EPILOG = """\
-any key of the config can be set on the command line:
+Any key of the config can be set on the command line:
   --config.train.steps=20 --config.optimizer.betas="(0.9, 0.95)" --config.mesh.fsdp=4
-The keys and their meaning: experiments/base.py.
+The keys are documented in experiments/base.py.
 
-A workdir that has checkpoints is continued from its newest one. SIGTERM to any process, a closed terminal, or Ctrl-C
-saves the step that is being computed and ends the run; Ctrl-C again ends it without.
-The same config with --config.train.cooldown_from=RUN:STEP and another workdir cools down from a kept step of that run.
-Several processes are started with the same command on each host. TPU pods, GKE, Slurm and Open MPI say which is which;
-elsewhere the flags do.
-exit codes: 0 finished, 1 our bug, 2 you can mend it, 3 stopped by a guard (steps that are not finite, spikes
-again and again, too much bad data, a device that computes wrongly), 4 hung twice, or devices failed twice, at the same
-step, or trainers were killed three times without a new checkpoint, 75 stopped on request, hung once, a device failed, a
-trainer was killed, the data could not be read, or another process went missing: start it again, 130 Ctrl-C without a
-save
+A run whose workdir has checkpoints resumes from the newest one. SIGTERM to any process, a closed terminal, or Ctrl-C
+saves the current step and ends the run; a second Ctrl-C ends it without a save.
+To cool down from a kept step of a run, use the same config, another workdir and --config.train.cooldown_from=RUN:STEP.
+To train with several processes, start the same command on each host. On TPU pods, GKE, Slurm and Open MPI the process
+indices are detected; elsewhere give --coordinator, --processes and --process.
+
+exit codes:
+  0    finished
+  1    bug in aimv2_jax
+  2    user error
+  3    stopped by a guard: non-finite steps, repeated spikes, too much bad data, a device that computes wrongly
+  4    hung twice, or devices failed twice, at the same step; or trainers were killed three times without a new
+       checkpoint
+  75   stopped on request, hung once, a device failed, a trainer was killed, the data could not be read, or another
+       process went missing: start the same command again
+  130  Ctrl-C without a save
 """
 
 
 class Command(NamedTuple):
-    """What a command line asks for: what to train, where, as which process of a run; and what is seldom asked for."""
+    """A parsed command line."""
 
     config: Config
     workdir: epath.Path
-    launch: Launch
+    launch: LaunchFlags
     skip_examples: tuple[int, int] | None
     replay: int | None
     accept_data: str | None
 
 
 def parse_arguments(arguments: Sequence[str]) -> Command:
-    """A command line, with the checked config."""
+    """Parses a command line, and loads and checks its config."""
     parser = Parser(prog="python -m aimv2_jax.main", description="Trains a config.", epilog=_EPILOG)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="an experiment, such as experiments/quickstart.py")
-    add("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go, a folder or gs://BUCKET/...")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where the others find it")
-    add("--processes", type=positive, metavar="N", help="of the run, all hosts together; 1: this one alone")
-    add("--skip_examples", type=_examples, metavar="A:B", help="jump over all batches with examples A to B - 1")
+    add("--config", required=True, metavar="FILE", help="config of an experiment, such as experiments/quickstart.py")
+    add("--workdir", required=True, metavar="DIR", help="folder for checkpoints and metrics, or gs://BUCKET/...")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    add("--processes", type=positive, metavar="N", help="number of processes on all hosts together")
+    add("--skip_examples", type=_examples, metavar="A:B", help="skip all batches with examples A to B - 1")
+    add("--replay", type=positive, metavar="STEP", help="recompute a step, print norms of tensors, write nothing")
     add(
-        "--replay", type=positive, metavar="STEP", help="compute that step again, print norms of tensors, write nothing"
+        "--accept_data",
+        metavar="DIGEST",
+        help="resume with other data or another tokenizer; the error about the change gives its digest",
     )
-    add(
-        "--accept_data", metavar="DIGEST", help="go on with other data or another tokenizer, whose digest an error told"
-    )
-    add("--process", type=_index, metavar="I", help="this one, counted from 0")
+    add("--process", type=_index, metavar="I", help="index of this process, from 0")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
     config = load_config(flags.config, overrides)
-    launch = Launch(flags.coordinator, flags.processes, flags.process)
+    launch = LaunchFlags(flags.coordinator, flags.processes, flags.process)
     return Command(config, _folder(flags.workdir), launch, flags.skip_examples, flags.replay, flags.accept_data)
 
 
 def _examples(text: str) -> tuple[int, int]:
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
-        raise UserError("--skip_examples is no range of examples", text, "Give the first and the one behind the last")
+        raise UserError(
+            "--skip_examples is not a range of examples",
+            text,
+            "Give A:B, from the first example to the one after the last",
+        )
     return int(first), int(end)
 
 
@@ -91,45 +101,46 @@ def _folder(workdir: str) -> epath.Path:
         raise UserError("--workdir is empty", workdir, "Give a folder, such as runs/mine")
     try:
         path = epath.Path(workdir)
-    except KeyError as error:  # What epath knows by its scheme, and nothing more of it.
+    except KeyError as error:  # epath raises it for an unknown scheme.
         raise UserError("no such kind of storage", workdir, "Give a folder, or gs://BUCKET/FOLDER") from error
     check_folder(path, "--workdir")
     return path
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains by a command line: a process' own, in a child of it; or the one that is given, in this process."""
+    """Trains by a command line: that of the process, in a child process; or `arguments`, in this process."""
     skip_absent_tpu()
     keep_freed_memory()
-    called = arguments is not None
-    arguments = arguments if called else sys.argv[1:]
-    from aimv2_jax.parallel import processes
+    in_process = arguments is not None
+    arguments = arguments if in_process else sys.argv[1:]
+    from aimv2_jax.distributed import coordination
 
-    trainer = processes.trainer()
-    if trainer is None and not called:  # A signal ends a trainer at once, and its parent knows what that means.
-        _listen_early()
+    trainer = coordination.trainer()
+    # A signal ends a trainer at once, and its parent turns that into an exit code.
+    if trainer is None and not in_process:
+        _handle_early_signals()
     command = parse_arguments(arguments)
     settings = command.config.processes
     if trainer is not None:
         return trainer.run(lambda: _train(command), settings)
-    place = find_place(command.launch, settings)
-    if place is not None:
-        from aimv2_jax.parallel.supervisor import supervise
+    process = find_process(command.launch, settings)
+    if process is not None:
+        from aimv2_jax.distributed.supervisor import supervise
 
-        return supervise(place, command.config, command.workdir, arguments)
-    if called:
+        return supervise(process, command.config, command.workdir, arguments)
+    if in_process:
         return _train(command)
-    from aimv2_jax.parallel.parent import run_trainer
+    from aimv2_jax.distributed.parent import run_trainer
 
     return run_trainer([sys.executable, "-m", "aimv2_jax.main", *arguments], command.workdir)
 
 
-def _listen_early() -> None:
-    """Lets SIGTERM, or a terminal that is closed, end this process with 75 until the trainer gets the signals."""
+def _handle_early_signals() -> None:
+    """Ends this process with 75 on SIGTERM or a closed terminal, until the trainer handles these signals."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        os._exit(EXIT_AGAIN)  # An exception could be taken for an error of the config file.
+        os._exit(EXIT_RETRY)  # An exception could be mistaken for an error in the config file.
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
@@ -137,7 +148,7 @@ def _listen_early() -> None:
 
 
 def _train(command: Command) -> int:
-    warn_of_versions()  # Before jax is imported, which may fail then.
+    warn_of_versions()  # Called before the import of jax, which may fail with other versions.
     from aimv2_jax.data import pipeline
     from aimv2_jax.data.tokenizer import Tokenizer
 
@@ -147,15 +158,15 @@ def _train(command: Command) -> int:
     tokenizer = Tokenizer(
         config.tokenizer.path, decoder.text_length, decoder.vocab_size, needs_end=config.loss.predict_eos
     )
-    from aimv2_jax.export.donor import find_donor
-    from aimv2_jax.train.loop import train
+    from aimv2_jax.pretrained.init_source import find_weight_source
+    from aimv2_jax.train.trainer import train
 
-    donor = find_donor(config)
+    open_weights = find_weight_source(config)
     if command.replay is not None:
         from aimv2_jax.train.replay import replay
 
-        return replay(config, command.workdir, tokenizer, command.replay, donor, command.accept_data)
-    return train(config, command.workdir, tokenizer, donor, command.skip_examples, command.accept_data)
+        return replay(config, command.workdir, tokenizer, command.replay, open_weights, command.accept_data)
+    return train(config, command.workdir, tokenizer, open_weights, command.skip_examples, command.accept_data)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which platforms may be here: JAX is kept from starting a TPU that this machine does not have.
+"""Platform detection: keeps JAX from initialising a TPU that this machine does not have.
 
-With libtpu installed, as the extras `tpu` and `test` install it, and no TPU at hand, JAX loads it all the same (its 470
-MB are read from the disk), asks it for chips, and libtpu complains at length to stderr.
+With libtpu installed (by the extras `tpu` and `test`) and no TPU present, JAX still loads it (470 MB from the disk) and
+asks it for chips, and libtpu writes long errors to stderr.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-_GOOGLE = "0x1ae0"  # Vendor on the PCI bus.
-# Classes of what else Google puts there: disks (01) and network cards (02). Anything new is taken for a TPU.
-_NO_TPU_CLASSES = ("0x01", "0x02")
-_NVIDIA = ("nvidia0", "nvidiactl", "dxg")  # Where JAX, too, looks for GPUs.
-# Set by the mere import of JAX and of libtpu, and for logs: they tell of no TPU.
-_TELL_NOTHING = (
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+# PCI classes of Google's other devices: disks (01) and network cards (02). Any other class counts as a TPU.
+_NON_TPU_CLASSES = ("0x01", "0x02")
+_NVIDIA_DEVICE_FILES = ("nvidia0", "nvidiactl", "dxg")  # The files by which JAX detects GPUs.
+# Set by the import of JAX and libtpu, and for logging; they do not indicate a TPU.
+_IGNORED_VARIABLES = (
     "TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH", "TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TPU_LOG_DIR",
 )  # fmt: skip
 
 
 def skip_absent_tpu() -> None:
-    """Limits JAX to the platforms that may be here, unless the user chose (`JAX_PLATFORMS`, `jax_platforms`).
+    """Limits JAX to the platforms that may be present, unless the user chose (`JAX_PLATFORMS`, `jax_platforms`).
 
-    To be called by commands before anything computes. It changes nothing where there may be a TPU, where libtpu is not
-    installed, or where a plugin of a kind it doesn't know is; a GPU whose plugin is installed stays the first choice.
-    Processes that are started later inherit the choice.
+    Commands call it before anything computes. It changes nothing where a TPU may be present, where libtpu is missing,
+    or where an unknown plugin is installed. A GPU whose plugin is installed remains the first choice. Processes started
+    later inherit the choice.
     """
     platforms = platforms_without_tpu()
     if platforms is None:
         return
     jax = sys.modules.get("jax")
-    if jax is not None:  # It has read its environment already.
+    if jax is not None:  # An imported JAX has read its environment already.
         if jax.config.jax_platforms is not None:
             return
         jax.config.update("jax_platforms", platforms)
@@ -44,46 +44,49 @@ def skip_absent_tpu() -> None:
 
 
 def platforms_without_tpu() -> str | None:
-    """What `JAX_PLATFORMS` should be, such as "cpu" or "cuda,cpu"; None: leave it to JAX."""
+    """The value for `JAX_PLATFORMS`, such as "cpu" or "cuda,cpu"; None leaves the choice to JAX."""
     if "JAX_PLATFORMS" in os.environ or not _libtpu_installed() or may_have_tpu():
         return None
     plugins = _plugins()
     if not plugins:
-        # JAX says so where there is a GPU and no plugin for it; that is worth more than quiet.
+        # With a GPU and no plugin for it, JAX warns about the missing plugin, which the user should see.
         return None if may_have_gpu() else "cpu"
     if all("cuda" in plugin for plugin in plugins):
-        return "cuda,cpu"  # JAX passes over "cuda" where there is no GPU.
+        return "cuda,cpu"  # JAX ignores "cuda" where there is no GPU.
     return None
 
 
 def is_cpu_only() -> bool:
-    """Whether JAX will compute on the CPU: by the user's choice, or because nothing else is here."""
+    """Whether JAX will compute on the CPU, by the user's choice or because no accelerator is present."""
     jax = sys.modules.get("jax")
     chosen = os.environ.get("JAX_PLATFORMS") if jax is None else jax.config.jax_platforms
     if not chosen:
         return not may_have_gpu() and not may_have_tpu() and not _plugins()
-    present = {"cuda": may_have_gpu, "gpu": may_have_gpu, "tpu": may_have_tpu}  # JAX passes over those that are absent.
+    # JAX ignores chosen platforms that are absent.
+    present = {"cuda": may_have_gpu, "gpu": may_have_gpu, "tpu": may_have_tpu}
     return all(name == "cpu" or (name in present and not present[name]()) for name in chosen.split(","))
 
 
 def may_have_gpu(root: Path = Path("/")) -> bool:
-    """Whether the driver of an NVIDIA GPU is here."""
-    return any((root / "dev" / name).exists() for name in _NVIDIA)
+    """Whether the driver of an NVIDIA GPU is present."""
+    return any((root / "dev" / name).exists() for name in _NVIDIA_DEVICE_FILES)
 
 
 def may_have_tpu(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -> bool:
-    """Whether anything tells of a TPU: its device files, the PCI bus, or the variables of a TPU VM or a GKE pod."""
+    """Whether device files, the PCI bus, or the variables of a TPU VM or GKE pod indicate a TPU."""
     environment = os.environ if environment is None else environment
-    if any(name.startswith(("TPU_", "CLOUD_TPU_", "MEGASCALE_")) for name in environment if name not in _TELL_NOTHING):
+    if any(
+        name.startswith(("TPU_", "CLOUD_TPU_", "MEGASCALE_")) for name in environment if name not in _IGNORED_VARIABLES
+    ):
         return True
     if "JAX_FORCE_TPU_INIT" in environment or glob.glob(f"{root}/dev/accel*") or glob.glob(f"{root}/dev/vfio/[0-9]*"):
         return True
     for device in root.glob("sys/bus/pci/devices/*"):
         try:
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-        except OSError:  # Unplugged, or not ours to read: then it is not known to be none.
+            vendor, device_class = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:  # An unplugged or unreadable device might be a TPU.
             return True
-        if vendor == _GOOGLE and not kind.startswith(_NO_TPU_CLASSES):
+        if vendor == _GOOGLE_PCI_VENDOR and not device_class.startswith(_NON_TPU_CLASSES):
             return True
     return False
 
@@ -97,5 +100,5 @@ def _plugins() -> list[str]:
     names = [name.split(":")[0] for name in os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS", "").split(",") if name]
     names += [entry.name for entry in metadata.entry_points(group="jax_plugins")]
     package = importlib.util.find_spec("jax_plugins")
-    places = package.submodule_search_locations if package is not None else None
-    return names + [module.name for module in pkgutil.iter_modules(list(places or []))]
+    paths = package.submodule_search_locations if package is not None else None
+    return names + [module.name for module in pkgutil.iter_modules(list(paths or []))]

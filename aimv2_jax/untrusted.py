@@ -1,7 +1,7 @@
-"""Reading what others wrote: bounded regular files, JSON of bounded depth, values in range, text for a terminal.
+"""Safe reading of untrusted input: size-limited regular files, depth-limited JSON, values in range, terminal text.
 
-Everything here raises `ValueError` for content that cannot be accepted and leaves `OSError` to the system's refusals,
-so that a caller can turn each into the error of its own domain. Nothing here blocks on a pipe or reads without a limit.
+All functions raise `ValueError` for content that they reject, and `OSError` for errors of the system, so that callers
+can turn each into an error of their own. No function blocks on a pipe or reads without a limit.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_DEPTH = 64
-_MAX_PRINTED = 200  # Characters of a foreign text in a report or an error.
+_MAX_PRINTED_CHARS = 200  # Limit for untrusted text in a report or an error.
 
 
 class OutsideFolder(ValueError):
-    """The file lies outside of the folder that was to hold it."""
+    """The file is outside the folder that must contain it."""
 
 
 class TooLarge(ValueError):
@@ -30,35 +30,36 @@ def read_file(path: str | os.PathLike, max_bytes: int, inside: str | os.PathLike
     """Reads a local regular file.
 
     Args:
-      path: followed through symbolic links, unless they lead out of `inside`.
-      max_bytes: size above which the file is refused.
-      inside: folder in which the file must lie once all links are resolved.
+      path: symbolic links are followed, unless they lead out of `inside`.
+      max_bytes: the largest accepted size.
+      inside: folder that must contain the file once all links are resolved.
 
     Raises:
-      OutsideFolder: if it lies outside of `inside`.
+      OutsideFolder: if it is outside `inside`.
       TooLarge: if it has more than `max_bytes`.
-      ValueError: if it is no regular file (a pipe, a device, a folder), or its name holds a zero byte.
-      OSError: if the system refuses it.
+      ValueError: if it is not a regular file (a pipe, a device, a folder), or its name contains a zero byte.
+      OSError: if the system cannot open it.
     """
     with open_regular(path, inside) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise TooLarge(f"it has {size:,} bytes, the limit is {max_bytes:,}")
-        # Bounded, because files of /proc report 0 bytes and may never end. None: it would have to wait for data.
+        # The read is bounded, because files of /proc report 0 bytes and may never end. None: the read would block.
         data = file.read(size + 1) or b""
     if len(data) > size:
-        raise ValueError("it grows while it is read")
+        raise ValueError("it grows while it is being read")
     return data
 
 
 def open_regular(path: str | os.PathLike, inside: str | os.PathLike | None = None) -> BinaryIO:
-    """Opens a local regular file to read; arguments and errors are those of `read_file`."""
+    """Opens a local regular file for reading; arguments and errors are those of `read_file`."""
     path = os.fspath(path)
     if inside is not None:
-        path = os.path.realpath(path)  # What is checked is what is opened: no link is followed after this.
+        # Resolved first, so that the checked path is the opened one; O_NOFOLLOW rejects later links.
+        path = os.path.realpath(path)
         if not _is_below(path, inside):
-            raise OutsideFolder("it lies outside of the folder")
-    # O_NONBLOCK: opening a pipe that nobody writes to returns at once.
+            raise OutsideFolder("it is outside the folder")
+    # With O_NONBLOCK, opening a pipe without a writer returns at once.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if inside is not None else 0)
     descriptor = os.open(path, flags)
     try:
@@ -71,9 +72,9 @@ def open_regular(path: str | os.PathLike, inside: str | os.PathLike | None = Non
 
 
 def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether `path` lies in `folder` once the links of both are resolved.
+    """Whether `path` is in `folder` once the links of both are resolved.
 
-    So does what a snapshot in a cache of the Hugging Face hub links to: its files are in `blobs` beside `snapshots`.
+    The link targets of a snapshot in a Hugging Face hub cache count as inside: they are in `blobs` beside `snapshots`.
     """
     return _is_below(os.path.realpath(path), folder)
 
@@ -82,7 +83,7 @@ def _is_below(path: str, folder: str | os.PathLike) -> bool:
     return any(os.path.commonpath([root, path]) == root for root in _roots(os.fspath(folder)))
 
 
-@functools.lru_cache(maxsize=64)  # A folder is asked about for each of its files.
+@functools.lru_cache(maxsize=64)  # Called for each file of a folder.
 def _roots(folder: str) -> tuple[str, ...]:
     real = Path(os.path.realpath(folder))
     hub = next((above.parent for above in (real, *real.parents) if above.name == "snapshots"), None)
@@ -107,7 +108,7 @@ def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bo
 
 
 def parse_json_object(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bool = False) -> dict[str, Any]:
-    """As `parse_json`; raises `ValueError` for anything but an object, too."""
+    """Parses a JSON object as `parse_json` does; also raises `ValueError` for anything but an object."""
     tree = parse_json(text, max_depth, allow_nan)
     if not isinstance(tree, dict):
         raise ValueError("JSON, but not an object")
@@ -115,32 +116,32 @@ def parse_json_object(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_
 
 
 def read_json_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a local file; raises as `read_file` and `parse_json_object`."""
+    """Reads the JSON object in a local file; raises as `read_file` and `parse_json_object`."""
     return parse_json_object(read_file(Path(path), max_bytes))
 
 
 def as_int(value: Any, low: int, high: int) -> int:
-    """`value` if it is an int (no bool, no float) from `low` to `high`; raises `ValueError` otherwise."""
+    """Returns `value` if it is an int (no bool, no float) from `low` to `high`; raises `ValueError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"not a whole number from {low} to {high}: {shorten(repr(value))}")
     return value
 
 
 def as_number(value: Any, limit: float = 1e30) -> float:
-    """`value` as a float if it is an int or a float (no bool) of at most `limit`; raises `ValueError` otherwise."""
+    """Returns `value` as a float if it is a number (no bool) of at most `limit`; raises `ValueError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= limit:
         raise ValueError(f"not a number: {shorten(repr(value))}")
     return float(value)
 
 
-def printable(text: str, limit: int = _MAX_PRINTED) -> str:
-    """`text` on one line without control characters (they would reach the terminal), cut to `limit` characters."""
+def printable(text: str, limit: int = _MAX_PRINTED_CHARS) -> str:
+    """Returns `text` on one line, control characters escaped for the terminal, shortened to `limit` characters."""
     text = shorten(text, limit)
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def shorten(text: str, limit: int = _MAX_PRINTED) -> str:
-    """`text`, or its two ends around an ellipsis where it has more than `limit` characters."""
+def shorten(text: str, limit: int = _MAX_PRINTED_CHARS) -> str:
+    """Returns `text`, or its two ends around an ellipsis if it has more than `limit` characters."""
     half = max((limit - 5) // 2, 1)
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
@@ -150,7 +151,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _depth(tree: Any) -> int:
-    """Levels of arrays and objects, without recursion."""
+    """Number of nested levels of arrays and objects, without recursion."""
     depth, level = 0, [tree]
     while level := [item for item in level if isinstance(item, (dict, list))]:
         depth += 1

@@ -1,6 +1,6 @@
-"""Writes the exact versions of an environment that the test suite passed with, for `pip install -c`, and with hashes.
+"""Writes the exact versions of a tested environment, for `pip install -c`, and with hashes.
 
-Run it by that environment's Python, with uv on the path, which looks up the hashes:
+Run it with that environment's Python; uv must be on the path and looks up the hashes:
 
     .venv/bin/python constraints/write.py [--uv UV]
 """
@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).parent
-# torch has one version and several builds (CPU, CUDA), of which machines install different files.
-LEFT_OUT = "torch"
+# torch has several builds (CPU, CUDA) of one version, so machines install different files.
+EXCLUDED = "torch"
 HEADER = """\
 # Versions that the test suite passed with on Python {python}, {system}; written on {date} by constraints/write.py.
 # Use: {use}
@@ -34,7 +34,7 @@ USES = {
 
 
 def requirements(package: str, extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
-    """What an installed package asks for here, with these extras: names, and the extras of each."""
+    """Yields the requirements of an installed package with these extras: names, and the extras of each."""
     for text in importlib.metadata.requires(package) or ():
         required = Requirement(text)
         marker = required.marker
@@ -43,13 +43,13 @@ def requirements(package: str, extras: frozenset[str]) -> Iterator[tuple[str, fr
 
 
 def pinned() -> tuple[dict[str, str], set[str]]:
-    """Versions of all that aimv2_jax needs with all of its extras, and the names of what is not installed."""
+    """Returns the versions of all requirements of aimv2_jax with all extras, and the names of missing packages."""
     versions, absent, seen = {}, set(), set()
     extras = importlib.metadata.metadata("aimv2_jax").get_all("Provides-Extra")
-    waiting = list(requirements("aimv2_jax", frozenset(extras)))
-    while waiting:
-        name, extras = waiting.pop()
-        if name == LEFT_OUT or (name, extras) in seen:
+    queue = list(requirements("aimv2_jax", frozenset(extras)))
+    while queue:
+        name, extras = queue.pop()
+        if name == EXCLUDED or (name, extras) in seen:
             continue
         seen.add((name, extras))
         try:
@@ -57,7 +57,7 @@ def pinned() -> tuple[dict[str, str], set[str]]:
         except importlib.metadata.PackageNotFoundError:
             absent.add(name)
             continue
-        waiting += requirements(name, extras)
+        queue += requirements(name, extras)
     return dict(sorted(versions.items())), absent
 
 
@@ -68,9 +68,9 @@ def main() -> None:
     versions, absent = pinned()
     name = f"jax-{'.'.join(versions['jax'].split('.')[:2])}"
     pins = "".join(f"{package}=={version}\n" for package, version in versions.items())
-    compiling = [uv, "pip", "compile", "--quiet", "--generate-hashes", "--no-deps", "--no-header", "--no-annotate", "-"]
-    compiling += ["--python-version", platform.python_version()]
-    hashed = subprocess.run(compiling, input=pins, text=True, stdout=subprocess.PIPE, check=True).stdout
+    command = [uv, "pip", "compile", "--quiet", "--generate-hashes", "--no-deps", "--no-header", "--no-annotate", "-"]
+    command += ["--python-version", platform.python_version()]
+    hashed = subprocess.run(command, input=pins, text=True, stdout=subprocess.PIPE, check=True).stdout
     for suffix, text in {"": pins, "-hashes": hashed}.items():
         header = HEADER.format(
             python=platform.python_version(),

@@ -1,8 +1,7 @@
-"""What the baselines and ablations have in common; `ablations/*.py` are the runs.
+"""Shared configs of the baselines and ablations; `ablations/*.py` are the runs.
 
 The paper compares ViT-L or H after 2 billion pairs, by frozen-trunk accuracy on ImageNet-1k, VQAv2 and TextVQA [P:
-Table 9; RECIPE.md §10]. Its scores stand in each file's docstring, in this order; where there are none, none are
-published.
+Table 9; RECIPE.md §10]. Each file's docstring gives the published scores in this order, if there are any.
 """
 
 import math
@@ -15,9 +14,9 @@ SAMPLES = 2 * 10**9  # [P]
 
 
 def ablation_config() -> ConfigDict:
-    """AIMv2-large at 224 px on 2 billion pairs of the pre-training mixture, to the end of its own schedule.
+    """AIMv2-large at 224 px on 2 billion pairs of the pre-training mixture, with a schedule of that length.
 
-    Of the two sizes we take large, the cheaper [O]. Warm-up and peak stay those of pre-training [O: none is published].
+    Large is the cheaper of the two sizes [O]. Warm-up and peak are those of pre-training [O: none is published].
     """
     config = pretrain_config("large")
     steps = -(-SAMPLES // config.data.batch_size)
@@ -27,19 +26,19 @@ def ablation_config() -> ConfigDict:
 
 
 def captioning_config() -> ConfigDict:
-    """The baseline without the image loss (alpha = 0), which then is not computed at all."""
+    """The baseline without the image loss (alpha = 0); the loss is not computed."""
     config = ablation_config()
     config.loss.image = False
     return config
 
 
-# --- the resolution curriculum: two runs, small pictures first ------------------------------------------------------
+# --- the resolution curriculum: two runs, small images first --------------------------------------------------------
 
-SMALL_SHARE = 0.8  # Of the samples, at 112 px: a quarter of the patches each. [O]
+SMALL_SHARE = 0.8  # Fraction of the samples at 112 px, with a quarter of the patches. [O]
 
 
 def small_stage_config() -> ConfigDict:
-    """The first run: pictures of 112 px, along the schedule of the whole, which it leaves after its share."""
+    """The first run: images of 112 px, on the full schedule, which it leaves after its fraction of the steps."""
     config = ablation_config()
     config.data.image_size = 112
     config.train.steps = round(SMALL_SHARE * config.train.steps)
@@ -47,11 +46,11 @@ def small_stage_config() -> ConfigDict:
 
 
 def large_stage_config() -> ConfigDict:
-    """The second run: 224 px, from where the first one left the schedule down to the same end.
+    """The second run: 224 px, from the point where the first run left the schedule to the same end.
 
-    Adam's moments start anew, hence a short warm-up. Decay is a fraction a step at the peak, which is lower here: so is
-    the fraction, and decay goes on as it was. Another seed, since examples are counted anew: not the first ones again.
-    All [O].
+    Adam's moments restart, hence a short warm-up. Weight decay is a fraction per step at the peak rate; the peak is
+    lower here and the decay is scaled with it, so the decay continues unchanged. The seed differs because example
+    numbers restart at 0: the run must not repeat the first examples. All [O].
     """
     whole, small = ablation_config(), small_stage_config()
     schedule, left = whole.optimizer, small.train.steps

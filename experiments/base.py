@@ -1,4 +1,4 @@
-"""Every key of a run, with the paper's values: AIMv2-L at 224 px. Other experiments change a few of these.
+"""Base config with every key of a run, at the paper's values: AIMv2-L at 224 px. Other experiments override a few keys.
 
 Tags: [P] the paper (arXiv 2411.14402; A1: its Table A1), [R] Apple's public trainer, [O] ours, with the reason.
 """
@@ -22,55 +22,55 @@ def get_config() -> ConfigDict:
     config.eval = _eval()
     config.init = ConfigDict(
         dict(
-            # Whose parameters start this run: another run (WORKDIR, WORKDIR:STEP, WORKDIR:last), a folder of Hugging
-            # Face's, or a .safetensors file; "": nobody's. [O]
+            # Source of initial weights: another run (WORKDIR, WORKDIR:STEP, WORKDIR:last), a Hugging Face folder, or a
+            # .safetensors file; "": none. [O]
             path="",
-            parts="model",  # Of its parameters: the "encoder", or the whole "model". [O]
-            drop=(),  # Tensors there that this model lacks, as "encoder/position": nothing is left over unsaid. [O]
-            fresh=(),  # Tensors here that start as initialised. [O]
+            parts="model",  # Parameters to load: the "encoder" or the whole "model". [O]
+            ignore=(),  # Source tensors that this model may lack, such as "encoder/position"; others are an error. [O]
+            reinit=(),  # Tensors of this model that keep their random initialisation. [O]
         )
     )
     config.mesh = ConfigDict(
         dict(
-            slices=1,  # Slices of a pod job: parameters are whole in each, gradients are summed over them last. [O]
-            data=-1,  # Devices of a slice that split the batch and hold whole parameters; -1: all that are left. [O]
+            slices=1,  # Slices of a pod job: each holds all parameters, and gradients are summed over slices last. [O]
+            data=-1,  # Devices of a slice that split the batch and replicate parameters; -1: all remaining devices. [O]
             fsdp=1,  # Devices of a slice that split the batch and the parameters. [O]
             tensor=1,  # Devices of a slice that split heads, hidden units and vocabulary. [O]
         )
     )
     config.processes = ConfigDict(
         dict(
-            startup_timeout_s=300,  # For all to come; then those that are missing are named, and none starts. [O]
-            heartbeat_timeout_s=100,  # From a process' death to the end of all others, which name it. [O: as jax's]
-            barrier_timeout_s=300,  # That they wait for one another: for what process 0 decides, and at the end. [O]
+            startup_timeout_s=300,  # Rendezvous timeout; the error names the missing processes, and none starts. [O]
+            heartbeat_timeout_s=100,  # When a process dies, the others name it and exit within this time. [O: as jax's]
+            barrier_timeout_s=300,  # Timeout of barriers: for decisions of process 0, and at shutdown. [O]
         )
     )
     config.train = _train()
     config.guard = ConfigDict(
         dict(
-            # Steps in a row whose loss or gradient isn't finite; each changes no parameter, the last stops the run. [O]
+            # Consecutive steps with non-finite loss or gradient that stop the run; each skips the update. [O]
             max_nonfinite=3,
-            # What is done where the loss or the gradient's norm is beyond spike_sigma deviations of the last 128 steps:
-            # "off"; "log" it; "skip" the update; or "rewind": go back to a checkpoint, and jump over the batches. [O]
+            # Action if the loss or the gradient norm exceeds spike_sigma standard deviations of the last 128 steps:
+            # "off"; "log"; "skip" the update; or "rewind" to a checkpoint and skip the batches. [O]
             spike="log",
             spike_sigma=6.0,  # [O: OLMo's]
-            rewind_batches=200,  # Batches up to the spike that a rewind jumps over, as far as it goes back. [O: PaLM's]
-            max_rewinds=20,  # Of a run; then it stops. [O: PaLM's number of spikes]
-            # Every so many steps the same step is computed twice and compared bit by bit; 0: never. Costs one step, and
-            # the memory of a second state while it lasts. [O]
-            recompute_every=0,
-            recompute_elsewhere=True,  # The second time on the devices in another order, where there are several. [O]
+            rewind_batches=200,  # Batches up to the spike that a rewind skips, within the steps it repeats. [O: PaLM's]
+            max_rewinds=20,  # Rewinds after which the run stops. [O: PaLM's number of spikes]
+            # Steps between checks for silent data corruption, which compute a step twice and compare it bit by bit; 0:
+            # never. A check costs one step, and temporarily the memory of a second state. [O]
+            sdc_check_every=0,
+            sdc_rotate_devices=True,  # Whether the second step runs on rotated devices, if there are several. [O]
         )
     )
-    # Seconds after which the run counts as hung, and ends with all stacks in its log; 0: never.
+    # Watchdog timeouts in seconds: a hung run writes all stacks to its log and exits; 0: never.
     config.watch = ConfigDict(
         dict(
-            start_s=1800,  # From joining the others to the first batch, compilation aside. [O]
+            start_s=1800,  # From the rendezvous to the first batch, without compilation. [O]
             data_s=600,  # For the next batch. [O]
-            step_s=600,  # For a step's numbers. [O]
+            step_s=600,  # For a step's metrics. [O]
             evaluation_s=7200,  # For a whole evaluation. [O]
             save_s=1800,  # For a checkpoint to be written. [O]
-            stop_s=1800,  # For the last save of a run that was asked to stop, one that was on its way included. [O]
+            stop_s=1800,  # For the last save after preemption, including a save in progress. [O]
         )
     )
     return config
@@ -84,33 +84,32 @@ def _model() -> ConfigDict:
                 width=1024,  # Channels of the residual stream. [P]
                 depth=24,  # Blocks. [P]
                 heads=8,  # Attention heads, 128 channels each. [P]
-                hidden=ml_collections.config_dict.placeholder(
-                    int
-                ),  # SwiGLU units; None: the rule, 2/3 of 4 x width up to 256s. [R]
-                position="learned",  # "learned" table for one resolution, or "sincos" of the true grid. [P]
-                attention_mask="prefix",  # In training: a random "prefix", or "full", without the image loss. [P]
+                # SwiGLU units; None: 2/3 of 4 x width, rounded up to a multiple of 256. [R]
+                hidden=ml_collections.config_dict.placeholder(int),
+                position="learned",  # "learned" table for one resolution, or "sincos" of the actual grid. [P]
+                attention_mask="prefix",  # In training: a random "prefix"; or "full", only without the image loss. [P]
             ),
             decoder=dict(
                 width=1024,  # [P]
                 depth=12,  # [P]
                 heads=8,  # [R]
-                hidden=ml_collections.config_dict.placeholder(int),  # As the encoder's. [R]
-                vocab_size=32000,  # Rows of the token table; at least the tokenizer's pieces. [R]
-                text_length=77,  # Tokens of a caption [P: A1], its end included where it fits [R; O: RECIPE.md §4].
-                remat=ml_collections.config_dict.placeholder(str),  # The decoder's own; None: as model.remat. [O]
-                # "joint": one trunk for both losses; "separate": a whole decoder for each; "mlp": AIMv1's head, which
-                # predicts patches only, by blocks without attention. [P]
+                hidden=ml_collections.config_dict.placeholder(int),  # Like the encoder's. [R]
+                vocab_size=32000,  # Rows of the token table; at least the tokenizer's vocabulary. [R]
+                text_length=77,  # Tokens of a caption [P: A1], with its end token if it fits [R; O: RECIPE.md §4].
+                remat=ml_collections.config_dict.placeholder(str),  # The decoder's remat; None: model.remat. [O]
+                # "joint": one trunk for both losses; "separate": one decoder for each loss; "mlp": AIMv1's head, which
+                # predicts only patches, with blocks without attention. [P]
                 kind="joint",
-                # Share of the encoder's rows that the decoder is given in training, drawn by example; below 1 without
-                # the image loss only. [O: OpenVision 2 keeps 0.35 to save time, AIMv2 keeps all]
-                keep_rows=1.0,
+                # Fraction of the encoder's tokens that the decoder gets in training, sampled for each example; below 1
+                # only without the image loss. [O: OpenVision 2 keeps 0.35 to save time, AIMv2 keeps all]
+                token_keep_rate=1.0,
             ),
             norm_eps=1e-5,  # RMSNorm. [R]
-            pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, of pixels in [0, 1]. [R]
+            pixel_mean=(0.485, 0.456, 0.406),  # ImageNet's, for pixels in [0, 1]. [R]
             pixel_std=(0.229, 0.224, 0.225),  # [R]
-            layers="loop",  # Blocks by "scan" (quick to compile) or "loop" (faster on TPU); one parameter tree. [O]
-            # What the backward pass recomputes: "none", "matmuls" (all but matrix products), "gate" (also up),
-            # "attention" (also gate), or "full" blocks; each needs less memory than the one before. [O]
+            layers="loop",  # "scan" over blocks (fast compilation) or "loop" (faster on TPU); same parameter tree. [O]
+            # Recomputation in the backward pass: "none", "matmuls" (all but matrix products), "gate" (also up),
+            # "attention" (also gate), or "full" blocks; each needs less memory than the previous one. [O]
             remat="none",
             attention="auto",  # "xla", "pallas" (our kernels), or "auto": kernels on TPU with 128 channels a head. [O]
             compute_dtype="bfloat16",  # Activations and matrix products; norms, softmax, losses are float32. [R]
@@ -125,8 +124,8 @@ def _loss() -> ConfigDict:
             image=True,  # Next-patch regression. [P]
             text=True,  # Next-token cross-entropy. [P]
             alpha=0.4,  # Weight of the image loss; total = text + alpha x image. [P]
-            predict_eos=True,  # The end of a caption is a target. [O: a decoder that cannot stop cannot caption]
-            target_eps=1e-6,  # Added to a patch's variance before the root. [R]
+            predict_eos=True,  # Whether the end token is a target. [O: a decoder that cannot stop cannot caption]
+            target_eps=1e-6,  # Added to a patch's variance before the square root. [R]
         )
     )
 
@@ -134,23 +133,23 @@ def _loss() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     return ConfigDict(
         dict(
-            peak_lr=1e-3,  # Of large and base; pretrain.py has the others. [P: A1]
-            start_lr=1e-6,  # The first step's. [R]
+            peak_lr=1e-3,  # For large and base; pretrain.py has the others. [P: A1]
+            start_lr=1e-6,  # At the first step. [R]
             end_lr=1e-5,  # From step `schedule_steps` on. [P: A1]
             warmup_steps=12_500,  # Linear, start_lr to peak_lr. [P: A1]
-            schedule_steps=1_500_000,  # Warm-up and cosine together; at 8192 a step 12.29e9 samples. [P: A1]
+            schedule_steps=1_500_000,  # Warm-up plus cosine; 12.29e9 samples at 8192 a step. [P: A1]
             betas=(0.9, 0.95),  # [P: A1]
             eps=1e-8,  # [R]
-            weight_decay=1e-4,  # Fraction taken off a step at the peak lr, scaled by lr / peak_lr. [P: A1; R: the form]
-            clip_norm=1.0,  # Of the global gradient norm. [P: A1]
-            # Of the parameters' exponential average, which then is what is loaded after training; 0: none is kept. [O:
-            # a third more memory and disk for the state; neither the paper nor the public trainer has one]
+            weight_decay=1e-4,  # Decay per step at the peak lr, scaled by lr / peak_lr. [P: A1; R: the form]
+            clip_norm=1.0,  # Maximum global gradient norm. [P: A1]
+            # Decay of the parameters' moving average, which replaces the parameters after training; 0: no average. [O:
+            # the state takes a third more memory and disk; neither the paper nor the public trainer has one]
             ema_decay=0.0,
-            schedule="cosine",  # [P: A1]; "half_cosine" ends half way to end_lr, and cooldowns branch off it [P: §3.1].
-            # Steps of a cooldown (train.cooldown_from), as a share of all steps up to its end. [P: §3.1; O: of all,
+            schedule="cosine",  # [P: A1]; "half_cosine" ends halfway to end_lr, and cooldowns branch off it [P: §3.1].
+            # Steps of a cooldown (train.cooldown_from), as a fraction of all steps up to its end. [P: §3.1; O: of all,
             # since 0.8 of the paper's 6.4 billion samples are its "5 billion", and 1 / 1.2 of them are not]
             cooldown_share=0.2,
-            cooldown_lr=1e-6,  # Where a cooldown ends, linearly. [P: §3.1]
+            cooldown_lr=1e-6,  # Final rate of a linear cooldown. [P: §3.1]
         )
     )
 
@@ -159,21 +158,21 @@ def _data() -> ConfigDict:
     return ConfigDict(
         dict(
             batch_size=8192,  # Examples a step, over all devices and hosts (see also areas). [P: A1]
-            workers=8,  # Processes that read and decode, on each host; 0: threads of the trainer. [O]
-            read_threads=32,  # Records that each worker reads at a time, ahead of decoding. [O: 50 ms a read is 640/s]
+            workers=8,  # Processes on each host that read and decode; 0: threads of the trainer. [O]
+            read_threads=32,  # Concurrent record reads of each worker, ahead of decoding. [O: 50 ms a read is 640/s]
             prefetch=2,  # Batches that each worker keeps ready. [O]
             image_size=224,  # Side of the training crop, pixels. [P: A1]
-            crop_area=(0.4, 1.0),  # RandomResizedCrop: share of the picture's area. [P: A1]
+            crop_area=(0.4, 1.0),  # RandomResizedCrop: fraction of the image's area. [P: A1]
             crop_ratio=(3 / 4, 4 / 3),  # RandomResizedCrop: aspect ratio, width / height. [P: A1; R: 4 / 3 for 1.33]
             flip=0.5,  # Probability of a horizontal flip. [P: A1]
             sources={},  # Name -> folder of prepared records; "package:..." is inside the package. [P]
-            mixture={},  # Source name -> caption kind -> weight; exact over one cycle of the weights. [P: Table 2]
-            max_bad_fraction=0.01,  # Records that may be unusable before the run stops. [O]
-            # Native resolution: areas, in patches, of which every step draws one (RECIPE.md §9), and to which pictures
-            # are resized whole, with their aspect. Batches have batch_size examples at the largest area, and at others
-            # as many more as fit in as many patches. Empty: a fixed resolution, crops of image_size. [P]
+            mixture={},  # Source name -> caption type -> weight; exact over one cycle of the weights. [P: Table 2]
+            max_bad_fraction=0.01,  # Fraction of unusable records above which the run stops. [O]
+            # Native resolution: areas in patches. Each step draws one (RECIPE.md §9) and resizes images whole to it, at
+            # their aspect ratio. A batch has batch_size examples at the largest area, and more at smaller ones, as many
+            # as fit in the same number of patches. Empty: a fixed resolution with crops of image_size. [P]
             areas=(),
-            upscale=True,  # At native resolution, whether smaller pictures are enlarged to the area. [O: utilisation]
+            upscale=True,  # At native resolution, whether to enlarge smaller images to the area. [O: utilisation]
         )
     )
 
@@ -181,12 +180,12 @@ def _data() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         dict(
-            sources={},  # Held-out sets, name -> folder; empty: no evaluation. [O]
-            kinds=("alt", "synthetic"),  # Caption kinds that are evaluated. [O]
+            sources={},  # Held-out datasets, name -> folder; empty: no evaluation. [O]
+            caption_types=("alt", "synthetic"),  # Caption types that are evaluated. [O]
             batch_size=1024,  # Examples at a time. [O]
-            prefixes=(0.25, 0.5, 0.75),  # Fixed prefix lengths, as shares of a picture's patches. [O]
-            max_examples=ml_collections.config_dict.placeholder(int),  # Pictures of each source; None: all. [O]
-            # None: centre squares of data.image_size; or whole pictures with their aspect in so many patches. [O]
+            prefixes=(0.25, 0.5, 0.75),  # Fixed prefix lengths, as fractions of an image's patches. [O]
+            max_examples=ml_collections.config_dict.placeholder(int),  # Images of each source; None: all. [O]
+            # None: centre crops of data.image_size; a number: whole images with their aspect in that many patches. [O]
             area=ml_collections.config_dict.placeholder(int),
         )
     )
@@ -195,15 +194,16 @@ def _eval() -> ConfigDict:
 def _train() -> ConfigDict:
     return ConfigDict(
         dict(
-            steps=1_500_000,  # Where the run ends; the learning rate follows optimizer.schedule_steps. [P: A1]
-            log_every=100,  # Steps between lines of metrics.jsonl. [O]
-            eval_every=10_000,  # Steps between evaluations; 0: at the end only. [O]
-            eval_at_start=False,  # Also before the first step: what a start from another run (init) is worth. [O]
-            save_every=5_000,  # Steps between checkpoints; 0: at the end only. [O]
-            keep=3,  # Newest checkpoints kept, beside the best. [O]
-            microbatches=1,  # Parts of a batch computed one after another; changes no number but rounding. [O]
-            reduce_dtype="float32",  # Of gradients on their way between devices, or "bfloat16". [O; R: bfloat16]
-            tpu_compiler_options=dict(  # Of libtpu, for the train step, by generation; why: experiments/LOG.md. [O]
+            steps=1_500_000,  # Last step; the learning rate follows optimizer.schedule_steps. [P: A1]
+            log_every=100,  # Steps between lines in metrics.jsonl. [O]
+            eval_every=10_000,  # Steps between evaluations; 0: only at the end. [O]
+            eval_at_start=False,  # Whether to evaluate the initial weights before the first step. [O]
+            save_every=5_000,  # Steps between checkpoints; 0: only at the end. [O]
+            keep=3,  # Newest checkpoints kept, in addition to the best one. [O]
+            microbatches=1,  # Sequential parts of a batch; results differ only by rounding. [O]
+            reduce_dtype="float32",  # Dtype of gradient reductions between devices, or "bfloat16". [O; R: bfloat16]
+            # libtpu options for the train step, by TPU generation; reasons: experiments/LOG.md. [O]
+            tpu_compiler_options=dict(
                 all=dict(xla_tpu_scoped_vmem_limit_kib="65536"),
                 v5e=dict(
                     xla_tpu_decompose_every_reduce_scatters_hlos="true",
@@ -212,19 +212,17 @@ def _train() -> ConfigDict:
                     xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter="true",
                 ),
             ),
-            # JAX's persistent cache, by which a run that starts again compiles nothing: a folder, or "workdir" for
-            # WORKDIR/compiled on accelerators (not on CPUs: code for one need not run on the next); None: off. [O]
+            # JAX's persistent compilation cache, so that restarts skip compilation: a folder, or "workdir" for
+            # WORKDIR/compiled on accelerators (not on CPUs, whose code may not run on another CPU); None: off. [O]
             compilation_cache="workdir",
             tensorboard=True,  # Also write TensorBoard events to WORKDIR/tensorboard. [O]
-            wandb_project=ml_collections.config_dict.placeholder(
-                str
-            ),  # Also log to Weights & Biases (extra "wandb"). [O]
-            profile=ml_collections.config_dict.placeholder(
-                tuple
-            ),  # (first, end): XProf's trace of steps first to end - 1 goes to WORKDIR/profile; None: off. [O]
-            keep_steps=(),  # Steps that are saved and, as the newest and the best, kept: for cooldowns to start at. [O]
-            # "WORKDIR:STEP": this run branches off that one after that step and cools down; it goes on with the whole
-            # state and the same examples, and `steps` is then where the cooldown ends. None: no branch. [P; O: the way]
+            # Project for logging to Weights & Biases (extra "wandb"); None: off. [O]
+            wandb_project=ml_collections.config_dict.placeholder(str),
+            # (first, end): XProf traces steps first to end - 1 to WORKDIR/profile; None: off. [O]
+            profile=ml_collections.config_dict.placeholder(tuple),
+            keep_steps=(),  # Steps that are saved and never deleted, as starting points of cooldowns. [O]
+            # "WORKDIR:STEP": this run is a cooldown that branches off that run after that step. It continues with the
+            # whole state and the same examples; `steps` is the end of the cooldown. None: no branch. [P; O: the way]
             cooldown_from=ml_collections.config_dict.placeholder(str),
         )
     )

@@ -1,4 +1,4 @@
-"""What the paper's high-resolution runs have in common; `highres_PIXELS_SIZE.py` are the runs."""
+"""Shared config of the paper's high-resolution runs; `highres_PIXELS_SIZE.py` are the runs."""
 
 from ml_collections import ConfigDict
 
@@ -6,15 +6,15 @@ from experiments import mixtures
 from experiments.pretrain import pretrain_config
 
 SAMPLES = 2_000_000_000  # [P]
-# Pictures a step at each size of picture [O]: about as many patches, and so as much memory, as 8192 have at 224 px.
+# Batch size by image size [O]: about as many patches, and so as much memory, as 8192 images at 224 px.
 BATCH = {336: 4096, 448: 2048}
 
 
 def highres_config(size: str, pixels: int) -> ConfigDict:
     """The run of an encoder of `size` at `pixels`: 2 billion pairs without synthetic captions, no weight decay [P].
 
-    It starts from the whole model of the 224 px run, `init.path`, whose position table is resized. Ours: the batch,
-    which keeps the patches of a step; the steps, which follow; a tenth of the peak learning rate of pre-training, since
+    It starts from the whole model of the 224 px run, `init.path`, with its position table resized. Ours: the batch,
+    which keeps the patches of a step; the resulting steps; a tenth of the peak learning rate of pre-training, since
     it starts where that run ended (a hundredth of its peak), warmed up for 2,000 steps because Adam's moments are new.
     """
     config = pretrain_config(size)
@@ -26,6 +26,6 @@ def highres_config(size: str, pixels: int) -> ConfigDict:
     )
     config.train.update(steps=steps, eval_every=5000)
     if (size, pixels) == ("3b", 448):
-        config.model.remat = "attention"  # With the gates 3 % of a v5e's memory are to spare; 5 % are wanted. [O]
+        config.model.remat = "attention"  # "gate" leaves 3 % of a v5e's memory free; 5 % are required. [O]
     mixtures.use_alt_text_only(config)
     return config

@@ -1,10 +1,10 @@
-"""Makes the quickstart's data set, which the package carries, out of a folder of webdataset tars.
+"""Makes the quickstart's dataset, which is part of the package, from a folder of webdataset tars.
 
     python experiments/make_sample.py --input DIR --output aimv2_jax/data/sample
 
-`INPUT/{train,test}/*.tar` become `OUTPUT/{train,test}/{photo,other}` (photographs, and all the rest), with the caption
-kinds alt and synthetic and the labels label, coarse and kind. A SentencePiece model is trained on the train captions.
-Two runs give the same bytes.
+`INPUT/{train,test}/*.tar` become `OUTPUT/{train,test}/{photo,other}` (photographs, and everything else), with the
+caption types alt and synthetic and the labels label, coarse and kind. A SentencePiece model is trained on the train
+captions. The output is deterministic.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from aimv2_jax.data import captions
-from aimv2_jax.data.datasets import write_dataset
-from aimv2_jax.data.inputs.discover import find
-from aimv2_jax.data.inputs.read import read
-from aimv2_jax.data.inputs.samples import Damage
+from aimv2_jax.cli import Parser
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record
-from aimv2_jax.data.tokenizer_training import train_model
-from aimv2_jax.errors import UserError, reports_user_errors
-from aimv2_jax.flags import Parser
+from aimv2_jax.data.transforms import captions
+from aimv2_jax.errors import UserError, cli_main
+from aimv2_jax.prepare.inputs.discover import find_shards
+from aimv2_jax.prepare.inputs.reader import read
+from aimv2_jax.prepare.inputs.samples import BadInput
+from aimv2_jax.prepare.tokenizer import train_model
 
 KINDS = ("alt", "synthetic")
 LABELS = ("label", "coarse", "kind")
-# 256 bytes, 3 special, 509 learnt: beyond that, pieces occur twice or less in these captions. BPE, because unigram's
-# pruning leaves words as common as "drawing" in three pieces on so small a text.
+# 256 bytes, 3 special, 509 learnt; further pieces would occur at most twice in these captions. BPE, because on so small
+# a text unigram pruning splits words as common as "drawing" into three pieces.
 VOCAB_SIZE = 768
 
 README = """# The quickstart's pictures
@@ -40,16 +40,16 @@ Caption kinds: `alt` (the maker's text) and `synthetic` (a sentence by template,
 Labels: `label`, `coarse`, `kind`. A record's key is its source and picture key in `ATTRIBUTION.md`.
 
 `tokenizer.model`: SentencePiece (BPE), {vocab_size} pieces with bytes as the last resort, trained on the train
-captions after `aimv2_jax.data.captions.clean`; pad 0, end 1, unknown 2.
+captions after `aimv2_jax.data.transforms.captions.clean`; pad 0, end 1, unknown 2.
 """
 
 
 def read_tar(path: Path) -> Iterator[Record]:
-    """The pairs of a webdataset tar, by key; raises `UserError` if a part of it cannot be read."""
-    [shard] = find([str(path)])
+    """Yields the pairs of a webdataset tar in order of key; raises `UserError` if a part of it cannot be read."""
+    [shard] = find_shards([str(path)])
     samples = []
     for item in read(shard):
-        if isinstance(item, Damage):
+        if isinstance(item, BadInput):
             remedy = "Give the folder of the sample, or copy the file again"
             raise UserError("--input has a tar that cannot be read", str(path), remedy)
         samples.append(item)
@@ -72,14 +72,15 @@ def _pairs(source: Path, split: str) -> list[Record]:
 
 
 def make(source: Path, target: Path) -> None:
-    """Writes the data set of `source` to `target`, which it replaces."""
+    """Writes the dataset of `source` to `target`, which it replaces."""
     if not list(source.glob("train/*.tar")):
         raise UserError("--input has no train/*.tar", str(source), "Give the folder of the sample")
     if target.exists() and any(target.iterdir()) and not (target / "train/photo/dataset.json").is_file():
-        raise UserError("--output is there and is no such data set", str(target), "Give another folder, or remove it")
+        raise UserError("--output exists and is not such a dataset", str(target), "Give another folder, or remove it")
     splits = {split: _pairs(source, split) for split in ("train", "test")}
     shutil.rmtree(target, ignore_errors=True)
-    texts, total = [], 0
+    texts: list[str] = []
+    total = 0
     table = "| data set | pairs |\n|---|---|\n"
     for split, pairs in splits.items():
         photos = [record for record in pairs if record.labels["kind"] == "photo"]
@@ -97,7 +98,7 @@ def make(source: Path, target: Path) -> None:
     (target / "README.md").write_text(readme, encoding="utf-8")
 
 
-@reports_user_errors
+@cli_main
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="folder with train/*.tar and test/*.tar")

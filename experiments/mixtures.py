@@ -1,4 +1,4 @@
-"""Data mixtures: sources, caption kinds and weights, in the structure of `data.sources` and `data.mixture`."""
+"""Data mixtures: sources, caption types and weights for `data.sources` and `data.mixture`."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from ml_collections import ConfigDict
 
 
 class Pool(NamedTuple):
-    """The image-text pairs of one caption kind of a source: how many there are, and how likely one is drawn."""
+    """Image-text pairs of one caption type of a source: their number and sampling probability."""
 
     pairs: int
     probability: float
 
 
 # The pre-training mixture of the paper [P: Table 2]; the probabilities add up to 1. Each DFN image has two synthetic
-# captions: prepare such a set with a list of texts in the kind `synthetic`. HQITP is not public.
+# captions: prepare such a dataset with a list of texts for the type `synthetic`. HQITP is not public.
 PAPER = {
     "dfn": {"alt": Pool(1_901_228_573, 0.30), "synthetic": Pool(3_802_457_146, 0.30)},
     "coyo": {"alt": Pool(560_171_533, 0.09)},
@@ -22,20 +22,21 @@ PAPER = {
 
 
 def use_paper_mixture(config: ConfigDict) -> None:
-    """Sets the paper's sources and weights; the paths are where prepared records are expected. [O]"""
+    """Sets the paper's sources and weights; the paths are the expected folders of prepared records. [O]"""
     config.data.sources = {name: f"data/{name}/train" for name in PAPER}
     config.data.mixture = _weights(["alt", "synthetic"])
     config.tokenizer.path = "data/tokenizer.model"
     config.eval.sources = {"dfn": "data/dfn/heldout"}
-    config.eval.max_examples = 8192  # [O: eight batches of 1024 a caption kind]
+    config.eval.max_examples = 8192  # [O: eight batches of 1024 for each caption type]
 
 
 def use_alt_text_only(config: ConfigDict) -> None:
-    """Takes the synthetic captions out of the paper's mixture, for later stages [P]; weights keep their proportions."""
+    """Removes the synthetic captions from the paper's mixture, for later stages [P]; weights keep their proportions."""
     config.data.mixture = _weights(["alt"])
 
 
-def _weights(kinds: list[str]) -> dict[str, dict[str, float]]:
+def _weights(caption_types: list[str]) -> dict[str, dict[str, float]]:
     return {
-        name: {kind: pool.probability for kind, pool in pools.items() if kind in kinds} for name, pools in PAPER.items()
+        name: {kind: pool.probability for kind, pool in pools.items() if kind in caption_types}
+        for name, pools in PAPER.items()
     }

@@ -1,4 +1,4 @@
-"""What fine-tuning at native resolution has in common; `native_SIZE.py` are the runs."""
+"""Shared config of fine-tuning at native resolution; `native_SIZE.py` are the runs."""
 
 from ml_collections import ConfigDict
 
@@ -8,20 +8,21 @@ from experiments.pretrain import pretrain_config
 # 128 … 4096 patches. The paper draws n of 2^n from [7, 12] and states no rounding [P: §2.4]; a compiled step wants few
 # shapes, so n is rounded [O]. The probability of each area: RECIPE.md §9.
 AREAS = tuple(2**n for n in range(7, 13))
-PATCHES = 2**20  # In a batch, C = A x B [P: that it is constant; O: the number, 256 pictures of the largest area].
-SAMPLES = 2_000_000_000  # As the high-resolution stage's, at 256 patches each. [O]
+# Patches in a batch, C = A x B [P: C is constant; O: the value, 256 images of the largest area].
+PATCHES = 2**20
+SAMPLES = 2_000_000_000  # As in the high-resolution stage, at 256 patches each. [O]
 
 
 def native_config(size: str) -> ConfigDict:
-    """The fine-tuning of an encoder of `size` at native resolution, with positions of the true grid (RECIPE.md §9) [P].
+    """Fine-tuning of an encoder of `size` at native resolution, with positions of the actual grid (RECIPE.md §9) [P].
 
-    It starts from the whole model of the 224 px run, `init.path`, but for the table of positions: sin-cos replaces it,
-    and the blocks learn to read that in the warm-up. Ours: the patches that as many pictures have at 224 px; a
+    It starts from the whole model of the 224 px run, `init.path`, except the position table: sin-cos embeddings replace
+    it, and the blocks adapt to them in the warm-up. Ours: as many patches as the same number of images has at 224 px; a
     fifth of the peak learning rate of pre-training, since positions are new; no weight decay, as at high resolution.
     """
     config = pretrain_config(size)
     steps = -(-SAMPLES * 256 // PATCHES)
-    config.init.update(path=f"runs/pretrain_{size}_224", drop=("encoder/position",))
+    config.init.update(path=f"runs/pretrain_{size}_224", ignore=("encoder/position",))
     config.model.encoder.position = "sincos"
     config.data.update(areas=AREAS, batch_size=PATCHES // AREAS[-1])
     config.optimizer.update(

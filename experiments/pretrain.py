@@ -1,12 +1,12 @@
-"""What the paper's pre-training runs have in common; `pretrain_SIZE_224.py` are the runs."""
+"""Shared config of the paper's pre-training runs; `pretrain_SIZE_224.py` are the runs."""
 
 from ml_collections import ConfigDict
 
 from aimv2_jax.models.sizes import ENCODER_SIZES
 from experiments import base, mixtures
 
-# By size: the peak learning rate [P: Table A1]; over how many chips parameters and moments are split, one ring of a pod
-# whose gathers are cheap [O]; the least recomputation with which 32 pictures a chip fit a v5e (`results/aot.md`) [O].
+# By size: the peak learning rate [P: Table A1]; the number of chips that split parameters and moments, one ring of a
+# pod with cheap gathers [O]; the least recomputation with which 32 images a chip fit on a v5e (`results/aot.md`) [O].
 SETTINGS = {
     "base": dict(peak_lr=1e-3, fsdp=1),  # [O: the rate of large; the paper has no base]
     "large": dict(peak_lr=1e-3, fsdp=16),
@@ -26,8 +26,8 @@ def pretrain_config(size: str) -> ConfigDict:
     if "remat" in settings:
         config.model.remat = settings["remat"]
         config.model.decoder.remat = settings.get("decoder_remat")
-        # Weights that are gathered twice need the same matmuls to hide behind as gradients do. Not for all: without
-        # the attention weights that these policies keep, libtpu 0.0.52 dies of it.
+        # Weights that are gathered twice overlap with the same matmuls as gradients. Only for these policies: libtpu
+        # 0.0.52 crashes with this option if the attention weights are not kept.
         config.train.tpu_compiler_options.v5e.xla_tpu_async_collective_fusion_fuse_multiple_collectives = "true"
     mixtures.use_paper_mixture(config)
     return config

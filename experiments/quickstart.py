@@ -1,4 +1,4 @@
-"""A small but whole AIMv2 on the bundled pictures: both losses, two sources, two caption kinds, on two CPU cores.
+"""A small but complete AIMv2 on the bundled images: both losses, two sources, two caption types, on two CPU cores.
 
 python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/quickstart
 """
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     size = ENCODER_SIZES["tiny"]
     config.model.encoder.update(width=size.width, depth=size.depth, heads=size.heads)
     config.model.decoder.update(width=192, depth=4, heads=3, vocab_size=1024, text_length=40)
-    config.model.layers = "loop"  # Two seconds more to compile than "scan", a sixth less a step.
+    config.model.layers = "loop"  # Compilation takes two seconds more than with "scan", a step a sixth less.
     config.model.compute_dtype = "float32"  # CPUs have no fast bfloat16.
     config.optimizer.update(warmup_steps=40, schedule_steps=320, weight_decay=1e-4, peak_lr=1e-3)
     config.data.update(

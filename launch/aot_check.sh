@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Predicts every experiment on its topologies, without a TPU: experiments/results/aot.md. Takes hours.
-# What stands in the folder of reports is not done again: stop it and start it as you like; delete a report to renew it.
-# Usage: launch/aot_check.sh [FOLDER]      FULL="large huge" also generates the code of these whole on v5e (long).
+# Predicts every experiment on its topologies, without a TPU, and writes experiments/results/aot.md. Takes hours.
+# Existing reports in FOLDER are skipped, so the script can be stopped and restarted; delete a report to renew it.
+# Usage: launch/aot_check.sh [FOLDER]      FULL="large huge" also compiles these in full on v5e (long).
 set -euo pipefail
 EXTRAS=tpu
 . "$(dirname "$0")/environment.sh"
@@ -12,7 +12,7 @@ predict() { # NAME EXPERIMENT TOPOLOGY FLAGS...
   local name=$1 config=experiments/$2.py topology=$3
   shift 3
   if [ -f "$folder/$name.json" ]; then
-    echo "$name: there"
+    echo "$name: skipped, its report exists"
     return
   fi
   echo "$name: predicting ($(date +%H:%M))"
@@ -25,14 +25,14 @@ trap 'rm -f "$folder"/*.part.json' EXIT
 for size in base large huge 1b 3b; do
   predict "1_v5e_$size" "pretrain_${size}_224" v5e:16x16
 done
-for size in large huge 1b 3b; do # The reference's type of gradients between devices.
+for size in large huge 1b 3b; do # With the reference trainer's dtype for gradient reductions.
   predict "2_v5e_${size}_bf16" "pretrain_${size}_224" v5e:16x16 --no-xla-attention --config.train.reduce_dtype=bfloat16
 done
 for size in ${FULL:-}; do
   predict "3_v5e_${size}_full" "pretrain_${size}_224" v5e:16x16 --full --no-xla-attention
 done
 for size in large huge 1b 3b; do
-  case $size in # What is computed again so that a v5e's memory holds it, these need not.
+  case $size in # v5p and v6e have enough memory without the recomputation for v5e.
     1b | 3b) saved="--config.model.remat=none --config.model.decoder.remat=none" ;;
     *) saved="" ;;
   esac

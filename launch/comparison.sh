@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# AIMv2 in small beside its baselines, on two CPU cores: each trained on as many examples, in 28 minutes at 185 pictures a
-# second, then probed for what a picture shows. Run again, it resumes; the figures are in WORKDIR/*.json, the tables in
-# WORKDIR/comparison.md.
+# Compares a small AIMv2 with its baselines on two CPU cores: each trains on the same number of examples, in 28 minutes
+# at 185 images a second, and is then probed for the category of an image. The script resumes when run again. It writes the
+# figures to WORKDIR/*.json and the tables to WORKDIR/comparison.md.
 # Usage: launch/comparison.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes
 #                                                them, with captions in .txt and in the json's field "synthetic", labels
 #                                                in its fields "coarse" and "source".
@@ -13,7 +13,7 @@ for model in aimv2 aimv2_alt captioning; do
     --config.data.sources.pairs="$workdir/data/train" --config.eval.sources.pairs="$workdir/data/test"
 done
 
-probe() { # NAME FLAGS...    With all categories, and without the two that a statistic of single pixels gives away.
+probe() { # NAME FLAGS...    With all categories, and without the two that pixel statistics alone reveal.
   local name=$1
   shift
   for without in "" space,screen; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Breaks small runs in every way that is known, in the long form (half an hour on two CPU cores), and prints what came of it.
-# Usage: launch/drills.sh [OUTPUT]    OUTPUT: a folder for what the drills print and their JSON (runs/drills)
+# Runs all fault-injection drills in the long form (half an hour on two CPU cores) and prints their results.
+# Usage: launch/drills.sh [OUTPUT]    OUTPUT: a folder for the drills' logs and JSON (default runs/drills)
 set -euo pipefail
 output=${1:-$(dirname "$0")/../runs/drills}
 mkdir -p "$output"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prints the interpreter to use: the newest supported Python that runs, or the one that PYTHON names.
-# A shim of pyenv on the path may run nothing, so each is tried; pyenv's own versions are tried next.
-# Usage: launch/find_python.sh [VERSION...]    VERSION: only these, such as 3.11; by default all that setup.py allows
+# Prints the interpreter to use: $PYTHON if set, otherwise the newest supported Python that runs.
+# Each candidate is executed, since a pyenv shim on the path may not work; pyenv's own versions are tried next.
+# Usage: launch/find_python.sh [VERSION...]    VERSION: a candidate, such as 3.11 (default: all that setup.py allows)
 set -euo pipefail
 shopt -s nullglob
 supported=(3.13 3.12 3.11)
@@ -15,9 +15,9 @@ has_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
 if [ -n "${PYTHON:-}" ]; then
   found=$(version "$PYTHON")
   if [[ " ${supported[*]} " != *" ${found:-none} "* ]]; then
-    is="is Python $found"
-    [ -n "$found" ] || is="does not run"
-    echo "error: PYTHON=$PYTHON $is. Name one of Python $listed, or leave PYTHON unset to have one found." >&2
+    problem="is Python $found"
+    [ -n "$found" ] || problem="does not run"
+    echo "error: PYTHON=$PYTHON $problem. Name one of Python $listed, or leave PYTHON unset to have one found." >&2
     exit 2
   fi
   if ! has_venv "$PYTHON"; then

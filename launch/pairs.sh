@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the studies on real pairs: . launch/pairs.sh STUDY PAIRS WORKDIR FLAGS...
-# Sets `workdir` (runs/STUDY, unless WORKDIR is given), makes the environment, and prepares the pairs in
-# "$workdir/data/train" and "$workdir/data/test" once, with more FLAGS of aimv2_jax.data.prepare.
+# Sourced by the studies on image-text pairs: . launch/pairs.sh STUDY PAIRS WORKDIR FLAGS...
+# Sets `workdir` (default runs/STUDY), makes the environment, and prepares the pairs once in "$workdir/data/train" and
+# "$workdir/data/test"; FLAGS are additional flags of aimv2_jax.prepare.
 study=$1 pairs=$2 workdir=$3
 shift 3
 [ -n "$pairs" ] || { echo "Name the folder with the pairs: launch/$study.sh PAIRS [WORKDIR]" >&2; exit 2; }
@@ -15,6 +15,6 @@ prepare_flags=("$@")
 
 for split in train test; do
   [ -f "$workdir/data/$split/dataset.json" ] ||
-    "$venv/bin/python" -m aimv2_jax.data.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
+    "$venv/bin/python" -m aimv2_jax.prepare --input "$pairs/*/$split/*.tar" --output "$workdir/data/$split" \
       --caption alt=txt --caption synthetic=json:synthetic "${prepare_flags[@]}"
 done

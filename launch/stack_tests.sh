@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests whose outcome another Python or jax can change: numbers, models, step, sharding, checkpoint and resume,
+# Runs the tests that depend on the versions of Python and jax: numerics, models, step, sharding, checkpoint and resume,
 # export, AOT. Arguments go to pytest.
 # Usage: PYTHON=python3.11 VENV=.venv-3.11 launch/stack_tests.sh
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All stages of AIMv2 in small, on two CPU cores in less than half an hour: pre-training at 112 px, 168 px, native
-# resolution, and the held-out losses of both last models at three resolutions. Run again, it resumes.
+# Runs all stages of a small AIMv2 on two CPU cores in less than half an hour: pre-training at 112 px, 168 px, native
+# resolution, and the held-out losses of the last two models at three resolutions. Resumes when run again.
 # Usage: launch/stages.sh PAIRS [WORKDIR]    PAIRS: a folder with SOURCE/{train,test}/*.tar, as img2dataset writes them,
 #                                            with captions in .txt and in the json's field "synthetic".
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes what it needs and runs the style and all tests but the slow ones (launch/slow_tests.sh).
+# Makes the environment and runs the style checks and all tests except the slow ones (launch/slow_tests.sh).
 # Arguments, if any, go to pytest instead: a path, -k NAME, --golden DIR, ...
 set -euo pipefail
 EXTRAS="test"

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# A run on Cloud TPU VMs, one slice or several, from renting them to giving them back. Works through gcloud.
+# Manages a run on Cloud TPU VMs, one slice or several, from creation to deletion. Uses gcloud.
 #
 #   bash launch/tpu_vm.sh COMMAND --name NAME --zone ZONE [FLAGS] [-- ARGUMENTS of aimv2_jax.main]
 #
 # Commands:
-#   run      create, copy, start and follow; rents anew after a preemption, starts again on exit code 75, and up to five
-#            times in a row where the run was killed (134, 137, 139, or a host that crashed)
-#   create   asks for the TPU (a queued resource), and waits until it is there
-#   copy     copies what git tracks here to every host, and makes the environment there
+#   run      create, copy, start and follow; creates the TPU again after a preemption, restarts the run on exit code 75,
+#            and up to five times in a row if it was killed (134, 137, 139, or a host crash)
+#   create   requests the TPU (a queued resource) and waits until it is active
+#   copy     copies the files that git tracks to every host, and makes the environment there
 #   start    starts `python -m aimv2_jax.main ARGUMENTS` on every host
 #   follow   shows the log of process 0 until the run is over; exits with the run's code
 #   stop     SIGTERM to every host: the run saves and exits with 75
-#   delete   gives the TPU back, with the disks of its hosts
+#   delete   deletes the TPU and the disks of its hosts
 # Flags:
 #   --type TYPE        v5litepod-256 (the default), v5p-512, v6e-256, ...
-#   --runtime VERSION  the hosts' image; unless given, the one for TYPE
-#   --slices N         so many slices of TYPE (default 1)
-#   --spot             cheaper, and taken away at any time; --reserved: from your reservation
-#   --project PROJECT  unless it is gcloud's own
-#   --flag FLAG        for gcloud's create, as in --flag --service-account=...; may be repeated
-#   --dry-run          prints the commands and runs none
-# For pods, run `ssh-add ~/.ssh/google_compute_engine` before: gcloud connects to many hosts at a time.
+#   --runtime VERSION  the hosts' image (default: the one for TYPE)
+#   --slices N         number of slices of TYPE (default 1)
+#   --spot             cheaper, but preemptible at any time; --reserved: from your reservation
+#   --project PROJECT  (default: gcloud's)
+#   --flag FLAG        a flag for gcloud's create, as in --flag --service-account=...; may be repeated
+#   --dry-run          prints the commands without running them
+# For pods, first run `ssh-add ~/.ssh/google_compute_engine`, since gcloud connects to many hosts at a time.
 set -euo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
@@ -50,46 +50,46 @@ while [ $# -gt 0 ]; do
   *) fail "no such flag: '$1'. See --help." ;;
   esac
 done
-[ -n "$name" ] || fail "--name is missing: what the TPU is or will be called."
+[ -n "$name" ] || fail "--name is missing: the name of the TPU."
 [ -n "$zone" ] || fail "--zone is missing, such as us-west4-a."
 [[ "$name" =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
-  fail "--name is not a name that Google Cloud takes: '$name'. Give small letters, digits and hyphens, a letter first."
+  fail "--name is not valid in Google Cloud: '$name'. Give small letters, digits and hyphens, a letter first."
 for flag in zone project runtime; do
   [[ "${!flag}" =~ ^([a-z0-9][-a-z0-9.:]*)?$ ]] ||
-    fail "--$flag has a character that it cannot have: '${!flag}'. Give small letters, digits, hyphens and dots."
+    fail "--$flag has an invalid character: '${!flag}'. Give small letters, digits, hyphens and dots."
 done
-[[ "$type" =~ ^[-a-z0-9]+$ ]] || fail "--type is no type of TPU: '$type'. Give one such as v5litepod-256."
-[[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices is no number above zero: '$slices'."
+[[ "$type" =~ ^[-a-z0-9]+$ ]] || fail "--type is not a TPU type: '$type'. Give one such as v5litepod-256."
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices is not a number above zero: '$slices'."
 case "$type" in
 v4-*) generation=v4 image=tpu-ubuntu2204-base ;;
 v5litepod-*) generation=v5e image=v2-alpha-tpuv5-lite ;;
 v5p-*) generation=v5p image=v2-alpha-tpuv5 ;;
 v6e-*) generation=v6e image=v2-alpha-tpuv6e ;;
-*) fail "--type is of no generation known here: '$type'. Give v4-*, v5litepod-*, v5p-* or v6e-*." ;;
+*) fail "--type is of an unknown generation: '$type'. Give v4-*, v5litepod-*, v5p-* or v6e-*." ;;
 esac
 if [ "$command" = run ] || [ "$command" = start ]; then
   [ $# -gt 0 ] || fail "nothing to start: give the arguments of aimv2_jax.main after --."
 fi
 
 poll_s=${POLL_S:-30}
-folder='' # Of the archive that `copy` makes.
-most_killed=5 # Starts in a row that end by a signal: then something kills the run that starting it again cannot cure.
+folder='' # Folder of the archive that `copy` makes.
+max_killed=5 # Restarts in a row after a signal; then restarting does not help.
 root=$(dirname "$0")/..
-worker=aimv2_jax/launch/worker.sh # On the hosts, from their home.
+worker=aimv2_jax/launch/worker.sh # Path on the hosts, relative to the home folder.
 
-shown() { # A command as a shell would take it.
+quoted() { # Prints a command with shell quoting.
   local word
   for word in "$@"; do
     if [[ "$word" =~ ^[A-Za-z0-9_./:=@,-]+$ ]]; then printf '%s ' "$word"; else printf "'%s' " "${word//\'/\'\\\'\'}"; fi
   done
   echo
 }
-do_() { if $dry; then shown "$@"; else "$@"; fi; }
+do_() { if $dry; then quoted "$@"; else "$@"; fi; }
 tpu() { do_ gcloud compute tpus queued-resources "$@" --zone="$zone" ${project:+--project="$project"}; }
 everywhere() { tpu ssh "$name" --node=all --worker=all --command="$1"; }
 first() { tpu ssh "$name" --node=0 --worker=0 --command="$1"; }
 state() { tpu describe "$name" --format='value(state.state)'; }
-settled() { # Waits while the state is one that passes; leaves it in `now`.
+settled() { # Waits until the state is final and stores it in `now`.
   until now=$(state) && [[ "$now" =~ ^(ACTIVE|SUSPENDED|FAILED)$ ]]; do sleep "$poll_s"; done
 }
 
@@ -100,10 +100,10 @@ create() {
     ${create_flags[@]+"${create_flags[@]}"}
   if $dry; then return; fi
   settled
-  [ "$now" = ACTIVE ] || fail "the TPU was not given, its state is $now. Delete it, and ask again."
+  [ "$now" = ACTIVE ] || fail "the TPU was not created; its state is $now. Delete it and create it again."
 }
 copy() {
-  # In a folder that nobody else can write to or read, and that goes when this script ends.
+  # The archive is in a private folder, which is deleted at exit.
   if [ -z "$folder" ]; then
     folder=${TMPDIR:-/tmp}/aimv2_jax.XXXXXX
     $dry || folder=$(mktemp -d "$folder")
@@ -113,24 +113,24 @@ copy() {
   tpu scp "$folder/aimv2_jax.tar.gz" "$name:aimv2_jax.tar.gz" --node=all --worker=all
   everywhere "mkdir -p aimv2_jax && tar -xzf aimv2_jax.tar.gz -C aimv2_jax && bash $worker install"
 }
-tracked() { # A commit, on no branch, of the files as they are here; new ones after `git add`.
+tracked() { # Prints a commit, on no branch, of the current tracked files; new files need `git add`.
   local changed
   changed=$(git -C "$root" -c user.name=launch -c user.email=launch stash create)
   echo "${changed:-HEAD}"
 }
-start() { # With a secret by which the processes know each other.
+start() { # Starts the run with a new secret for the authentication between processes.
   local secret=${AIMV2_JAX_SECRET:-}
   $dry || secret=${secret:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
   everywhere "${secret:+AIMV2_JAX_SECRET=$(printf %q "$secret") }bash $worker start $generation $slices$(printf ' %q' "$@")"
 }
 stop() { everywhere "bash $worker stop"; }
 delete() { tpu delete "$name" --force --quiet; }
-follow() { first "bash $worker follow" || true; } # A lost connection is no verdict: `code` gives it.
+follow() { first "bash $worker follow" || true; } # The connection may be lost; `code` returns the verdict.
 code() { first "bash $worker code"; }
-ended() { # Asks for the code of process 0 and leaves it in `verdict`; fails where it cannot be had, or is none yet.
+ended() { # Stores the exit code of process 0 in `verdict`; fails if the query fails or the run goes on.
   verdict=$(code | tail -n 1 | tr -d '\r') && [[ "$verdict" =~ ^([0-9]+|lost)$ ]]
 }
-watch() { # Follows until there is a verdict: an exit code, "lost", or "preempted" where the TPU is gone.
+watch() { # Follows until there is a verdict: an exit code, "lost", or "preempted" if the TPU is gone.
   while :; do
     follow
     settled
@@ -141,7 +141,7 @@ watch() { # Follows until there is a verdict: an exit code, "lost", or "preempte
 }
 finish() {
   case "$verdict" in
-  preempted) echo "The TPU was taken away; the command run rents a new one and goes on." >&2 && exit 75 ;;
+  preempted) echo "The TPU was preempted. The command 'run' creates a new one and resumes." >&2 && exit 75 ;;
   lost) echo "error: process 0 ended without an exit code; see aimv2_jax_run/log on its host." >&2 && exit 1 ;;
   *) exit "$verdict" ;;
   esac
@@ -149,7 +149,7 @@ finish() {
 
 if [ "$command" = run ] || [ "$command" = copy ]; then
   new=$(git -C "$root" ls-files --others --exclude-standard)
-  [ -z "$new" ] || echo "note: not copied, since git does not track it: ${new//$'\n'/, }" >&2
+  [ -z "$new" ] || echo "note: not copied, because git does not track them: ${new//$'\n'/, }" >&2
 fi
 case "$command" in
 create | copy | stop | delete) $command ;;
@@ -160,7 +160,7 @@ follow)
   finish
   ;;
 run)
-  if ! $dry && state >/dev/null 2>&1; then # It is rented: go on with it.
+  if ! $dry && state >/dev/null 2>&1; then # The TPU exists; use it.
     settled
     if [ "$now" != ACTIVE ]; then
       delete
@@ -185,8 +185,8 @@ run)
       ;;
     134 | 137 | 139 | lost)
       killed=$((killed + 1))
-      [ "$killed" -le "$most_killed" ] || finish
-      echo "process 0 was killed (${verdict/lost/its host crashed}), time $killed of $most_killed in a row" >&2
+      [ "$killed" -le "$max_killed" ] || finish
+      echo "process 0 was killed (${verdict/lost/its host crashed}), time $killed of $max_killed in a row" >&2
       everywhere "bash $worker over"
       ;;
     preempted)
@@ -196,7 +196,7 @@ run)
       ;;
     *) finish ;;
     esac
-    echo "starting the run again"
+    echo "restarting the run"
     start "$@"
   done
   ;;

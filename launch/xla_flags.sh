@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
-# Prints what LIBTPU_INIT_ARGS should hold for every process of a run: bash launch/xla_flags.sh GENERATION [SLICES]
-# GENERATION is v4, v5e, v5p or v6e. All are known to libtpu 0.0.52 (an unknown flag ends the process at its start), and
-# none changes a number.
+# Prints the LIBTPU_INIT_ARGS for every process of a run: bash launch/xla_flags.sh GENERATION [SLICES]
+# GENERATION is v4, v5e, v5p or v6e. libtpu 0.0.52 knows all flags (an unknown flag ends the process at its start), and
+# none changes numerical results.
 #
 # | flag | for | why |
 # |---|---|---|
-# | xla_enable_async_all_gather, xla_enable_async_collective_permute | v4 | gathers beside computing; from v5 on the default |
-# | megascale_error_reporter_abort_on_error, ..._on_hang | several slices | a slice that failed ends all processes, instead of leaving the others to wait for it |
-# | megascale_graph_hang_threshold=10m (5m), ..._within_launch_... (1m) | several slices | not every wait is a hang: a first batch or a checkpoint may keep a slice for minutes, and now a hang ends the run |
+# | xla_enable_async_all_gather, xla_enable_async_collective_permute | v4 | gathers overlap with compute; the default from v5 on |
+# | megascale_error_reporter_abort_on_error, ..._on_hang | several slices | a failed slice ends all processes; otherwise the others would wait for it |
+# | megascale_graph_hang_threshold=10m (5m), ..._within_launch_... (1m) | several slices | a long wait may not be a hang: a first batch or a checkpoint may block a slice for minutes, and a hang ends the run |
 # | xla_tpu_iova_dma_chunk_size_bytes=1 MiB | v6e, several slices | gradients that cross slices otherwise overload the host's PCIe bus; AXLearn's finding |
 #
-# Not here, for all generations:
-# - What one train step wants (VMEM limit, fusions, reduce-scatters) is in its experiment, as compiler options of that step.
-# - What published lists (MaxText, AXLearn) set and libtpu 0.0.52 does anyway: sharded matmuls, in a loop and in a scan,
-#   over one slice and two, came out of the compiler the same with and without xla_tpu_enable_data_parallel_all_reduce_opt,
-#   xla_tpu_data_parallel_opt_different_sized_ops (gradients cross slices beside the backward pass of the next layer),
+# Not included, for all generations:
+# - Options of one train step (VMEM limit, fusions, reduce-scatters): they are in its experiment, as compiler options.
+# - Flags of published lists (MaxText, AXLearn) that are the default in libtpu 0.0.52: sharded matmuls, in a loop and in
+#   a scan, over one slice and two, compiled to the same program with and without
+#   xla_tpu_enable_data_parallel_all_reduce_opt,
+#   xla_tpu_data_parallel_opt_different_sized_ops (gradients cross slices during the backward pass of the next layer),
 #   xla_tpu_enable_latency_hiding_scheduler, xla_tpu_overlap_compute_collective_tc, and on v5e
 #   xla_tpu_enable_async_collective_fusion, ..._multiple_steps, ..._fuse_all_gather and xla_enable_async_all_gather.
 # - ..._fuse_all_gather with xla_enable_async_all_gather on v5p and v6e: libtpu 0.0.52 refuses the pair on all but v5e
 #   ("might lead to incorrect results, hang").
-# - xla_tpu_enable_sunk_dcn_allreduce_done_with_host_reduction (AXLearn): the same programs, or no compiling at all.
-# - megascale_grpc_premap_memory_bytes (AXLearn: 16 GiB instead of 4): for hosts that send more between slices. Ours send
-#   their share of the gradients, 0.2 GB a host for the 3B model in float32 on slices of 256 chips.
-# - xla_tpu_use_enhanced_launch_barrier: JAX sets it by itself.
+# - xla_tpu_enable_sunk_dcn_allreduce_done_with_host_reduction (AXLearn): the same programs, or a failed compile.
+# - megascale_grpc_premap_memory_bytes (AXLearn: 16 GiB instead of 4): for hosts that send more between slices. Here
+#   hosts send their share of the gradients, 0.2 GB a host for the 3B model in float32 on slices of 256 chips.
+# - xla_tpu_use_enhanced_launch_barrier: JAX sets it itself.
 set -euo pipefail
 generation=${1:-} slices=${2:-1}
 flags=()
@@ -30,7 +31,7 @@ case "$generation" in
 v4) flags+=(--xla_enable_async_all_gather=true --xla_enable_async_collective_permute=true) ;;
 v5e | v5p | v6e) ;;
 *)
-  echo "error: no TPU generation: '$generation'. Give v4, v5e, v5p or v6e." >&2
+  echo "error: unknown TPU generation: '$generation'. Give v4, v5e, v5p or v6e." >&2
   exit 2
   ;;
 esac

@@ -1,7 +1,7 @@
-"""gs://bucket on a local disk, as etils and Orbax reach it: it can copy files to itself, and append and rename none.
+"""A fake gs://bucket on a local disk for etils and Orbax: it supports copies, but no append and no rename.
 
-In what follows it is kinder than a bucket, so no test of failures may rest on it: it raises OSError where TensorFlow's
-file system raises `tf.errors.OpError` (UnavailableError, FailedPreconditionError, ...; etils translates NotFoundError
+It is more lenient than a real bucket, so no test of failures may rely on it: it raises OSError where TensorFlow's file
+system raises `tf.errors.OpError` (UnavailableError, FailedPreconditionError, ...; etils translates NotFoundError
 alone); it keeps folders without files, which a bucket does not have; it lists at once what was written; it answers
 within microseconds, and takes any number of writes of one object a second (GCS takes one).
 """
@@ -17,7 +17,7 @@ NAME = "gs://bucket"
 
 
 def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keeps what is in gs://bucket in the folder `root`, which is made."""
+    """Redirects gs://bucket to the folder `root`, which is created."""
     from etils.epath import backend, gpath
 
     root.mkdir()
@@ -30,7 +30,7 @@ def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if not set(mode) <= set("rwbt"):
                 raise AssertionError(f"a bucket can't open files as {mode}")
             if "w" in mode:
-                Path(local(path)).parent.mkdir(parents=True, exist_ok=True)  # It has no folders.
+                Path(local(path)).parent.mkdir(parents=True, exist_ok=True)  # Buckets have no folders.
             return super().open(local(path), mode)
 
         def copy(self, path, dst, overwrite):
@@ -59,7 +59,7 @@ def stand_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stand_in_for_arrays(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets Orbax read and write arrays in gs://bucket, too, which is `root`: TensorStore has its own way there."""
+    """Redirects array I/O of Orbax in gs://bucket to `root`; TensorStore does not use etils."""
     from orbax.checkpoint._src.path import gcs_utils
 
     def kvstore(path):

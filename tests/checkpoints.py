@@ -1,4 +1,4 @@
-"""Small states, and runs that saved them."""
+"""Helpers for checkpoint tests: small states, runs that saved them, and edits of saved steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import struct
 
+from aimv2_jax.checkpoint import manifest
+from aimv2_jax.checkpoint.checkpointer import Checkpointer
 from aimv2_jax.config import build_config
-from aimv2_jax.train.checkpoint import Checkpointer
 from experiments import base
 
 Moments = namedtuple("Moments", ["count", "mu"])
@@ -57,20 +59,28 @@ def folders(workdir):
 
 
 def save_all(workdir, losses, keep=10):
-    """A run whose step s was saved with `losses[s]`."""
+    """Saves a run whose step s has the held-out loss `losses[s]`."""
     with Checkpointer(workdir, keep) as checkpointer:
         for step, loss in losses.items():
             checkpointer.save(step, make_state(step), CONFIG, loss)
 
 
+def sign_again(workdir, step, **header):
+    """Rewrites the manifest of a step for its current files, so that only the reader of a file can detect damage."""
+    folder = epath.Path(workdir) / "checkpoints" / str(step)
+    manifest.write(folder, {**manifest.read(folder).header, **header})
+
+
 def edit_meta(workdir, step, edit):
-    """Changes the meta of a step as if it had been saved so: without a manifest, where that is of format 1."""
-    place = Path(workdir) / "checkpoints" / str(step)
-    path = place / "meta" / "metadata"
+    """Edits the metadata of a step and signs it again."""
+    path = Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata"
     path.write_text(edit(path.read_text()))
-    (place / "manifest.json").unlink(missing_ok=True)
+    sign_again(workdir, step)
 
 
-def make_format_1(workdir, step):
-    """A step as aimv2_jax wrote it before there were manifests."""
-    edit_meta(workdir, step, lambda text: json.dumps({**json.loads(text), "format_version": 1}))
+def set_format(workdir, step, version):
+    """Turns a step into one of another format; format 1 had no manifest."""
+    edit_meta(workdir, step, lambda text: json.dumps({**json.loads(text), "format_version": version}))
+    sign_again(workdir, step, format_version=version)
+    if version < 2:
+        (Path(workdir) / "checkpoints" / str(step) / "manifest.json").unlink()

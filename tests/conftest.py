@@ -1,6 +1,7 @@
-"""Eight virtual CPU devices, checked shapes, and the place of the golden tensors."""
+"""Test setup: eight virtual CPU devices, checked array annotations, compilation cache, golden tensors."""
 
 import gc
+import importlib.util
 import math
 import os
 import shutil
@@ -16,23 +17,25 @@ import pytest
 from jaxtyping import install_import_hook
 from tiny import only_devices
 
-# However the tests were started: nohup has it ignored, and so would every child.
+# Restores the default, since nohup ignores SIGHUP and child processes would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# Every annotated array of these modules is checked while the tests run.
-CHECKED = ["models", "data.transforms", "data.plan", "data.tokenizer"]
-CHECKED += ["train.losses", "train.task", "train.optimizer", "train.tally", "eval.generate"]
-CHECKED += ["eval.features", "eval.likelihood", "eval.probes.neighbours", "eval.probes.sweep"]
-install_import_hook([f"aimv2_jax.{module}" for module in CHECKED], "beartype.beartype")
+# Array annotations of these modules are checked while the tests run.
+CHECKED = ["models", "parallel.collectives", "data.transforms.geometry", "data.sampling.mixture", "data.tokenizer"]
+CHECKED += ["train.losses", "train.task", "train.optimizer", "monitoring.counters", "eval.generate"]
+CHECKED += ["eval.features", "eval.likelihood", "eval.probes.knn", "eval.probes.sweep"]
+CHECKED = [f"aimv2_jax.{module}" for module in CHECKED]
+assert all(map(importlib.util.find_spec, CHECKED))  # A hook for a missing module would be silent.
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 def pytest_configure(config):
-    """How this process, pytest-xdist's workers and all that tests start compile, which is most of what the suite does.
+    """Configures compilation for this process, pytest-xdist's workers and child processes; it dominates the test time.
 
-    Compiled code runs for milliseconds here, so optimising it is left out: a third of the compiler's time stays. (Tests
-    that compare with reference tensors have the optimisations: `fully_optimized`.) What several tests compile alike is
-    compiled once, and found again by the next run in the same checkout: pytest's own cache keeps it, `--cache-clear`
-    empties that. The limit of size makes jax lock the folder. A test that kills trainers while they compile gives them
-    another folder, since half an entry may stay; one that reads what the compiler says takes `always_compiled`.
+    Compiled code runs for milliseconds here, so most optimisations are disabled, which saves two thirds of the compile
+    time. Tests that compare with reference tensors enable them (`fully_optimized`). Compiled programs are cached across
+    tests and runs of the same checkout in pytest's cache, which `--cache-clear` empties. The size limit makes jax lock
+    the directory. Tests that kill trainers during compilation use another directory, since a partial entry may remain.
+    Tests that read the compiler's output use `always_compiled`.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # Set by the process that started this one, or by the user.
         return
@@ -57,13 +60,13 @@ def pytest_addoption(parser):
         "--golden",
         type=Path,
         default=Path(__file__).parent / "golden",
-        help="directory with the reference tensors; its README says what each file is",
+        help="directory with the reference tensors; its README describes each file",
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)  # Runs before pytest-xdist reads the groups.
 def pytest_collection_modifyitems(items):
-    """With pytest-xdist, a file's tests stay in one process, so that its fixtures are made once; long files first."""
+    """Keeps the tests of a file in one pytest-xdist process, so that its fixtures run once; long files first."""
     items.sort(key=lambda item: not {"train", "parallel"} & set(item.path.parts))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
@@ -72,8 +75,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Python's collector leaves alone what earlier files left (modules, jax's traces): walks over it took a tenth of
-    the suite's time.
+    """Freezes objects of earlier files (modules, jax's traces) after each file.
+
+    Python's garbage collector otherwise spent a tenth of the suite's time on them.
     """
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
@@ -81,20 +85,21 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def pytest_collection_finish():
+    """Freezes the objects of the imported modules."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="module")
 def two_devices():
-    """A file's runs take two of the eight devices, for tests of what no mesh changes: half the time of a run."""
+    """Limits the runs of a file to two devices, which halves their time; for tests that do not depend on the mesh."""
     with only_devices(2):
         yield
 
 
 @pytest.fixture
 def fully_optimized():
-    """What is compiled meanwhile is compiled as users compile it."""
+    """Enables the compiler optimisations that users have."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -103,7 +108,7 @@ def fully_optimized():
 
 @pytest.fixture
 def always_compiled():
-    """What is compiled meanwhile is not kept, and so never found: for tests that read what the compiler says."""
+    """Bypasses the compilation cache, for tests that read the compiler's output."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     yield
@@ -112,4 +117,5 @@ def always_compiled():
 
 @pytest.fixture(scope="session")
 def golden_dir(request) -> Path:
+    """Directory of the reference tensors."""
     return request.config.getoption("--golden")

@@ -1,4 +1,4 @@
-"""Storage that fails, by the system's own refusals: what array_record says of them is what it says in a run."""
+"""Storage failures by real errors of system calls, so that array_record reports them as in a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def fail_reads(folder: Path | str) -> int:
-    """Lets every file of `folder` that this process has open give EIO from now on; how many. Opening it again helps.
+    """Lets reads of all open files of `folder` fail with EIO until they are reopened; returns the number of files.
 
-    Their descriptors become those of /proc/self/mem, which the kernel refuses to read where no memory is mapped, as it
-    is at the offsets of a shard: pread(2) fails with the EIO of a broken disk or a mounted bucket (proc(5)).
+    Their descriptors are replaced by /proc/self/mem, which cannot be read where no memory is mapped, as at the offsets
+    of a shard: pread(2) fails with EIO, as on a broken disk or a mounted bucket (proc(5)).
     """
     folder, failing = os.path.realpath(folder), 0
     memory = os.open("/proc/self/mem", os.O_RDONLY)
@@ -27,7 +27,7 @@ def fail_reads(folder: Path | str) -> int:
 
 @contextlib.contextmanager
 def away(path: Path) -> Iterator[None]:
-    """Meanwhile the file or folder is not there, as what lies below a mount that went away (ENOENT)."""
+    """Hides the file or folder (ENOENT), as when its mount is gone."""
     elsewhere = path.with_name(f"{path.name}-away")
     path.rename(elsewhere)
     try:

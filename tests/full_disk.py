@@ -1,8 +1,8 @@
-"""A limit on the size of files, for a block of code.
+"""A limit on the size of files, which simulates a full disk.
 
-What it shares with a full disk: a write of many bytes is done in part, and the next one fails. What it does not: the
-error is EFBIG ("File too large", setrlimit(2)) and not ENOSPC, and small files and folders can still be made. Disks
-that are really full (tmpfs) are in test_disk.py, in processes of their own, since mounting one takes such.
+As on a full disk, a large write is done in part and the next write fails. Unlike there, the error is EFBIG ("File too
+large", setrlimit(2)) instead of ENOSPC, and small files and folders can still be created. test_disk.py uses disks that
+are really full (tmpfs), in separate processes, as mounts require.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """Larger files cannot be written: Python ignores SIGXFSZ, so that it is an error of the write."""
+    """Lets writes beyond `num_bytes` in a file fail; Python ignores SIGXFSZ, so that they raise OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

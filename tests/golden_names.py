@@ -1,4 +1,4 @@
-"""The parameter names of Apple's trainer in our tree, for the golden tests."""
+"""Maps the parameter names of Apple's trainer to our tree, for the golden tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def transposed(x):
 
 
 def flat(x):
-    """Conv weight [out, RGB, row, column] as our matrix [(row, column, RGB), out]."""
+    """Convolution weight [out, RGB, row, column] as our matrix [(row, column, RGB), out]."""
     return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
 
 
@@ -71,19 +71,19 @@ APPLE_PRETRAIN: list[Rule] = [
 
 
 def to_ours(tensors: Mapping[str, np.ndarray], rules: list[Rule]) -> dict[str, np.ndarray]:
-    """Their tensors as {our path: array}, blocks stacked. Every tensor must have a rule, every layer its turn."""
-    left = dict(tensors)
+    """Their tensors as {our path: array}, blocks stacked. Every tensor needs a rule; layers must be contiguous."""
+    remaining = dict(tensors)
     ours = {}
     for theirs, path, change in rules:
         if "{i}" not in theirs:
-            if theirs in left:
-                ours[path] = change(left.pop(theirs))
+            if theirs in remaining:
+                ours[path] = change(remaining.pop(theirs))
             continue
         pattern = re.compile(re.escape(theirs).replace(r"\{i\}", r"(\d+)") + "$")
-        found = {int(match[1]): name for name in left if (match := pattern.match(name))}
-        assert sorted(found) == list(range(len(found))) and found, f"layers of {theirs}: {sorted(found)}"
-        ours[path] = np.stack([change(left.pop(found[i])) for i in range(len(found))])
-    assert not left, f"tensors without a place in our tree: {sorted(left)}"
+        layers = {int(match[1]): name for name in remaining if (match := pattern.match(name))}
+        assert sorted(layers) == list(range(len(layers))) and layers, f"layers of {theirs}: {sorted(layers)}"
+        ours[path] = np.stack([change(remaining.pop(layers[i])) for i in range(len(layers))])
+    assert not remaining, f"tensors without a rule: {sorted(remaining)}"
     return ours
 
 

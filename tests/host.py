@@ -1,8 +1,8 @@
-"""One host of a run on several, each a process: `python tests/host.py PROCESS COUNT DEVICES PORT WORKDIR KEY=VALUE …`.
+"""Runs one host of several, each a process: `python tests/host.py PROCESS COUNT DEVICES PORT WORKDIR KEY=VALUE …`.
 
-Trains a tiny model, and writes what this host's devices hold of every global batch to
-`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`. Where the run goes
-on from a checkpoint, host 0 writes that state to `WORKDIR/restored.npz`.
+Trains a tiny model, and writes the shards of this host's devices of every global batch to
+`WORKDIR/batches/STEP.PROCESS.npz`: an array for each name and device, called `NAME FIRST_ROW`. Where the run resumes
+a checkpoint, host 0 writes the restored state to `WORKDIR/restored.npz`.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices // count}"
     from tiny import tiny_config
 
-    from aimv2_jax.parallel import processes
-    from aimv2_jax.parallel.clusters import Place
+    from aimv2_jax.distributed import coordination
+    from aimv2_jax.distributed.cluster import ProcessInfo
 
     if count > 1:
-        processes.join(Place(f"127.0.0.1:{port}", count, process), tiny_config().processes)
+        coordination.initialize(ProcessInfo(f"127.0.0.1:{port}", count, process), tiny_config().processes)
     train(workdir, process, **changes)
-    processes.leave()
+    coordination.shutdown()
 
 
 def train(workdir: Path, process: int = 0, **changes: object) -> None:
-    """Trains in this process, on all devices that jax knows."""
+    """Trains in this process, on all devices of jax."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
     from tiny import tiny_config
 
     from aimv2_jax.data import pipeline
-    from aimv2_jax.train import loop
+    from aimv2_jax.train import trainer
     from experiments.drills.bytes_tokenizer import BytesTokenizer
 
     config = tiny_config(**SETTINGS | changes)
-    place = pipeline.to_devices
+    to_devices = pipeline.to_devices
     (workdir / "batches").mkdir(parents=True, exist_ok=True)
 
-    def placed_and_written(arrays, sharding, rows, global_rows):
-        batch = place(arrays, sharding, rows, global_rows)
-        if "source" in batch:  # Those of training.
+    def recording_to_devices(arrays, sharding, rows, global_rows):
+        batch = to_devices(arrays, sharding, rows, global_rows)
+        if "source" in batch:  # Training batches only.
             shards = {
                 f"{name} {shard.index[0].start or 0}": np.asarray(shard.data)
                 for name, array in batch.items()
@@ -77,21 +77,21 @@ def train(workdir: Path, process: int = 0, **changes: object) -> None:
             np.savez(workdir / "batches" / f"{first // global_rows}.{process}.npz", **shards)
         return batch
 
-    restored = loop._continue
+    restore_state = trainer.restore_state
 
-    def restored_and_written(*args):
-        state, course = restored(*args)
+    def recording_restore_state(*args):
+        state, progress = restore_state(*args)
         with jax.transfer_guard("allow"):
             leaves = multihost_utils.process_allgather(jax.tree.leaves(state), tiled=True)
         if process == 0:
             np.savez(workdir / "restored.npz", *leaves)
-        return state, course
+        return state, progress
 
-    pipeline.to_devices, loop._continue = placed_and_written, restored_and_written
+    pipeline.to_devices, trainer.restore_state = recording_to_devices, recording_restore_state
     try:
-        loop.train(config, workdir, BytesTokenizer("", config.model.decoder.text_length))
+        trainer.train(config, workdir, BytesTokenizer("", config.model.decoder.text_length))
     finally:
-        pipeline.to_devices, loop._continue = place, restored
+        pipeline.to_devices, trainer.restore_state = to_devices, restore_state
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Launch scripts under test: their environment, and programs that stand in for those of a cluster."""
+"""Helpers for tests of launch scripts: their environment and stand-ins for a cluster's programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAUNCH = ROOT / "launch"
 
 
 def stand_in(folder: Path, name: str, body: str) -> Path:
-    """An executable bash script `name` in `folder`."""
+    """Writes an executable bash script `name` to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(f"#!/usr/bin/env bash\n{body}")
@@ -22,7 +22,7 @@ def stand_in(folder: Path, name: str, body: str) -> Path:
 
 
 def environment(programs: Path, **variables: object) -> dict[str, str]:
-    """This process' own, with the programs of a folder found first."""
+    """This process' environment, with the programs of a folder first in PATH."""
     return os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"} | {k: str(v) for k, v in variables.items()}
 
 

@@ -1,4 +1,4 @@
-"""Metadata of installed packages, for tests that give a process other versions than it has."""
+"""Fake package metadata, for tests that let a process see other versions than the installed ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def install(folder: Path, name: str, version: str, *requirements: str) -> None:
-    """Writes what pip leaves of a package in `folder`, which Python finds where it is first in the path."""
+    """Writes the dist-info of a package to `folder`; Python finds it if `folder` is first in the path."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {one}" for one in requirements), ""]))
+    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {text}" for text in requirements), ""]))

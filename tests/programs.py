@@ -1,4 +1,4 @@
-"""Runs of one file that compute the same need not trace it again: most of what a start without a compile takes."""
+"""Shares traces between equal setups of one test file, since tracing dominates a start with cached compiles."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import json
 import pytest
 
 from aimv2_jax.config import Config, config_to_dict
-from aimv2_jax.train import loop
-from aimv2_jax.train.program import Program
+from aimv2_jax.train import trainer
+from aimv2_jax.train.builder import TrainSetup
 
-# What a program does not depend on.
-APART = {"eval", "processes", "watch", "init", "tokenizer"}
+# Config sections that the traced functions do not depend on.
+IGNORED_SECTIONS = {"eval", "processes", "watch", "init", "tokenizer"}
 
 
 @pytest.fixture(scope="module")
 def shared_programs():
-    """While a file's tests run, programs of configs that compute the same share what they have traced.
+    """Setups of equal configs share their traced functions within a test module.
 
-    Not for tests that put something else into the model or the task between runs.
+    Do not use it in tests that patch the model or the task between runs.
     """
-    build, made = loop.build_program, {}
+    build = trainer.build_setup
+    cache = {}
 
-    def build_shared(config: Config) -> Program:
-        program = build(config)
-        sections = {name: value for name, value in config_to_dict(config).items() if name not in APART}
+    def build_shared(config: Config) -> TrainSetup:
+        setup = build(config)
+        sections = {name: value for name, value in config_to_dict(config).items() if name not in IGNORED_SECTIONS}
         sections["train"] = {name: sections["train"][name] for name in ("microbatches", "reduce_dtype")}
         sections["cooldown"] = repr(config.cooldown)
-        twin = made.setdefault(json.dumps(sections, sort_keys=True, default=str), program)
-        own = {field.name for field in dataclasses.fields(Program)}
-        vars(program).update({name: value for name, value in vars(twin).items() if name not in own})
-        return program
+        cached = cache.setdefault(json.dumps(sections, sort_keys=True, default=str), setup)
+        fields = {field.name for field in dataclasses.fields(TrainSetup)}
+        vars(setup).update({name: value for name, value in vars(cached).items() if name not in fields})
+        return setup
 
-    loop.build_program = build_shared
+    trainer.build_setup = build_shared
     yield
-    loop.build_program = build
+    trainer.build_setup = build

@@ -1,4 +1,4 @@
-"""Photographs of the bundled sample as files of many sizes, aspects, modes and formats."""
+"""Photographs of the bundled sample as files with many sizes, aspects, modes and formats."""
 
 import io
 from pathlib import Path
@@ -9,22 +9,22 @@ from PIL import Image
 from aimv2_jax.data import records
 from aimv2_jax.data.sources import Source
 
-# (width, height): odd and even, flat and tall, tiny, of the side that models see, and with 1 to 5 pixels to cut.
+# (width, height): odd and even, wide and tall, tiny, with the input side of models, and with 1 to 5 pixels to crop.
 SIZES = [(640, 480), (427, 640), (301, 200), (199, 333), (224, 224), (57, 56), (59, 56), (56, 61), (500, 31)]
 SIZES += [(17, 700), (90, 30), (1, 1), (2, 3), (1200, 400), (450, 449), (56, 56), (113, 226), (3, 400)]
 EXIF_ORIENTATION = 0x0112
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """Writes the first `count` photographs of the training sample, each in another way, and returns their paths."""
+    """Writes the first `count` photographs of the training sample, each in another format, and returns their paths."""
     source = Source("photo", "package:data/sample/train/photo")
     paths = []
     for number in range(count):
         image = Image.open(io.BytesIO(records.decode(source.read(number)).image)).convert("RGB")
-        if number % 3:  # The others keep the size that they have.
+        if number % 3:  # The others keep their size.
             image = image.resize(SIZES[number % len(SIZES)])
-        ending, save = WAYS[number % len(WAYS)]
-        paths.append(folder / f"{number:03}.{ending}")
+        suffix, save = ENCODERS[number % len(ENCODERS)]
+        paths.append(folder / f"{number:03}.{suffix}")
         save(image, paths[-1])
     return paths
 
@@ -58,7 +58,7 @@ def _palette(format, **options):
     return format.lower(), lambda image, path: image.quantize(64).save(path, format, **options)
 
 
-WAYS = [
+ENCODERS = [
     _jpeg(quality=90),
     _jpeg(quality=75, subsampling=0, orientation=6),
     _jpeg(quality=60, subsampling=1, orientation=3),

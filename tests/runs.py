@@ -1,4 +1,4 @@
-"""What runs left, compared; and data that a run cannot use."""
+"""Helpers that compare checkpoints of runs, and a dataset with bad records."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from PIL import Image
 from tiny import tiny_config
 
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record
-from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.program import build_program
+from aimv2_jax.train.builder import build_setup
 
 
 def saved_state(workdir: Path, step: int, **changes):
     """The leaves of a checkpoint's state, on one mesh."""
     reader = CheckpointReader(workdir)
-    return jax.device_get(jax.tree.leaves(reader.restore(step, build_program(tiny_config(**changes)).abstract_state)))
+    return jax.device_get(jax.tree.leaves(reader.restore(step, build_setup(tiny_config(**changes)).abstract_state)))
 
 
 def assert_bitwise(one, other):
@@ -28,11 +28,11 @@ def assert_bitwise(one, other):
 
 
 def broken_source(folder: Path, good: int, bad: int) -> Path:
-    """A data set with `good` pictures and `bad` records that are none."""
+    """Writes a dataset with `good` images and `bad` records that cannot be decoded."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), (200, 30, 30)).save(buffer, "JPEG")
     captions = {"alt": "a red square", "synthetic": "a picture of a red square"}
-    pictures = [Record(f"good-{i}", buffer.getvalue(), captions, {}) for i in range(good)]
-    rubbish = [Record(f"bad-{i}", b"not a picture", captions, {}) for i in range(bad)]
-    write_dataset(folder, pictures + rubbish)
+    images = [Record(f"good-{i}", buffer.getvalue(), captions, {}) for i in range(good)]
+    undecodable = [Record(f"bad-{i}", b"not an image", captions, {}) for i in range(bad)]
+    write_dataset(folder, images + undecodable)
     return folder

@@ -1,4 +1,4 @@
-"""Several processes on this machine that train as one, each on a CPU device, started as a user starts them by hand."""
+"""Starts several processes of one run on this machine, each on a CPU device, with the flags of a manual start."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def free_port() -> int:
 
 
 def outputs_of_two(code: str) -> list[list[str]]:
-    """The lines that two processes print which run `code` with arguments INDEX PORT; both must end well."""
+    """Runs `code` with arguments INDEX PORT in two processes; both must succeed. Returns the lines that each prints."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     port = str(free_port())
     running = [subprocess.Popen([sys.executable, "-c", code, str(index), port], **options) for index in range(2)]
     try:
-        said = [one.communicate(timeout=120) for one in running]
+        outputs = [process.communicate(timeout=120) for process in running]
     finally:
-        for one in running:
-            one.kill()
-            one.wait()
-    assert [one.returncode for one in running] == [0, 0], said
-    return [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in said]
+        for process in running:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in running] == [0, 0], outputs
+    return [[line for line in out.splitlines() if "Gloo" not in line] for out, _ in outputs]
 
 
 class Several:
-    """`python -m aimv2_jax.main` with `arguments`, `count` times; what each says goes to `folder`/INDEX.out and .err.
+    """Runs `python -m aimv2_jax.main` with `arguments` in `count` processes; they write to `folder`/INDEX.out and .err.
 
     Args:
-      indices: those that are started; all, unless given.
-      changed: arguments that some are given besides, by index.
-      setup: Python that each runs before anything else.
+      indices: of the processes to start; by default all.
+      changed: additional arguments of single processes, by index.
+      setup: Python code that each process runs first.
     """
 
     def __init__(
@@ -87,27 +87,27 @@ class Several:
             process.wait()
 
     def said(self, index: int) -> tuple[str, str]:
-        """What it has said so far: on its output, and on its error output."""
+        """The contents of its stdout and stderr so far."""
         return (self.folder / f"{index}.out").read_text(), (self.folder / f"{index}.err").read_text()
 
     def wait(self, timeout_s: float = 240) -> dict[int, int]:
         """The exit codes, by index."""
         deadline_s = time.monotonic() + timeout_s
-        return {i: one.wait(max(0.0, deadline_s - time.monotonic())) for i, one in self.processes.items()}
+        return {i: process.wait(max(0.0, deadline_s - time.monotonic())) for i, process in self.processes.items()}
 
     def finish(self) -> None:
-        """Waits until all have finished their run."""
+        """Waits until all processes have finished their run."""
         codes = self.wait()
         assert not any(codes.values()), (codes, [self.said(index) for index in codes])
 
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = 240) -> None:
         deadline_s = time.monotonic() + timeout_s
         while not condition():
-            ended = [index for index, one in self.processes.items() if one.poll() is not None]
+            ended = [index for index, process in self.processes.items() if process.poll() is not None]
             assert not ended and time.monotonic() < deadline_s, [self.said(index) for index in self.processes]
             time.sleep(0.05)
 
     def kill(self, index: int, number: int = signal.SIGKILL) -> float:
-        """Sends the signal; when."""
+        """Sends the signal; returns the time."""
         self.processes[index].send_signal(number)
         return time.monotonic()

@@ -1,4 +1,4 @@
-"""Sources whose reads take as long as those of a mounted bucket, and that write down what they read."""
+"""Sources with the read latency of a mounted bucket, and a journal of their reads."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from aimv2_jax.data.sources import Source
 
 
 class SlowSource(Source):
-    """Sleeps before every read, and adds a line a read to `journal`: process, source, record, reads at a time."""
+    """Sleeps before every read, and appends to `journal`: process, source, record, concurrent reads."""
 
     def __init__(self, name: str, path: str, delay_s: float, journal: Path, **options: float):
         super().__init__(name, path, **options)
-        self._delay_s, self._journal = delay_s, journal
+        self._delay_s = delay_s
+        self._journal = journal
 
     def read(self, index: int) -> bytes:
-        with _count as at_a_time:
+        with _concurrent_reads as concurrent:
             time.sleep(self._delay_s)
-            line = f"{os.getpid()} {self.name} {index} {at_a_time}\n"
-        with self._journal.open("ab", buffering=0) as file:  # One write to a file opened for appending: whole lines.
+            line = f"{os.getpid()} {self.name} {index} {concurrent}\n"
+        with self._journal.open("ab", buffering=0) as file:  # A single appending write keeps lines whole.
             file.write(line.encode())
         return super().read(index)
 
 
 def journal_lines(journal: Path) -> list[tuple[int, str, int, int]]:
-    """What the journal says, in the order of the reads."""
+    """The entries of the journal, in the order of the reads."""
     lines = journal.read_text().splitlines() if journal.exists() else []
     return [(int(pid), name, int(index), int(count)) for pid, name, index, count in map(str.split, lines)]
 
@@ -46,4 +47,4 @@ class _Counter:
             self._value -= 1
 
 
-_count = _Counter()
+_concurrent_reads = _Counter()

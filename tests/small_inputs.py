@@ -1,15 +1,15 @@
-"""Small inputs of each kind, and their books."""
+"""Small inputs of each format, and the samples and bad inputs that readers return for them."""
 
 import io
 import json
 import tarfile
 
-from aimv2_jax.data.inputs import read
-from aimv2_jax.data.inputs.samples import Damage, Sample
+from aimv2_jax.prepare.inputs import reader
+from aimv2_jax.prepare.inputs.samples import BadInput, Sample
 
 
-def picture(number, num_bytes=700):
-    """Bytes that stand for a picture: readers do not look into them."""
+def image_bytes(number, num_bytes=700):
+    """Placeholder bytes for an image; readers do not decode them."""
     return b"\xff\xd8" + f"picture {number} ".encode() * (num_bytes // 10 + number % 7)
 
 
@@ -18,7 +18,7 @@ def pair(number, stem="{:09d}", suffix="jpg"):
     key = stem.format(number)
     tree = {"key": key, "caption": f"alt {number}", "synthetic": f"A picture, the {number}th."}
     return {
-        f"{key}.{suffix}": picture(number),
+        f"{key}.{suffix}": image_bytes(number),
         f"{key}.txt": f"text {number}".encode(),
         f"{key}.json": json.dumps(tree).encode(),
     }
@@ -40,20 +40,20 @@ def packed(members, format=tarfile.USTAR_FORMAT):
 
 
 def header_offsets(data):
-    """name -> where its header begins."""
+    """name -> offset of its header."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return {member.name: member.offset for member in tar}
 
 
-def books(shard):
-    """(samples, damages) of `shard`."""
-    items = list(read.read(shard))
+def read_all(shard):
+    """(samples, bad_inputs) of `shard`."""
+    items = list(reader.read(shard))
     samples = [item for item in items if isinstance(item, Sample)]
-    damages = [item for item in items if isinstance(item, Damage)]
-    assert len(samples) + len(damages) == len(items)
-    assert all(damage.samples >= 0 and damage.num_bytes >= 0 for damage in damages)
-    return samples, damages
+    bad_inputs = [item for item in items if isinstance(item, BadInput)]
+    assert len(samples) + len(bad_inputs) == len(items)
+    assert all(bad_input.samples >= 0 and bad_input.num_bytes >= 0 for bad_input in bad_inputs)
+    return samples, bad_inputs
 
 
-def lost(damages):
-    return sum(damage.samples for damage in damages)
+def lost(bad_inputs):
+    return sum(bad_input.samples for bad_input in bad_inputs)

@@ -1,6 +1,6 @@
-"""One of several processes: `python tests/state_of.py INDEX COUNT PORT save|restore WORKDIR FILE KEY=VALUE ...`.
+"""Runs one of several processes: `python tests/state_of.py INDEX COUNT PORT save|restore WORKDIR FILE KEY=VALUE ...`.
 
-Saves a state that no other process count has computed as step 1, or restores it; and writes all of its numbers to FILE.
+Saves a state that no other process count has computed as step 1, or restores it, and writes all of its values to FILE.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ def main() -> None:
     from jax.experimental import multihost_utils
     from tiny import tiny_config
 
-    from aimv2_jax.parallel import processes
-    from aimv2_jax.parallel.clusters import Place
-    from aimv2_jax.train.checkpoint import Checkpointer
-    from aimv2_jax.train.program import build_program
+    from aimv2_jax.checkpoint.checkpointer import Checkpointer
+    from aimv2_jax.distributed import coordination
+    from aimv2_jax.distributed.cluster import ProcessInfo
+    from aimv2_jax.train.builder import build_setup
 
     config = tiny_config(**dict(argument.split("=", 1) for argument in sys.argv[7:]))
-    processes.join(Place(f"127.0.0.1:{port}", count, index), config.processes)
-    program = build_program(config)
+    coordination.initialize(ProcessInfo(f"127.0.0.1:{port}", count, index), config.processes)
+    setup = build_setup(config)
     with Checkpointer(workdir, keep=1) as checkpointer:
         if task == "save":
-            state = program.init()
-            spread = jax.jit(
-                lambda tree: jax.tree.map(lambda x: x + x.size, tree), out_shardings=program.state_shardings
+            state = setup.init()
+            add_size = jax.jit(
+                lambda tree: jax.tree.map(lambda x: x + x.size, tree), out_shardings=setup.state_shardings
             )
-            state = spread(state)  # Adam's moments are not all zero then.
+            state = add_size(state)  # Adam's moments are then not all zero.
             checkpointer.save(1, state, config)
         else:
-            state = checkpointer.restore(1, program.abstract_state)
+            state = checkpointer.restore(1, setup.abstract_state)
     leaves = jax.tree.leaves(multihost_utils.process_allgather(state, tiled=True))
     if index == 0:
         np.savez(file, **{f"{number:04d}": leaf for number, leaf in enumerate(leaves)})
-    processes.leave()
+    coordination.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The baselines and ablations: what each changes, that each can be built, and a tiny version of each trained."""
+"""The baselines and ablations: the keys that each changes, that each builds, and that tiny versions train."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.parallel import rules
+from aimv2_jax.train.builder import build_setup
 from aimv2_jax.train.optimizer import learning_rate
-from aimv2_jax.train.program import build_program
 
 FOLDER = ROOT / "experiments/ablations"
 GOLDEN = Path(__file__).parent / "golden_configs/ablations.txt"
@@ -30,14 +30,14 @@ MESH = [("mesh.data", "2"), ("mesh.fsdp", "2"), ("mesh.tensor", "2"), ("model.la
 
 
 def changes(name: str, of: str = "aimv2") -> dict[str, object]:
-    """The keys that an ablation sets to something else than AIMv2's run of the same length."""
-    one, other = (flatten(config_to_dict(load_config(FOLDER / f"{run}.py"))) for run in (of, name))
-    assert one.keys() == other.keys()
-    return {key: other[key] for key in one if one[key] != other[key]}
+    """Returns the keys in which an ablation differs from AIMv2's run of the same length."""
+    reference, ablation = (flatten(config_to_dict(load_config(FOLDER / f"{run}.py"))) for run in (of, name))
+    assert reference.keys() == ablation.keys()
+    return {key: ablation[key] for key in reference if reference[key] != ablation[key]}
 
 
 def summary() -> str:
-    """What every ablation changes, a paragraph each; AIMv2's own, what it changes of the pre-training run."""
+    """Returns a paragraph of changed keys for each ablation; AIMv2's own are relative to the pre-training run."""
     text = ""
     for name in NAMES:
         changed = changes(name, of="../pretrain_large_224" if name == "aimv2" else "aimv2")
@@ -46,7 +46,7 @@ def summary() -> str:
 
 
 def test_ablations_when_compared_with_aimv2_then_each_changes_what_was_reviewed():
-    assert GOLDEN.read_text() == summary(), "if that is meant, run python -m tests.write_golden_configs"
+    assert GOLDEN.read_text() == summary(), "if the change is intended, run python -m tests.write_golden_configs"
 
 
 def test_ablation_when_started_in_another_folder_then_what_it_builds_on_is_found(monkeypatch, tmp_path):
@@ -58,7 +58,7 @@ def test_ablation_when_started_in_another_folder_then_what_it_builds_on_is_found
 
 
 def block(width: int, hidden: int) -> int:
-    """Two gains, q, k, v and out, gate, up and down."""
+    """Counts the parameters of a block: two gains, q, k, v and out, gate, up and down."""
     return 2 * width + 4 * width**2 + 3 * width * hidden
 
 
@@ -89,7 +89,7 @@ def test_counts_when_done_by_hand_then_those_that_the_recipe_gives():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("alpha")])
 def test_ablation_when_built_at_its_size_then_counted_by_hand_and_laid_out_by_the_rules(name):
-    program = build_program(load_config(FOLDER / f"{name}.py", MESH))
+    program = build_setup(load_config(FOLDER / f"{name}.py", MESH))
     state = program.abstract_state
     assert count_parameters(state.params["decoder"]) == DECODERS.get(name, 221_434_880)
     assert count_parameters(state.params["encoder"]) == (309_001_216 if name == "curriculum_1_112" else 309_197_824)
@@ -115,7 +115,7 @@ def test_curriculum_when_its_runs_are_put_together_then_the_samples_and_the_sche
 
 
 def tiny_version(name: str) -> Config:
-    """An ablation 64 times narrower and four times shallower, on the quickstart's pictures."""
+    """Returns an ablation 64 times narrower and four times shallower, on the quickstart's images."""
     config = load_config(FOLDER / f"{name}.py")
     encoder, head = config.model.encoder, config.model.decoder
     quickstart = load_config(QUICKSTART, overrides())
@@ -132,12 +132,13 @@ def tiny_version(name: str) -> Config:
 
 
 METRICS = {"lr", "grad_norm", "param_norm", "patch_utilisation"}
-METRICS |= {"loss_deviations", "grad_norm_deviations", "skipped", "nonfinite_steps"}
+METRICS |= {"loss_zscore", "grad_norm_zscore", "skipped", "nonfinite_steps"}
 LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.startswith("captioning")}}
 ALL = {"image", "text"}
-# The others differ from AIMv2 in numbers alone, of which one stands for all.
+# The other ablations differ from AIMv2 only in numbers; these represent them.
 TRAINED = [*LOSSES, "separate_decoders", "ema", "curriculum_1_112"]
-SLOW = {"captioning_full", "captioning_prefix", "curriculum_1_112"}  # What they change is in the others' programs, too.
+# Other programs in this test contain the changes of these.
+SLOW = {"captioning_full", "captioning_prefix", "curriculum_1_112"}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def tokenizer():
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TRAINED])
 def test_ablation_when_tiny_and_trained_on_one_batch_then_its_losses_fall(name, tokenizer):
     config = tiny_version(name)
-    program = build_program(config, jax.devices()[:1])
+    program = build_setup(config, jax.devices()[:1])
     rows = np.arange(8)
     with pipeline.training_batches(config, lambda _: rows, 0, tokenizer) as batches:
         arrays = pipeline.to_devices(next(batches).arrays, program.batch_sharding, rows, 8)

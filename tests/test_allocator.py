@@ -1,4 +1,4 @@
-"""Freed memory is kept where JAX computes on the CPU, as page faults show, and only there."""
+"""Tests by page faults that malloc keeps freed memory where JAX computes on the CPU, and only there."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.errors import EXIT_USER, UserError
 from aimv2_jax.platforms import is_cpu_only
 
-EVALUATIONS = ["features", "heldout", "probes.__main__", "retrieval", "show", "zeroshot"]
+EVALUATIONS = ["features", "heldout", "probes.__main__", "retrieval", "visualize", "zeroshot"]
 COMMANDS = ["main", *(f"eval.{name}" for name in EVALUATIONS)]
 PAGES = (256 << 20) // 4096
-# Prints how many pages two blocks after each other take from the kernel, the second after the first was freed.
+# Prints the page faults of two blocks of memory; the second is allocated after the first was freed.
 TWICE = """
 import resource
-from aimv2_jax.allocator import keep_freed_memory, keep_freed_pictures
+from aimv2_jax.allocator import keep_freed_memory, keep_freed_image_buffers
 {call}
 def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -44,7 +44,8 @@ def faults_twice(call: str, megabytes: int, **environment: str) -> list[int]:
 @glibc
 def test_memory_when_on_cpu_then_freed_pages_are_kept():
     first, second = faults_twice("assert keep_freed_memory()", 256)
-    assert first >= PAGES and second < PAGES // 100
+    # The first block begins in the pages that the imports freed, which are kept, too.
+    assert first > 0.99 * PAGES and second < PAGES // 100
 
 
 @glibc
@@ -58,8 +59,8 @@ def test_memory_when_not_to_be_kept_then_given_back(environment):
 
 @glibc
 def test_pictures_when_freed_then_kept_to_a_limit():
-    assert faults_twice("assert keep_freed_pictures()", 16)[1] < 100
-    assert faults_twice("assert keep_freed_pictures()", 256)[1] >= PAGES
+    assert faults_twice("assert keep_freed_image_buffers()", 16)[1] < 100
+    assert faults_twice("assert keep_freed_image_buffers()", 256)[1] >= PAGES
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -71,11 +72,11 @@ def test_malloc_when_unknown_then_one_sentence(command, monkeypatch, capsys):
         keep_freed_memory()
 
 
-# What JAX_PLATFORMS says, what is here -> whether all is computed on the CPU.
+# Case -> (JAX_PLATFORMS, present accelerators, whether JAX computes on the CPU).
 CHOICES = {
-    "nothing is here": ("", set(), True),
-    "a GPU is here": ("", {"gpu"}, False),
-    "a TPU is here": ("", {"tpu"}, False),
+    "no accelerator": ("", set(), True),
+    "a GPU is present": ("", {"gpu"}, False),
+    "a TPU is present": ("", {"tpu"}, False),
     "CPU chosen beside a GPU": ("cpu", {"gpu"}, True),
     "an absent GPU is preferred": ("cuda,cpu", set(), True),
     "a GPU is preferred": ("cuda,cpu", {"gpu"}, False),
@@ -87,9 +88,9 @@ CHOICES = {
 @pytest.mark.parametrize("jax_is_imported", [False, True])
 @pytest.mark.parametrize("case", CHOICES)
 def test_platform_when_chosen_or_found_then_known(case, jax_is_imported, monkeypatch):
-    chosen, here, expected = CHOICES[case]
+    chosen, present, expected = CHOICES[case]
     for name in ("gpu", "tpu"):
-        monkeypatch.setattr(platforms, f"may_have_{name}", lambda name=name: name in here)
+        monkeypatch.setattr(platforms, f"may_have_{name}", lambda name=name: name in present)
     monkeypatch.setattr(platforms, "_plugins", lambda: [])
     imported = SimpleNamespace(config=SimpleNamespace(jax_platforms=chosen)) if jax_is_imported else None
     monkeypatch.setitem(sys.modules, "jax", imported)

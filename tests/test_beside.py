@@ -1,4 +1,4 @@
-"""Benchmarks in turns: what is printed of programs that print rates, and of one that ends."""
+"""Interleaved benchmarks: the printed table of rates, and the error if a program ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from aimv2_jax.errors import EXIT_USER
 from experiments.benchmarks.beside import main
 
-# Answers each line with the next number; the first is that of a program that is still cold.
+# Answers each line with the next rate; the first one is the warm-up.
 PROGRAM = """
 import os, sys
 print("loading")

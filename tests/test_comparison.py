@@ -13,10 +13,10 @@ def folder(tmp_path):
         by = {"clips": {"top1": top1, "examples": 3}, "photos": {"top1": 0.25, "examples": 4}}
         return {"top1": top1, "ci95": [top1 - 0.04, top1 + 0.05], "per_class": dict.fromkeys(names, top1), "by": by}
 
-    for place, model in enumerate(MODELS):
+    for index, model in enumerate(MODELS):
         for name, names in ((model, "abc"), (f"{model}_without", "ab")):
             floor = figures(0.125 if name == model else 0.0625, names)
-            probe = figures(0.5 + place / 100 - len(names) / 1000, names)
+            probe = figures(0.5 + index / 100 - len(names) / 1000, names)
             (tmp_path / f"{name}.json").write_text(json.dumps({**probe, "floor": floor}))
     return tmp_path
 

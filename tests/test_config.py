@@ -1,4 +1,4 @@
-"""Configs: what is read, what is refused and with which words; the experiments as they resolve."""
+"""Config: parsing, rejected values with their messages, and the resolved experiments."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from aimv2_jax.train.task import build_task, run_key
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden_configs"
 EXPERIMENTS = sorted(path for path in (ROOT / "experiments").glob("*.py") if "def get_config" in path.read_text())
-RUNS = [path for path in EXPERIMENTS if path.stem != "base"]  # base has no data
+RUNS = [path for path in EXPERIMENTS if path.stem != "base"]  # base has no data.
 QUICKSTART = ROOT / "experiments/quickstart.py"
 
-# RECIPE.md §1: encoder at 224 / 336 / 448 px, the whole model at 224 px.
+# RECIPE.md §1: parameters of the encoder at 224 / 336 / 448 px, and of the whole model at 224 px.
 COUNTS = {
     "base": ((85_603_584, 85_849_344, 86_193_408), 306_776_320),
     "large": ((309_197_824, 309_525_504, 309_984_256), 530_632_704),
@@ -42,7 +42,7 @@ def test_experiment_when_resolved_then_equals_its_golden_text(path):
     golden = GOLDEN / f"{path.stem}.txt"
     text = config_text(load_config(path))
     assert golden.is_file() and golden.read_text() == text, (
-        f"{path.name} resolves differently than reviewed. If that is meant, write the new text:\n"
+        f"{path.name} resolves differently than reviewed. If this is intended, write the new text:\n"
         f"python -m tests.write_golden_configs"
     )
 
@@ -93,7 +93,7 @@ def test_swiglu_hidden_when_set_in_the_config_then_the_rule_gives_way():
 
 def test_decayed_tensors_when_listed_then_equal_the_golden_list():
     report = decay_report(abstract_params(load_config(QUICKSTART)))
-    assert report == (GOLDEN / "decay.txt").read_text(), "which tensors are decayed has changed: is that meant?"
+    assert report == (GOLDEN / "decay.txt").read_text(), "the set of decayed tensors has changed: is this intended?"
 
 
 def test_config_when_turned_to_plain_values_and_back_then_equal():
@@ -130,6 +130,7 @@ def test_override_when_each_type_is_typed_then_read_by_its_key():
 
 REFUSED = {
     "unknown key": (("train.stepz", "3"), ["train.stepz", "train.steps"]),
+    "renamed key": (("eval.kinds", "('alt',)"), ["eval.kinds", "called eval.caption_types now"]),
     "unknown section": (("trian.steps", "3"), ["trian", "train"]),
     "key below a value": (("seed.x", "3"), ["seed.x"]),
     "text for a number": (("train.steps", "many"), ["train.steps", "many", "whole number"]),
@@ -172,7 +173,7 @@ REFUSED = {
     "microbatches": (("train.microbatches", "5"), ["train.microbatches", "5 microbatches, batch 32"]),
     "mesh": (("mesh.fsdp", "0"), ["mesh.fsdp"]),
     "prefix": (("eval.prefixes", "(1.5,)"), ["eval.prefixes[0]", "1.5"]),
-    "a kind twice": (("eval.kinds", "('alt', 'alt')"), ["eval.kinds", "twice"]),
+    "a kind twice": (("eval.caption_types", "('alt', 'alt')"), ["eval.caption_types", "twice"]),
     "crop": (("data.crop_area", "(0.9, 0.4)"), ["data.crop_area"]),
     "flip": (("data.flip", "2"), ["data.flip"]),
     "next patches in sight": (("model.encoder.attention_mask", "full"), ["attention_mask", "Set loss.image=False"]),
@@ -181,8 +182,11 @@ REFUSED = {
         ["model.decoder.kind", "'mlp'", "Set loss.text=False"],
     ),
     "positions of that head": (("model.decoder", {"kind": "mlp", "width": 30}), ["model.decoder.width", "30", "of 4"]),
-    "dropped rows and patches": (("model.decoder.keep_rows", "0.5"), ["keep_rows", "0.5", "Set loss.image=False"]),
-    "no rows": (("model.decoder.keep_rows", "0"), ["model.decoder.keep_rows", "above 0"]),
+    "dropped rows and patches": (
+        ("model.decoder.token_keep_rate", "0.5"),
+        ["token_keep_rate", "0.5", "Set loss.image=False"],
+    ),
+    "no rows": (("model.decoder.token_keep_rate", "0"), ["model.decoder.token_keep_rate", "above 0"]),
     "average for ever": (("optimizer.ema_decay", "1.0"), ["optimizer.ema_decay", "1.0", "[0, 1)"]),
 }
 

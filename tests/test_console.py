@@ -1,4 +1,4 @@
-"""Lines on outputs that are gone: the program goes on, and ends as it would have."""
+"""Tests of printing to closed outputs: the program continues and keeps its exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny import ROOT
 PROGRAM = """
 import sys, time
 from aimv2_jax.console import print_line
-sys.stdin.readline()  # Until the reader is gone.
+sys.stdin.readline()  # Waits until the reader has closed the pipe.
 for output in (sys.stdout, sys.stderr):
     print_line("once", output)
     print_line("more " * 10_000, output)
@@ -21,7 +21,7 @@ sys.exit(7)
 
 
 def test_print_line_when_nobody_reads():
-    """A pipe without a reader raises EPIPE, and what stays in Python's buffer would make the exit code 120."""
+    """A pipe without a reader raises EPIPE; a non-empty buffer of Python would make the exit code 120."""
     command = [sys.executable, "-c", PROGRAM]
     pipe, env = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe) as process:
@@ -35,13 +35,13 @@ def test_print_line_when_nobody_reads():
 def test_print_line_when_read(capsys):
     from aimv2_jax.console import print_line
 
-    print_line("to people")
-    print_line("to people", sys.stderr)
-    assert tuple(capsys.readouterr()) == ("to people\n", "to people\n")
+    print_line("a line")
+    print_line("a line", sys.stderr)
+    assert tuple(capsys.readouterr()) == ("a line\n", "a line\n")
 
 
 def test_print_line_when_the_reader_is_slow():
-    """A full pipe that does not block raises EAGAIN: that line is lost, and no later one."""
+    """A full non-blocking pipe raises EAGAIN: that line is dropped, later ones are printed."""
     from aimv2_jax.console import print_line
 
     reading, writing = os.pipe()
@@ -60,7 +60,7 @@ def test_exit_code_when_the_disk_of_its_output_is_full():
 
 
 def test_command_when_its_output_is_gone():
-    """The line about a user error finds no reader: the exit code is still that of the error."""
+    """Without a reader for the error message, the exit code is still that of a user error."""
     command = f"{sys.executable} -m aimv2_jax.main --config=nowhere.py --workdir=x"
     pipe = f"set -o pipefail; (exec {command}) 2>&1 | true"
     done = subprocess.run(["bash", "-c", pipe], cwd=ROOT, capture_output=True, timeout=60)

@@ -1,4 +1,4 @@
-"""The exact versions in `constraints/`: within setup.py's bounds, the same with hashes, and how they are found."""
+"""Tests of the exact versions in `constraints/`: within setup.py's bounds, the same with hashes, and as installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIERS = {"jax-0.10": "3.11", "jax-0.12": "3.13"}
 
 
 def pins(name: str) -> dict[str, str]:
-    """package -> version; every other line is a comment, or a hash of the package above."""
+    """Returns package -> version; every other line must be a comment, or a hash of the package above."""
     versions = {}
     for line in (FOLDER / f"{name}.txt").read_text().splitlines():
         pin = re.fullmatch(r"([a-z0-9-]+)==([\w.]+)( \\)?", line)
@@ -28,16 +28,17 @@ def pins(name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", TIERS)
 def test_constraints_when_read_then_within_the_bounds(name):
-    """What pip would refuse beside this package is not written down."""
+    """pip can install all pinned versions together with this package."""
     versions = pins(name)
-    asked = importlib.metadata.requires("aimv2_jax")
+    requirements = importlib.metadata.requires("aimv2_jax")
     environment = {"python_version": TIERS[name], "python_full_version": f"{TIERS[name]}.0"}
-    required = [Requirement(text) for text in asked]
-    compared = [one for one in required if not one.marker or one.marker.evaluate(environment | {"extra": "test"})]
-    assert {"jax", "flax", "libtpu", "pytest"} <= {one.name for one in compared}
-    for one in compared:
-        package = one.name.lower()
-        assert package == "torch" or one.specifier.contains(versions[package]), (str(one), versions.get(package))
+    required = [Requirement(text) for text in requirements]
+    environment["extra"] = "test"
+    applicable = [item for item in required if not item.marker or item.marker.evaluate(environment)]
+    assert {"jax", "flax", "libtpu", "pytest"} <= {item.name for item in applicable}
+    for item in applicable:
+        package = item.name.lower()
+        assert package == "torch" or item.specifier.contains(versions[package]), (str(item), versions.get(package))
 
 
 @pytest.mark.parametrize("name", TIERS)
@@ -50,5 +51,6 @@ def test_constraints_when_hashed_then_the_same_versions(name):
 def test_versions_when_pinned_then_those_installed():
     versions, absent = runpy.run_path(str(FOLDER / "write.py"))["pinned"]()
     assert {name: importlib.metadata.version(name) for name in versions} == versions
-    assert {"jax", "jaxlib", "opt-einsum", "pytest-xdist", "libtpu"} <= set(versions)  # Asked for here, and by others.
+    # Direct and indirect requirements.
+    assert {"jax", "jaxlib", "opt-einsum", "pytest-xdist", "libtpu"} <= set(versions)
     assert not {"torch", "sympy", "triton", "aimv2-jax"} & set(versions) and not absent & set(versions)

@@ -1,8 +1,8 @@
-"""Text for drawings: lines that fit, and no letter that the fonts lack."""
+"""Tests of text for figures: line breaks, and escapes for characters that the fonts lack."""
 
 import pytest
 
-from aimv2_jax.drawing import drawable, wrap
+from aimv2_jax.plotting import drawable, wrap
 
 
 @pytest.mark.parametrize(

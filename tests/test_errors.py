@@ -1,4 +1,4 @@
-"""What the commands say, and with which code, when something goes wrong."""
+"""Tests of error messages and exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 
 import pytest
 
-from aimv2_jax.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, GuardStop, UserError, reports_user_errors
+from aimv2_jax.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER, TrainingAborted, UserError, cli_main
 
 
-@reports_user_errors
+@cli_main
 def fail(error: BaseException) -> int:
     raise error
 
@@ -28,7 +28,7 @@ def test_command_when_a_file_of_ours_is_missing_then_it_is_our_bug():
 
 
 def test_command_when_a_guard_stops_it_then_code_3(capsys):
-    assert fail(GuardStop("loss is nan")) == EXIT_GUARD
+    assert fail(TrainingAborted("loss is nan")) == EXIT_GUARD
     assert capsys.readouterr().err == "stopped: loss is nan\n"
 
 
@@ -38,5 +38,5 @@ def test_command_when_interrupted_then_one_line_and_the_code_of_shells(capsys):
 
 
 def test_message_when_the_value_is_endless_then_shortened_and_on_one_line():
-    message = str(UserError("config a\nb\x1b[2J", "x" * 10_000, "Mend it"))
-    assert len(message) < 400 and message.isprintable() and message.endswith("Mend it.")
+    message = str(UserError("config a\nb\x1b[2J", "x" * 10_000, "Fix it"))
+    assert len(message) < 400 and message.isprintable() and message.endswith("Fix it.")

@@ -1,4 +1,4 @@
-"""Files and locks: whole or absent, and held by one; and the folders that a command line names."""
+"""Atomic files, exclusive locks and leases, and checks of folders from the command line."""
 
 import errno
 import fcntl
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_jax import leases
 from aimv2_jax.errors import UserError
-from aimv2_jax.files import check_folder, is_made_by_system, make_folder, part_of, write_whole
-from aimv2_jax.locks import claimed
+from aimv2_jax.storage import leases
+from aimv2_jax.storage.files import atomic_write, check_folder, is_made_by_system, make_folder, part_path
+from aimv2_jax.storage.locks import lock_folder
 
 
 def test_file_when_written_then_there_or_replaced_and_nothing_beside_it(tmp_path):
     file = tmp_path / "some.json"
     for data in (b"old", b"new"):
-        write_whole(file, data)
+        atomic_write(file, data)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"some.json": data}
 
 
@@ -29,21 +29,21 @@ def test_file_when_the_disk_refuses_midway_then_the_old_one_stays_and_nothing_be
         raise OSError(28, "No space left on device")
 
     file = tmp_path / "some.json"
-    write_whole(file, b"old")
+    atomic_write(file, b"old")
     monkeypatch.setattr(os, call, refuse)
     with pytest.raises(OSError, match="No space"):
-        write_whole(file, b"new")
+        atomic_write(file, b"new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"some.json": b"old"}
 
 
 def test_part_when_two_hosts_have_a_process_of_one_number_then_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    names = {part_of(tmp_path / "a").name for _ in range(100)}
+    names = {part_path(tmp_path / "a").name for _ in range(100)}
     assert len(names) == 100 and all(name.startswith(".a.") and name.endswith(".part") for name in names)
 
 
 def _hold(file, held, end):
-    with claimed(file, "--output", file.parent):
+    with lock_folder(file, "--output", file.parent):
         held.set()
         end.wait(30)
 
@@ -56,12 +56,12 @@ def test_lock_when_another_process_holds_it_then_refused_until_that_ends(tmp_pat
     assert held.wait(30)
     with (
         pytest.raises(UserError, match="--output is in use by another run"),
-        claimed(tmp_path / "lock", "--output", "x"),
+        lock_folder(tmp_path / "lock", "--output", "x"),
     ):
         pass
     process.kill()
     process.join(30)
-    with claimed(tmp_path / "lock", "--output", "x"):
+    with lock_folder(tmp_path / "lock", "--output", "x"):
         pass
 
 
@@ -70,12 +70,12 @@ def test_lock_when_it_is_a_link_then_its_target_stays(tmp_path):
     (tmp_path / "lock").symlink_to("victim")
     with (
         pytest.raises(UserError, match=r"is a symbolic link: '.*/lock'"),
-        claimed(tmp_path / "lock", "", ""),
+        lock_folder(tmp_path / "lock", "", ""),
     ):
         pass
     (tmp_path / "lock").unlink()
     (tmp_path / "lock").write_text("dear")
-    with claimed(tmp_path / "lock", "--workdir", tmp_path):
+    with lock_folder(tmp_path / "lock", "--workdir", tmp_path):
         assert [(tmp_path / name).read_text() for name in ("lock", "victim")] == ["dear", "dear"]
 
 
@@ -83,7 +83,7 @@ def test_lock_when_it_is_a_link_then_its_target_stays(tmp_path):
 
 
 def _without_locks(number):
-    """flock as file systems without it answer, and leases that are renewed and given up in tenths of seconds.
+    """Replaces flock by that of file systems without locks, and shortens the times of leases.
 
     ENOSYS: Lustre unless mounted with -o flock (mount.lustre(8); ll_file_noflock in its llite/file.c). ENOLCK: NFS
     whose lock daemon is not reached (flock(2), nlmclnt_proc in the kernel). EOPNOTSUPP: file servers of FUSE.
@@ -93,7 +93,7 @@ def _without_locks(number):
         raise OSError(number, os.strerror(number))
 
     fcntl.flock = refuse
-    leases._RENEWED_EVERY_S, leases._GIVEN_UP_AFTER_S = 0.1, 1.0
+    leases._RENEW_INTERVAL_S, leases._EXPIRES_AFTER_S = 0.1, 1.0
 
 
 def _hold_without_locks(file, number, held, end):
@@ -103,10 +103,10 @@ def _hold_without_locks(file, number, held, end):
 
 @pytest.fixture
 def holder(tmp_path, monkeypatch):
-    """A process that holds `lock` without locks, in a test that has none either."""
+    """A process that holds `lock` by a lease, in a test without locks."""
     monkeypatch.setattr(fcntl, "flock", fcntl.flock)
-    monkeypatch.setattr(leases, "_RENEWED_EVERY_S", 0.1)
-    monkeypatch.setattr(leases, "_GIVEN_UP_AFTER_S", 1.0)
+    monkeypatch.setattr(leases, "_RENEW_INTERVAL_S", 0.1)
+    monkeypatch.setattr(leases, "_EXPIRES_AFTER_S", 1.0)
     context = multiprocessing.get_context("spawn")
     held, end = context.Event(), context.Event()
     process = context.Process(target=_hold_without_locks, args=(tmp_path / "lock", errno.ENOSYS, held, end))
@@ -122,39 +122,39 @@ def holder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_lock_when_the_disk_has_none(tmp_path, number, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", fcntl.flock)
-    monkeypatch.setattr(leases, "_RENEWED_EVERY_S", 0.1)
+    monkeypatch.setattr(leases, "_RENEW_INTERVAL_S", 0.1)
     _without_locks(number)
-    with claimed(tmp_path / "lock", "--workdir", tmp_path):
+    with lock_folder(tmp_path / "lock", "--workdir", tmp_path):
         assert os.strerror(number) in capsys.readouterr().err
         assert json.loads((tmp_path / "lock.lease").read_bytes())["process"] == os.getpid()
     assert not (tmp_path / "lock.lease").exists()
 
 
 def test_lock_without_locks_when_another_run_lives(tmp_path, holder):
-    """It is refused while that run renews its lease, and given at once when that has ended in good order."""
+    """The lock is refused while that run renews its lease, and granted at once after that run ends normally."""
     with (
         pytest.raises(UserError, match=rf"--workdir is in use by another run: .* by process {holder.pid} on "),
-        claimed(tmp_path / "lock", "--workdir", "x"),
+        lock_folder(tmp_path / "lock", "--workdir", "x"),
     ):
         pass
     holder.end.set()
     holder.join(30)
     assert holder.exitcode == 0
     begin_s = time.monotonic()
-    with claimed(tmp_path / "lock", "--workdir", "x"):
-        assert time.monotonic() - begin_s < leases._GIVEN_UP_AFTER_S
+    with lock_folder(tmp_path / "lock", "--workdir", "x"):
+        assert time.monotonic() - begin_s < leases._EXPIRES_AFTER_S
 
 
 def test_lock_without_locks_when_another_was_killed(tmp_path, holder):
     holder.kill()
     holder.join(30)
     begin_s = time.monotonic()
-    with claimed(tmp_path / "lock", "--workdir", "x"):
-        assert time.monotonic() - begin_s >= leases._GIVEN_UP_AFTER_S
+    with lock_folder(tmp_path / "lock", "--workdir", "x"):
+        assert time.monotonic() - begin_s >= leases._EXPIRES_AFTER_S
 
 
 def test_lease_when_another_took_it_then_its_run_ends(tmp_path, holder):
-    """As a run that was suspended for longer than others wait finds it: it may write nothing more."""
+    """A run that was suspended for longer than the timeout must not write any more."""
     (tmp_path / "lock.lease").write_bytes(b'{"host": "elsewhere", "process": 1}')
     holder.join(30)
     assert holder.exitcode == 2

@@ -1,15 +1,15 @@
-"""Flags: what is told of --output before any work is done."""
+"""Tests of command-line checks of --output."""
 
 from pathlib import Path
 
 import pytest
 
+from aimv2_jax.cli import check_output, make_output_folder
 from aimv2_jax.errors import UserError
-from aimv2_jax.flags import check_output, make_output_folder
 
 
 @pytest.mark.parametrize(
-    ("file", "says"),
+    ("file", "message"),
     [
         ("a.jpg", "does not end in .png"),
         ("there.png", "--output is a folder"),
@@ -17,10 +17,10 @@ from aimv2_jax.flags import check_output, make_output_folder
         ("file/a.png", "no such folder"),
     ],
 )
-def test_output_when_it_cannot_be_that_file_then_refused(tmp_path, file, says):
+def test_output_when_it_cannot_be_that_file_then_refused(tmp_path, file, message):
     (tmp_path / "there.png").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         check_output(tmp_path / file, suffix=".png")
     check_output(tmp_path / "a.PNG", suffix=".png")
 

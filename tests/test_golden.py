@@ -1,7 +1,7 @@
-"""The model, losses, gradients and optimiser against tensors made by the reference's own classes.
+"""Model, losses, gradients and optimiser against tensors computed by the reference implementation.
 
 `pytest tests/test_golden.py --golden DIR` reads every size, seed and hyper-parameter from the directory's json files
-and tensor shapes. What is compared goes through the model that training uses, in every way of running its layers.
+and tensor shapes. The comparison uses the training model with every option for running its layers.
 
 Tolerances (an independent float32 model reaches 1.3e-6, 2.5e-6, 2e-7 and 1.5e-5; the tensors are float64 rounded once):
 activations and gradients 2e-5 of a tensor's largest entry, losses 5e-6 relative, parameters 3e-5 absolute.
@@ -21,17 +21,17 @@ from einops import rearrange
 from golden_names import APPLE_PRETRAIN, nested, paths, to_ours
 from safetensors.numpy import load_file
 
-from aimv2_jax.export.reading import read_weights
-from aimv2_jax.export.transformers import write_folder
-from aimv2_jax.export.vision import Vision
-from aimv2_jax.export.weights import Weights
+from aimv2_jax.export.hf_export import write_folder
 from aimv2_jax.models.aimv2 import AIMv2
-from aimv2_jax.models.attention import Reads
+from aimv2_jax.models.attention import MaskSpec
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.layers import Run
-from aimv2_jax.models.positions import resize_positions, sincos_positions
-from aimv2_jax.train import guard, losses
+from aimv2_jax.models.layers import TrunkOptions
+from aimv2_jax.models.position_embeddings import resize_positions, sincos_positions
+from aimv2_jax.pretrained.encoder_spec import EncoderSpec
+from aimv2_jax.pretrained.hf_import import read_weights
+from aimv2_jax.pretrained.lazy_weights import LazyWeights
+from aimv2_jax.train import anomaly, losses
 from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
 from aimv2_jax.train.step import TrainState, accumulate, train_step
 from aimv2_jax.train.task import PretrainTask, run_key
@@ -40,9 +40,9 @@ LARGEST_ENTRY = 2e-5
 LOSS_RELATIVE = 5e-6
 PARAMETER_ABSOLUTE = 3e-5
 WAYS = [(layers, remat) for layers in ("scan", "loop") for remat in ("none", "attention", "full")]
-# For a forward pass, in which nothing is rematerialised, and for what is done with losses and gradients.
+# For a forward pass, which rematerialises nothing, and for the use of losses and gradients.
 TWO_WAYS = [("scan", "none"), ("loop", "full")]
-# What users run, a forward pass and a whole train step, is compiled as for them; gradients alone as the suite compiles.
+# Forward passes and full train steps are compiled like users' code; gradients alone like the rest of the suite.
 fully_optimized = pytest.mark.usefixtures("fully_optimized")
 
 
@@ -68,7 +68,7 @@ def assert_close(ours, theirs, what: str, tolerance: float = LARGEST_ENTRY):
 
 
 class Pretrain:
-    """The pretrain/ directory: sizes, batch and parameters, in our form."""
+    """Sizes, batch and parameters of the pretrain/ directory, in our format."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -123,7 +123,7 @@ class Pretrain:
 
     def task(self, layers: str, remat: str, predict_eos: bool = False) -> PretrainTask:
         config, sizes = self.config, self.sizes
-        shared = {"eps": config["rms_norm_eps"], "run": Run(layers, remat)}
+        shared = {"eps": config["rms_norm_eps"], "options": TrunkOptions(layers, remat)}
         trunk = lambda size: {  # noqa: E731
             "width": size["width"],
             "depth": size["depth"],
@@ -174,7 +174,7 @@ def test_targets_when_pixels_are_normalised_then_equal(pretrain):
     image = rearrange(pretrain.raw_batch["image_normalised_bchw"], "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side)
     assert_close(pixels, image, "image_normalised_bchw")
     assert_close(losses.patch_targets(pixels, task.target_eps), targets["patches_normalised"], "patches_normalised")
-    outside = losses.counted_patches(jnp.asarray(pretrain.prefix), jnp.asarray(batch["valid"]))
+    outside = losses.image_loss_mask(jnp.asarray(pretrain.prefix), jnp.asarray(batch["valid"]))
     np.testing.assert_array_equal(outside, pretrain.raw_batch["image_loss_mask"])
 
 
@@ -191,7 +191,7 @@ def test_activations_when_run_as_in_training_then_equal(pretrain, way):
     theirs = read_tensors(pretrain.directory / "activations.safetensors", expected)
     variables = {part: {"params": pretrain.params[part]} for part in ("encoder", "decoder")}
 
-    mask = Reads(prefix, jnp.asarray(batch["valid"])).mask(batch["valid"].shape[1])
+    mask = MaskSpec(prefix, jnp.asarray(batch["valid"])).mask(batch["valid"].shape[1])
     np.testing.assert_array_equal(mask[:, 0], theirs["encoder.attention_mask"])
     (features, every), captured = encoder.apply(
         variables["encoder"],
@@ -210,7 +210,7 @@ def test_activations_when_run_as_in_training_then_equal(pretrain, way):
     assert_close(features, theirs["encoder.final_norm"], "encoder.final_norm")
 
     apply = partial(decoder.apply, variables["decoder"])
-    tokens = batch["tokens"][:, :-1]  # the last token predicts nothing, so its row is not computed
+    tokens = batch["tokens"][:, :-1]  # The last token predicts nothing, so its row is not computed.
     image = apply(features, method="embed_image")
     text = apply(tokens, method="embed_text")
     assert_close(image, theirs["decoder.projected_image"], "decoder.projected_image")
@@ -263,7 +263,7 @@ def test_losses_and_gradients_when_the_end_is_predicted_then_equal(pretrain, gol
     directory = golden_dir / "pretrain_eos"
     targets = read_tensors(directory / "targets.safetensors", {"text_targets"})["text_targets"]
     token_valid = jnp.asarray(pretrain.batch["token_valid"])
-    counted = losses.counted_tokens(token_valid, jnp.ones(len(token_valid), bool), predict_eos=True)
+    counted = losses.text_loss_mask(token_valid, jnp.ones(len(token_valid), bool), predict_eos=True)
     np.testing.assert_array_equal(np.where(counted, pretrain.batch["tokens"], -100), targets)
     counts, sums, total, grads = loss_and_gradients(pretrain.task("scan", "none", predict_eos=True), pretrain)
     check_losses(read_json(directory / "losses.json"), counts, sums, total)
@@ -305,9 +305,9 @@ def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equa
     )
     task = pretrain.task(*way)
     params = pretrain.params
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard.fresh())
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomaly.initial_state())
     step = jax.jit(partial(train_step, task=task, optimizer=optimizer, schedule=schedule))
-    assert [expected["step"] for expected in golden["steps"]] == [1, 2, 3]  # the files that the README lists
+    assert [expected["step"] for expected in golden["steps"]] == [1, 2, 3]  # The files listed in the README.
     for expected in golden["steps"]:
         state, metrics = step(state, pretrain.batch, run_key(0), jnp.asarray(pretrain.prefix))
         number = expected["step"]
@@ -320,9 +320,9 @@ def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equa
                 ours[path], theirs, rtol=0, atol=PARAMETER_ABSOLUTE, err_msg=f"{path}, step {number}"
             )
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
-    # A gradient and the factor that clips it may each be off by LARGEST_ENTRY: their product by twice that. Each step
-    # after the first is taken from parameters that the one before has moved, and may add as much again. The moments are
-    # means over the steps, of g and of g², whose relative error is twice that of g.
+    # A gradient and its clipping factor may each be off by LARGEST_ENTRY, their product by twice that. Each step after
+    # the first starts from parameters changed by the previous one, and may add the same error again. The moments are
+    # means over the steps of g and of g², and the relative error of g² is twice that of g.
     first = 2 * LARGEST_ENTRY * (1 + len(golden["steps"])) / 2
     for prefix, moments, tolerance in (("exp_avg.", adam.mu, first), ("exp_avg_sq.", adam.nu, 2 * first)):
         moments = paths(moments)
@@ -347,15 +347,15 @@ def test_learning_rate_when_asked_at_given_iterations_then_equal(pretrain):
 
 
 def check_rates(schedule, expected: dict[int, float], warmup_steps: int, total: int):
-    """All but the iteration in which the reference's scheduler, with a slack of 1e-6 of the run, is already cooling."""
+    """Compares all rates but the last of the warm-up, which the reference's slack of 1e-6 of the run already cools."""
     compared = {it: lr for it, lr in expected.items() if not it < warmup_steps <= it + 1e-6 * total}
     assert compared
     for it, lr in compared.items():
         assert float(schedule(jnp.asarray(it))) == pytest.approx(lr, rel=1e-6), f"iteration {it}"
 
 
-class Pictures:
-    """Pictures of a golden encoder by the suffix of their grid, and what the reference made of them."""
+class GoldenImages:
+    """Images of a golden encoder by grid suffix, and the reference's outputs for them."""
 
     def __init__(self, directory: Path, golden: dict, outputs: list[str]):
         grids = {"": golden["grid_height_width"]}
@@ -367,19 +367,19 @@ class Pictures:
         )
         self._inputs, self.grids = inputs, grids
 
-    def batch(self, grid: str, vision: Vision) -> tuple[jax.Array, ...]:
-        """Normalised patches, held to the reference's; their coordinates; all valid."""
-        (rows, columns), side = self.grids[grid], vision.patch_size
+    def batch(self, grid: str, spec: EncoderSpec) -> tuple[jax.Array, ...]:
+        """Returns normalised patches (compared with the reference's), coordinates, and an all-valid mask."""
+        (rows, columns), side = self.grids[grid], spec.patch_size
         images, theirs = self._inputs[f"image_uint8_bhwc{grid}"], self._inputs[f"pixel_values{grid}"]
         patches = jnp.asarray(rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side))
         valid = jnp.ones(patches.shape[:2], bool)
-        pixels = losses.normalise_pixels(patches, valid, vision.pixel_mean, vision.pixel_std)
+        pixels = losses.normalise_pixels(patches, valid, spec.pixel_mean, spec.pixel_std)
         assert_close(pixels, rearrange(theirs, "b c (h p) (w q) -> b (h w) (p q c)", p=side, q=side), "pixel_values")
         coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
         return pixels, jnp.broadcast_to(jnp.asarray(coords, jnp.int32), (len(images), rows * columns, 2)), valid
 
 
-def params_of(weights: Weights) -> dict:
+def params_of(weights: LazyWeights) -> dict:
     return jax.tree.map(jnp.asarray, nested(weights.read()))
 
 
@@ -392,32 +392,32 @@ HUGGING_FACE = ["hf_learned", "hf_native", "hf_head"]
 def test_hugging_face_model_when_read_then_hidden_states_equal(golden_dir, name, way):
     directory = golden_dir / name
     golden, weights = read_json(directory / "golden.json"), read_weights(directory)
-    vision, params = weights.vision, params_of(weights)
-    # Hugging Face may list fewer states than the model has; every one that is promised must be there.
+    spec, params = weights.spec, params_of(weights)
+    # Hugging Face may list fewer states than the model has, but every listed one must be in the file.
     states = [f"hidden_state_{i}" for i in range(golden["num_hidden_states"])]
-    pictures = Pictures(directory, golden, [*states, "last_hidden_state", *(["pooler_output"] if vision.head else [])])
-    assert vision.head == (name == "hf_head")
-    for grid in pictures.grids:
-        pixels, coords, valid = pictures.batch(grid, vision)
-        encoder = vision.encoder(run=Run(*way))
+    images = GoldenImages(directory, golden, [*states, "last_hidden_state", *(["pooler_output"] if spec.head else [])])
+    assert spec.head == (name == "hf_head")
+    for grid in images.grids:
+        pixels, coords, valid = images.batch(grid, spec)
+        encoder = spec.encoder(options=TrunkOptions(*way))
         features, every = encoder.apply({"params": params["encoder"]}, pixels, coords, valid, None, True)
         for i, state in enumerate(states):
-            assert_close(every[i], pictures.outputs[f"{state}{grid}"], f"{state}{grid}")
-        assert_close(features, pictures.outputs[f"last_hidden_state{grid}"], f"last_hidden_state{grid}")
-        if vision.head:
-            pooled = vision.pooled_head().apply({"params": params["head"]}, features, valid)
-            assert_close(pooled, pictures.outputs[f"pooler_output{grid}"], f"pooler_output{grid}")
+            assert_close(every[i], images.outputs[f"{state}{grid}"], f"{state}{grid}")
+        assert_close(features, images.outputs[f"last_hidden_state{grid}"], f"last_hidden_state{grid}")
+        if spec.head:
+            pooled = spec.pooled_head().apply({"params": params["head"]}, features, valid)
+            assert_close(pooled, images.outputs[f"pooler_output{grid}"], f"pooler_output{grid}")
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_model_when_read_and_written_then_the_same_bit_for_bit(golden_dir, tmp_path, name):
-    write_folder(tmp_path, read_weights(golden_dir / name), "float32", most_bytes=10**9)
+    write_folder(tmp_path, read_weights(golden_dir / name), "float32", max_file_bytes=10**9)
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (golden_dir / name, tmp_path))
     assert ours.keys() == theirs.keys()
     for tensor in theirs:
         np.testing.assert_array_equal(ours[tensor], theirs[tensor], err_msg=tensor, strict=True)
     written, config = read_json(tmp_path / "config.json"), read_json(golden_dir / name / "config.json")
-    written.pop("aimv2_jax", None)  # The area of a native model, which Hugging Face has no word for.
+    written.pop("aimv2_jax", None)  # The area of a native model; Hugging Face has no such key.
     assert {key: config[key] for key in written} == written
 
 
@@ -426,22 +426,22 @@ def test_hugging_face_model_when_read_and_written_then_the_same_bit_for_bit(gold
 def test_apples_released_names_when_read_then_blocks_and_features_equal(golden_dir, name):
     directory, golden = golden_dir / "apple_aim" / name, read_json(golden_dir / "apple_aim/config.json")["models"][name]
     weights = read_weights(directory / "params.safetensors", heads=golden["heads"])
-    vision, params = weights.vision, params_of(weights)
-    assert (vision.depth, vision.hidden, vision.head) == (
+    spec, params = weights.spec, params_of(weights)
+    assert (spec.depth, spec.hidden, spec.head) == (
         golden["depth"],
         golden["swiglu_hidden"],
         golden["attention_pool_head"],
     )
-    blocks, last = [f"block_{i}" for i in range(vision.depth)], "pooled" if vision.head else "features"
-    pictures = Pictures(directory, golden, [*blocks, last])
-    for grid in pictures.grids:
-        pixels, coords, valid = pictures.batch(grid, vision)
-        features, every = vision.encoder().apply({"params": params["encoder"]}, pixels, coords, valid, None, True)
+    blocks, last = [f"block_{i}" for i in range(spec.depth)], "pooled" if spec.head else "features"
+    images = GoldenImages(directory, golden, [*blocks, last])
+    for grid in images.grids:
+        pixels, coords, valid = images.batch(grid, spec)
+        features, every = spec.encoder().apply({"params": params["encoder"]}, pixels, coords, valid, None, True)
         for i, block in enumerate(blocks):
-            assert_close(every[i + 1], pictures.outputs[f"{block}{grid}"], f"{block}{grid}")
-        if vision.head:
-            features = vision.pooled_head().apply({"params": params["head"]}, features, valid)
-        assert_close(features, pictures.outputs[f"{last}{grid}"], f"{last}{grid}")
+            assert_close(every[i + 1], images.outputs[f"{block}{grid}"], f"{block}{grid}")
+        if spec.head:
+            features = spec.pooled_head().apply({"params": params["head"]}, features, valid)
+        assert_close(features, images.outputs[f"{last}{grid}"], f"{last}{grid}")
 
 
 def test_sincos_positions_when_any_grid_then_equal_to_every_source(golden_dir):
@@ -458,7 +458,7 @@ def test_sincos_positions_when_any_grid_then_equal_to_every_source(golden_dir):
         coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
         ours = sincos_positions(jnp.asarray(coords, jnp.int32), width)[0]
         for source in ("hf", "ml_aim", "ml_l3m"):
-            # Angles up to `rows` radians in float32: half a unit in the last place of 16 is 1e-6.
+            # Angles are up to `rows` radians in float32; half a unit in the last place of 16 is 1e-6.
             np.testing.assert_allclose(ours, tensors[f"{table}.{source}"], rtol=0, atol=2e-6, err_msg=table)
 
 
@@ -469,5 +469,5 @@ def test_position_table_when_resized_then_equals_torchs_antialiased_bicubic(gold
         (h, w), (to_h, to_w) = case["from"], case["to"]
         name = f"resize_{h}x{w}_to_{to_h}x{to_w}_d{case['dim']}"
         ours = resize_positions(jnp.asarray(tensors[f"{name}.source"]), (h, w), (to_h, to_w))
-        # Torch computed in float64; these are sums of 16 products of numbers up to 4 in float32.
+        # Torch computed in float64; ours are float32 sums of 16 products of values up to 4.
         np.testing.assert_allclose(ours, tensors[f"{name}.bicubic_antialias"], rtol=0, atol=1e-5, err_msg=name)

@@ -1,4 +1,4 @@
-"""Files that grow: at once on a disk, soon in a bucket, and whole when asked."""
+"""Append-only files: written at once on a disk, soon in a bucket, and complete after a flush."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 import pytest
 from bucket import NAME, stand_in
 
-from aimv2_jax import growing
 from aimv2_jax.errors import UserError
-from aimv2_jax.growing import GrowingFile
+from aimv2_jax.storage import append
+from aimv2_jax.storage.append import AppendFile
 
 
 @pytest.fixture
@@ -21,24 +21,24 @@ def bucket(tmp_path, monkeypatch):
 
 def test_file_on_a_disk_when_written_then_there_at_once_after_what_was_there(tmp_path):
     path = tmp_path / "folder/file"
-    with_more = GrowingFile(path)
+    file = AppendFile(path)
     assert not path.parent.exists()
-    with_more.write(b"one\n")
+    file.write(b"one\n")
     assert path.read_bytes() == b"one\n"
-    with_more.close()
-    with_more.write(b"two\n")
+    file.close()
+    file.write(b"two\n")
     assert path.read_bytes() == b"one\ntwo\n"
-    with_more.close()
+    file.close()
 
 
 def test_file_when_deleted_meanwhile_then_made_again(tmp_path):
-    file = GrowingFile(tmp_path / "folder/file")
+    file = AppendFile(tmp_path / "folder/file")
     file.write(b"one\n")
     (tmp_path / "folder/file").unlink()
     file.write(b"two\n")
     assert (tmp_path / "folder/file").read_bytes() == b"two\n"
     shutil.rmtree(tmp_path / "folder")
-    with pytest.raises(UserError, match=r"file cannot be written: 'No such file"), growing.writing(file._path):
+    with pytest.raises(UserError, match=r"file cannot be written: 'No such file"), append.writing(file._path):
         file.write(b"three\n")
     assert not (tmp_path / "folder").exists()
     file.close()
@@ -49,11 +49,11 @@ def test_file_when_a_link_or_a_pipe_then_refused(tmp_path):
     (tmp_path / "link").symlink_to("victim")
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe"):
-        with pytest.raises(UserError, match=f"is none: '.*/{name}'"):
-            GrowingFile(tmp_path / name).write(b"one\n")
+        with pytest.raises(UserError, match=f"is not a regular file: '.*/{name}'"):
+            AppendFile(tmp_path / name).write(b"one\n")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with pytest.raises(UserError, match="is none"):
-        GrowingFile(tmp_path / "pipe").write(b"one\n")
+    with pytest.raises(UserError, match="is not a regular file"):
+        AppendFile(tmp_path / "pipe").write(b"one\n")
     os.close(reader)
     assert (tmp_path / "victim").read_text() == "dear"
 
@@ -61,7 +61,7 @@ def test_file_when_a_link_or_a_pipe_then_refused(tmp_path):
 def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_there(bucket):
     (bucket / "folder").mkdir()
     (bucket / "folder/file").write_bytes(b"zero\n")
-    file = GrowingFile(f"{NAME}/folder/file")
+    file = AppendFile(f"{NAME}/folder/file")
     for number in range(3):
         file.write(b"%d\n" % number)
     file.flush()
@@ -72,8 +72,8 @@ def test_file_in_a_bucket_when_flushed_or_closed_then_all_of_it_after_what_was_t
 
 
 def test_file_in_a_bucket_when_nobody_flushes_then_there_soon(bucket, monkeypatch):
-    monkeypatch.setattr(growing, "_BETWEEN_S", 0.05)
-    file = GrowingFile(f"{NAME}/file")
+    monkeypatch.setattr(append, "_UPLOAD_INTERVAL_S", 0.05)
+    file = AppendFile(f"{NAME}/file")
     file.write(b"one\n")
     deadline_s = time.monotonic() + 10
     while not (bucket / "file").exists() or (bucket / "file").read_bytes() != b"one\n":
@@ -83,16 +83,16 @@ def test_file_in_a_bucket_when_nobody_flushes_then_there_soon(bucket, monkeypatc
 
 
 def test_file_in_a_bucket_when_that_refuses_once_then_told_by_flush_and_nothing_is_lost(bucket, monkeypatch):
-    write_whole = growing.write_whole
+    atomic_write = append.atomic_write
 
     def refuse(path, data):
         raise RuntimeError("503 Service Unavailable")
 
-    monkeypatch.setattr(growing, "write_whole", refuse)
-    file = GrowingFile(f"{NAME}/file")
+    monkeypatch.setattr(append, "atomic_write", refuse)
+    file = AppendFile(f"{NAME}/file")
     file.write(b"one\n")
     with pytest.raises(RuntimeError, match="503"):
         file.flush()
-    monkeypatch.setattr(growing, "write_whole", write_whole)
+    monkeypatch.setattr(append, "atomic_write", atomic_write)
     file.close()
     assert (bucket / "file").read_bytes() == b"one\n"

@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, and one clear line for everything a user can mend, before anything compiles."""
+"""Tests of the command line: help, exit codes, and one line for every user error before anything compiles."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from tiny import ROOT, tiny_arguments, tiny_config
 from trained_run import drawn_state
 
 from aimv2_jax import errors
-from aimv2_jax.flags import split_overrides
+from aimv2_jax.checkpoint import layout
+from aimv2_jax.checkpoint.checkpointer import Checkpointer
+from aimv2_jax.cli import split_overrides
 from aimv2_jax.main import main
 from aimv2_jax.models.aimv2 import count_parameters
-from aimv2_jax.train import step_folders
-from aimv2_jax.train.checkpoint import Checkpointer
-from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.builder import TrainSetup, build_setup
 from experiments.benchmarks import step_time
 
-MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export.hf"]
-MODULES += [f"-m aimv2_jax.eval.{name}" for name in ("show", "heldout", "features", "probes", "zeroshot", "retrieval")]
+MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export"]
+MODULES += [
+    f"-m aimv2_jax.eval.{name}" for name in ("visualize", "heldout", "features", "probes", "zeroshot", "retrieval")
+]
 MODULES += [
     "experiments/probe_imagenet.py",
     "experiments/make_sample.py",
     "experiments/benchmarks/step_time.py",
     "experiments/benchmarks/recompute.py",
-    "-m aimv2_jax.train.verify",
-    "-m aimv2_jax.train.report",
+    "-m aimv2_jax.checkpoint.verify",
+    "-m aimv2_jax.monitoring.report",
 ]
 MODULES += [f"experiments/drills/{name}.py" for name in ("kill", "corrupt", "goodput", "hang")]
 
 
 @pytest.fixture
 def nothing_compiles(monkeypatch):
-    """Makes the run fail loudly where it would have begun to compile or to compute."""
+    """Raises where the run starts to compile or to compute."""
 
     def compiled(*_):
-        raise AssertionError("the mistake should have been told before")
+        raise AssertionError("the user error should have been reported before")
 
-    monkeypatch.setattr(Program, "compile_step", compiled)
-    monkeypatch.setattr(Program, "init", compiled)
+    monkeypatch.setattr(TrainSetup, "compile_step", compiled)
+    monkeypatch.setattr(TrainSetup, "init", compiled)
 
 
 def not_sentencepiece(folder: Path) -> Path:
@@ -61,7 +63,7 @@ def empty_folder(folder: Path) -> Path:
     return path
 
 
-# What is wrong -> (config changes, given a folder; words that the one line must have).
+# Case -> (function from a folder to config changes, words of the error message).
 REFUSED = {
     "misspelt key": (lambda _: {"train__stepz": 1}, ["train.stepz", "Did you mean train.steps"]),
     "ill-typed value": (lambda _: {"train__steps": "many"}, ["train.steps", "many", "whole number"]),
@@ -98,7 +100,7 @@ def test_main_when_the_config_cannot_work_then_one_line_and_code_2(case, tmp_pat
 def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(
     tmp_path, capsys, nothing_compiles, monkeypatch
 ):
-    monkeypatch.setattr(step_folders, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(layout, "free_bytes", lambda _: 1000)
     assert main(tiny_arguments(tmp_path)) == errors.EXIT_USER
     assert "two checkpoints" in capsys.readouterr().err
 
@@ -106,7 +108,7 @@ def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(
 def test_main_when_the_workdir_has_another_model_then_refused_naming_the_key(tmp_path, capsys, nothing_compiles):
     config = tiny_config()
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(2, drawn_state(build_program(config, jax.devices()[:1])), config)
+        checkpointer.save(2, drawn_state(build_setup(config, jax.devices()[:1])), config)
     changes = {"model__encoder__width": 48, "optimizer__peak_lr": 0.5, "seed": 7}
     for key, value in changes.items():
         assert main(tiny_arguments(tmp_path, **{key: value})) == errors.EXIT_USER
@@ -151,7 +153,7 @@ def test_overrides_when_given_in_either_form_then_split_from_the_rest():
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
 @pytest.mark.parametrize("module", MODULES)
 def test_module_help_code_0(module, capsys, monkeypatch):
-    """Run as the main module of this process; what Python itself would not put on the path is taken from it."""
+    """Runs it as the main module of this process, with the import path that Python itself would have."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
     for name in [name for name in sys.modules if name.partition(".")[0] == "experiments"]:
         monkeypatch.delitem(sys.modules, name)
@@ -161,8 +163,8 @@ def test_module_help_code_0(module, capsys, monkeypatch):
             runpy.run_module(module.removeprefix("-m "), run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / module), run_name="__main__")
-    said = capsys.readouterr()
-    assert end.value.code == 0 and "usage" in said.out and not said.err
+    output = capsys.readouterr()
+    assert end.value.code == 0 and "usage" in output.out and not output.err
 
 
 def test_process_when_the_user_is_wrong_then_code_2_and_no_traceback(tmp_path):
@@ -173,7 +175,7 @@ def test_process_when_the_user_is_wrong_then_code_2_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_process_when_stopped_before_it_trains(number, tmp_path):
-    """The first of two processes, which waits for the other: nothing is to be saved, and it is to be started again."""
+    """Process 0 of two waits for the other: there is nothing to save, and the code asks for a restart."""
     flags = ["--processes=2", "--process=0", f"--coordinator=127.0.0.1:{free_port()}"]
     command = [sys.executable, "-m", "aimv2_jax.main", *tiny_arguments(tmp_path), *flags]
     with subprocess.Popen(command, cwd=ROOT) as process:
@@ -183,7 +185,7 @@ def test_process_when_stopped_before_it_trains(number, tmp_path):
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
         process.send_signal(number)
-        assert process.wait(30) == errors.EXIT_AGAIN
+        assert process.wait(30) == errors.EXIT_RETRY
 
 
 def imported_by(statement: str, *names: str) -> str:
@@ -203,8 +205,8 @@ def test_import_when_the_package_or_main_is_imported_then_nothing_heavy_comes_al
 def test_step_time_when_imported_and_built_then_needs_no_grain_orbax_or_tensorflow():
     statement = (
         "sys.path.insert(0, 'experiments/benchmarks'); import step_time; "
-        "from aimv2_jax.train.program import build_program; "
-        "import jax; build_program(step_time.preset_config('reference', {}), jax.devices()[:1]).abstract_state"
+        "from aimv2_jax.train.builder import build_setup; "
+        "import jax; build_setup(step_time.preset_config('reference', {}), jax.devices()[:1]).abstract_state"
     )
     assert imported_by(statement.replace("experiments", f"{ROOT}/experiments"), "grain", "orbax", "tensorflow") == "[]"
 
@@ -221,7 +223,7 @@ def test_step_time_when_run_then_prints_one_json_line_with_its_keys(tmp_path, ca
 
 
 def test_step_time_when_the_preset_is_the_reference_then_it_has_the_size_of_the_torch_model():
-    """Encoder 384 x 12, decoder 256 x 4, 112 px: 29,356,672 parameters, as the PyTorch model of the same sizes has."""
-    program = build_program(step_time.preset_config("reference"), jax.devices()[:1])
-    assert count_parameters(program.abstract_state.params) == 29_356_672
-    assert program.config.data.batch_size == 16
+    """Encoder 384 x 12, decoder 256 x 4, 112 px: 29,356,672 parameters, as in the PyTorch model of these sizes."""
+    setup = build_setup(step_time.preset_config("reference"), jax.devices()[:1])
+    assert count_parameters(setup.abstract_state.params) == 29_356_672
+    assert setup.config.data.batch_size == 16

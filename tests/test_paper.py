@@ -1,4 +1,4 @@
-"""The resolved configs of all sizes against the paper's tables (arXiv 2411.14402): Table A1, Table 2, §2.4 and §3.1."""
+"""Resolved configs of all sizes against the paper (arXiv 2411.14402): Table A1, Table 2, §2.4 and §3.1."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from test_mixtures import TABLE_2
 
 from aimv2_jax.config import load_config
-from aimv2_jax.data.steps import BLOCK, counts_in_block
+from aimv2_jax.data.sampling.schedule import BLOCK, counts_in_block
 from experiments.native import AREAS
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -36,7 +36,7 @@ def test_pretraining_of_every_size_has_table_a1(size):
 
 @pytest.mark.parametrize("size", PEAK_RATE)
 def test_pretraining_of_every_size_has_table_2(size):
-    """The table's sizes are in test_mixtures.py."""
+    """test_mixtures.py checks the table's sizes."""
     shares = weights(load_config(EXPERIMENTS / f"pretrain_{size}_224.py"))
     assert shares == {(kind[0], kind[1]): pytest.approx(kind[3] / 100) for kind in TABLE_2}
 

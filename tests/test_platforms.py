@@ -1,4 +1,4 @@
-"""An absent TPU is left alone; a present one, GPUs and the user's own choice are never touched."""
+"""Tests that JAX skips an absent TPU, and that present accelerators and the user's choice are respected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny import ROOT
 from aimv2_jax import platforms
 from aimv2_jax.platforms import may_have_gpu, may_have_tpu, platforms_without_tpu, skip_absent_tpu
 
-COMMANDS = ["aimv2_jax.main", "aimv2_jax.eval.show", "aimv2_jax.eval.heldout", "aimv2_jax.train.verify"]
+COMMANDS = ["aimv2_jax.main", "aimv2_jax.eval.visualize", "aimv2_jax.eval.heldout", "aimv2_jax.checkpoint.verify"]
 COMMANDS += [f"experiments.drills.{name}" for name in ("kill", "corrupt", "goodput", "hang")]
 COMMANDS += ["experiments.benchmarks.recompute"]
 needs_libtpu = pytest.mark.skipif(
@@ -24,12 +24,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def device(vendor: str, kind: str) -> dict[str, str]:
-    place = "sys/bus/pci/devices/0000:00:04.0"
-    return {f"{place}/vendor": f"{vendor}\n", f"{place}/class": f"{kind}\n"}
+def device(vendor: str, pci_class: str) -> dict[str, str]:
+    folder = "sys/bus/pci/devices/0000:00:04.0"
+    return {f"{folder}/vendor": f"{vendor}\n", f"{folder}/class": f"{pci_class}\n"}
 
 
-# What a machine has -> (its files, its environment, whether there may be a TPU).
+# Case -> (the machine's files, its environment, whether a TPU may be present).
 MACHINES = {
     "nothing": ({}, {}, False),
     "other chips": (device("0x10de", "0x120000"), {}, False),
@@ -65,7 +65,7 @@ def test_gpu_when_the_driver_is_there_then_it_may_be_there(tmp_path):
 
 @pytest.fixture
 def bare_machine(monkeypatch):
-    """libtpu installed, and neither TPU nor GPU nor a choice of the user's."""
+    """A machine with libtpu installed, without TPU, GPU and user's choice."""
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.delenv("PJRT_NAMES_AND_LIBRARY_PATHS", raising=False)
     for name, answer in {"_libtpu_installed": True, "may_have_tpu": False, "may_have_gpu": False}.items():
@@ -112,7 +112,7 @@ def test_platforms_when_the_user_chose_then_left_alone(choice, bare_machine, mon
 
 
 def quietly(statements: str) -> subprocess.CompletedProcess:
-    """Runs Python as from a user's shell: no platform chosen; prints whether libtpu was loaded, and the devices."""
+    """Runs Python without a chosen platform; prints whether libtpu was loaded, and the platform of the devices."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "TPU_", "XLA_"))}
     code = f"{statements}; print('libtpu.so' in open('/proc/self/maps').read(), jax.devices()[0].platform)"
     environment["PYTHONPATH"] = str(ROOT)
@@ -129,7 +129,7 @@ def test_jax_when_told_of_no_tpu_then_libtpu_is_not_loaded_and_nothing_is_said(o
 
 @needs_libtpu
 def test_jax_when_not_told_then_it_loads_libtpu_and_complains():
-    """Why the module exists; once this fails, it may go."""
+    """The reason for the module: once this test fails, the module can be deleted."""
     done = quietly("import jax; jax.devices()")
     assert done.stdout == "True cpu\n" and "TPU" in done.stderr
 
@@ -137,7 +137,7 @@ def test_jax_when_not_told_then_it_loads_libtpu_and_complains():
 def test_jax_when_its_config_names_a_platform_then_left_alone(bare_machine, monkeypatch):
     import jax
 
-    assert jax.config.jax_platforms == "cpu"  # The suite's, read when jax was imported.
+    assert jax.config.jax_platforms == "cpu"  # The test suite sets it before jax is imported.
     monkeypatch.setattr(platforms, "platforms_without_tpu", lambda: "cuda,cpu")
     skip_absent_tpu()
     assert jax.config.jax_platforms == "cpu" and "JAX_PLATFORMS" not in os.environ

@@ -1,4 +1,4 @@
-"""The step's benchmark: its presets, the search for the largest batch, and what it says where a chip is missing."""
+"""The step-time benchmark: its presets, the search for the largest batch, and the error if a chip is missing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_preset_when_a_key_is_misspelt_then_refused_by_name(key):
 
 
 @pytest.mark.parametrize(
-    ("room", "expected", "tried"),
+    ("capacity", "expected", "tried"),
     [
         (8, 8, [8, 16]),
         (100, 96, [8, 16, 32, 64, 128, 96, 112, 104]),
@@ -49,15 +49,15 @@ def test_preset_when_a_key_is_misspelt_then_refused_by_name(key):
         (10**6, 512, [8, 16, 32, 64, 128, 256, 512]),
     ],
 )
-def test_largest_batch_when_memory_has_an_end_then_found_to_an_eighth(room, expected, tried):
-    asked = []
+def test_largest_batch_when_memory_has_an_end_then_found_to_an_eighth(capacity, expected, tried):
+    sizes = []
 
-    def has_room(size: int) -> bool:
-        asked.append(size)
-        return size <= room
+    def fits_in_memory(size: int) -> bool:
+        sizes.append(size)
+        return size <= capacity
 
-    assert largest_batch(has_room, most=512) == expected
-    assert asked == tried
+    assert largest_batch(fits_in_memory, most=512) == expected
+    assert sizes == tried
 
 
 def test_largest_batch_when_not_even_a_few_fit_then_refused():
@@ -66,7 +66,7 @@ def test_largest_batch_when_not_even_a_few_fit_then_refused():
 
 
 class Trainer:
-    """Runs out of memory above 20 examples, in the words of the given error."""
+    """A fake trainer that runs out of memory above 20 examples, with the given error."""
 
     def __init__(self, config, error: str):
         self.size, self.error = config.data.batch_size, error
@@ -98,7 +98,7 @@ def test_fits_when_the_step_fails_otherwise_then_the_error_is_not_hidden(monkeyp
         fits(with_batch(21))
 
 
-@pytest.mark.parametrize(("platform", "words"), [("gpu", "no NVIDIA GPU is at hand"), ("tpu", "no TPU is at hand")])
+@pytest.mark.parametrize(("platform", "words"), [("gpu", "no NVIDIA GPU was found"), ("tpu", "no TPU was found")])
 def test_step_time_when_the_chip_is_missing_then_one_sentence_and_code_2(platform, words, capsys, monkeypatch):
     missing = dataclasses.replace(step_time.PLATFORMS[platform], is_here=lambda: False)
     monkeypatch.setitem(step_time.PLATFORMS, platform, missing)

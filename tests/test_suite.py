@@ -1,4 +1,4 @@
-"""How the suite itself is run."""
+"""Tests of how the test suite is run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def test_file_stays_in_one_process(request):
-    """pytest-xdist deals groups of tests only where it finds their names at the ends of the tests' ids."""
+    """pytest-xdist groups tests only by group names at the ends of the tests' ids."""
     if not hasattr(request.config, "workerinput"):
         pytest.skip("not a process of pytest-xdist")
     assert request.node.nodeid.endswith("@tests/test_suite.py")

@@ -1,4 +1,4 @@
-"""Reading what others wrote: files, JSON, numbers and text for a terminal."""
+"""Tests of reading untrusted input: files, JSON, numbers and text for a terminal."""
 
 import os
 

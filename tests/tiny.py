@@ -1,4 +1,4 @@
-"""A run small enough for tests: the quickstart's data, a model of a few thousand parameters, four patches a picture."""
+"""Config of a tiny run: the quickstart's data, a model of a few thousand parameters, four patches per image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = {
     "model.decoder.heads": 2,
     "model.decoder.hidden": 32,
     "model.decoder.text_length": 12,
-    "model.layers": "scan",  # Less to compile than "loop", which tests of the step have.
+    "model.layers": "scan",  # Compiles faster than "loop", which tests of the step cover.
     "optimizer.warmup_steps": 1,
     "optimizer.schedule_steps": 100,
     "data.image_size": 28,
@@ -41,23 +41,24 @@ TINY = {
 
 @contextlib.contextmanager
 def only_devices(count: int) -> Iterator[None]:
-    """Programs that are built meanwhile take so many of this process' devices, unless they are given others."""
+    """Limits `jax.devices()` to the first `count` local devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:count])
         yield
 
 
 def overrides(**changes: object) -> list[tuple[str, str]]:
-    """The tiny run as command-line overrides; `changes` are keys with `__` for the dot."""
+    """Returns the tiny run as config overrides; keys of `changes` have `__` instead of dots."""
     settings = TINY | {key.replace("__", "."): value for key, value in changes.items()}
     return [(key, str(value)) for key, value in settings.items()]
 
 
 def tiny_config(**changes: object) -> Config:
+    """Loads the config of the tiny run; `changes` as in `overrides`."""
     return load_config(QUICKSTART, overrides(**changes))
 
 
 def tiny_arguments(workdir: Path, **changes: object) -> list[str]:
-    """The tiny run as arguments of `aimv2_jax.main`."""
-    keys = [f"--config.{key}={value}" for key, value in overrides(**changes)]
-    return [f"--config={QUICKSTART}", f"--workdir={workdir}", *keys]
+    """Returns the arguments of `aimv2_jax.main` for the tiny run."""
+    flags = [f"--config.{key}={value}" for key, value in overrides(**changes)]
+    return [f"--config={QUICKSTART}", f"--workdir={workdir}", *flags]

@@ -1,4 +1,4 @@
-"""A tiny run: a data set of drawn pictures, and a workdir with a checkpoint of drawn parameters and some metrics."""
+"""Fixtures of a tiny run: a dataset of synthetic images, and a workdir with random checkpoints and metrics."""
 
 import io
 import math
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aimv2_jax.checkpoint.checkpointer import Checkpointer
 from aimv2_jax.config import Config, build_config
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record
-from aimv2_jax.train.checkpoint import Checkpointer
-from aimv2_jax.train.metrics import MetricsWriter
-from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.monitoring.metrics import MetricsWriter
+from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.step import TrainState
 from experiments import base
 
@@ -22,7 +22,7 @@ COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
 
 
 def picture(number: int) -> tuple[np.ndarray, str]:
-    """A disc of one colour before a white ground with some noise, and the colour's name."""
+    """An image of a disc of one colour on a white, partly noisy background, and the colour's name."""
     rng = np.random.default_rng(number)
     name = list(COLORS)[number % len(COLORS)]
     y, x = np.mgrid[:64, :64]
@@ -43,7 +43,7 @@ def records(numbers):
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory) -> Config:
-    """Width 32, depth 2, 16 patches of 8 x 8 pixels; five held-out pictures in two sources, in batches of four."""
+    """Width 32, depth 2, 16 patches of 8 x 8 pixels; five held-out images in two sources, in batches of four."""
     data = tmp_path_factory.mktemp("data")
     for name, numbers in (("train", range(20)), ("round", range(20, 23)), ("other", range(23, 25))):
         write_dataset(data / name, records(numbers))
@@ -62,12 +62,12 @@ def config(tmp_path_factory) -> Config:
     return build_config(tree.to_dict())
 
 
-def drawn_state(program: Program) -> TrainState:
-    """A state of the right shapes without the compile that the true one takes.
+def drawn_state(setup: TrainSetup) -> TrainState:
+    """A random state of the right shapes, without compiling the initialisation.
 
-    Every parameter is noise of its own, as after some training: gains around 1, and moments that are empty.
+    Every parameter is noise, as after some training; scales are around 1, and moments are zero.
     """
-    rng, abstract = np.random.default_rng(0), program.abstract_state
+    rng, abstract = np.random.default_rng(0), setup.abstract_state
 
     def draw(path, leaf):
         name, noise = path[-1].key, rng.normal(size=leaf.shape)
@@ -76,18 +76,18 @@ def drawn_state(program: Program) -> TrainState:
 
     params = jax.tree.map_with_path(draw, abstract.params)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    return jax.device_put(zeros.replace(params=params), program.state_shardings)
+    return jax.device_put(zeros.replace(params=params), setup.state_shardings)
 
 
 @pytest.fixture(scope="session")
 def state(config) -> TrainState:
-    """What the run has at step 20; on one device, so that saving it compiles no slices of replicas."""
-    return drawn_state(build_program(config, jax.devices()[:1]))
+    """The run's state at step 20, on one device, so that saving it compiles no slices of replicas."""
+    return drawn_state(build_setup(config, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="session")
 def workdir(config, state, tmp_path_factory) -> Path:
-    """The run after 20 and 40 steps, of which 20 was the better; at 40 the parameters are twice those at 20."""
+    """The run's workdir with steps 20 (the best) and 40; at 40 the parameters are twice those at 20."""
     folder = tmp_path_factory.mktemp("run")
     with Checkpointer(folder, keep=2) as checkpointer:
         checkpointer.save(20, state, config, eval_loss=4.0)

@@ -1,6 +1,6 @@
-"""A watcher with a trainer that needs no jax: `python tests/watcher.py INDEX COUNT PORT WORKDIR TIMEOUT_S CODE`.
+"""Runs a supervisor whose trainer needs no jax: `python tests/watcher.py INDEX COUNT PORT WORKDIR TIMEOUT_S CODE`.
 
-CODE is what the trainer does in the place of training, after `index = …`; it may set `code`, its exit code.
+The trainer runs CODE in place of training, after `index = …`; CODE may set `code`, the trainer's exit code.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 TRAINER = """
 import sys, time
 sys.path.insert(0, {root!r})
-from aimv2_jax.errors import GuardStop, StorageError, UserError
-from aimv2_jax.parallel import processes
-processes.join = lambda place, settings: None
-processes.leave = lambda: None
+from aimv2_jax.errors import TrainingAborted, StorageError, UserError
+from aimv2_jax.distributed import coordination as processes
+processes.initialize = lambda process, settings: None
+processes.shutdown = lambda: None
 index, trainer = {index}, processes.trainer()
 
 def work():
@@ -33,18 +33,18 @@ def main() -> int:
     port, workdir, timeout_s, code = sys.argv[3:7]
     sys.path.insert(0, str(ROOT))
     from aimv2_jax.config import ProcessesConfig
-    from aimv2_jax.growing import GrowingFile
-    from aimv2_jax.parallel import supervisor
-    from aimv2_jax.parallel.clusters import Place
-    from aimv2_jax.parallel.roll_call import call_roll
+    from aimv2_jax.distributed import supervisor
+    from aimv2_jax.distributed.cluster import ProcessInfo
+    from aimv2_jax.distributed.rendezvous import rendezvous
+    from aimv2_jax.storage.append import AppendFile
 
     supervisor._UNWIND_S = 2.0
-    place = Place(f"127.0.0.1:{port}", count, index)
-    team = call_roll(place, f"host-{index}", {"config": "test"}, 20)
-    log = GrowingFile(supervisor.log_file(workdir, index))
+    process = ProcessInfo(f"127.0.0.1:{port}", count, index)
+    group = rendezvous(process, f"host-{index}", {"config": "test"}, 20)
+    log = AppendFile(supervisor.log_file(workdir, index))
     settings = ProcessesConfig(20, int(timeout_s), 20)
     program = TRAINER.format(root=str(ROOT), index=index, code=textwrap.indent(code, "    "))
-    return supervisor.Watcher(place, team, settings, log, workdir).run([sys.executable, "-c", program])
+    return supervisor.Supervisor(process, group, settings, log, workdir).run([sys.executable, "-c", program])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Ahead of time: what the TPU compiler says about a run's own train step, without a TPU.
+"""Ahead-of-time analysis of a run's own train step by the TPU compiler, without a TPU.
 
-Everything here is a prediction. The parent process holds no jax: it starts children that compile (`worker`), reads what
-they leave behind, and does arithmetic on it.
+Every figure is a prediction. The parent process does not import jax: it starts subprocesses that compile (`worker`),
+parses the files that they write, and computes the figures.
 """

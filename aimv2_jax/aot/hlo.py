@@ -1,7 +1,7 @@
-"""The text of a compiled module, as computations of instructions.
+"""Parser for the text of a compiled module: computations of instructions.
 
-Read from the text because that is what the compiler leaves behind before code generation; the text after it has the
-same form, with `estimated_cycles` added.
+The text is the only form that the compiler writes before code generation. After code generation it has the same form,
+with `estimated_cycles` added.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-# Bits of an element; what isn't here counts as 32.
+# Bits of an element; other types count as 32.
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16}
 _BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+(?:e\dm\d\w*)?)\[([\d,]*)\](?:\{([^{}]*)\})?")
@@ -28,7 +28,7 @@ class Array:
 
     dtype: str
     dims: tuple[int, ...]
-    layout: str = ""  # "1,0:T(8,128)(2,1)S(1)": minor to major, tiles, memory space.
+    layout: str = ""  # Minor to major, tiles, memory space: "1,0:T(8,128)(2,1)S(1)".
 
     @property
     def size(self) -> int:
@@ -40,7 +40,7 @@ class Array:
 
 
 def arrays(text: str) -> list[Array]:
-    """Every array named in a shape as it is written, tuples flattened."""
+    """Parses every array in the text of a shape, with tuples flattened."""
     return [
         Array(dtype, tuple(int(size) for size in dims.split(",") if size), layout or "")
         for dtype, dims, layout in _ARRAY.findall(text)
@@ -49,12 +49,12 @@ def arrays(text: str) -> list[Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: %name = shape opcode(operands), attributes."""
+    """One line of the text: %name = shape opcode(operands), attributes."""
 
     name: str
     shape: str
     opcode: str
-    rest: str  # What follows the opcode: "(operands), attributes".
+    rest: str  # The text after the opcode: "(operands), attributes".
     root: bool
 
     @cached_property
@@ -68,10 +68,10 @@ class Instruction:
     @cached_property
     def _parenthesised(self) -> str:
         depth = 0
-        for place, letter in enumerate(self.rest):
+        for index, letter in enumerate(self.rest):
             depth += (letter == "(") - (letter == ")")
             if depth == 0:
-                return self.rest[: place + 1]
+                return self.rest[: index + 1]
         return self.rest
 
     @cached_property
@@ -80,7 +80,7 @@ class Instruction:
 
     @cached_property
     def op_name(self) -> str:
-        """Where in the traced program it comes from; empty where the compiler made it up."""
+        """Traced name of the operation; empty if the compiler created the instruction."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return match[1].replace("\\'", "'") if match else ""
 
@@ -92,14 +92,14 @@ class Instruction:
 
     @cached_property
     def estimated_cycles(self) -> int | None:
-        """The compiler's figure, which code generation writes."""
+        """The compiler's cycle estimate, present only after code generation."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
         return int(match[1]) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A module's computations by name, in the order of the text; scheduled ones list their instructions in order."""
+    """Computations by name, in the order of the text; scheduled computations list instructions in execution order."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -107,24 +107,24 @@ class Module:
 
     @property
     def entry_parameters(self) -> list[Instruction]:
-        return [one for one in self.computations[self.entry] if one.opcode == "parameter"]
+        return [line for line in self.computations[self.entry] if line.opcode == "parameter"]
 
     def named(self, computation: str) -> dict[str, Instruction]:
-        """The instructions of a computation by name."""
+        """Returns the instructions of a computation by name."""
         if computation not in self._by_name:
-            self._by_name[computation] = {one.name: one for one in self.computations[computation]}
+            self._by_name[computation] = {line.name: line for line in self.computations[computation]}
         return self._by_name[computation]
 
 
 def parse_module(text: str) -> Module:
-    """The module of a text as the compiler writes it.
+    """Parses the compiler's text of a module.
 
-    The dumps of jax 0.12 write `%tuple#1` for the result of a get-tuple-element; such an instruction is put in there.
+    The dumps of jax 0.12 write `%tuple#1` for a get-tuple-element; the parser inserts that instruction.
     """
     computations: dict[str, list[Instruction]] = {}
-    named: dict[str, Instruction] = {}  # Of the current computation.
+    named: dict[str, Instruction] = {}  # Instructions of the current computation.
     entry, current = "", None
-    for line in _whole_lines(text):
+    for line in _join_lines(text):
         head = _HEAD.match(line)
         if head:
             current, named = computations.setdefault(head[2], []), {}
@@ -135,22 +135,23 @@ def parse_module(text: str) -> Module:
             shape, rest = _split_shape(match[3])
             opcode = _OPCODE.match(rest)
             if opcode:
-                one = Instruction(match[2], shape, opcode[1], rest[len(opcode[1]) :], bool(match[1]))
-                elements = [_element(name, named) for name in one.operands if "#" in name and name not in named]
-                current += [*elements, one]
-                named |= {each.name: each for each in current[-1 - len(elements) :]}
+                instruction = Instruction(match[2], shape, opcode[1], rest[len(opcode[1]) :], bool(match[1]))
+                missing = [name for name in instruction.operands if "#" in name and name not in named]
+                added = [*(_element(name, named) for name in missing), instruction]
+                current += added
+                named |= {item.name: item for item in added}
     return Module(computations, entry)
 
 
 def _element(name: str, named: dict[str, Instruction]) -> Instruction:
-    """The get-tuple-element that `TUPLE#NUMBER` stands for."""
+    """Builds the get-tuple-element that `TUPLE#NUMBER` abbreviates."""
     tuple_name, _, number = name.partition("#")
     shape = _split_tuple(named[tuple_name].shape)[int(number)]
     return Instruction(name, shape, "get-tuple-element", f"(%{tuple_name}), index={number}", False)
 
 
 def _split_tuple(shape: str) -> list[str]:
-    """The shapes that a tuple's shape is made of."""
+    """Splits a tuple's shape into the shapes of its elements."""
     elements, depth = [""], 0
     for letter in re.sub(r"/\*.*?\*/", "", shape[1:-1]):
         depth += (letter in "([{") - (letter in ")]}")
@@ -161,29 +162,29 @@ def _split_tuple(shape: str) -> list[str]:
     return [element.strip() for element in elements]
 
 
-def _whole_lines(text: str) -> Iterator[str]:
-    """Lines, with what a kernel's metadata broke over several put together again."""
-    held = ""
+def _join_lines(text: str) -> Iterator[str]:
+    """Yields lines, and joins those that a kernel's metadata splits."""
+    pending = ""
     for line in text.splitlines():
         starts = line == "}" or line.startswith(("%", "ENTRY")) or _INSTRUCTION.match(line)
         if starts:
-            if held:
-                yield held
-            held = line
-        elif held and line:
-            held += line
-    if held:
-        yield held
+            if pending:
+                yield pending
+            pending = line
+        elif pending and line:
+            pending += line
+    if pending:
+        yield pending
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """ "shape opcode(...)" in two; a tuple's shape nests."""
+    """Splits "shape opcode(...)" in two; a tuple's shape nests."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
     depth = 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
-            return text[: place + 1], text[place + 2 :]
+            return text[: index + 1], text[index + 2 :]
     return text, ""

@@ -1,7 +1,7 @@
-"""How long the links take: which of them a group of devices can use, and what each kind of collective sends.
+"""Interconnect cost model: the links that a group of devices uses, and the time of each kind of collective.
 
-A collective over a torus axis uses its ring in both directions; over two axes, both rings. Latency is left out: the
-collectives of a step that matter are megabytes.
+A collective over a torus axis uses its ring in both directions; over two axes, both rings. Latency is ignored: the
+collectives that matter send megabytes.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from aimv2_jax.aot.chips import Chip
+from aimv2_jax.parallel.hardware import Chip
 
 Groups = tuple[tuple[int, ...], ...]
-NETWORK = "network"  # The link name of the data-centre network.
+NETWORK = "network"  # Link name of the data-centre network.
 
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """What a collective occupies, and for how long."""
+    """Links that a collective occupies, and for how long."""
 
-    links: frozenset[str]  # "0+": torus axis 0, upwards; "network": between slices.
+    links: frozenset[str]  # Such as "0+" for torus axis 0, upwards, or "network" between slices.
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the partitions of one slice lie: in the mesh, and in the torus."""
+    """Positions of the partitions of one slice in the mesh and in the torus."""
 
     axes: tuple[str, ...]  # Mesh axes within a slice.
     sizes: tuple[int, ...]
@@ -43,69 +43,68 @@ class Layout:
         return math.prod(self.sizes)
 
     def axes_of(self, groups: Groups, pairs: bool = False) -> tuple[str, ...]:
-        """The mesh axes along which the members of a group differ; "part of" where a group is not all of them.
+        """Returns the mesh axes that a group spans, prefixed with "part of" if it does not span them fully.
 
-        Of (source, target) `pairs`, just the axes.
+        For (source, target) `pairs`, the prefix is omitted.
         """
         varying: set[int] = set()
         for group in groups:
-            places = np.array(np.unravel_index(np.array(group), self.sizes))
-            varying |= {axis for axis in range(len(self.sizes)) if len(set(places[axis])) > 1}
+            indices = np.array(np.unravel_index(np.array(group), self.sizes))
+            varying |= {axis for axis in range(len(self.sizes)) if len(set(indices[axis])) > 1}
         whole = math.prod(self.sizes[axis] for axis in varying)
         part = "" if pairs or all(len(group) == whole for group in groups) else "part of "
         return tuple(part + self.axes[axis] for axis in sorted(varying))
 
     def route(self, kind: str, num_bytes: int, groups: Groups) -> Route:
-        """Links and time of a collective within a slice.
+        """Returns the links and the time of a collective within a slice.
 
         Args:
           kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
-          num_bytes: of the whole (gathered, or to be reduced) array; of what one device sends otherwise.
-          groups: partitions that talk to each other; (source, target) pairs of a permute.
+          num_bytes: size of the full (gathered or unreduced) array; otherwise, of one device's message.
+          groups: replica groups; (source, target) pairs of a permute.
         """
         if kind == "collective-permute":
             return self._permute(num_bytes, groups)
         routes = [self._group(kind, num_bytes, group) for group in groups if len(group) > 1]
         if not routes:
             return Route(frozenset(), 0.0)
-        return Route(frozenset().union(*(one.links for one in routes)), max(one.seconds for one in routes))
+        return Route(frozenset().union(*(route.links for route in routes)), max(route.seconds for route in routes))
 
     def between_slices(self, num_bytes: int) -> Route:
-        """Each chip sends `num_bytes` to be summed with those of the other slices, and receives the sum."""
+        """Returns the route of an all-reduce of `num_bytes` a chip over the slices."""
         share = 2 * (self.num_slices - 1) / self.num_slices
         return Route(frozenset({NETWORK}), share * num_bytes / self.chip.dcn_bytes_per_s)
 
-    def _wrapped(self, axis: int) -> bool:
+    def _is_ring(self, axis: int) -> bool:
         return self.torus[axis] % self.chip.ring_size == 0
 
     def _group(self, kind: str, num_bytes: int, group: Sequence[int]) -> Route:
         links, rate, hops = set(), 0.0, 0.0
         for axis in range(len(self.torus)):
-            places = np.unique(self.coords[list(group), axis])
-            if len(places) < 2:
+            positions = np.unique(self.coords[list(group), axis])
+            if len(positions) < 2:
                 continue
             links |= {f"{axis}+", f"{axis}-"}
-            ring = len(places) == self.torus[axis] and self._wrapped(axis)
-            # Members that lie apart leave room for other groups, which want the same links.
-            apart = 1 if ring else int(np.diff(places).min())
-            rate += self.chip.link_bytes_per_s * (2 if ring else 1) / apart
-            hops = max(hops, len(places) / (8 if ring else 4))
+            ring = len(positions) == self.torus[axis] and self._is_ring(axis)
+            # Groups with a stride interleave and share the same links.
+            stride = 1 if ring else int(np.diff(positions).min())
+            rate += self.chip.link_bytes_per_s * (2 if ring else 1) / stride
+            hops = max(hops, len(positions) / (8 if ring else 4))
         size = len(group)
-        if (
-            kind == "all-to-all"
-        ):  # Limited by the middle of the longest axis: n/8 of the bytes on a ring, n/4 on a line.
+        # The middle of the longest axis limits an all-to-all: n/8 of the bytes on a ring, n/4 on a line.
+        if kind == "all-to-all":
             return Route(frozenset(links), num_bytes * hops / self.chip.link_bytes_per_s)
         times = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "collective-broadcast": 1}[kind]
         return Route(frozenset(links), times * (size - 1) / size * num_bytes / rate)
 
     def _permute(self, num_bytes: int, pairs: Groups) -> Route:
-        """A message goes the shorter way round; the longest way counts."""
+        """Returns the route of a permute: messages take the shorter way round, and the longest path counts."""
         links, longest = set(), 0
         for source, target in pairs:
             total = 0
             for axis, size in enumerate(self.torus):
                 step = int(self.coords[target, axis] - self.coords[source, axis])
-                if self._wrapped(axis) and abs(step) > size / 2:
+                if self._is_ring(axis) and abs(step) > size / 2:
                     step -= math.copysign(size, step)
                 if step:
                     links.add(f"{axis}{'+' if step > 0 else '-'}")
@@ -115,7 +114,7 @@ class Layout:
 
 
 def layout_of(program: dict[str, Any], chip: Chip, torus: tuple[int, ...]) -> Layout:
-    """The layout of one slice, from what a worker says of its program (`worker.describe`)."""
+    """Builds the layout of one slice from a worker's description of its program (`worker.describe`)."""
     axes, sizes = program["axes"], program["shape"]
     num_slices = len({device["slice"] for device in program["devices"]})
     inner = [(axis, size) for axis, size in zip(axes, sizes) if not (num_slices > 1 and axis == "slice")]

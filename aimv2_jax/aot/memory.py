@@ -1,4 +1,4 @@
-"""What a step needs of a chip's memory, by what it is for."""
+"""HBM use of a train step by purpose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip. Activations are all that the state and the batch are not: temporaries of the step."""
+    """Bytes on one chip. Activations are everything but state and batch: temporaries of the step."""
 
     parameters: int
     optimiser: int
@@ -24,14 +24,14 @@ class Memory:
 
     @property
     def spare(self) -> float:
-        """The share of the limit that is left."""
+        """Free fraction of the limit."""
         return 1 - self.total / self.limit
 
 
 def read_memory(program: dict[str, Any], total: int, limit: int) -> Memory:
-    """The parts from the program's tensors as one chip holds them, the total from the compiler's buffers."""
+    """Combines the per-chip sizes of the program's tensors with the compiler's total."""
 
-    def of(kind: str) -> int:
+    def bytes_of(kind: str) -> int:
         return sum(tensor["bytes"] for tensor in program["tensors"] if tensor["kind"] == kind)
 
-    return Memory(of("parameter"), of("optimiser"), of("batch"), total, limit)
+    return Memory(bytes_of("parameter"), bytes_of("optimiser"), bytes_of("batch"), total, limit)

@@ -1,4 +1,4 @@
-"""Describing the devices of a slice that is not here. The environment of libtpu is set here and nowhere else."""
+"""Described TPU topologies: devices to compile for without hardware. Only this module sets libtpu's environment."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import os
 import re
 from typing import Any
 
-from aimv2_jax.aot.chips import Chip, find_chip
 from aimv2_jax.errors import UserError
+from aimv2_jax.parallel.hardware import Chip, find_chip
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice by name ("v5e:16x16"), and how many of them."""
+    """A slice by name ("v5e:16x16"), and the number of slices."""
 
     name: str
     slices: int
@@ -32,21 +32,21 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """ "v5e:16x16" as a Topology; raises UserError where it is no such name."""
+    """Parses a name such as "v5e:16x16"; raises UserError for an invalid one."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or any(int(size) < 1 for size in match[2].split("x")):
-        raise UserError("--topology is not CHIP:SHAPE", name, "Write for example v5e:16x16, v5p:4x4x16 or v6e:16x16")
+        raise UserError("--topology is not CHIP:SHAPE", name, "Give for example v5e:16x16, v5p:4x4x16 or v6e:16x16")
     return Topology(name, slices, find_chip(match[1]), tuple(int(size) for size in match[2].split("x")))
 
 
 def require_libtpu() -> None:
-    """Raises UserError where the TPU compiler is not installed."""
+    """Raises UserError if the TPU compiler is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is not installed", "libtpu", "Install it with pip install -e .[tpu]")
 
 
 def set_environment(topology: Topology) -> None:
-    """Before jax starts: no TPU is looked for, and the one that is described is no other."""
+    """Sets libtpu's environment for a described topology, without a search for TPUs; call it before importing jax."""
     count = topology.chips_per_slice * topology.chip.cores_counted
     os.environ.update(
         JAX_PLATFORMS="cpu",
@@ -58,20 +58,22 @@ def set_environment(topology: Topology) -> None:
 
 
 def described_devices(topology: Topology) -> list[Any]:
-    """The devices of a described topology, for meshes and compiling; nothing can run on them.
+    """Returns the devices of a described topology, for meshes and compilation; nothing can run on them.
 
     Raises:
-      UserError: where libtpu knows no such topology, in its own words.
+      UserError: if libtpu does not know the topology, with its message.
     """
     require_libtpu()
     set_environment(topology)
     import jax
     from jax.experimental import topologies
 
-    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **several)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).partition(": ")[2].partition("\n")[0]
-        raise UserError("--topology is not one that libtpu knows", topology.name, f"It says: {said}") from error
+        message = str(error).partition(": ")[2].partition("\n")[0]
+        raise UserError(
+            "--topology is not one that libtpu knows", topology.name, f"libtpu reports: {message}"
+        ) from error
     return list(described.devices)

@@ -1,1 +1,1 @@
-"""From prepared records to batches: numpy only, nothing here that a worker imports brings jax or tensorflow."""
+"""Data pipeline from prepared records to batches. Numpy only: workers import no jax or tensorflow from here."""

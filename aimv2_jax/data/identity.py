@@ -1,8 +1,8 @@
-"""What a run is trained on, told apart: the records of its sources, and its tokenizer.
+"""Fingerprint of a run's data: the records of its sources, and its tokenizer.
 
-Which example has which record follows from the number of records; folders and files may move and be copied. So a
-source is known by what `dataset.json` says of its shards (records and bytes of each, in order) and by the content of
-a few records. All of it is JSON, so that a checkpoint can hold it and processes can exchange it.
+The number of records decides which example has which record; folders and files may be moved and copied. So a source is
+identified by its shards in `dataset.json` (records and bytes of each, in order) and by the content of a few records.
+The identity is JSON: checkpoints store it and processes exchange it.
 """
 
 from __future__ import annotations
@@ -18,52 +18,55 @@ from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import StorageError
 
 TOKENIZER = "tokenizer"
-_SAMPLED = 16  # Records of a source: the first, the last, and others at equal distances.
-_LETTERS = 16  # Of a digest in hexadecimal.
+_NUM_SAMPLED = 16  # Records hashed per source: the first, the last, and others at equal distances.
+_DIGEST_LETTERS = 16  # Hexadecimal digits of a digest.
 
 
 def identify(sources: Mapping[str, Source], tokenizer: str) -> dict[str, Any]:
-    """The identity of the data and of the tokenizer, whose digest is given."""
-    return {TOKENIZER: tokenizer[:_LETTERS], "sources": {name: _identify(source) for name, source in sources.items()}}
+    """The identity of the sources and of the tokenizer, given the tokenizer's digest."""
+    return {
+        TOKENIZER: tokenizer[:_DIGEST_LETTERS],
+        "sources": {name: _identify(source) for name, source in sources.items()},
+    }
 
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """A short name of an identity, for a command line."""
+    """A short digest of an identity, for a command line."""
     return _digest(json.dumps(identity, sort_keys=True).encode())[:8]
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """What differs: "the tokenizer" or "data source 'NAME'", and how either side can be described.
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Differences of two identities: "the tokenizer" or "data source 'NAME'", and a description of each side.
 
-    A record that either side cannot read, and a source that only one side has, is no difference.
+    A record that either side cannot read, and a source that only one side has, is not a difference.
     """
-    if one[TOKENIZER] != other[TOKENIZER]:
-        yield "the tokenizer", f"digest {one[TOKENIZER]}", f"digest {other[TOKENIZER]}"
-    for name, source in one["sources"].items():
-        if name in other["sources"]:
-            described = _described(source, other["sources"][name])
-            if described:
-                yield f"data source {name!r}", *described
+    if first[TOKENIZER] != second[TOKENIZER]:
+        yield "the tokenizer", f"digest {first[TOKENIZER]}", f"digest {second[TOKENIZER]}"
+    for name, source in first["sources"].items():
+        if name in second["sources"]:
+            difference = _source_difference(source, second["sources"][name])
+            if difference:
+                yield f"data source {name!r}", *difference
 
 
 def _identify(source: Source) -> dict[str, Any]:
     shards, count = source.info.shards, len(source)
-    picks = sorted({place * (count - 1) // (_SAMPLED - 1) for place in range(_SAMPLED)})
+    indices = sorted({i * (count - 1) // (_NUM_SAMPLED - 1) for i in range(_NUM_SAMPLED)})
 
     failures: list[StorageError] = []
 
     def digest_of(index: int) -> str | None:
         try:
             return _digest(source.read(index))
-        except BadRecord:  # The run replaces it; a copy on another host may be whole.
+        except BadRecord:  # Training replaces this record; the copy on another host may be readable.
             return None
         except StorageError as error:
             failures.append(error)
             return None
 
-    with ThreadPoolExecutor(_SAMPLED) as pool:
-        sampled = dict(zip(map(str, picks), pool.map(digest_of, picks), strict=True))
-    if len(failures) == len(picks):  # Not a file that is broken: the storage is away.
+    with ThreadPoolExecutor(_NUM_SAMPLED) as pool:
+        sampled = dict(zip(map(str, indices), pool.map(digest_of, indices), strict=True))
+    if len(failures) == len(indices):  # The storage is unavailable, not a single file.
         raise failures[0]
     return {
         "records": count,
@@ -73,19 +76,19 @@ def _identify(source: Source) -> dict[str, Any]:
     }
 
 
-def _described(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first difference, as either side has it."""
+def _source_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first difference between two identities of a source, as a description of each side."""
     for key in ("records", "shards"):
-        if one[key] != other[key]:
-            return f"{one[key]:,} {key}", f"{other[key]:,} {key}"
-    if one["layout"] != other["layout"]:
-        return f"sizes of shards {one['layout']}", f"sizes of shards {other['layout']}"
-    for index, content in one["sampled"].items():
-        theirs = other["sampled"].get(index)
-        if content and theirs and content != theirs:
-            return f"record {index} with digest {content}", f"record {index} with digest {theirs}"
+        if first[key] != second[key]:
+            return f"{first[key]:,} {key}", f"{second[key]:,} {key}"
+    if first["layout"] != second["layout"]:
+        return f"sizes of shards {first['layout']}", f"sizes of shards {second['layout']}"
+    for index, first_digest in first["sampled"].items():
+        second_digest = second["sampled"].get(index)
+        if first_digest and second_digest and first_digest != second_digest:
+            return f"record {index} with digest {first_digest}", f"record {index} with digest {second_digest}"
     return None
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:_LETTERS]
+    return hashlib.sha256(data).hexdigest()[:_DIGEST_LETTERS]

@@ -1,8 +1,8 @@
-"""Batches for the training loop and for evaluation: read ahead in workers, tokenised in a thread, handed to devices.
+"""Input pipeline for training and evaluation: built in workers, tokenised in a thread, transferred to devices.
 
 The batch of a step is a function of (config, step): there is no position to save, and any step can be the first.
 
-b rows of this process, B rows of the global batch, L patches, P numbers a patch, T text tokens, R reasons.
+b rows of this process, B rows of the global batch, L patches, P values per patch, T text tokens, R reasons.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aimv2_jax.config import Config, mixture_counts
-from aimv2_jax.data.batches import (
-    CenterView,
+from aimv2_jax.data.loading.batch_builder import (
+    BadExample,
+    CenterTransform,
     EvaluationBatches,
-    Fault,
+    ImageTransform,
     LocalBatch,
-    NativeView,
+    NativeTransform,
     TrainingBatches,
-    TrainingView,
-    View,
+    TrainingTransform,
     batch_bytes,
 )
-from aimv2_jax.data.noted import NotedReads, NotedSource
-from aimv2_jax.data.plan import Plan
-from aimv2_jax.data.prefetch import BOOKKEEPING, Batches, Failure, HostBatch, builders
-from aimv2_jax.data.readahead import QUICK_S, ReadAhead
+from aimv2_jax.data.loading.batch_iterator import BOOKKEEPING, BatchIterator, HostBatch, WorkerFailure, builders
+from aimv2_jax.data.loading.read_ahead import QUICK_S, ReadAhead
+from aimv2_jax.data.loading.tracked_reads import TrackedReads, TrackedSource
+from aimv2_jax.data.loading.workers import check_shared_memory, cores
 from aimv2_jax.data.records import REASONS
-from aimv2_jax.data.skips import Skips
+from aimv2_jax.data.sampling.mixture import MixtureSampler
+from aimv2_jax.data.sampling.schedule import BatchSchedule
+from aimv2_jax.data.sampling.skips import Skips
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.steps import Steps
-from aimv2_jax.data.storage import PATIENCE_S, patience_s
-from aimv2_jax.data.workers import check_shared_memory, cores
 from aimv2_jax.errors import UserError
+from aimv2_jax.storage.retries import PATIENCE_S, patience_s
 from aimv2_jax.untrusted import printable
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 __all__ = [
     "BOOKKEEPING",
     "REASONS",
-    "Batches",
-    "Failure",
-    "Fault",
+    "BadExample",
+    "BatchIterator",
     "HostBatch",
+    "WorkerFailure",
     "builders",
     "check_sources",
     "cores",
@@ -58,45 +58,49 @@ __all__ = [
     "open_sources",
     "to_devices",
     "training_batches",
-    "training_plan",
+    "training_sampler",
 ]
 
-_ENDLESS = 1 << 48  # Steps: more than any run has.
+_MAX_STEPS = 1 << 48  # More steps than any run has.
 
 
 def open_sources(sources: Mapping[str, str], patience_s: float = PATIENCE_S) -> dict[str, Source]:
-    """The sources of a config by name, in its order; raises as `Source`."""
+    """The sources of a config by name, in its order; raises like `Source`."""
     return {name: Source(name, path, patience_s=patience_s) for name, path in sources.items()}
 
 
 def check_sources(config: Config) -> None:
-    """Raises `UserError` unless all sources can be read and have the caption kinds that the config asks of them."""
+    """Raises `UserError` unless all sources can be read and have the caption kinds that the config requires."""
     sources = open_sources(config.data.sources)
     for name, kinds in mixture_counts(config.data.mixture).items():
         for kind in kinds:
             if not sources[name].kinds.get(kind):
                 raise UserError(
-                    f"config data.mixture.{name} asks for captions of a kind that the data set lacks",
+                    f"config data.mixture.{name} asks for captions of a kind that the dataset lacks",
                     kind,
-                    f"It has {_listed(sources[name].kinds)}",
+                    f"It has {_join_names(sources[name].kinds)}",
                 )
     held_out = open_sources(config.eval.sources)
-    for kind in config.eval.kinds if held_out else ():
+    for kind in config.eval.caption_types if held_out else ():
         if not any(source.kinds.get(kind) for source in held_out.values()):
-            there = {kind for source in held_out.values() for kind in source.kinds}
+            available = {kind for source in held_out.values() for kind in source.kinds}
             raise UserError(
-                "config eval.kinds has a caption kind that no evaluation source has", kind, f"There is {_listed(there)}"
+                "config eval.caption_types has a caption kind that no evaluation source has",
+                kind,
+                f"There is {_join_names(available)}",
             )
 
 
-def _listed(names: Any) -> str:
+def _join_names(names: Any) -> str:
     return printable(", ".join(sorted(names))) or "none"
 
 
-def training_plan(config: Config, sources: Mapping[str, Source]) -> Plan:
-    """Which records are in which step of a run."""
+def training_sampler(config: Config, sources: Mapping[str, Source]) -> MixtureSampler:
+    """The mixture sampler of a run."""
     sizes = {name: len(source) for name, source in sources.items()}
-    return Plan(config.seed, Steps(config.seed, config.batch_shapes), sizes, mixture_counts(config.data.mixture))
+    return MixtureSampler(
+        config.seed, BatchSchedule(config.seed, config.batch_shapes), sizes, mixture_counts(config.data.mixture)
+    )
 
 
 def training_batches(
@@ -106,83 +110,88 @@ def training_batches(
     tokenizer: Tokenizer | None = None,
     skips: Skips | None = None,
     stall_s: float = 0.0,
-    on_restart: Callable[[Failure], None] | None = None,
-) -> Batches:
+    on_restart: Callable[[WorkerFailure], None] | None = None,
+) -> BatchIterator:
     """The batches of steps start_step, start_step + 1, … without end.
 
     Args:
       config: the run's config.
-      rows_of: from the size of a global batch to those of its rows that this process holds, in the order in which it
-        wants them; `range` for all.
+      rows_of: size of a global batch -> the rows of it that this process holds, in the order in which it wants them;
+        `range` for all.
       start_step: the first step.
       tokenizer: without one, `tokens` and `token_valid` are zero.
-      skips: batches that no step has; `HostBatch.step` is the number of the batch.
-      stall_s: after so long at one record, the workers are started again; 0: never. See `Batches`.
-      on_restart: told of a worker that died or stalled, from a thread.
+      skips: batches that no step trains on; `HostBatch.step` is the number of the batch.
+      stall_s: the workers restart after this long at one record; 0: never. See `BatchIterator`.
+      on_restart: called, from a thread, when a worker died or stalled.
 
     Raises:
       UserError: if a source cannot be read, or shared memory is too small for the workers' batches.
-      StorageError: by the batch, if storage fails for longer than a quarter of `watch.data_s`.
+      StorageError: in place of a batch, if storage fails for longer than a quarter of `watch.data_s`.
     """
     sources = open_sources(config.data.sources, patience_s(config.watch.data_s))
     data, patch_size = config.data, config.model.patch_size
-    view: View = TrainingView(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip)
+    transform: ImageTransform = TrainingTransform(
+        config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip
+    )
     if data.areas:
-        view = NativeView(config.seed, patch_size, data.upscale, data.flip)
-    rows = {size: tuple(int(row) for row in rows_of(size)) for size in {one.examples for one in config.batch_shapes}}
+        transform = NativeTransform(config.seed, patch_size, data.upscale, data.flip)
+    shapes = config.batch_shapes
+    rows = {size: tuple(int(row) for row in rows_of(size)) for size in {shape.examples for shape in shapes}}
     if data.workers:
-        largest = max(batch_bytes(len(rows[one.examples]), one.patches, patch_size) for one in config.batch_shapes)
+        largest = max(batch_bytes(len(rows[shape.examples]), shape.patches, patch_size) for shape in shapes)
         check_shared_memory(largest, data.workers, data.prefetch)
     build = TrainingBatches(
-        training_plan(config, sources),
-        {name: NotedSource(source) for name, source in sources.items()},
+        training_sampler(config, sources),
+        {name: TrackedSource(source) for name, source in sources.items()},
         rows,
-        view,
+        transform,
         patch_size,
-        # Worker i of n builds every n-th batch. Threads of one process wait for one another: there no read is quick.
-        NotedReads(ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0)),
+        # Worker i of n builds every n-th batch. Threads of one process contend for the GIL, so no read counts as quick.
+        TrackedReads(ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0)),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
-    steps = range(start_step, _ENDLESS)
-    return Batches(_OfStep(build, skips or Skips()), steps, tokenise, data.workers, data.prefetch, stall_s, on_restart)
+    steps = range(start_step, _MAX_STEPS)
+    return BatchIterator(
+        _BuildStep(build, skips or Skips()), steps, tokenise, data.workers, data.prefetch, stall_s, on_restart
+    )
 
 
 def evaluation_batches(
     config: Config, rows: Sequence[int] | np.ndarray, tokenizer: Tokenizer | None = None
 ) -> Iterator[tuple[str, HostBatch]]:
-    """The held-out batches of each caption kind in turn, the same at every call; `step` counts the kind's batches.
+    """The held-out batches of each caption kind in turn, the same at every call; `step` counts batches per kind.
 
-    Each kind sees all records (the first `eval.max_examples`) of the sources that have it, numbered from 0. Unusable
-    records and the tail of the last batch are rows whose `valid` and `token_valid` are all False.
+    Each kind covers all records (the first `eval.max_examples`) of the sources that have it, numbered from 0. Unusable
+    records and the tail of the last batch are padding rows whose `valid` and `token_valid` are all False.
     """
     sources = open_sources(config.eval.sources, patience_s(config.watch.data_s))
     limit, area, patch_size = config.eval.max_examples, config.eval.area, config.model.patch_size
-    view: View = CenterView(config.data.image_size)
+    transform: ImageTransform = CenterTransform(config.data.image_size)
     if area is not None:
-        view = NativeView(config.seed, patch_size, config.data.upscale)
-    for kind in config.eval.kinds:
+        transform = NativeTransform(config.seed, patch_size, config.data.upscale)
+    for kind in config.eval.caption_types:
         counts = {name: len(source) for name, source in sources.items() if source.kinds.get(kind)}
         build = EvaluationBatches(
-            {name: NotedSource(source) for name, source in sources.items()},
+            {name: TrackedSource(source) for name, source in sources.items()},
             tuple((name, count if limit is None else min(count, limit)) for name, count in counts.items()),
             kind,
             config.eval.batch_size,
             tuple(int(row) for row in rows),
-            view,
+            transform,
             area or config.num_patches,
             patch_size,
-            NotedReads(ReadAhead(config.data.read_threads)),
+            TrackedReads(ReadAhead(config.data.read_threads)),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
-        # In threads of this process: an evaluation is short, and starting workers for each would cost seconds.
-        with Batches(build, range(len(build)), tokenise, workers=0, prefetch=config.data.prefetch) as batches:
+        # Built by threads of this process: an evaluation is short, and starting workers would take seconds each time.
+        with BatchIterator(build, range(len(build)), tokenise, workers=0, prefetch=config.data.prefetch) as batches:
             for batch in batches:
                 yield kind, batch
 
 
 @dataclasses.dataclass(frozen=True)
-class _OfStep:
-    """step -> this process' rows of the batch that it trains on."""
+class _BuildStep:
+    """step -> this process's rows of the batch that it trains on."""
 
     build: Callable[[int], LocalBatch]
     skips: Skips
@@ -215,22 +224,22 @@ class _Tokenise:
 def to_devices(
     arrays: Mapping[str, np.ndarray], sharding: jax.sharding.NamedSharding, rows: Sequence[int], global_rows: int
 ) -> dict[str, jax.Array]:
-    """Global arrays of `global_rows` rows, of which this process gives `rows` (in the order of `arrays`).
+    """Global arrays of `global_rows` rows, of which this process has `rows` (in the order of `arrays`).
 
-    `sharding` splits the leading axis; every row that it puts on a device of this process must be among `rows`.
+    `sharding` splits the leading axis; every row that it assigns to a device of this process must be among `rows`.
     """
     import jax
 
-    place = np.full(global_rows, -1)
-    place[np.asarray(rows)] = np.arange(len(rows))
+    local_index = np.full(global_rows, -1)
+    local_index[np.asarray(rows)] = np.arange(len(rows))
 
-    def globally(local: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            places = place[index[0]]
-            assert (places >= 0).all(), "a device's rows were not read by its process"
-            return local[(places, *index[1:])]
+    def to_global(local: np.ndarray) -> jax.Array:
+        def shard_data(index: tuple[slice, ...]) -> np.ndarray:
+            indices = local_index[index[0]]
+            assert (indices >= 0).all(), "a device's rows were not read by its process"
+            return local[(indices, *index[1:])]
 
-        return jax.make_array_from_callback((global_rows, *local.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((global_rows, *local.shape[1:]), sharding, shard_data)
 
-    with jax.transfer_guard("allow"):  # The one place where a batch crosses over, so this transfer is meant.
-        return {name: globally(array) for name, array in arrays.items()}
+    with jax.transfer_guard("allow"):  # The only intended host-to-device transfer of batches.
+        return {name: to_global(array) for name, array in arrays.items()}

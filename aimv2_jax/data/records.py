@@ -1,4 +1,4 @@
-"""Records: a picture's bytes, its captions by kind and its labels, with version and checksum.
+"""Record format: an image's bytes, its captions by kind and its labels, with version and checksum.
 
 A record is `version (1 byte) | crc32 of the rest (4 bytes, little endian) | msgpack {key, image, captions, labels}`.
 `captions` maps a kind to a text or, from version 2 on, to a list of texts.
@@ -14,7 +14,7 @@ import zlib
 import msgpack
 
 RECORD_VERSION = 2
-"""The newest that is read. A record without lists is written as version 1, which older programs read, too."""
+"""The newest readable version. A record without lists is written as version 1, which older programs can read."""
 MAX_KEY_LETTERS = 500
 REASONS = (
     "unreadable_record",
@@ -27,17 +27,18 @@ REASONS = (
     "costly_image",
     "undecodable_image",
 )
-"""Why a record can be unusable; the last axis of a batch's `faults`."""
+"""Reasons why a record is unusable; the last axis of a batch's `faults`."""
 
 _HEADER = struct.Struct("<BI")
 
 
 class BadRecord(Exception):
-    """A record that cannot be used, for one of `REASONS`; `key` is its own name where that could still be read."""
+    """An unusable record, with one of `REASONS`; `key` is the record's key if it could be read."""
 
     def __init__(self, reason: str, key: str | None = None):
         assert reason in REASONS, reason
-        self.reason, self.key = reason, key
+        self.reason = reason
+        self.key = key
         super().__init__(reason, key)
 
     def __str__(self) -> str:
@@ -46,7 +47,7 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One picture: `image` as the encoded file's bytes, `captions` by kind, `labels` by name."""
+    """One example: `image` as the encoded file's bytes, `captions` by kind, `labels` by name."""
 
     key: str
     image: bytes
@@ -54,17 +55,17 @@ class Record:
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def texts(self, kind: str) -> list[str]:
-        """The record's captions of `kind`, in their order; empty where it has none."""
+        """The record's captions of `kind` in order; empty if it has none."""
         return texts_of(self.captions.get(kind, []))
 
 
 def texts_of(captions: str | list[str]) -> list[str]:
-    """The captions of one kind as a list, however many they are."""
+    """The captions of one kind as a list."""
     return [captions] if isinstance(captions, str) else captions
 
 
 def bounded_key(key: str) -> str:
-    """`key`, or where it is longer than `MAX_KEY_LETTERS` its beginning and a hash, so that keys stay different."""
+    """`key`; one longer than `MAX_KEY_LETTERS` is cut and ends with a hash, so that keys stay distinct."""
     if len(key) <= MAX_KEY_LETTERS:
         return key
     digest = hashlib.blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
@@ -72,9 +73,9 @@ def bounded_key(key: str) -> str:
 
 
 def encode(record: Record) -> bytes:
-    """The record as bytes, the same for equal records."""
+    """Serializes a record; equal records give equal bytes."""
     texts = {kind: record.texts(kind) for kind in sorted(record.captions)}
-    captions = {kind: found[0] if len(found) == 1 else found for kind, found in texts.items() if found}
+    captions = {kind: values[0] if len(values) == 1 else values for kind, values in texts.items() if values}
     labels = dict(sorted(record.labels.items()))
     payload = msgpack.packb({"key": record.key, "image": record.image, "captions": captions, "labels": labels})
     version = 1 if all(isinstance(value, str) for value in captions.values()) else 2
@@ -82,10 +83,10 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Record:
-    """The record in `data`, as it was written but for a key that is too long (`bounded_key`).
+    """Parses a record; a key that is too long is shortened by `bounded_key`.
 
     Raises:
-      BadRecord: `corrupt_record`, or `other_version` where all but the version is whole.
+      BadRecord: `corrupt_record`, or `other_version` if only the version is wrong.
     """
     if len(data) <= _HEADER.size:
         raise BadRecord("corrupt_record")

@@ -1,4 +1,4 @@
-"""Shards: ArrayRecord files of about one size, each of which appears whole or not at all."""
+"""Shard writer: ArrayRecord files of about equal size, each written atomically."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from aimv2_jax.files import move_whole, part_of
+from aimv2_jax.storage.files import atomic_move, part_path
 
-# group_size 1: a random read takes 25 us, at 64 it takes 500. Pictures are compressed already.
+# With group_size 1 a random read takes 25 us, with 64 it takes 500. Images are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-# array_record tells what the system refused in words only.
-_REFUSALS = {
+# array_record reports operating system errors as text only.
+_ERRNO_BY_MESSAGE = {
     os.strerror(number): number
     for number in (
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -25,13 +25,13 @@ _REFUSALS = {
     )
 }
 
-Place = Callable[[Path, str], None]
-"""Puts a finished local file where it belongs, under a name; the file is gone from where it was."""
+PlaceFile = Callable[[Path, str], None]
+"""Moves a finished local file to its destination, under the given name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file of a data set, as `dataset.json` lists it."""
+    """One ArrayRecord file of a dataset, as listed in `dataset.json`."""
 
     file: str
     records: int
@@ -39,19 +39,22 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes items to `PREFIX00000.arrayrecord`, … in their order; equal items give equal bytes.
+    """Writes items in order to `PREFIX00000.arrayrecord`, …; equal items give equal bytes.
 
-    Each shard is closed by the item that brings it to `limit` bytes and is then placed; one that an error interrupts
-    leaves nothing. `shards` lists those that are placed.
+    Each shard is closed by the item that brings it to `limit` bytes and is then placed. A shard interrupted by an error
+    is removed. `shards` lists the placed shards.
 
     Args:
-      scratch: the local folder where a shard grows.
-      place: puts it where it belongs.
+      scratch: the local folder in which a shard is written.
+      place: moves a finished shard to its destination.
     """
 
-    def __init__(self, scratch: Path, place: Place, limit: int, prefix: str = ""):
+    def __init__(self, scratch: Path, place: PlaceFile, limit: int, prefix: str = ""):
         self.shards: list[Shard] = []
-        self._scratch, self._place, self._limit, self._prefix = scratch, place, limit, prefix
+        self._scratch = scratch
+        self._place = place
+        self._limit = limit
+        self._prefix = prefix
         self._writer: Any = None
         self._part: Path | None = None
         self._count = self._size = 0
@@ -67,16 +70,16 @@ class ShardWriter:
             self._abandon()
 
     def write(self, item: bytes) -> None:
-        """Appends `item`, to the shard that grows or to a new one.
+        """Appends `item` to the open shard, or to a new one.
 
         Raises:
-          OSError: if the system refuses, here or as a full shard is placed; the shard is lost then.
+          OSError: if the system refuses the write, or the placement of a full shard; the shard is then lost.
         """
         if self._writer is None:
-            self._part = part_of(self._scratch / self._name())
-            with _refusals(self._part):
+            self._part = part_path(self._scratch / self._name())
+            with _as_os_errors(self._part):
                 self._writer = ArrayRecordWriter(str(self._part), _WRITER_OPTIONS)
-        with _refusals(self._part):
+        with _as_os_errors(self._part):
             self._writer.write(item)
         self._count += 1
         self._size += len(item)
@@ -87,20 +90,21 @@ class ShardWriter:
         if self._writer is None:
             return
         assert self._part is not None
-        with _refusals(self._part):
+        with _as_os_errors(self._part):
             self._writer.close()
         self._writer = None
         shard = Shard(self._name(), self._count, self._part.stat().st_size)
         self._place(self._part, shard.file)
         self.shards.append(shard)
-        self._part, self._count, self._size = None, 0, 0
+        self._part = None
+        self._count = self._size = 0
 
     def _name(self) -> str:
         return f"{self._prefix}{len(self.shards):05d}.arrayrecord"
 
     def _abandon(self) -> None:
         if self._writer is not None:
-            with contextlib.suppress(RuntimeError):  # It has told why already.
+            with contextlib.suppress(RuntimeError):  # The error was raised already.
                 self._writer.close()
             self._writer = None
         if self._part is not None:
@@ -108,17 +112,18 @@ class ShardWriter:
             self._part = None
 
 
-def place_in(folder: Path) -> Place:
-    """Places files in `folder`, on the same file system."""
-    return lambda part, name: move_whole(part, folder / name)
+def place_in(folder: Path) -> PlaceFile:
+    """A `PlaceFile` that moves files into `folder`, on the same file system."""
+    return lambda part, name: atomic_move(part, folder / name)
 
 
 @contextlib.contextmanager
-def _refusals(path: Path | None) -> Iterator[None]:
+def _as_os_errors(path: Path | None) -> Iterator[None]:
+    """Raises array_record's errors about the operating system as `OSError`."""
     try:
         yield
     except RuntimeError as error:
-        for words, number in _REFUSALS.items():
-            if words in str(error):
-                raise OSError(number, words, str(path)) from error
+        for message, number in _ERRNO_BY_MESSAGE.items():
+            if message in str(error):
+                raise OSError(number, message, str(path)) from error
         raise

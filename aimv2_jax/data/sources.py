@@ -1,4 +1,4 @@
-"""Sources: prepared data sets, read record by record at any index, with few shards open at a time."""
+"""Random-access sources over prepared datasets, with a bounded number of open shards."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from aimv2_jax import untrusted
-from aimv2_jax.data.datasets import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, DatasetInfo
-from aimv2_jax.data.locations import locate
+from aimv2_jax.data.dataset_info import DATASET_FILE, FORMAT_VERSION, OLDEST_FORMAT, DatasetInfo
 from aimv2_jax.data.records import BadRecord
-from aimv2_jax.data.storage import PATIENCE_S, retry
 from aimv2_jax.errors import StorageError, UserError
+from aimv2_jax.storage.paths import resolve_path
+from aimv2_jax.storage.retries import PATIENCE_S, retry
 
-MAX_OPEN_SHARDS = 128  # Of all sources of a process; one of 1 GiB takes about 0.2 MB of memory.
-_SHARE_OF_FILES = 4  # A quarter of the files that the process may open, where that is less.
-_READ_BUFFER_BYTES = 32768  # What array_record's own data source uses.
+MAX_OPEN_SHARDS = 128  # Limit for all sources of a process; an open shard of 1 GiB takes about 0.2 MB of memory.
+_OPEN_FILES_DIVISOR = 4  # Shards may use a quarter of the process's limit on open files, if that is lower.
+_READ_BUFFER_BYTES = 32768  # The value in array_record's own data source.
 
 
 class Source:
-    """A prepared data set under the name that the config gives it.
+    """A prepared dataset, under its name in the config.
 
-    Opens no shard before its first read. Safe to read from several threads; pickles without its open shards, which
+    Shards are opened at the first read. Safe to read from several threads; pickles without its open shards, which
     belong to the process.
 
     Args:
-      name: the config's name, which also seeds the order of its records.
-      path: the folder; `package:` paths lie inside the installed package.
-      what: what errors call it; without one, the config's data source of that name.
-      patience_s: time for which storage that fails is tried again.
+      name: the name in the config, which also seeds the order of the records.
+      path: the folder; `package:` paths are inside the installed package.
+      what: the name in error messages; default: the config's data source `name`.
+      patience_s: time during which failing storage is retried.
 
     Raises:
-      UserError: if the folder is missing, not prepared, empty, incomplete or of a newer format, or may not be read.
+      UserError: if the folder is missing, unprepared, empty, incomplete, unreadable or of a newer format.
       StorageError: if storage fails for longer than `patience_s`.
     """
 
     def __init__(self, name: str, path: str, what: str | None = None, patience_s: float = PATIENCE_S):
         self.name = name
-        self._folder, self._patience_s = locate(path), patience_s
+        self._folder = resolve_path(path)
+        self._patience_s = patience_s
         read_info = partial(_read_permitted_info, what or f"config data source {name!r}", path)
         self.info = retry(read_info, self._folder / DATASET_FILE, patience_s)
         self._ends = np.cumsum([shard.records for shard in self.info.shards], dtype=np.int64)
@@ -55,22 +56,22 @@ class Source:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many captions of each kind there are; a record may have several."""
+        """Number of captions of each kind; a record may have several."""
         return self.info.kinds
 
     @property
     def mean_bytes(self) -> int:
-        """Of a record."""
+        """Mean bytes per record."""
         return self.info.bytes // self.info.records
 
     def read(self, index: int) -> bytes:
-        """The bytes of record `index`; storage that fails is tried again, so that a passing failure changes nothing.
+        """The bytes of record `index`; failing storage is retried, so a transient failure changes no batch.
 
         Raises:
-          BadRecord: `unreadable_record`, if the shard is damaged there.
+          BadRecord: `unreadable_record`, if the shard is damaged at this record.
           StorageError: if storage fails for longer than `patience_s`.
-          UserError: if the process may not read the shard, cannot open one more file, or the shard holds more records
-            than dataset.json says: no fault of the record.
+          UserError: if the process lacks permission to read the shard, cannot open one more file, or the shard has
+            more records than dataset.json lists. The record itself may be good.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of source {self.name}, which has {len(self)}")
@@ -78,55 +79,55 @@ class Source:
         first = int(self._ends[shard]) - self.info.shards[shard].records
         path = self._folder / self.info.shards[shard].file
         try:
-            listed = self.info.shards[shard].records
-            return retry(partial(_read_record, path, index - first, listed), path, self._patience_s)
+            expected = self.info.shards[shard].records
+            return retry(partial(_read_record, path, index - first, expected), path, self._patience_s)
         except (MemoryError, StorageError, UserError):
             raise
         except Exception as error:  # array_record raises RuntimeError, ValueError and others for damaged shards.
             raise BadRecord("unreadable_record") from error
 
 
-def _read_record(path: Path, index: int, listed: int) -> bytes:
+def _read_record(path: Path, index: int, expected: int) -> bytes:
     try:
         reader = _OPEN.reader(path)
-        _check_count(path, reader.num_records(), listed)
+        _check_count(path, reader.num_records(), expected)
         [data] = reader.read([index])
     except Exception:
-        _OPEN.drop(path)  # A reader that has failed once may go on failing where nothing is wrong.
+        _OPEN.drop(path)  # A reader that has failed once may keep failing after the cause is gone.
         raise
     return data
 
 
-def _check_count(path: Path, held: int, listed: int) -> None:
-    """Raises `UserError` if a shard holds records that dataset.json does not count, which would never be seen.
+def _check_count(path: Path, actual: int, expected: int) -> None:
+    """Raises `UserError` if a shard has more records than dataset.json lists, which training would never see.
 
-    One that holds fewer is damaged (an unreadable one opens as an empty one): its reads fail by themselves.
+    A shard with fewer records is damaged (an unreadable one opens as an empty one): its reads fail by themselves.
     """
-    if held > listed:
-        what = f"a shard holds {held:,} records, and {DATASET_FILE} says {listed:,}"
-        raise UserError(what, str(path), "Copy the data set again as a whole, or prepare it again")
+    if actual > expected:
+        what = f"a shard holds {actual:,} records, and {DATASET_FILE} says {expected:,}"
+        raise UserError(what, str(path), "Copy the whole dataset again, or prepare it again")
 
 
 class _OpenShards:
-    """The shards that a process has open: it opens several at once, and lets go of those that were used longest ago."""
+    """LRU cache of the open shards of a process; different shards open concurrently."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._readers: collections.OrderedDict[Path, Future[Any]] = collections.OrderedDict()
 
     def reader(self, path: Path) -> Any:
-        """The open shard; whoever asks first opens it, others of the same shard wait, others of other shards do not."""
+        """The open shard. The first caller opens it; later callers of the same shard wait, those of others do not."""
         with self._lock:
             reader = self._readers.get(path)
-            opens = reader is None
+            must_open = reader is None
             if reader is None:
                 reader = self._readers[path] = Future()
-                while len(self._readers) > _most_open_shards():
+                while len(self._readers) > _max_open_shards():
                     # Dropped, not closed: another thread may be reading from it, and its last reference closes it.
                     self._readers.popitem(last=False)
             else:
                 self._readers.move_to_end(path)
-        if opens:
+        if must_open:
             try:
                 reader.set_result(_open(path))
             except BaseException as error:
@@ -134,17 +135,17 @@ class _OpenShards:
         return reader.result()
 
     def drop(self, path: Path) -> None:
-        """The next read of the shard opens it anew."""
+        """Forgets the shard; its next read opens it again."""
         with self._lock:
             self._readers.pop(path, None)
 
 
-_OPEN = _OpenShards()  # One for all sources: what is bounded, open files, is the process' too.
+_OPEN = _OpenShards()  # Shared by all sources, because the limit on open files is per process.
 
 
-def _most_open_shards() -> int:
+def _max_open_shards() -> int:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_OPEN_SHARDS if files < 0 else max(1, min(MAX_OPEN_SHARDS, files // _SHARE_OF_FILES))
+    return MAX_OPEN_SHARDS if files < 0 else max(1, min(MAX_OPEN_SHARDS, files // _OPEN_FILES_DIVISOR))
 
 
 def _open(path: Path) -> Any:
@@ -154,45 +155,47 @@ def _open(path: Path) -> Any:
 def _read_permitted_info(what: str, path: str) -> DatasetInfo:
     try:
         return _read_info(what, path)
-    except PermissionError as error:  # At the start nobody waits for a right that was never there.
+    except PermissionError as error:  # Not retried at the start: waiting does not grant permissions.
         refused = error.filename or path
-        raise UserError(f"{what}: it may not be read", refused, "Give yourself the right to it") from error
+        raise UserError(f"{what}: permission denied", refused, "Grant yourself read permission") from error
 
 
 def _read_info(what: str, path: str) -> DatasetInfo:
-    folder = locate(path)
+    folder = resolve_path(path)
     if not folder.is_dir():
-        raise UserError(f"{what}: no such folder", path, "Give the folder of a prepared data set")
+        raise UserError(f"{what}: no such folder", path, "Give the folder of a prepared dataset")
     if not os.listdir(folder):
-        raise UserError(f"{what}: the folder is empty", path, "Prepare the data set first")
+        raise UserError(f"{what}: the folder is empty", path, "Prepare the dataset first")
     file = folder / DATASET_FILE
     if not file.is_file():
         raise UserError(
-            f"{what}: the folder has no {DATASET_FILE}", path, "Prepare it first; if that was interrupted, do it again"
+            f"{what}: the folder has no {DATASET_FILE}",
+            path,
+            "Prepare it first; if preparation was interrupted, run it again",
         )
     try:
         text = untrusted.read_file(file, untrusted.MAX_JSON_BYTES)
         version = untrusted.as_int(untrusted.parse_json_object(text)["format_version"], 0, 1 << 31)
-        if version > FORMAT_VERSION:  # Told first: the rest of it may look quite different.
+        if version > FORMAT_VERSION:  # Checked first: the rest of the file may have another structure.
             raise UserError(
                 f"{what}: its format is newer than this program's {FORMAT_VERSION}", version, "Update aimv2_jax"
             )
         if version < OLDEST_FORMAT:
             raise UserError(
-                f"{what}: its format is older than this program reads", version, "Prepare the data set again"
+                f"{what}: its format is older than this program reads", version, "Prepare the dataset again"
             )
         info = DatasetInfo.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{what}: {DATASET_FILE} cannot be read", path, "Prepare the data set again") from error
+        raise UserError(f"{what}: {DATASET_FILE} cannot be read", path, "Prepare the dataset again") from error
     counts = [shard.records for shard in info.shards]
     if sum(counts) != info.records:
         raise UserError(
             f"{what}: {DATASET_FILE} counts {info.records} records, and {sum(counts)} in its shards",
             path,
-            "Prepare the data set again",
+            "Prepare the dataset again",
         )
     if not info.records:
-        raise UserError(f"{what}: the data set has no records", path, "Prepare it from inputs with usable pairs")
+        raise UserError(f"{what}: the dataset has no records", path, "Prepare it from inputs with usable pairs")
     missing = sorted({shard.file for shard in info.shards} - set(os.listdir(folder)))
     if missing:
         raise UserError(f"{what}: {len(missing)} of its shards are missing", missing[0], f"Copy them to {path}")

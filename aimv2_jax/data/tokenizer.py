@@ -1,6 +1,4 @@
-"""Captions to tokens: tensorflow-text's SentencePiece, in batches, in the main process only.
-
-As a command, trains a model (`tokenizer_training`): `python -m aimv2_jax.data.tokenizer train --help`.
+"""Tokenizer: tensorflow-text's SentencePiece, in batches, in the main process only.
 
 B batch, T text tokens.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,33 +16,33 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Int32
 
-from aimv2_jax.data.locations import locate
 from aimv2_jax.errors import UserError
+from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.untrusted import read_file
 
-_MAX_MODEL_BYTES = 256 << 20  # A SentencePiece model of a million pieces has about 20 MiB.
+_MAX_MODEL_BYTES = 256 << 20  # A SentencePiece model with a million pieces has about 20 MiB.
 
 
 class Tokenizer:
     """A SentencePiece model.
 
     Args:
-      path: the `.model` file; `package:` paths lie inside the installed package.
-      length: T, the end of a caption included.
-      vocab_size: rows of the model's token table, at least the pieces of the file.
-      needs_end: whether an end of text is a target: then the file must have an end id, and only a text that is whole
-        is followed by it.
+      path: the `.model` file; `package:` paths are inside the installed package.
+      length: T, including the end of a caption.
+      vocab_size: rows of the model's token table, at least the number of pieces in the file.
+      needs_end: whether the end of text is a target: then the file must have an end id, and only a complete text is
+        followed by it.
 
     Raises:
-      UserError: if the file is missing, not SentencePiece, has too many pieces, or lacks an end id that is needed.
+      UserError: if the file is missing, not SentencePiece, has too many pieces, or lacks a required end id.
     """
 
     def __init__(self, path: str, length: int, vocab_size: int, needs_end: bool = True):
         self.length = length
-        self._most_pieces = length if needs_end else length - 1
+        self._max_pieces = length if needs_end else length - 1
         model, self._pieces = _read_model(path)
         self.digest = hashlib.sha256(model).hexdigest()
-        """Of the file's bytes."""
+        """SHA-256 of the file."""
         self.num_pieces = self._pieces.get_piece_size()
         if self.num_pieces > vocab_size:
             raise UserError(
@@ -58,7 +55,7 @@ class Tokenizer:
             raise UserError(
                 "the tokenizer has no end id, which loss.predict_eos needs",
                 path,
-                "Choose a model that was trained with one, or set loss.predict_eos=False",
+                "Choose a tokenizer that was trained with an end id, or set loss.predict_eos=False",
             )
         self.eos_id: int | None = eos_id if eos_id >= 0 else None
         self.unk_id: int | None = unk_id if unk_id >= 0 else None
@@ -71,11 +68,11 @@ class Tokenizer:
         return arrays["tokens"], arrays["token_valid"]
 
     def batch_arrays(self, captions: Sequence[bytes]) -> dict[str, np.ndarray]:
-        """What a batch has of captions in UTF-8: `tokens`, `token_valid` (True on the text's pieces), `truncated`.
+        """Arrays of captions in UTF-8: `tokens`, `token_valid` (True on the text's pieces), `truncated`.
 
-        A caption's pieces are followed by the end id (where the model has one) and padding. Where the end is a target,
-        all of that is cut to T: a text that does not fit is not followed by an end, so that a model does not learn to
-        stop in the middle of texts. Else pieces are cut to T - 1, as the reference does.
+        A caption's pieces are followed by the end id (if the model has one) and padding. If the end is a target, the
+        sequence is cut to T: a text that does not fit has no end id, so that a model does not learn to stop in the
+        middle of texts. Otherwise pieces are cut to T - 1, as the reference does.
         """
         shape = len(captions), self.length
         tokens = np.full(shape, self.pad_id, np.int32)
@@ -83,7 +80,7 @@ class Tokenizer:
             return {"tokens": tokens, "token_valid": np.zeros(shape, bool), "truncated": np.zeros(0, bool)}
         pieces = self._splitter(list(captions))
         values, splits = pieces.values.numpy(), pieces.row_splits.numpy()
-        lengths = np.minimum(np.diff(splits), self._most_pieces)
+        lengths = np.minimum(np.diff(splits), self._max_pieces)
         column = np.arange(self.length)
         token_valid = column < lengths[:, None]
         tokens[token_valid] = values[(splits[:-1, None] + column)[token_valid]]
@@ -92,14 +89,14 @@ class Tokenizer:
         return {"tokens": tokens, "token_valid": token_valid, "truncated": np.diff(splits) > lengths}
 
     def decode(self, ids: Sequence[int] | Int32[np.ndarray, " T"]) -> str:
-        """The text of `ids` up to the first end or padding."""
+        """The text of `ids` up to the first end or padding id."""
         stops = {self.pad_id, self.eos_id}
         ids = [int(i) for i in ids]
         return self._pieces.decode(ids[: next((n for n, i in enumerate(ids) if i in stops), len(ids))])
 
 
 def _read_model(path: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
-    file = locate(path)
+    file = resolve_path(path)
     if not path or not file.is_file():
         raise UserError("config tokenizer.path: no such file", path, "Give a SentencePiece .model file")
     try:
@@ -121,19 +118,19 @@ def _read_model(path: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]
 def _tensorflow_splitter(model: bytes) -> Any:
     """A function from a list of byte strings to the ragged tensor of their piece ids."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _silence():
+    with _silence_stderr():
         import tensorflow as tf
         import tensorflow_text
 
-        tf.config.set_visible_devices([], "GPU")  # They belong to jax.
+        tf.config.set_visible_devices([], "GPU")  # JAX owns the GPUs.
         tokenizer = tensorflow_text.SentencepieceTokenizer(model=model, out_type=tf.int32)
         tokenizer.tokenize([b""])
     return tokenizer.tokenize
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps from the terminal what tensorflow's C++ writes while it loads, before its log level counts."""
+def _silence_stderr() -> Iterator[None]:
+    """Discards what tensorflow's C++ code writes to stderr while it loads, before its log level takes effect."""
     with tempfile.TemporaryFile() as sink:
         stderr = os.dup(2)
         os.dup2(sink.fileno(), 2)
@@ -142,9 +139,3 @@ def _silence() -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-
-
-if __name__ == "__main__":
-    from aimv2_jax.data.tokenizer_training import main
-
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""What is done with a trained model: pictures, held-out figures, captions. Knows nothing of the loop."""
+"""Evaluation of a trained model: held-out metrics, captions, features, probes, plots. Independent of the train loop."""

@@ -1,10 +1,11 @@
-"""Captions found for pictures, and pictures for captions, by the decoder's likelihood.
+"""Image-to-text and text-to-image retrieval by the decoder's likelihood.
 
     python -m aimv2_jax.eval.retrieval --checkpoint SPEC --data data/test --kind alt --picture retrieval.png
 
-SPEC is a run with its decoder, or an export with --whole; --data a prepared set. Every caption is scored for every
-picture, so the cost grows with the square of --examples. A picture is found by the caption's likelihood; a caption by
-its likelihood standardised over the pictures, so that short, common or fickle captions do not win everywhere.
+SPEC is a run with its decoder, or an export with --whole; --data is a prepared dataset. Every caption is scored for
+every image, so the cost grows with the square of --examples. An image is retrieved by the caption's likelihood, a
+caption by its likelihood standardised over the images, so that short or common captions and those of high variance do
+not win everywhere.
 --json writes text_to_image and image_to_text, each {recall@1, recall@5, recall@10, chance@1}, and examples.
 """
 
@@ -21,94 +22,98 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from aimv2_jax.allocator import keep_freed_memory
+from aimv2_jax.cli import Parser, check_output, positive
 from aimv2_jax.data import records
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
-from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_checkpoint
-from aimv2_jax.eval.figures import picture_cards
-from aimv2_jax.eval.images import NamedPicture
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
+from aimv2_jax.eval.cli import add_checkpoint
 from aimv2_jax.eval.likelihood import Scorer
-from aimv2_jax.eval.load import load
-from aimv2_jax.flags import Parser, check_output, positive
+from aimv2_jax.eval.plots import image_cards
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.pretrained.images import NamedImage
+from aimv2_jax.pretrained.model import load
 from aimv2_jax.untrusted import printable
 
-_DEPTHS = (1, 5, 10)
-_DRAWN, _SHOWN = 8, 3  # Pictures of --picture, and captions of each.
+_RECALL_DEPTHS = (1, 5, 10)
+_DRAWN_IMAGES = 8  # Images drawn by --picture.
+_DRAWN_CAPTIONS = 3  # Retrieved captions drawn for each.
 
 
-def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedPicture], list[str]]:
-    """Pictures and captions of `count` records at even distances, no caption twice; of several captions the first.
+def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedImage], list[str]]:
+    """Images and captions of `count` evenly spaced records, without repeated captions; a record's first caption counts.
 
     Raises:
-      UserError: where fewer than two have a caption of this kind.
+      UserError: for a dataset with fewer than two different captions of this kind.
     """
     source = Source(path, path, "--data")
     if kind not in source.kinds:
-        there = printable(", ".join(source.kinds))
-        raise UserError(f"--data {path} has no captions of this kind", kind, f"It has {there}")
-    found: dict[str, NamedPicture] = {}
+        available = printable(", ".join(source.kinds))
+        raise UserError(f"--data {path} has no captions of this kind", kind, f"It has {available}")
+    image_of: dict[str, NamedImage] = {}
     step = max(1, len(source) // count)
     order = [index for first in range(step) for index in range(first, len(source), step)]
     for index in order:
         try:
             record = records.decode(source.read(index))
         except BadRecord as error:
-            raise UserError("--data has a record that cannot be read", index, "Prepare the set again") from error
+            raise UserError("--data has an unreadable record", index, "Prepare the dataset again") from error
         for caption in record.texts(kind)[:1]:
-            found.setdefault(caption, NamedPicture(f"{path}: {record.key}", record.image))
-        if len(found) == count:
+            image_of.setdefault(caption, NamedImage(f"{path}: {record.key}", record.image))
+        if len(image_of) == count:
             break
-    if len(found) < 2:
-        raise UserError(f"--data {path} has no two different captions of this kind", kind, "Give a larger set")
-    return list(found.values()), list(found)
+    if len(image_of) < 2:
+        what = f"--data {path} has fewer than two different captions of this kind"
+        raise UserError(what, kind, "Give a larger dataset")
+    return list(image_of.values()), list(image_of)
 
 
 def ranks(scores: Float[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
-    """How many others score at least as high as the right one, the diagonal, in its row."""
+    """Rank of the correct column, the diagonal, in each row: the number of others that score at least as high."""
     return (scores >= np.diag(scores)[:, None]).sum(1) - 1
 
 
 def recalls(scores: Float[np.ndarray, "N N"]) -> dict[str, float]:
-    """`recall@k` of rows that look for their own column, and what chance gives for k = 1."""
-    place = ranks(scores)
-    return {f"recall@{depth}": float((place < depth).mean()) for depth in _DEPTHS} | {"chance@1": 1 / len(scores)}
+    """`recall@k` of rows that retrieve their own column, and the chance level for k = 1."""
+    rank = ranks(scores)
+    recall = {f"recall@{depth}": float((rank < depth).mean()) for depth in _RECALL_DEPTHS}
+    return recall | {"chance@1": 1 / len(scores)}
 
 
 def retrieval_figure(
-    pictures: Sequence[np.ndarray], captions: Sequence[str], scores: Float[np.ndarray, "N N"], note: str
+    images: Sequence[np.ndarray], captions: Sequence[str], scores: Float[np.ndarray, "N N"], note: str
 ) -> Figure:
-    """Pictures beside the captions that were found for them, best first, and their own."""
+    """Images beside the captions retrieved for them, best first, and their own caption."""
     texts = []
-    for row in range(min(_DRAWN, len(pictures))):
-        best = np.argsort(-scores[row], kind="stable")[:_SHOWN]
-        found = {f"found, {place + 1}": captions[column] for place, column in enumerate(best)}
-        texts.append(found | {f"its own, at {ranks(scores)[row] + 1} of {len(captions)}": captions[row]})
-    return picture_cards(pictures[: len(texts)], texts, "Captions found by likelihood", note)
+    for row in range(min(_DRAWN_IMAGES, len(images))):
+        best = np.argsort(-scores[row], kind="stable")[:_DRAWN_CAPTIONS]
+        retrieved = {f"retrieved, {rank + 1}": captions[column] for rank, column in enumerate(best)}
+        texts.append(retrieved | {f"its own, rank {ranks(scores)[row] + 1} of {len(captions)}": captions[row]})
+    return image_cards(images[: len(texts)], texts, "Captions retrieved by likelihood", note)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The checked flags of a command line."""
+    """Parses and checks the command line."""
     summary, _, epilog = __doc__.partition("\n\n")
     parser = Parser(prog="python -m aimv2_jax.eval.retrieval", description=summary, epilog=epilog)
     add_checkpoint(parser)
     add = parser.add_argument
-    add("--data", required=True, metavar="DATA", help="a prepared set")
-    add("--kind", default="alt", metavar="KIND", help="of captions (default %(default)s)")
-    add("--examples", type=_several, default=128, metavar="N", help="pictures and captions (default %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="the figures")
-    add("--picture", type=Path, metavar="FILE.png", help="some pictures with what was found")
+    add("--data", required=True, metavar="DATA", help="a prepared dataset")
+    add("--kind", default="alt", metavar="KIND", help="caption kind (default %(default)s)")
+    examples_help = "number of images and captions (default %(default)s)"
+    add("--examples", type=_at_least_two, default=128, metavar="N", help=examples_help)
+    add("--json", type=Path, metavar="FILE", help="write the metrics to this file")
+    add("--picture", type=Path, metavar="FILE.png", help="draw some images with their retrieved captions")
     return parser.parse_args(arguments)
 
 
-def _several(text: str) -> int:
+def _at_least_two(text: str) -> int:
     if positive(text) < 2:
-        raise argparse.ArgumentTypeError("one example finds itself: give at least 2")
+        raise argparse.ArgumentTypeError("retrieval among one example is trivial: give at least 2")
     return int(text)
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     keep_freed_memory()
@@ -116,19 +121,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, flag, suffix in ((flags.json, "--json", ""), (flags.picture, "--picture", ".png")):
         if path is not None:
             check_output(path, suffix, flag)
-    pictures, captions = read_pairs(flags.data, flags.kind, flags.examples)
+    images, captions = read_pairs(flags.data, flags.kind, flags.examples)
     scorer = Scorer(load(flags.checkpoint, flags.weights))
-    scores = scorer(pictures, *scorer.encode(captions))
+    scores = scorer(images, *scorer.encode(captions))
     standardised = (scores - scores.mean(0)) / np.maximum(scores.std(0), 1e-6)
-    found = {"text_to_image": recalls(scores.T), "image_to_text": recalls(standardised)}
-    for name, one in found.items():
-        print(f"{name.replace('_', ' ')}: " + ", ".join(f"{key} {value:.3f}" for key, value in one.items()))
+    metrics = {"text_to_image": recalls(scores.T), "image_to_text": recalls(standardised)}
+    for name, recall in metrics.items():
+        print(f"{name.replace('_', ' ')}: " + ", ".join(f"{key} {value:.3f}" for key, value in recall.items()))
     if flags.json is not None:
-        flags.json.write_text(json.dumps(found | {"examples": len(captions)}, indent=1) + "\n", encoding="utf-8")
+        flags.json.write_text(json.dumps(metrics | {"examples": len(captions)}, indent=1) + "\n", encoding="utf-8")
     if flags.picture is not None:
-        seen = [scorer.eyes.pixels(picture) for picture in pictures[:_DRAWN]]
-        note = f"Of {len(captions)} captions ({flags.kind}), by likelihood standardised over the pictures."
-        retrieval_figure(seen, captions, standardised, note).savefig(flags.picture, dpi=110)
+        pixels = [scorer.encoder.pixels(image) for image in images[:_DRAWN_IMAGES]]
+        note = f"Of {len(captions)} captions ({flags.kind}), by likelihood standardised over the images."
+        retrieval_figure(pixels, captions, standardised, note).savefig(flags.picture, dpi=110)
     return EXIT_FINISHED
 
 

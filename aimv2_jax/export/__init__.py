@@ -1,1 +1,1 @@
-"""Models in and out: Hugging Face's and Apple's names, and a directory of our own."""
+"""Export of models to Hugging Face and Orbax folders."""

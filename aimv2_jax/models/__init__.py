@@ -1,1 +1,1 @@
-"""The model: linen modules and pure functions on arrays. Knows nothing of data, training or devices."""
+"""The model: linen modules and pure functions on arrays, independent of data, training and devices."""

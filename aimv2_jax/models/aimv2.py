@@ -9,23 +9,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models.baselines import SeparateDecoders
 from aimv2_jax.models.decoder import Decoder, Output, Predictions
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.patch_mlp import PatchMLP
-from aimv2_jax.models.separate import SeparateDecoders
 
 
 class AIMv2(nn.Module):
-    """The encoder under a prefix mask, and what predicts from its features and the caption."""
+    """Encoder under a prefix mask, and a decoder that predicts from its features and the caption."""
 
     encoder: Encoder
     decoder: Decoder | SeparateDecoders | PatchMLP
 
     @property
     def text_decoder(self) -> Decoder:
-        """The decoder that writes captions."""
+        """The decoder that predicts captions."""
         decoder = self.decoder.text if isinstance(self.decoder, SeparateDecoders) else self.decoder
-        assert isinstance(decoder, Decoder), f"{type(decoder).__name__} writes no text"
+        assert isinstance(decoder, Decoder), f"{type(decoder).__name__} predicts no text"
         return decoder
 
     def __call__(
@@ -38,11 +38,11 @@ class AIMv2(nn.Module):
         outputs: Collection[Output] = ("pixels", "logits"),
         kept: Int[Array, "B K"] | None = None,
     ) -> Predictions:
-        """Predictions of patches 1 … L-1 and of tokens 0 … T-1, float32, of those of the two that are asked for.
+        """Predicts patches 1 … L-1 and tokens 0 … T-1, float32, as far as `outputs` requests them.
 
         Args:
-          kept: the rows of the encoder that the decoder is given, by example; None for all. Only text can be predicted
-            from some.
+          kept: indices of the encoder rows that the decoder receives, by example; None for all. With a subset only text
+            can be predicted.
         """
         features, _ = self.encoder(patches, coords, valid, prefix)
         if kept is not None:
@@ -52,10 +52,10 @@ class AIMv2(nn.Module):
 
 
 def take_rows(array: Array, rows: Int[Array, "B K"]) -> Array:
-    """[B, K, …]: the given rows of each example of [B, L, …]."""
+    """Gathers the given rows of each example of [B, L, …]; returns [B, K, …]."""
     return jnp.take_along_axis(array, rows.reshape(*rows.shape, *[1] * (array.ndim - 2)), axis=1)
 
 
 def count_parameters(params: object) -> int:
-    """Numbers in a tree of arrays or shapes."""
+    """Total size of a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

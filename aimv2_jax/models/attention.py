@@ -1,7 +1,7 @@
-"""Who may read whom, and the attention that obeys. B batch, Q queries, K keys, D width, H heads, E head dim.
+"""Attention masks and masked attention. B batch, Q queries, K keys, D width, H heads, E head dim.
 
-Every mask of the method has one form: query i reads key j iff (j <= i or j < prefix) and j is readable. A prefix of 0
-is causal attention, a prefix of K full attention (RECIPE.md §2, §3).
+All masks have one form: query i attends to key j iff (j <= i or j < prefix) and key j is valid. A prefix of 0 is causal
+attention, a prefix of K full attention (RECIPE.md §2, §3).
 """
 
 from __future__ import annotations
@@ -12,50 +12,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models import placement
-from aimv2_jax.models.kernels import online, whole_row
+from aimv2_jax.models.kernels import flash_attention, short_attention
 from aimv2_jax.models.precision import exact_products
+from aimv2_jax.parallel import collectives
 
 Implementation = Literal["xla", "pallas", "pallas_interpreted"]
 
 
-class Reads(NamedTuple):
-    """Who may read whom, by example."""
+class MaskSpec(NamedTuple):
+    """Prefix mask in compact form, one prefix length per example."""
 
     prefix: Int[Array, " B"]
-    readable: Bool[Array, "B K"]
-    first: Int[Array, ""] | int = 0  # Place of the first query among the keys: not 0 where earlier rows are cached.
+    key_valid: Bool[Array, "B K"]
+    # Index of the first query among the keys; non-zero when earlier rows are cached.
+    query_offset: Int[Array, ""] | int = 0
 
     def mask(self, num_queries: int) -> Bool[Array, "B 1 Q K"]:
-        """The same, spelt out."""
-        query_Q1 = self.first + jnp.arange(num_queries)[:, None]
-        key_1K = jnp.arange(self.readable.shape[1])[None, :]
+        """Returns the dense boolean mask, True where attention is allowed."""
+        query_Q1 = self.query_offset + jnp.arange(num_queries)[:, None]
+        key_1K = jnp.arange(self.key_valid.shape[1])[None, :]
         in_prefix_B1K = key_1K < self.prefix[:, None, None]
-        return (((key_1K <= query_Q1) | in_prefix_B1K) & self.readable[:, None, :])[:, None]
+        return (((key_1K <= query_Q1) | in_prefix_B1K) & self.key_valid[:, None, :])[:, None]
 
 
-def full_reads(valid_BL: Bool[Array, "B L"]) -> Reads:
-    """Every query reads every valid patch: inference and probes."""
+def full_mask(valid_BL: Bool[Array, "B L"]) -> MaskSpec:
+    """Lets every query attend to every valid patch, as in inference and probes."""
     batch, length = valid_BL.shape
-    return Reads(jnp.full((batch,), length, jnp.int32), valid_BL)
+    return MaskSpec(jnp.full((batch,), length, jnp.int32), valid_BL)
 
 
-def causal_reads(valid_BS: Bool[Array, "B S"], first: Int[Array, ""] | int = 0) -> Reads:
-    """Query i reads every valid key up to its own place."""
-    return Reads(jnp.zeros((valid_BS.shape[0],), jnp.int32), valid_BS, first)
+def causal_mask(valid_BS: Bool[Array, "B S"], query_offset: Int[Array, ""] | int = 0) -> MaskSpec:
+    """Lets query i attend to every valid key up to its own index."""
+    return MaskSpec(jnp.zeros((valid_BS.shape[0],), jnp.int32), valid_BS, query_offset)
 
 
 @jax.custom_vjp
-def tell(outputs: tuple[Float[Array, "*rows D"], ...], told: Float[Array, "*rows"]) -> tuple[Array, ...]:
-    """`outputs` as they are; on the way back, the gradient of `told` is the sum of dy · y over all of them.
-
-    What that is for: `layers.normalise`.
-    """
+def with_grad_dot(outputs: tuple[Float[Array, "*rows D"], ...], grad_dot: Float[Array, "*rows"]) -> tuple[Array, ...]:
+    """Identity on `outputs`; the cotangent of `grad_dot` is sum(dy · y) over all of them (see `layers.normalise`)."""
     return outputs
 
 
-tell.defvjp(
-    lambda outputs, told: (outputs, outputs), lambda outputs, gradients: (gradients, whole_row.dots(outputs, gradients))
+with_grad_dot.defvjp(
+    lambda outputs, grad_dot: (outputs, outputs),
+    lambda outputs, gradients: (gradients, short_attention.row_dot(outputs, gradients)),
 )
 
 
@@ -63,51 +62,64 @@ def attend(
     q: Float[Array, "B Q D"],
     k: Float[Array, "B K D"],
     v: Float[Array, "B K D"],
-    reads: Reads,
-    told: Float[Array, "B Q"] | None,
+    mask_spec: MaskSpec,
+    grad_dot: Float[Array, "B Q"] | None,
     heads: int,
     implementation: Implementation = "xla",
 ) -> Float[Array, "B Q D"]:
     """Masked softmax attention at scale 1/sqrt(E), softmax in float32; heads are contiguous slices of the width.
 
-    The mask is finite inside: a query that may read nothing averages all values and is not NaN.
+    Masked scores are finite: a query without any valid key averages all values and does not become NaN.
 
     Args:
-      told: what is told of q, k and v on the way back (`tell`); None where it has been.
-      implementation: "xla"; or the Pallas kernel that fits the length, for queries and keys of one sequence (no cache).
+      grad_dot: zeros whose cotangent collects sum(dy · y) over q, k and v (`with_grad_dot`); None if the caller has
+        already collected it.
+      implementation: "xla", or the Pallas kernel for the sequence length; kernels need queries and keys of the same
+        sequence (no cache).
     """
     if implementation == "xla":
-        split = lambda y: y.reshape(*y.shape[:-1], heads, -1)  # noqa: E731
-        mask = reads.mask(q.shape[1])
-        if told is not None:
-            q, k, v = tell((q, k, v), told)
+
+        def split_heads(y):
+            return y.reshape(*y.shape[:-1], heads, -1)
+
+        mask = mask_spec.mask(q.shape[1])
+        if grad_dot is not None:
+            q, k, v = with_grad_dot((q, k, v), grad_dot)
         with exact_products(q.dtype):
-            out = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, implementation="xla")
+            heads_qkv = split_heads(q), split_heads(k), split_heads(v)
+            out = jax.nn.dot_product_attention(*heads_qkv, mask=mask, implementation="xla")
         return out.reshape(q.shape)
-    kernel = whole_row if q.shape[1] <= whole_row.MOST_ROWS else online
+    kernel = short_attention if q.shape[1] <= short_attention.MAX_ROWS else flash_attention
     head_dim = q.shape[2] // heads
 
-    def run(q, k, v, prefix, readable, told):
-        assert q.shape[2] % head_dim == 0, "a head is on several devices; the kernels would leave its columns unwritten"
-        return kernel.attend(q, k, v, prefix, readable, told, head_dim, implementation == "pallas_interpreted")
+    def run_local(q, k, v, prefix, key_valid, grad_dot):
+        assert q.shape[2] % head_dim == 0, "a head is split over devices; the kernels would leave its columns unwritten"
+        return kernel.attend(q, k, v, prefix, key_valid, grad_dot, head_dim, implementation == "pallas_interpreted")
 
-    rows, by_head = ("batch",), ("batch", "length", "heads")
-    arrays = ((q, by_head), (k, by_head), (v, by_head), (reads.prefix, rows), (reads.readable, rows), (told, rows))
-    return placement.by_device(run, arrays, by_head)
+    batch_axes, head_axes = ("batch",), ("batch", "length", "heads")
+    arrays = (
+        (q, head_axes),
+        (k, head_axes),
+        (v, head_axes),
+        (mask_spec.prefix, batch_axes),
+        (mask_spec.key_valid, batch_axes),
+        (grad_dot, batch_axes),
+    )
+    return collectives.map_local(run_local, arrays, head_axes)
 
 
 def padded_rows(length: int, implementation: Implementation) -> int:
-    """Rows that a sequence of `length` is padded to, so that the kernels' blocks are whole tiles."""
+    """Length that a sequence is padded to, so that kernel blocks are whole tiles."""
     if implementation == "xla":
         return length
-    multiple = whole_row.MULTIPLE if length <= whole_row.MOST_ROWS else online.MULTIPLE
+    multiple = short_attention.ROW_MULTIPLE if length <= short_attention.MAX_ROWS else flash_attention.ROW_MULTIPLE
     return -(-length // multiple) * multiple
 
 
 def choose_attention(wanted: Literal["auto", "xla", "pallas"], head_dim: int, platform: str) -> Implementation:
-    """What runs where "auto" is asked: our kernels on TPU, where a head is whole tiles of 128 columns; else XLA.
+    """Resolves "auto": the Pallas kernels on TPU if a head is whole tiles of 128 columns, else XLA.
 
-    Kernels that are asked for by name on another platform are interpreted, which is slow and for tests.
+    "pallas" on another platform runs the kernels interpreted, which is slow and meant for tests.
     """
     if wanted == "auto":
         return "pallas" if platform == "tpu" and head_dim % 128 == 0 else "xla"

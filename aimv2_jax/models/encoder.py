@@ -1,4 +1,4 @@
-"""The vision encoder: what people use afterwards. B batch, L patches, P pixels a patch, D width, N layers."""
+"""Vision encoder. B batch, L patches, P pixels a patch, D width, N layers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.attention import Reads, full_reads
+from aimv2_jax.models.attention import MaskSpec, full_mask
 from aimv2_jax.models.layers import (
     POSITION_AXES,
     Linear,
     Precision,
     RMSNorm,
-    Run,
     Trunk,
+    TrunkOptions,
     add,
     named,
     parameter,
     symmetric_uniform,
     xavier_uniform,
 )
-from aimv2_jax.models.positions import sincos_positions
+from aimv2_jax.models.position_embeddings import sincos_positions
 
 
 class Encoder(nn.Module):
-    """Patches to features by a pre-norm transformer (RECIPE.md §2).
+    """Pre-norm transformer from patches to features (RECIPE.md §2).
 
-    `position="learned"` adds a table with a row a patch and takes batches of just that grid, in raster order;
-    `"sincos"` takes any grid, from the coordinates of each patch.
+    `position="learned"` adds a table with one row per patch and accepts only that grid, in raster order; `"sincos"`
+    accepts any grid, given the coordinates of each patch.
     """
 
     width: int
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
     eps: float = 1e-5
     position: Literal["learned", "sincos"] = "learned"
     precision: Precision = Precision()
-    run: Run = Run()
+    options: TrunkOptions = TrunkOptions()
 
     @nn.compact
     def __call__(
@@ -49,16 +49,16 @@ class Encoder(nn.Module):
         coords: Int[Array, "B L 2"],
         valid: Bool[Array, "B L"],
         prefix: Int[Array, " B"] | None = None,
-        collect: bool = False,
+        return_hidden_states: bool = False,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "N B L D"] | None]:
-        """Features after the final norm, and the residual stream: before the first block and after each (`collect`).
+        """Returns the features after the final norm, and the residual stream before the first and after every block.
 
         Args:
           patches: normalised pixels, (row, column, channel) within a patch.
-          coords: row and column of each patch in its picture.
+          coords: row and column of each patch in its image.
           valid: False on padding.
-          prefix: patches that all may read, by example; None for full attention (inference).
-          collect: also return [depth + 1, B, L, D].
+          prefix: number of leading patches that all queries attend to, by example; None for full attention (inference).
+          return_hidden_states: return the residual stream [depth + 1, B, L, D] instead of None.
         """
         compute, param = self.precision.compute, self.precision.param
         x = Linear(
@@ -80,8 +80,8 @@ class Encoder(nn.Module):
             x = add(x, table, POSITION_AXES, self.precision.reduce)
         else:
             x += sincos_positions(coords, self.width).astype(compute)
-        reads = full_reads(valid) if prefix is None else Reads(prefix, valid)
-        features, every, _ = Trunk(
-            self.depth, self.heads, self.hidden, self.eps, self.precision, self.run, name="trunk"
-        )(x, reads, collect=collect)
-        return features, jnp.concatenate([x[None], every]) if collect else None
+        mask_spec = full_mask(valid) if prefix is None else MaskSpec(prefix, valid)
+        features, hidden_states, _ = Trunk(
+            self.depth, self.heads, self.hidden, self.eps, self.precision, self.options, name="trunk"
+        )(x, mask_spec, return_hidden_states=return_hidden_states)
+        return features, jnp.concatenate([x[None], hidden_states]) if return_hidden_states else None

@@ -1,6 +1,6 @@
-"""The parts of a transformer block. B batch, S sequence, D width, H heads, E head dim, F hidden, N layers.
+"""Transformer layers. B batch, S sequence, D width, H heads, E head dim, F hidden, N layers.
 
-Every parameter carries logical axis names; `parallel/rules.py` says what they mean on a mesh. Matrices are [in, out].
+Every parameter carries logical axis names; `parallel/rules.py` maps them to mesh axes. Matrices are [in, out].
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aimv2_jax.config import Remat
-from aimv2_jax.models import placement
-from aimv2_jax.models.attention import Implementation, Reads, attend, padded_rows, tell
+from aimv2_jax.models.attention import Implementation, MaskSpec, attend, padded_rows, with_grad_dot
 from aimv2_jax.models.precision import exact_products
+from aimv2_jax.parallel import collectives
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
 
-# What a block keeps for the backward pass, besides its input, by the name of the policy. "none" keeps everything.
-# Weights that are kept as gathered need not be gathered again beside the gradients that travel the other way. What
-# attention makes is always computed again: jax rounds all that is kept (`reduce_precision`), and behind a kernel that
-# is a pass of its own over all rows, dearer than the kernel.
+# Activations that a block saves for the backward pass besides its input, by policy name. "none" saves everything.
+# Gathered weights that are saved need no second all-gather, which would compete with the gradient reduce-scatter.
+# The output of attention is always recomputed: jax rounds saved values (`reduce_precision`), and after a kernel that is
+# a separate pass over all rows, which costs more than the kernel.
 _ATTENTION = ("query", "key", "value", "middle", "embed-heads", "attended-output")
 REMAT: dict[str, tuple[str, ...]] = {
-    "matmuls": (*_ATTENTION, "gate", "up"),  # Recomputes norms, the attention of q, k and v, and SwiGLU's product.
-    "gate": (*_ATTENTION, "gate"),  # Recomputes up, too.
-    "attention": _ATTENTION,  # Recomputes gate and up, too.
+    "matmuls": (*_ATTENTION, "gate", "up"),  # Recomputes norms, the attention of q, k and v, and the SwiGLU product.
+    "gate": (*_ATTENTION, "gate"),  # Also recomputes up.
+    "attention": _ATTENTION,  # Also recomputes gate and up.
     "full": (),  # Recomputes the block.
 }
-TABLE_AXES = ("pieces", "output")  # Of the token table.
-POSITION_AXES = ("positions", "position_embed")  # Of tables of learned positions.
+TOKEN_TABLE_AXES = ("vocab_in", "output")
+POSITION_AXES = ("positions", "position_embed")
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
 
 def symmetric_uniform(fan_in: int) -> Initializer:
-    """Uniform in ±1/sqrt(fan_in): torch's default for linear layers and their biases, which the reference keeps."""
+    """Uniform in ±1/sqrt(fan_in): torch's default for linear layers and biases, used by the reference."""
     bound = 1 / math.sqrt(fan_in)
     return lambda rng, shape, dtype: jax.random.uniform(rng, shape, dtype, -bound, bound)
 
 
 def named(init: Initializer, *axes: str) -> Initializer:
-    """An initialiser whose parameter carries logical axis names."""
+    """Adds logical axis names to the parameter of an initialiser."""
     return nn.with_logical_partitioning(init, axes)
 
 
 class Precision(NamedTuple):
-    """Type of activations and matrix products, of parameters, and of gradients on their way between devices."""
+    """Dtypes of activations and matrix products, of parameters, and of gradient reductions between devices."""
 
     compute: Any = jnp.float32
     param: Any = jnp.float32
@@ -63,19 +63,19 @@ class Precision(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def project(
-    x: Float[Array, "B *rows I"], kernel: Float[Array, "I O"], axes: placement.Axes, out_dtype: Any, reduce_dtype: Any
+    x: Float[Array, "B *rows I"], kernel: Float[Array, "I O"], axes: collectives.Axes, out_dtype: Any, reduce_dtype: Any
 ) -> Float[Array, "B *rows O"]:
-    """x · kernel, computed in x's type; the kernel's gradient leaves the matrix unit in the kernel's own type.
+    """x · kernel, computed in x's dtype; the kernel's gradient is accumulated in the kernel's dtype.
 
-    So the sum over rows is float32 where parameters are, with bfloat16 operands; the one over devices is taken in
-    `reduce_dtype`. And the weight gradient is written as xᵀ · dy, where differentiation would write (dyᵀ · x)ᵀ: dy
-    comes out of a chain of elementwise operations, which a CPU would compute again in transposed order.
+    With float32 parameters the sum over rows is float32, also for bfloat16 operands; the sum over devices is taken in
+    `reduce_dtype`. The weight gradient is written as xᵀ · dy, not as (dyᵀ · x)ᵀ like autodiff does: dy comes from a
+    chain of elementwise operations, which a CPU would recompute in transposed order.
     """
     return _project_forward(x, kernel, axes, out_dtype, reduce_dtype)[0]
 
 
 def _project_forward(x, kernel, axes, out_dtype, reduce_dtype):
-    weight = checkpoint_name(placement.whole(kernel.astype(x.dtype), axes), "-".join(axes))
+    weight = checkpoint_name(collectives.all_gather_weight(kernel.astype(x.dtype), axes), "-".join(axes))
     with exact_products(x.dtype):
         y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
     return y, (x, weight, jnp.zeros((0,), kernel.dtype))
@@ -91,56 +91,56 @@ def _project_backward(axes, out_dtype, reduce_dtype, saved, dy):
 
     with exact_products(x.dtype):
         dx = jax.lax.dot_general(dy, weight, (((x.ndim - 1,), (1,)), ((), ())))
-        return dx, placement.sum_over_batch(partial_sum, (x, dy), axes, reduce_dtype)
+        return dx, collectives.reduce_scatter_grad(partial_sum, (x, dy), axes, reduce_dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def look_up(
+def embedding_lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], compute: Any, reduce_dtype: Any
 ) -> Float[Array, "B T D"]:
-    """The table's rows of `tokens` in the type `compute`; the table's gradient is summed like that of a projection."""
-    rows = jnp.take(placement.whole(table.astype(compute), TABLE_AXES), tokens, axis=0)
+    """Token embeddings in dtype `compute`; the table's gradient is reduced like that of `project`."""
+    rows = jnp.take(collectives.all_gather_weight(table.astype(compute), TOKEN_TABLE_AXES), tokens, axis=0)
     return nn.with_logical_constraint(rows, ("batch", "length", "activation"))
 
 
-def _look_up_backward(compute, reduce_dtype, saved, drows):
+def _embedding_lookup_backward(compute, reduce_dtype, saved, drows):
     tokens, empty = saved
 
     def partial_sum(tokens, drows):
         return jnp.zeros((empty.shape[1], drows.shape[-1]), empty.dtype).at[tokens].add(drows.astype(empty.dtype))
 
-    return placement.sum_over_batch(partial_sum, (tokens, drows), TABLE_AXES, reduce_dtype), None
+    return collectives.reduce_scatter_grad(partial_sum, (tokens, drows), TOKEN_TABLE_AXES, reduce_dtype), None
 
 
-look_up.defvjp(
+embedding_lookup.defvjp(
     lambda table, tokens, compute, reduce_dtype: (
-        look_up(table, tokens, compute, reduce_dtype),
+        embedding_lookup(table, tokens, compute, reduce_dtype),
         (tokens, jnp.zeros((0, table.shape[0]), table.dtype)),
     ),
-    _look_up_backward,
+    _embedding_lookup_backward,
 )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def add(
-    rows: Float[Array, "B *rows D"], term: Float[Array, "*last D"], axes: placement.Axes, reduce_dtype: Any
+    rows: Float[Array, "B *rows D"], term: Float[Array, "*last D"], axes: collectives.Axes, reduce_dtype: Any
 ) -> Float[Array, "B *rows D"]:
-    """Rows plus a parameter, a number for each of their last dimensions, in the type of the rows.
+    """Rows plus a parameter that is broadcast over the leading dimensions, in the dtype of the rows.
 
-    The parameter's gradient is summed like that of a projection: where rows are bfloat16, so would be a sum over all of
-    them, and over all devices, that differentiation makes.
+    The parameter's gradient is reduced like that of `project`: with bfloat16 rows, autodiff would also sum over rows
+    and devices in bfloat16.
     """
-    return rows + placement.whole(term.astype(rows.dtype), axes)
+    return rows + collectives.all_gather_weight(term.astype(rows.dtype), axes)
 
 
 def _add_backward(axes, reduce_dtype, empty, drows):
     def partial_sum(drows):
         return jnp.sum(drows, axis=tuple(range(drows.ndim - empty.ndim)), dtype=empty.dtype)
 
-    return drows, placement.sum_over_batch(partial_sum, (drows,), axes, reduce_dtype)
+    return drows, collectives.reduce_scatter_grad(partial_sum, (drows,), axes, reduce_dtype)
 
 
 add.defvjp(
@@ -154,8 +154,8 @@ add.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scale(rows: Float[Array, "B *rows D"], gain: Float[Array, " D"], reduce_dtype: Any) -> Float[Array, "B *rows D"]:
-    """Rows times the gain of a norm, in the type of the rows; its gradient is summed like that of a projection."""
-    return rows * placement.whole(gain.astype(rows.dtype), ("norm",))
+    """Rows times the gain of a norm, in the dtype of the rows; its gradient is reduced like that of `project`."""
+    return rows * collectives.all_gather_weight(gain.astype(rows.dtype), ("norm",))
 
 
 def _scale_backward(reduce_dtype, saved, drows):
@@ -165,7 +165,7 @@ def _scale_backward(reduce_dtype, saved, drows):
         products = rows.astype(gain.dtype) * drows.astype(gain.dtype)
         return jnp.sum(products, axis=tuple(range(rows.ndim - 1)))
 
-    return scale(drows, gain, reduce_dtype), placement.sum_over_batch(
+    return scale(drows, gain, reduce_dtype), collectives.reduce_scatter_grad(
         partial_sum, (rows, drows), ("norm",), reduce_dtype
     )
 
@@ -174,10 +174,10 @@ scale.defvjp(lambda rows, gain, reduce_dtype: (scale(rows, gain, reduce_dtype), 
 
 
 class Linear(nn.Module):
-    """x W (+ b), computed in the compute type. `axes` are the logical names of W's [in, out].
+    """x W (+ b), computed in the compute dtype. `axes` are the logical names of W's [in, out].
 
-    A `gain` of the inputs (the norm before) is multiplied into W: on a mesh each device does so for its own rows of W,
-    where multiplying x and summing the gain's gradient would be two passes over all activations.
+    A `gain` of the inputs (from the preceding norm) is multiplied into W: on a mesh each device does so for its own
+    rows of W. Multiplying x and summing the gain's gradient would be two passes over all activations.
     """
 
     features: int
@@ -206,11 +206,11 @@ class Linear(nn.Module):
 def normalise(
     x: Float[Array, "*rows D"], eps: float, compute: Any
 ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
-    """x / rms(x), statistics in float32, in the type `compute`; and zeros, to which `tell` adds a gradient.
+    """Returns x / rms(x) in dtype `compute`, statistics in float32, and the zeros for `with_grad_dot`.
 
-    With n = x · r and its gradient dn, dx = r · (dn - n · mean(dn · n)). Where n goes into matrices only, the sum of
-    dn · n over the width is that of dy · y over their outputs, and those are at hand before the products that make dn:
-    so dx is computed where dn leaves the matrix unit, in place of two more passes over all rows.
+    With n = x · r and its gradient dn, dx = r · (dn - n · mean(dn · n)). If n is consumed by matrices only, the sum of
+    dn · n over the width equals the sum of dy · y over their outputs, which is available before the products that make
+    dn. So dx is fused into the matmul that makes dn, which saves two passes over all rows.
     """
     return _normalise_forward(x, eps, compute)[0]
 
@@ -233,15 +233,15 @@ normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class Normed(NamedTuple):
-    """Rows over their rms, the gain that they still lack, and where to tell of what is made of them (`normalise`)."""
+    """Normalised activations, the gain not yet applied, and the zeros for `with_grad_dot` (see `normalise`)."""
 
     rows: Float[Array, "B S D"]
     gain: Float[Array, " D"]
-    told: Float[Array, "B S"]
+    grad_dot: Float[Array, "B S"]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), statistics in float32, cast to the compute type, times a gain (RECIPE.md §2)."""
+    """x / rms(x), statistics in float32, cast to the compute dtype, times a gain (RECIPE.md §2)."""
 
     eps: float
     precision: Precision
@@ -253,9 +253,9 @@ class RMSNorm(nn.Module):
         return scale(x.astype(self.precision.compute), gain, self.precision.reduce)
 
     def parts(self, x: Float[Array, "B S D"]) -> Normed:
-        """The same in parts, for rows that go into `Linear` layers only; all their outputs must be told."""
-        rows, told = normalise(x, self.eps, self.precision.compute)
-        return Normed(rows, self._gain(x.shape[-1]), told)
+        """Returns norm and gain separately, for `Linear` layers only; every consumer must feed `grad_dot`."""
+        rows, grad_dot = normalise(x, self.eps, self.precision.compute)
+        return Normed(rows, self._gain(x.shape[-1]), grad_dot)
 
     @nn.compact
     def _gain(self, width: int) -> Float[Array, " D"]:
@@ -263,7 +263,7 @@ class RMSNorm(nn.Module):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the rows decoded so far, and where the next row goes (one number for the batch)."""
+    """Keys and values of the rows decoded so far, and the index of the next row (one for the batch)."""
 
     key: Float[Array, "B S D"]
     value: Float[Array, "B S D"]
@@ -279,28 +279,28 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, normed: Normed, reads: Reads, cache: Cache | None = None
+        self, normed: Normed, mask_spec: MaskSpec, cache: Cache | None = None
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
-        rows, gain, told = normed
+        rows, gain, grad_dot = normed
         width = rows.shape[-1]
-        if self.attention == "xla":  # One pass over the rows, where q, k and v would take three.
-            ((rows,), told) = tell((rows,), told), None
-        made = (
+        if self.attention == "xla":  # Collecting on the input takes one pass; q, k and v would take three.
+            (rows,) = with_grad_dot((rows,), grad_dot)
+            grad_dot = None
+        q, k, v = (
             checkpoint_name(Linear(width, ("embed", "heads"), self.precision, name=name)(rows, gain), name)
             for name in ("query", "key", "value")
         )
-        q, k, v = made
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.key, k, cache.index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.value, v, cache.index, axis=1)
             cache = Cache(k, v, cache.index + rows.shape[1])
-        out = attend(q, k, v, reads, told, self.heads, self.attention)
+        out = attend(q, k, v, mask_spec, grad_dot, self.heads, self.attention)
         return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
 
 
 @jax.custom_vjp
 def gated_silu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
-    """silu(gate) · up. Its own gradient rule keeps only the two inputs, and computes the sigmoid again from them."""
+    """silu(gate) · up. The custom gradient rule saves only the two inputs and recomputes the sigmoid."""
     return nn.silu(gate) * up
 
 
@@ -321,13 +321,13 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, normed: Normed) -> Float[Array, "B S D"]:
-        made = (
+        gate_up = tuple(
             checkpoint_name(
                 Linear(self.hidden, ("embed", "mlp"), self.precision, name=name)(normed.rows, normed.gain), name
             )
             for name in ("gate", "up")
         )
-        hidden = gated_silu(*tell(tuple(made), normed.told))
+        hidden = gated_silu(*with_grad_dot(gate_up, normed.grad_dot))
         return Linear(normed.rows.shape[-1], ("hidden", "output"), self.precision, name="down")(hidden)
 
 
@@ -342,22 +342,23 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], reads: Reads, cache: Cache | None = None
+        self, x: Float[Array, "B S D"], mask_spec: MaskSpec, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         x = nn.with_logical_constraint(x, ("batch", "length", "activation"))
         normed = RMSNorm(self.eps, self.precision, name="norm_1").parts(x)
-        attended, cache = Attention(self.heads, self.precision, self.attention, name="attention")(normed, reads, cache)
+        attention = Attention(self.heads, self.precision, self.attention, name="attention")
+        attended, cache = attention(normed, mask_spec, cache)
         x = checkpoint_name(x + attended, "middle")
         normed = RMSNorm(self.eps, self.precision, name="norm_2").parts(x)
         return x + SwiGLU(self.hidden, self.precision, name="mlp")(normed), cache
 
 
-class Run(NamedTuple):
-    """How the blocks of a trunk are run; none of it changes a number but by rounding.
+class TrunkOptions(NamedTuple):
+    """Execution options of a trunk; they change results by rounding only.
 
-    layers: "scan" compiles one block, "loop" lets the compiler schedule across them.
-    remat: which activations the backward pass finds saved (`REMAT`); the others are computed again.
-    attention: XLA's, or our kernels.
+    layers: "scan" compiles one block, "loop" lets the compiler schedule across blocks.
+    remat: name of the activations saved for the backward pass (`REMAT`); the others are recomputed.
+    attention: XLA's attention or the Pallas kernels.
     """
 
     layers: LayerRun = "scan"
@@ -366,68 +367,70 @@ class Run(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """`depth` blocks and a final norm. The blocks' parameters are one tree, stacked over layers on the leading axis."""
+    """`depth` blocks and a final norm. The parameters of the blocks are one tree, stacked on a leading layer axis."""
 
     depth: int
     heads: int
     hidden: int
     eps: float
     precision: Precision
-    run: Run = Run()
+    options: TrunkOptions = TrunkOptions()
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        reads: Reads,
+        mask_spec: MaskSpec,
         cache: Cache | None = None,
-        collect: bool = False,
+        return_hidden_states: bool = False,
     ) -> tuple[Float[Array, "B S D"], Float[Array, "N B S D"] | None, Cache | None]:
-        """Returns the normed rows, the residual stream after every block (if `collect`), and the grown cache.
+        """Returns the normed rows, the residual stream after every block (or None), and the updated cache.
 
-        `cache` holds one cache a layer, stacked like the parameters. Initialisation computes neither of the last two.
+        The residual stream is returned with `return_hidden_states`. `cache` holds one cache per layer, stacked like the
+        parameters. Initialisation computes neither of the last two.
         """
-        layers, remat, attention = self.run
+        layers, remat, attention = self.options
         if cache is not None:
-            attention = "xla"  # The kernels read whole sequences of whole tiles.
+            attention = "xla"  # The kernels need whole sequences of whole tiles.
         block = Block(self.heads, self.hidden, self.eps, self.precision, attention, parent=None)
         norm = RMSNorm(self.eps, self.precision, name="norm")
-        one_row = Reads(reads.prefix[:1], reads.readable[:1, :1])
-        plain = block.clone(attention="xla")
-        stacked = parameter(self, "blocks", init_stacked, plain, self.depth, x[:1, :1], one_row)
-        if self.is_initializing():  # Blocks keep the shape of their rows: no more of them is needed.
+        one_row_mask = MaskSpec(mask_spec.prefix[:1], mask_spec.key_valid[:1, :1])
+        init_block = block.clone(attention="xla")
+        stacked = parameter(self, "blocks", init_stacked, init_block, self.depth, x[:1, :1], one_row_mask)
+        if self.is_initializing():  # Blocks keep the shape of x, so they need not run.
             return norm(x), None, None
         length = x.shape[1]
-        x, reads = _pad_rows(x, reads, padded_rows(length, attention))
+        x, mask_spec = _pad_rows(x, mask_spec, padded_rows(length, attention))
 
-        def run(x, layer):
+        def run_block(x, layer):
             params, cache = layer
-            x, cache = block.apply({"params": params}, x, reads, cache)
-            return x, (x if collect else None, cache)
+            x, cache = block.apply({"params": params}, x, mask_spec, cache)
+            return x, (x if return_hidden_states else None, cache)
 
-        x, (every, cache) = run_layers(run, x, (stacked, cache), self.depth, layers, remat)
-        every = every[:, :, :length] if collect else None
-        return norm(x[:, :length]), every, cache
+        x, (hidden_states, cache) = run_layers(run_block, x, (stacked, cache), self.depth, layers, remat)
+        hidden_states = hidden_states[:, :, :length] if return_hidden_states else None
+        return norm(x[:, :length]), hidden_states, cache
 
 
-def _pad_rows(x: Float[Array, "B S D"], reads: Reads, length: int) -> tuple[Float[Array, "B R D"], Reads]:
-    """`length` rows: those of `x`, and rows of zeros that nobody reads."""
-    missing = length - x.shape[1]
-    if not missing:
-        return x, reads
-    rows = ((0, 0), (0, missing))
-    return jnp.pad(x, (*rows, (0, 0))), reads._replace(readable=jnp.pad(reads.readable, rows))
+def _pad_rows(x: Float[Array, "B S D"], mask_spec: MaskSpec, length: int) -> tuple[Float[Array, "B R D"], MaskSpec]:
+    """Pads `x` to `length` with rows of zeros that are not valid as keys."""
+    num_padding = length - x.shape[1]
+    if not num_padding:
+        return x, mask_spec
+    padding = ((0, 0), (0, num_padding))
+    key_valid = jnp.pad(mask_spec.key_valid, padding)
+    return jnp.pad(x, (*padding, (0, 0))), mask_spec._replace(key_valid=key_valid)
 
 
 def parameter(module: nn.Module, name: str, init: Callable, *args: Any) -> Any:
-    """`module.param`, which traces `init` at every use to compare shapes: a quarter of what tracing a step took."""
+    """`module.param` without tracing `init` at every use, which took a quarter of the time to trace a step."""
     if module.is_initializing() or not module.has_variable("params", name):
         return module.param(name, init, *args)
     return meta.unbox(module.get_variable("params", name))
 
 
 def init_stacked(rng: jax.Array, block: nn.Module, depth: int, *inputs: Any) -> Any:
-    """Parameters of `depth` blocks, each drawn with its own key, stacked on a leading axis named "layers"."""
+    """Initialises `depth` blocks, each with its own key, stacked on a leading axis named "layers"."""
     params = jax.vmap(lambda key: block.init(key, *inputs)["params"])(jax.random.split(rng, depth))
     return meta.add_axis(params, 0, {meta.PARTITION_NAME: "layers"})
 
@@ -447,7 +450,7 @@ def run_layers(run: Callable, x: Any, stacked: Any, depth: int, layers: LayerRun
 
 
 def unstack(tree: Any, depth: int) -> list[Any]:
-    """The `depth` slices of every leaf. One split a leaf: its transpose is one concatenation, not `depth` additions."""
+    """Splits every leaf into `depth` slices; the transpose is one concatenation instead of `depth` additions."""
     leaves, treedef = jax.tree.flatten(tree)
     slices = [jax.lax.split(leaf, [1] * depth) for leaf in leaves]
     return [jax.tree.unflatten(treedef, [jnp.squeeze(parts[i], 0) for parts in slices]) for i in range(depth)]

@@ -1,4 +1,4 @@
-"""AIMv1's head: patches from features by blocks without attention, each row for itself.
+"""AIMv1's pixel head: predicts each patch from one feature row by MLP blocks without attention.
 
 B batch, L patches, M = L - 1, D width, C encoder width, P pixels a patch, T text.
 """
@@ -12,12 +12,21 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.models.decoder import Output, Predictions
-from aimv2_jax.models.layers import Linear, Precision, RMSNorm, Run, SwiGLU, init_stacked, parameter, run_layers
-from aimv2_jax.models.positions import sincos_positions
+from aimv2_jax.models.layers import (
+    Linear,
+    Precision,
+    RMSNorm,
+    SwiGLU,
+    TrunkOptions,
+    init_stacked,
+    parameter,
+    run_layers,
+)
+from aimv2_jax.models.position_embeddings import sincos_positions
 
 
 class MLPBlock(nn.Module):
-    """x += norm x; x += mlp(norm x): a block whose attention is the identity, as AIMv1's code has it."""
+    """x += norm x; x += mlp(norm x): a block whose attention is the identity, as in AIMv1's code."""
 
     hidden: int
     eps: float
@@ -34,8 +43,8 @@ class MLPBlock(nn.Module):
 class PatchMLP(nn.Module):
     """Features, a linear layer, fixed sin-cos positions, `depth` blocks, a norm, a linear layer (REFERENCE.md §11).
 
-    Structure and Xavier's initial numbers are AIMv1's [R]; norm and MLP are those of our blocks, where AIMv1 has
-    LayerNorm and GELU, so that a comparison is one of objectives; biases start at 0 [O].
+    The structure and the Xavier initialisation are AIMv1's [R]. Norm and MLP are those of our blocks instead of AIMv1's
+    LayerNorm and GELU, so that a comparison measures the objectives only. Biases start at 0 [O].
     """
 
     width: int
@@ -44,7 +53,7 @@ class PatchMLP(nn.Module):
     pixels: int
     eps: float = 1e-5
     precision: Precision = Precision()
-    run: Run = Run()
+    options: TrunkOptions = TrunkOptions()
 
     @nn.compact
     def predict(
@@ -55,8 +64,8 @@ class PatchMLP(nn.Module):
         tokens: Int[Array, "B T"],
         outputs: Collection[Output],
     ) -> Predictions:
-        """Predictions of patches 1 … L-1, float32, row i from feature i alone; never of text."""
-        del valid, tokens, outputs  # Rows don't meet: one of padding disturbs none.
+        """Predicts patches 1 … L-1, float32, row i from feature i only; logits are always None."""
+        del valid, tokens, outputs  # Rows are independent, so padding needs no mask.
         zeros = nn.initializers.zeros
         x = Linear(self.width, ("features", "output"), self.precision, bias_init=zeros, name="embed")(features[:, :-1])
         x += sincos_positions(coords[:, :-1], self.width).astype(self.precision.compute)
@@ -67,8 +76,8 @@ class PatchMLP(nn.Module):
             x,
             stacked,
             self.depth,
-            self.run.layers,
-            self.run.remat,
+            self.options.layers,
+            self.options.remat,
         )
         x = RMSNorm(self.eps, self.precision, name="norm")(x)
         head = Linear(

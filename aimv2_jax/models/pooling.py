@@ -1,4 +1,4 @@
-"""Patches pooled to one vector by a learned query. B batch, L patches, D width, H heads, E head dim."""
+"""Attention pooling with a learned query. B batch, L patches, D width, H heads, E head dim."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from aimv2_jax.models.precision import exact_products
 
 
 class AttentionPool(nn.Module):
-    """One query over all patches: keys and values without bias, the query as it is, no output matrix.
+    """Attention of one query over all patches: keys and values without bias, no query or output projection.
 
-    RECIPE.md §11. The query is taken through the keys' matrix, and the pooled patches through the values': keys and
-    values of all patches would be two [B, L, D] more, for the same numbers.
+    RECIPE.md §11. The query is multiplied by the key matrix and the pooled patches by the value matrix: computing keys
+    and values for all patches would need two more [B, L, D] arrays for the same result.
     """
 
     heads: int
@@ -35,7 +35,7 @@ class AttentionPool(nn.Module):
 
 
 class _Matrix(nn.Module):
-    """The kernel of a linear layer, [in, out]."""
+    """Kernel of a linear layer, [in, out]."""
 
     width: int
 
@@ -45,7 +45,7 @@ class _Matrix(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """What Hugging Face and Apple put on an encoder with `use_head`: the pool, and a linear layer with bias."""
+    """Head of Hugging Face and Apple encoders with `use_head`: attention pooling and a linear layer with bias."""
 
     heads: int
 

@@ -1,4 +1,4 @@
-"""Matrix products of float32 that are computed in float32 on every platform."""
+"""Full-precision float32 matrix products on every platform."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 
 def exact_products(dtype: Any) -> contextlib.AbstractContextManager:
-    """Where products of operands of type `dtype` are traced: float32 ones are not rounded on the way.
+    """Context for tracing products of operands of type `dtype` that keeps float32 operands unrounded.
 
     By default a TPU rounds float32 operands to bfloat16, and a GPU may round them to TF32. Gradients that jax derives
-    from such a product are as exact. Products of narrower types stay as they are.
+    from such a product have the same precision. Products of narrower types are unchanged.
     """
-    exact = jnp.dtype(dtype) == jnp.float32
-    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+    is_float32 = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Sizes of the published models, in one table. Imports no jax, so that experiments may read it."""
+"""Sizes of the published models. Does not import jax, so that experiment files can use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Size:
     heads: int
 
 
-# RECIPE.md §1 [P, R]; 128 channels a head. Below "base" they are ours, of 64 a head: for two CPU cores.
+# RECIPE.md §1 [P, R], with 128 channels per head. Sizes below "base" are ours, with 64 per head, for two CPU cores.
 ENCODER_SIZES = {
     "nano": Size(64, 4, 1),
     "micro": Size(128, 4, 2),
@@ -33,6 +33,6 @@ def swiglu_hidden(width: int, multiple_of: int = 256) -> int:
     return -(-hidden // multiple_of) * multiple_of
 
 
-def kept_rows(share: float, length: int) -> int:
-    """Encoder rows of `length` that the decoder is given: the nearest whole number to the share, at least one."""
+def num_kept_tokens(share: float, length: int) -> int:
+    """Number of encoder rows that the decoder receives: share · length, rounded, at least one."""
     return max(1, round(share * length))

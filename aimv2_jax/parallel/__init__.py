@@ -1,1 +1,1 @@
-"""Mesh, sharding rules and processes. Knows nothing of models or data."""
+"""Mesh, sharding rules and collectives, independent of models and data."""

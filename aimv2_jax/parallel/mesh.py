@@ -1,4 +1,4 @@
-"""The mesh of devices, and which rows of a batch this process holds."""
+"""Device mesh, and the batch rows of each process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ AXES = ("slice", "data", "fsdp", "tensor")
 
 
 def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, slices outermost; one of the sizes within a slice may be -1 and takes what is left.
+    """Builds a mesh over all devices, slices outermost; one of the sizes within a slice may be -1 (all remaining).
 
-    Only TPUs have slices that a mesh must follow. A GPU has a `slice_index`, too, but that is the number of its node,
-    or of the nodes that NVLink joins (XLA's GPU client): axes may span them, and `mesh.slices` may be any divisor.
+    Only TPUs have slices that a mesh must follow. The `slice_index` of a GPU is the index of its node, or of its group
+    of nodes joined by NVLink (XLA's GPU client): axes may span nodes, and `mesh.slices` may be any divisor.
 
     Raises:
-      UserError: where the sizes don't multiply to the number of devices, or slices are not those of the hardware.
+      UserError: if the product of the sizes is not the number of devices, or the slices are not those of the hardware.
     """
     devices = list(jax.devices() if devices is None else devices)
     by_slice: dict[int, list[jax.Device]] = {}
     for device in devices:
         by_slice.setdefault(device.slice_index if _has_slices(device) else 0, []).append(device)
-    if len(by_slice) == 1:  # One slice, or devices that know of none: any split of them will do.
-        devices.sort(key=lambda device: device.id)  # Neighbours are on one node.
+    if len(by_slice) == 1:  # One hardware slice, or no slices at all: the devices may be split in any way.
+        devices.sort(key=lambda device: device.id)  # Devices of one node have consecutive ids.
         share = len(devices) // slices if len(devices) % slices == 0 else len(devices)
         by_slice = {i: devices[i * share : (i + 1) * share] for i in range(len(devices) // share)}
     if len(by_slice) != slices:
@@ -50,33 +50,33 @@ def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence
         )
     try:
         return Mesh(np.stack([mesh_utils.create_device_mesh(sizes, by_slice[i]) for i in sorted(by_slice)]), AXES)
-    except NotImplementedError as error:  # Sizes that cut across the rings of the torus.
+    except NotImplementedError as error:  # The sizes cut across the rings of the torus.
         raise UserError(
-            "config mesh.data x mesh.fsdp x mesh.tensor does not lie along the axes of the topology",
+            "config mesh.data x mesh.fsdp x mesh.tensor does not follow the axes of the topology",
             " x ".join(map(str, sizes)),
             "Choose sizes that are products of whole axes, such as mesh.fsdp=16 on v5e:16x16 or v5p:4x4x16",
         ) from error
 
 
 def _has_slices(device: jax.Device) -> bool:
-    """Whether the device lies in a slice of TPUs."""
+    """Whether the device belongs to a TPU slice."""
     return device.platform == "tpu" and hasattr(device, "slice_index")
 
 
 def check_batch(size: int, mesh: Mesh, key: str, microbatches: int = 1) -> None:
-    """Raises UserError where `size` rows, the value of config `key`, don't divide evenly over the mesh."""
+    """Raises UserError if `size` rows, the value of config `key`, do not divide evenly over the mesh."""
     shards = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
     if size % (shards * microbatches):
         parts = f"{shards} devices" + (f" x {microbatches} microbatches" if microbatches > 1 else "")
         raise UserError(
-            f"config {key} does not divide over the devices of mesh.slices x mesh.data x mesh.fsdp",
+            f"config {key} does not divide evenly over mesh.slices x mesh.data x mesh.fsdp",
             f"{size} rows, {parts}",
             f"Use a multiple of {shards * microbatches}",
         )
 
 
 def local_rows(sharding: NamedSharding, size: int, devices: Sequence[jax.Device] | None = None) -> np.ndarray:
-    """The rows of a global batch that `devices` (this process', unless given) hold, ascending."""
+    """Returns the rows of a global batch held by `devices` (default: those of this process), ascending."""
     rows = np.arange(size)
     index_of = sharding.devices_indices_map((size,))
     devices = sharding.addressable_devices if devices is None else devices

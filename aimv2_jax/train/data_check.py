@@ -1,6 +1,6 @@
-"""Checks that all processes of a run have the same data and tokenizer, and that they are those of the steps before.
+"""Checks that all processes of a run have the same data and tokenizer, which must be those of the steps before.
 
-Paths may change when a run is continued, and hosts may read copies on their own disks: so the content is compared.
+Paths may change when a run is resumed, and hosts may read copies on their own disks, so contents are compared.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from typing import Any
 
 from aimv2_jax.config import Config
 from aimv2_jax.data import identity, pipeline
-from aimv2_jax.data.storage import patience_s
 from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.distributed import coordination
 from aimv2_jax.errors import UserError
-from aimv2_jax.parallel import processes
-from aimv2_jax.train.course import Course
-from aimv2_jax.train.events import Events
-from aimv2_jax.train.run import say
+from aimv2_jax.monitoring.events import EventLog
+from aimv2_jax.resilience.progress import TrainProgress
+from aimv2_jax.storage.retries import patience_s
+from aimv2_jax.train.loop import log
 
 
 def identify_data(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """Identifies the training data and the tokenizer (`data.identity`), and compares them between the processes.
 
     Raises:
-      UserError: where they differ, or held-out sets do; with the hosts, and what each has.
+      UserError: where they or the held-out datasets differ; it names the hosts, and what each has.
     """
     limit_s = patience_s(config.watch.data_s)
     training, held_out = (
@@ -31,50 +31,53 @@ def identify_data(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         for sources in (config.data.sources, config.eval.sources)
     )
     mine = {"training": training, "evaluation": held_out}
-    hosts = processes.hosts()
-    everyone = processes.gather("data", mine, config.processes.barrier_timeout_s)
+    hosts = coordination.hosts()
+    identities = coordination.all_gather("data", mine, config.processes.barrier_timeout_s)
     differing: dict[str, list[str]] = {}
-    for index, theirs in everyone.items():
-        for purpose, data in theirs.items():
-            for what, first, other in identity.differences(everyone[0][purpose], data):
-                found = differing.setdefault(f"{what} of the {purpose}", [f"{first} on process 0 ({hosts[0]})"])
-                found.append(f"{other} on process {index} ({hosts[index]})")
-    for what, found in differing.items():
+    for index, other_process in identities.items():
+        for purpose, data in other_process.items():
+            for what, first, other in identity.differences(identities[0][purpose], data):
+                values = differing.setdefault(f"{what} of the {purpose}", [f"{first} on process 0 ({hosts[0]})"])
+                values.append(f"{other} on process {index} ({hosts[index]})")
+    for what, values in differing.items():
         remedy = "Copy it from one host to the others, so that all read the same"
-        raise UserError(f"{what} differs between the processes", "; ".join(found), remedy)
+        raise UserError(f"{what} differs between the processes", "; ".join(values), remedy)
     return training
 
 
-def continue_on(course: Course, data: Mapping[str, Any], accepted: str | None, events: Events | None = None) -> Course:
-    """Compares `data`, which is there now, with that of the steps before; the course with `data` from here on.
+def check_data(
+    progress: TrainProgress, data: Mapping[str, Any], accepted: str | None, events: EventLog | None = None
+) -> TrainProgress:
+    """Compares the current `data` with that of the steps before, and returns the progress with `data` from here on.
 
     Args:
-      course: of a checkpoint, or of a run that begins, with which everything agrees.
-      data: as `identify_data` gives it.
-      accepted: the digest of data that may differ; a change is logged, written to `events`, and kept in the course.
-      events: of the run.
+      progress: of a checkpoint, or of a new run, which accepts any data.
+      data: the result of `identify_data`.
+      accepted: the digest of data that may differ. A change is logged, written to `events` and stored in the progress.
+      events: the event log of the run.
 
     Raises:
       UserError: for the first difference that is not accepted, with both sides.
     """
-    if course.data is None:
-        if course.step:
-            say(
-                f"the checkpoint of step {course.step} is of an older version and does not record its data and "
-                "tokenizer: nothing can be compared with those that are there now. Examples come in another order since"
+    if progress.data is None:
+        if progress.step:
+            log(
+                f"the checkpoint of step {progress.step} is of an older version and does not record its data and "
+                "tokenizer. They cannot be compared with the current ones. The order of examples has changed since"
             )
-        return course.on_data(data)
-    found, digest = list(identity.differences(course.data, data)), identity.digest(data)
-    if found and digest != accepted:
-        what, before, now = found[0]
+        return progress.with_data(data)
+    differences = list(identity.differences(progress.data, data))
+    digest = identity.digest(data)
+    if differences and digest != accepted:
+        what, before, now = differences[0]
         raise UserError(
-            f"{what} is not that of the steps up to {course.step}",
+            f"{what} is not that of the steps up to {progress.step}",
             f"{before} before, {now} now",
-            f"Restore it, give another --workdir, or go on with the new one by --accept_data={digest}",
+            f"Restore it, give another --workdir, or continue with the new one by --accept_data={digest}",
         )
-    changes = [f"{what}: {before} before, {now} now" for what, before, now in found]
+    changes = [f"{what}: {before} before, {now} now" for what, before, now in differences]
     for change in changes:
-        say(f"from step {course.step} on with other data, as --accept_data allows: {change}")
+        log(f"the data changes from step {progress.step} on, as --accept_data allows: {change}")
     if changes and events is not None:
-        events.write("data_changed", course.step, what=changes)
-    return course.on_data(data, changes)
+        events.write("data_changed", progress.step, what=changes)
+    return progress.with_data(data, changes)

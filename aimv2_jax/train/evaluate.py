@@ -1,4 +1,4 @@
-"""Held-out losses during training: both at fixed prefix lengths, the text's at full prefix too."""
+"""Held-out losses during training: all losses at fixed prefix lengths, the text loss also at full prefix."""
 
 from __future__ import annotations
 
@@ -10,79 +10,79 @@ import jax
 import numpy as np
 
 from aimv2_jax.errors import UserError
-from aimv2_jax.train.program import Program
+from aimv2_jax.train.builder import TrainSetup
 from aimv2_jax.train.task import SumCount
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def fixed_prefixes(fractions: Sequence[float], valid: np.ndarray) -> list[np.ndarray]:
-    """For each share, the prefix lengths [B] of examples with the given valid patches [B, L].
+    """Returns for each fraction the prefix lengths [B] of examples with the given valid patches [B, L].
 
-    K is the nearest whole number to share x n, kept to {1 … n-1}; a row without patches gets 1.
+    The length is fraction x n, rounded and clipped to {1 … n-1}; a row without patches gets 1.
     """
     num_valid = valid.sum(axis=1)
     return [np.clip(np.rint(f * num_valid), 1, np.maximum(num_valid - 1, 1)).astype(np.int32) for f in fractions]
 
 
 def full_prefix(valid: np.ndarray) -> np.ndarray:
-    """Prefix lengths [B] with which the encoder reads every valid patch [B, L] freely."""
+    """Returns the prefix lengths [B] that give full attention over the valid patches [B, L]."""
     return valid.sum(axis=1).astype(np.int32)
 
 
 def evaluate(
-    program: Program,
+    setup: TrainSetup,
     params: Any,
     batches: Iterable[Arrays],
     put: Callable[[Arrays], dict[str, jax.Array]],
     average: Any = None,
 ) -> dict[str, float]:
-    """Losses of `params` over held-out batches.
+    """Computes the losses of `params` over held-out batches.
 
     Args:
-      program: whose task and settings of evaluation they are.
-      params: of the task.
-      batches: this process' rows of each batch (LAYOUT.md, "Batch").
-      put: makes the global arrays of such rows.
-      average: other parameters, whose figures are given beside, under the same names with `_ema`.
+      setup: provides the task and the evaluation settings.
+      params: parameters of the task.
+      batches: this process' rows of each batch (docs/architecture.md, "Batch").
+      put: makes global arrays of such rows.
+      average: averaged parameters, whose losses are returned under the same names with the suffix `_ema`.
 
     Returns:
-      `eval_loss`, `eval_loss_<name>` (sums over all prefixes, kinds and examples, divided once) and
-      `eval_loss_text_full_prefix`, where the encoder reads the whole picture freely. An encoder that was trained to do
-      so does so for all of them.
+      `eval_loss`, `eval_loss_<name>` (sums over all prefixes, caption types and examples, divided once) and
+      `eval_loss_text_full_prefix`, with full attention over the image. An encoder that was trained with full attention
+      uses it for all losses.
 
     Raises:
-      UserError: where nothing was counted, which is no loss of 0.
+      UserError: if a loss has no terms, which must not be reported as a loss of 0.
     """
-    task = program.task
-    prefixes = program.config.eval.prefixes if task.attention_mask == "prefix" else ()
+    task = setup.task
+    prefixes = setup.config.eval.prefixes if task.attention_mask == "prefix" else ()
     evaluated = {"": params} | ({} if average is None else {"_ema": average})
-    totals = {ending: (Totals(), Totals()) for ending in evaluated}
+    totals = {suffix: (Totals(), Totals()) for suffix in evaluated}
     for arrays in batches:
         batch = put(arrays)
         fixed = [put({"prefix": prefix})["prefix"] for prefix in fixed_prefixes(prefixes, arrays["valid"])]
         full = put({"prefix": full_prefix(arrays["valid"])})["prefix"]
-        for ending, (at_fixed, at_full) in totals.items():
+        for suffix, (at_fixed, at_full) in totals.items():
             for prefix in fixed:
-                at_fixed.add_terms(program.eval_sums(evaluated[ending], batch, prefix))
+                at_fixed.add_terms(setup.eval_sums(evaluated[suffix], batch, prefix))
             if "text" in task.weights:
-                at_full.add_terms(program.eval_sums(evaluated[ending], batch, full))
+                at_full.add_terms(setup.eval_sums(evaluated[suffix], batch, full))
     values = {}
-    for ending, (at_fixed, at_full) in totals.items():
-        figures = _figures(program, at_fixed if prefixes else at_full, at_full)
-        values |= {f"{name}{ending}": value for name, value in figures.items()}
+    for suffix, (at_fixed, at_full) in totals.items():
+        means = _mean_losses(setup, at_fixed if prefixes else at_full, at_full)
+        values |= {f"{name}{suffix}": value for name, value in means.items()}
     return values
 
 
-def _figures(program: Program, fixed: Totals, full: Totals) -> dict[str, float]:
-    task = program.task
+def _mean_losses(setup: TrainSetup, fixed: Totals, full: Totals) -> dict[str, float]:
+    task = setup.task
     losses = {name: fixed.mean(name) for name in task.weights}
     for name, loss in losses.items():
         if loss is None:
             raise UserError(
-                f"the held-out sets of config eval.sources have nothing to measure the {name} loss on",
-                ", ".join(program.config.eval.sources.values()),
-                "Prepare them again, or set eval.sources to others",
+                f"the held-out datasets of config eval.sources contain nothing to measure the {name} loss on",
+                ", ".join(setup.config.eval.sources.values()),
+                "Prepare them again, or set eval.sources to other datasets",
             )
     values = {"eval_loss": sum(weight * losses[name] for name, weight in task.weights.items())}
     values |= {f"eval_loss_{name}": loss for name, loss in losses.items()}
@@ -92,7 +92,7 @@ def _figures(program: Program, fixed: Totals, full: Totals) -> dict[str, float]:
 
 
 class Totals:
-    """Sums and counts by name, on the host in float64, kept apart until the end."""
+    """Accumulates sums and counts by name, on the host in float64, divided only at the end."""
 
     def __init__(self):
         self._sums: collections.Counter[str] = collections.Counter()
@@ -104,10 +104,10 @@ class Totals:
         self._counts[name] += int(count)
 
     def add_terms(self, terms: Mapping[str, SumCount]) -> None:
-        """Adds what a task's `loss` gives."""
+        """Adds the result of a task's `loss`."""
         for name, term in terms.items():
             self.add(name, term.sum, term.count)
 
     def mean(self, name: str) -> float | None:
-        """Sum over count; None where nothing was counted."""
+        """Returns sum over count, or None if the count is 0."""
         return self._sums[name] / self._counts[name] if self._counts[name] else None

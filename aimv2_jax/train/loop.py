@@ -1,297 +1,553 @@
-"""The training loop from outside: where a run starts, and how it ends. What it does in between: run.py.
+"""The training loop. It is the only owner of the state that changes during a run.
 
-What is decided here by what lies in the workdir, process 0 decides for all (`processes.agree`).
+The order of a step is a contract:
+
+1. take the batch of step i (the devices are still busy with step i-1), and transfer it to the devices;
+2. dispatch step i;
+3. only then read the metrics of step i-1, so that the devices never wait for the host; this read detects non-finite
+   steps and spikes;
+4. where step i is due to be evaluated or saved: read its own metrics first, then evaluate, then save. The checkpoint
+   records the evaluation of exactly this state. A failed save makes the next step due. A non-finite step is not saved,
+   except as the last step or as the step at which a stop request ends the run: its state is that of the steps before.
+
+A run that is asked to stop (resilience/preemption.py) saves step i, the same on all processes, and ends; a running
+evaluation is abandoned. A spike may rewind the run (resilience/rewind.py). Every decision here is the same on every
+process: it follows from the step number, from values that all processes have, or from `coordination.broadcast`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import platform
+import math
+import os
+import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
-from aimv2_jax.config import Config, config_digest, config_text
+from aimv2_jax.checkpoint.checkpointer import Checkpointer
+from aimv2_jax.config import BatchShape
+from aimv2_jax.console import print_line
 from aimv2_jax.data import pipeline
-from aimv2_jax.data.identity import TOKENIZER
-from aimv2_jax.data.skips import with_examples
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, UserError, last_words
-from aimv2_jax.files import is_remote, make_folder, write_whole
-from aimv2_jax.locks import claimed
-from aimv2_jax.models.aimv2 import count_parameters
-from aimv2_jax.parallel import processes
-from aimv2_jax.train import device_errors
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, state_bytes
-from aimv2_jax.train.course import Course
-from aimv2_jax.train.data_check import continue_on, identify_data
-from aimv2_jax.train.events import Event, Events, process_age_s
-from aimv2_jax.train.interruptions import FOLDER
-from aimv2_jax.train.metrics import MetricsWriter
-from aimv2_jax.train.optimizer import decay_report
-from aimv2_jax.train.profile import Profiler
-from aimv2_jax.train.program import Program, build_program
-from aimv2_jax.train.resume import check_resumable, check_trunk
-from aimv2_jax.train.run import Run, say
-from aimv2_jax.train.step import TrainState
-from aimv2_jax.train.warm_start import Donor, RunDonor, warm_start
-from aimv2_jax.train.watchdog import Hang, Watchdog, register_dump_signal
-from aimv2_jax.untrusted import printable
-from aimv2_jax.versions import installed_versions
-
-_LOCK = "lock"
-_CLOCK_S = 2.0  # By which the clocks of two hosts may differ.
+from aimv2_jax.distributed import coordination
+from aimv2_jax.errors import EXIT_FINISHED, EXIT_RETRY, StorageError, TrainingAborted, UserError
+from aimv2_jax.monitoring.counters import BadRecordFile, ExampleCounter
+from aimv2_jax.monitoring.events import EventLog, TimeAccounting
+from aimv2_jax.monitoring.flops import flops_per_example, model_flops_utilisation
+from aimv2_jax.monitoring.input_stalls import InputMonitor
+from aimv2_jax.monitoring.metrics import MetricsWriter, ProgressLine, Stopwatch
+from aimv2_jax.monitoring.nonfinite import write_record
+from aimv2_jax.monitoring.profiler import Profiler
+from aimv2_jax.parallel.mesh import local_rows
+from aimv2_jax.parallel.rules import replicated
+from aimv2_jax.resilience import device_errors
+from aimv2_jax.resilience.preemption import PreemptionHandler
+from aimv2_jax.resilience.progress import TrainProgress
+from aimv2_jax.resilience.rewind import Spike, plan_rewind
+from aimv2_jax.resilience.storage_failures import storage_failure
+from aimv2_jax.resilience.watchdog import Watchdog
+from aimv2_jax.train.builder import TrainSetup
+from aimv2_jax.train.evaluate import evaluate
+from aimv2_jax.train.sdc_check import Mismatch, SdcCheck
+from aimv2_jax.train.step import AveragedState, TrainState
 
 
-def train(
-    config: Config,
-    workdir: epath.PathLike,
-    tokenizer: Tokenizer,
-    donor: Callable[[], Donor] | None = None,
-    skip_examples: tuple[int, int] | None = None,
-    accept_data: str | None = None,
-) -> int:
-    """Trains until `train.steps`, from the newest intact checkpoint of `workdir` where there is one; the exit code.
+class _CompiledStep(NamedTuple):
+    """The train step for one batch shape: host-to-device transfer, compiled function, model FLOPs of a batch."""
 
-    Where there is none, a cooldown (`train.cooldown_from`) starts from that step of its trunk, a run with `init.path`
-    from the parameters that `donor` opens (by default those of another run there), and any other run anew. The batches
-    with any of the examples [a, b) of `skip_examples` are jumped over. Data and tokenizer must be those of the
-    checkpoint, unless `accept_data` is the digest of the ones that are there now.
+    put: Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]
+    compiled: Callable[..., Any]
+    flops: float
 
-    Returns:
-      EXIT_FINISHED, or EXIT_AGAIN where it was asked to stop before, and has saved the step at which it did.
 
-    Raises:
-      UserError: before anything compiles, for what cannot work; later, when a checkpoint cannot be written.
-      GuardStop: on losses or gradients that aren't finite, on spikes that come again and again, on too many bad
-        records, and where a step computed twice came out different.
+class _PendingStep(NamedTuple):
+    """A dispatched step whose metrics are not read yet.
+
+    Attributes:
+      number: of the step.
+      batch: index of its batch.
+      metrics: on the devices.
+      counts: cumulative examples and bad records, this step included.
+      examples: in this step's batch.
+      flops: model FLOPs of this step.
     """
-    workdir = epath.Path(workdir)
-    cache = cache_folder(config.train.compilation_cache, workdir, jax.default_backend())
-    if cache is not None:
-        _keep_compiled(cache)
-    program = build_program(config)
-    size = state_bytes(program.abstract_state)
-    timeout_s = config.processes.barrier_timeout_s
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            stack.enter_context(_claimed(workdir))
-        processes.agree("claim of the workdir", True, timeout_s)  # Until it is process 0's, nobody touches it.
-        if not is_remote(workdir) and not (workdir / _LOCK).exists():
-            remedy = "Give a folder on a disk that all hosts share, or gs://BUCKET/FOLDER"
-            raise UserError("--workdir is another folder here than on process 0's host", str(workdir), remedy)
-        events = stack.enter_context(Events(workdir, process_age_s()))
-        _check_clock(events)
-        watchdog = stack.enter_context(_watchdog(workdir, config, events))
-        starting = stack.enter_context(contextlib.ExitStack())
-        starting.enter_context(watchdog.watching("start", 0))
-        data = identify_data(config, tokenizer)
-        checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_steps)
-        stack.enter_context(_closed_in_time(checkpointer, watchdog))
-        latest = _newest_intact(checkpointer, events)
-        if latest is not None:
-            check_resumable(checkpointer.meta(latest)["config"], config)
-            if latest >= config.train.steps:
-                more = "raise train.steps to go on" if config.cooldown is None else "it has cooled down"
-                say(f"already finished: {workdir} has step {latest} of {config.train.steps}; {more}")
-                return EXIT_FINISHED
-        check_free_space(workdir, size)
-        writer = stack.enter_context(
-            MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
+
+    number: int
+    batch: int
+    metrics: Mapping[str, jax.Array]
+    counts: jax.Array
+    examples: int
+    flops: float
+
+
+class _StopRequested(Exception):
+    """The run was asked to stop while it was evaluating."""
+
+
+class TrainLoop:
+    """The loop's mutable state and resources, apart from the train state itself.
+
+    Args:
+      initial_state: returns the state and progress of a run that has no checkpoint.
+    """
+
+    def __init__(
+        self,
+        setup: TrainSetup,
+        workdir: epath.Path,
+        tokenizer: Tokenizer,
+        checkpointer: Checkpointer,
+        writer: MetricsWriter,
+        events: EventLog,
+        profiler: Profiler,
+        watchdog: Watchdog,
+        initial_state: Callable[[], tuple[TrainState, TrainProgress]],
+    ):
+        config = setup.config
+        self.setup = setup
+        self.config = config
+        self.workdir = workdir
+        self.tokenizer = tokenizer
+        self.checkpointer = checkpointer
+        self.writer = writer
+        self.events = events
+        self.profiler = profiler
+        self.watchdog = watchdog
+        self.initial_state = initial_state
+        # Without evaluation, eval.batch_size need not fit the devices.
+        self.eval_rows = local_rows(setup.batch_sharding, config.eval.batch_size) if config.eval.sources else range(0)
+        self.counter = ExampleCounter(list(config.data.sources), pipeline.REASONS, replicated(setup.mesh))
+        self.preemption = PreemptionHandler()
+        self.sampler = pipeline.training_sampler(config, pipeline.open_sources(config.data.sources))
+        self.bad_records: BadRecordFile | None = None  # Opened by `_train_from`.
+        self.compiled: dict[BatchShape, _CompiledStep] = {}
+        self.sdc_check: SdcCheck | None = None
+        self.stopwatch = Stopwatch()
+        self.time_accounting = TimeAccounting()
+        self.save_stall_s = 0.0  # Time blocked on saves since the last log line.
+        self.input_monitor = InputMonitor(
+            workers=config.data.workers,
+            read_threads=config.data.read_threads,
+            prefetch=config.data.prefetch,
+            builders=pipeline.builders(config.data.workers),
+            cores=pipeline.cores(),
         )
-        profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
+        self.progress_line = ProgressLine(config.train.steps)
+        # Holds the signal handlers, and the watch on the end of a run that was asked to stop.
+        self.exit_stack = contextlib.ExitStack()
+        # Whether the barrier on the first batch has passed; once in the life of a process.
+        self.first_batch_synced = False
+        self.first_step = 0  # The step whose state the process began with.
+        self.current_step = 0  # The step that is being dispatched, waited for, or evaluated.
+        self.last_read_step = 0  # The last step whose metrics were read.
+        self.consecutive_nonfinite = 0  # Consecutive non-finite steps, up to the last one read.
+        self.must_save = False  # Whether a save failed, and the next step that can be saved makes up for it.
+        self.last_step_unevaluated = False  # Whether a stop request came during the evaluation of the last step.
 
-        begin_s = time.monotonic()
-        with device_errors.running(lambda: latest or 0, watchdog.interruptions, events):
-            state, course = begin(program, donor, data) if latest is None else _continue(checkpointer, latest, program)
-        course = continue_on(course, data, accept_data, events)
-        course = _skipping(course, skip_examples, config, events)
-        _introduce(program, workdir, latest, size)
-        _note_start(events, program, course.step, None if latest is None else time.monotonic() - begin_s)
-        if jax.process_index() == 0:
-            write_whole(workdir / "config.txt", config_text(config).encode())
-        again = partial(begin, program, donor, data)
-        run = Run(program, workdir, tokenizer, checkpointer, writer, events, profiler, watchdog, again)
-        starting.close()
-        with _end_noted(events, run):
-            return run.train(state, course)
+    def train(self, state: TrainState, progress: TrainProgress) -> int:
+        """Trains to the last step, or until it is asked to stop; returns the exit code."""
+        self.first_step = self.current_step = progress.step
+        running = device_errors.running(lambda: self.current_step, self.watchdog.failures, self.events)
+        with jax.transfer_guard("disallow"), running, self.exit_stack:
+            while True:
+                spike = None
+                try:
+                    stopped = self._train_from(state, progress)
+                    break
+                except Spike as error:
+                    spike = error.with_traceback(None)  # The traceback's frames would keep the state alive.
+                del state
+                state, progress = self._rewind(spike, progress)
+        steps = self.config.train.steps
+        if stopped is not None:
+            log(f"stopped on request: step {stopped} of {steps} is saved; the same command continues from it")
+            self.events.write("progress", stopped, **self.time_accounting.seconds())
+            self.events.write("preemption", stopped)
+            self.events.write("stop", stopped, code=EXIT_RETRY, why="asked to stop")
+            return EXIT_RETRY
+        reason = "finished"
+        message = f"finished: step {steps}, best checkpoint at step {self.checkpointer.best_step()}"
+        if self.last_step_unevaluated:
+            reason += ", and asked to stop before the last step was evaluated"
+            command = f"python -m aimv2_jax.eval.heldout --checkpoint={shlex.quote(f'{self.workdir}:{steps}')}"
+            message += f"; step {steps} is not evaluated, since the run was asked to stop. To evaluate it: {command}"
+        log(message)
+        self.events.write("stop", steps, code=EXIT_FINISHED, why=reason)
+        return EXIT_FINISHED
 
+    def _train_from(self, state: TrainState, progress: TrainProgress) -> int | None:
+        """Trains from `progress.step` on; returns the step at which a request stopped it, or None."""
+        config = self.config
+        self.last_read_step = progress.step
+        self.consecutive_nonfinite = 0
+        self.writer.cut_after(progress.step)
+        with (
+            BadRecordFile(self.workdir, jax.process_index(), progress.step) as self.bad_records,
+            self._batches(progress) as batches,
+        ):
+            self._compile()
+            if progress.step == 0 and config.train.eval_at_start and config.eval.sources:
+                self._evaluate(0, state)
+            stopped = self._run_steps(state, progress, batches)
+            with self.time_accounting.on("saving"), self.watchdog.watching("save", self.last_read_step):
+                self.checkpointer.wait()
+                self._retire_failures()
+        return stopped
 
-def _watchdog(workdir: epath.Path, config: Config, events: Events) -> Watchdog:
-    """Looks after the run from now on; what hangs is told to the watcher of this process, and to the books."""
-    register_dump_signal()
-    file = str(workdir / FOLDER)
+    def _batches(self, progress: TrainProgress) -> pipeline.BatchIterator:
+        """The batches from `progress` on; workers that stall for half of `watch.data_s` are restarted."""
+        config = self.config
+        rows_of = partial(local_rows, self.setup.batch_sharding)
 
-    def note(hang: Hang) -> None:
-        events.write("hang", hang.step, what=hang.what, file=file)
-        events.write("stop", max(0, hang.step - 1), code=hang.code, why=str(hang))
+        def log_restart(failure: pipeline.WorkerFailure) -> None:
+            self.events.write("worker_restarted", self.last_read_step, what=failure.what, at=failure.at)
 
-    tell, channel = processes.tell_hung, processes.channel()
-    return Watchdog(workdir, jax.process_index(), config.watch, on_hang=note, tell=tell, channel=channel)
-
-
-@contextlib.contextmanager
-def _closed_in_time(checkpointer: Checkpointer, watchdog: Watchdog) -> Iterator[None]:
-    """The end waits for the save in progress, also where the run ends by an error: as long as a save may take."""
-    try:
-        yield
-    finally:
-        with watchdog.watching("save"):
-            checkpointer.close()
-
-
-def _newest_intact(checkpointer: Checkpointer, events: Events) -> int | None:
-    """The step to go on from; what is damaged is said."""
-    latest, damaged = checkpointer.newest_intact()
-    for damage in damaged:
-        say(str(damage))
-        events.write("damaged", damage.step, files=[str(wrong) for wrong in damage.wrong], moved_to=damage.moved_to)
-    return latest
-
-
-def begin(program: Program, donor: Callable[[], Donor] | None, data: Mapping[str, Any]) -> tuple[TrainState, Course]:
-    """Where a run on `data` begins that has no checkpoint: at step 0, or as a cooldown at a step of its trunk."""
-    cooldown = program.config.cooldown
-    if cooldown is None:
-        return _start(program, donor, data[TOKENIZER]), Course()
-    trunk = CheckpointReader(cooldown.trunk)
-    check_trunk(trunk.meta(cooldown.start)["config"], program.config)
-    return _continue(trunk, cooldown.start, program)
-
-
-def _continue(reader: CheckpointReader, step: int, program: Program) -> tuple[TrainState, Course]:
-    return reader.restore(step, program.abstract_state), Course.of_meta(reader.meta(step))
-
-
-def _skipping(course: Course, examples: tuple[int, int] | None, config: Config, events: Events) -> Course:
-    """The course without those examples, too; process 0's word counts, since each process has its own command line."""
-    if examples is not None:
-        steps = pipeline.training_plan(config, pipeline.open_sources(config.data.sources)).steps
-        skips = with_examples(course.skips, examples, steps, course.step)
-        for first, end in set(skips.ranges) - set(course.skips.ranges):
-            say(f"jumping over batches {first:,} to {end - 1:,}, for --skip_examples={examples[0]}:{examples[1]}")
-            events.write("skip", course.step, a=first, b=end, why="--skip_examples")
-        course = course.skipping(skips)
-    agreed = processes.agree("batches to jump over", course.skips.as_json(), config.processes.barrier_timeout_s)
-    if course.skips.as_json() != agreed:
-        raise UserError(
-            "--skip_examples differs from that of process 0", examples, "Give all processes of a run the same command"
-        )
-    return course
-
-
-def _check_clock(events: Events) -> None:
-    ahead_s = events.ahead_s()
-    if ahead_s > _CLOCK_S:
-        say(
-            f"the clock of this machine is {ahead_s:,.0f} s behind the last line of the run's events.jsonl: set it "
-            "right; nothing but dates and the time between two starts is told by it"
+        return pipeline.training_batches(
+            config, rows_of, progress.step, self.tokenizer, progress.skips, config.watch.data_s / 2, log_restart
         )
 
+    def _compile(self) -> None:
+        """Compiles the train step for all batch shapes, once, and the SDC check's step where there is one.
 
-def _note_start(events: Events, program: Program, step: int, restore_s: float | None) -> None:
-    config, devices, versions = program.config, program.mesh.devices, installed_versions()
-    versions["python"] = platform.python_version()
-    _tell_versions(events.last("start"), versions)
-    events.write(
-        "start",
-        step,
-        processes=jax.process_count(),
-        devices=int(devices.size),
-        device_kind=devices.flat[0].device_kind,
-        config=config_digest(config),
-        steps=config.train.steps,
-        save_every=config.train.save_every,
-        versions=versions,
-    )
-    if restore_s is not None:
-        events.write("restore", step, seconds=round(restore_s, 3))
+        Installs the signal handlers afterwards: before, there is nothing to save, and a SIGTERM ends the process at
+        once.
+        """
+        config = self.config
+        if self.compiled:
+            return
+        with jax.transfer_guard("allow"), device_errors.compiling():
+            for shape in config.batch_shapes:
+                begin_s = time.monotonic()
+                self.compiled[shape] = self._compile_step(shape)
+                self.events.write("compiled", self.last_read_step, seconds=round(time.monotonic() - begin_s, 3))
+            if config.guard.sdc_check_every:
+                log("compiling the step of the SDC check ...")
+                steps = {shape: step.compiled for shape, step in self.compiled.items()}
+                self.sdc_check = SdcCheck(self.setup, steps, config.guard.sdc_rotate_devices)
+        self.time_accounting = TimeAccounting()
+        self.exit_stack.enter_context(self.preemption)
 
+    def _compile_step(self, shape: BatchShape) -> _CompiledStep:
+        """Compiles the train step for batches of `shape`."""
+        config = self.config
+        sharding = self.setup.batch_sharding
+        what = f" for {shape.examples:,} images of {shape.patches:,} patches" if config.data.areas else ""
+        log(f"compiling the train step{what} ...")
+        rows = local_rows(sharding, shape.examples)
+        put = partial(pipeline.to_devices, sharding=sharding, rows=rows, global_rows=shape.examples)
+        flops = flops_per_example(config, shape.patches) * shape.examples
+        return _CompiledStep(put, self.setup.compile_step(shape), flops)
 
-def _tell_versions(before: Event | None, versions: Mapping[str, str]) -> None:
-    """Says which packages are others than at the start before."""
-    known = {} if before is None else before.values.get("versions")
-    if not isinstance(known, Mapping):  # Not ours.
-        return
-    told = [f"{name} {now} ({known[name]} before)" for name, now in versions.items() if known.get(name, now) != now]
-    if told:
-        say(printable(f"since the last start of this run other versions were installed: {', '.join(told)}"))
+    def _run_steps(self, state: TrainState, progress: TrainProgress, batches: pipeline.BatchIterator) -> int | None:
+        """Runs the contract at the head of this file; returns the step at which a request stopped it, or None."""
+        config = self.config
+        setup = self.setup
+        pending = None  # The step that is dispatched and not yet read.
+        self.stopwatch.lap()
+        for number in range(progress.step + 1, config.train.steps + 1):
+            if self.profiler.due(number):
+                self._read_metrics(pending)
+                pending = None
+                with self.stopwatch.pause():
+                    self.profiler.before(number)
+            depth = batches.depth
+            host = self._next_batch(batches, number, progress.skips.batch(number - 1))
+            if not self.first_batch_synced:
+                # The first collective has a shorter time-out than the other processes' workers may need.
+                coordination.barrier("first batch", config.processes.barrier_timeout_s)
+                self.first_batch_synced = True
+            self.input_monitor.add(host.seconds, depth)
+            shape = self.sampler.schedule.shape(host.step)
+            step = self.compiled[shape]
+            self.current_step = number
+            with self.input_monitor.transferring(), self.watchdog.watching("step", number):
+                batch = step.put(host.arrays)
+            counts = self.counter.add(*(batch.pop(name) for name in pipeline.BOOKKEEPING))
+            self.bad_records.write(number, host.faults)
+            checked = self.sdc_check is not None and _every(config.guard.sdc_check_every, number)
+            # The check starts before the step itself, which donates the memory of the state.
+            with self.watchdog.watching("step", number):
+                repeated = self.sdc_check.start(state, batch, shape) if checked else None
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):  # Marks the step for XProf.
+                    state, metrics = step.compiled(state, batch, setup.rng)
+                mismatches = [] if repeated is None else self.sdc_check.differences((state, metrics), repeated)
+                del repeated
+            self._check_mismatches(number, mismatches)
+            self._read_metrics(pending)
+            pending = _PendingStep(number, host.step, metrics, counts, shape.examples, step.flops)
+            self._check_background_save(number)
+            stopping = self.preemption.reached() and number < config.train.steps
+            evaluating, saving = self._due(number)
+            saving = saving or self.must_save
+            if evaluating or saving or stopping:
+                self._read_metrics(pending)
+                pending = None
+                with self.stopwatch.pause():
+                    values = self._evaluate(number, state) if evaluating and not stopping else {}
+                    stopping = stopping or (values is None and number < config.train.steps)
+                    if stopping:
+                        self.exit_stack.enter_context(self.watchdog.watching("stop", number))
+                    # After a non-finite step the save waits for a finite one, unless this is the last step.
+                    last = stopping or number == config.train.steps
+                    if last or (saving and not self.consecutive_nonfinite):
+                        self.last_step_unevaluated = values is None and not stopping
+                        values = values or {}
+                        # `pretrained/model.py` loads the average where there is one, so its loss is recorded.
+                        eval_loss = values.get("eval_loss_ema", values.get("eval_loss"))
+                        self._save(progress.at_step(number), state, eval_loss)
+            if stopping:
+                return number
+        return None
 
-
-@contextlib.contextmanager
-def _end_noted(events: Events, run: Run) -> Iterator[None]:
-    """Writes into the books how the run ended, if it ends with an error that can be told."""
-    try:
-        yield
-    except BaseException as error:
-        code, why = last_words(error) or (EXIT_BUG, f"{type(error).__name__}: {error}")
-        with contextlib.suppress(UserError):  # The disk may be what it ended by.
-            events.write("stop", run.done, code=code, why=why)
-        raise
-
-
-def _start(program: Program, donor: Callable[[], Donor] | None, tokenizer: str) -> TrainState:
-    """The state before step 0: fresh, or with the parameters of another model."""
-    state, init = program.init(), program.config.init
-    if not init.path:
-        return state
-    opened = RunDonor(init.path) if donor is None else donor()
-    params, report = warm_start(program, state.params, init, opened, tokenizer)
-    say(report)
-    return state.replace(params=params)
-
-
-def cache_folder(setting: str | None, workdir: epath.Path, platform: str) -> str | None:
-    """Where jax keeps compiled code, by config train.compilation_cache; None: nowhere new."""
-    if setting != "workdir":
-        return setting
-    return None if platform == "cpu" else str(workdir / "compiled")
-
-
-def _keep_compiled(folder: str) -> None:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    if is_remote(folder):
-        # XLA writes its own cache of GPU autotuning by file calls; jax hands it a path made of the bucket's address
-        # (jax/_src/compiler.py, `get_compile_options`), which is a folder "gs:" of the working directory.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-
-
-@contextlib.contextmanager
-def _claimed(workdir: epath.Path) -> Iterator[None]:
-    """Keeps a second trainer out of the workdir, which is made."""
-    if is_remote(workdir):
+    def _next_batch(self, batches: pipeline.BatchIterator, number: int, batch: int) -> pipeline.HostBatch:
+        """Waits for the batch of step `number`, which has index `batch` in the sampler's order."""
+        watching = self.watchdog.watching("data", number, batches.last_read)
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except Exception as error:  # TensorFlow's and fsspec's own kinds.
-            remedy = "See that this machine reaches the bucket and may write there, or give another folder"
-            raise UserError(f"--workdir {workdir} cannot be used", str(error), remedy) from error
-        say(f"workdir {workdir} is in a bucket, which has no locks: see that no other run writes there")
-        yield
-        return
-    make_folder(workdir, "--workdir")
-    with claimed(Path(workdir) / _LOCK, "--workdir", workdir):
-        yield
+            with self.stopwatch.waiting(), self.time_accounting.on("data"), watching:
+                host = next(batches)
+        except StorageError as error:
+            examples = range(*map(self.sampler.schedule.first_example, (batch, batch + 1)))
+            raise storage_failure(error, self.config, number, examples, self.watchdog.failures) from error
+        assert host.step == batch
+        return host
+
+    def _check_background_save(self, number: int) -> None:
+        """Logs the first failure of a background save, and has this step or the next finite one saved instead.
+
+        Several processes do not see a failure at the same step: with them, the next save that is due makes up for it.
+        """
+        failure = self.checkpointer.check_errors()
+        alone = jax.process_count() == 1
+        if failure is not None:
+            when = f"with step {number}, or with the next finite step after it" if alone else "with the next save"
+            self._log_save_failure(number, failure, when)
+            self.must_save = alone
+
+    def _log_save_failure(self, number: int, failure: UserError, when: str) -> None:
+        log(f"{failure} The save is tried once more, {when}.")
+        self.events.write("save_failed", number, why=str(failure))
+
+    def _save(self, progress: TrainProgress, state: TrainState, eval_loss: float | None) -> None:
+        """Starts the save of a step, after the metrics and events of the steps before are flushed."""
+        begin_s = time.perf_counter()
+        with self.time_accounting.on("saving"), self.watchdog.watching("save", progress.step):
+            self.writer.flush()
+            self.bad_records.flush()
+            self.events.flush()
+            start_s = time.perf_counter()
+            failure = self.checkpointer.save(progress.step, state, self.config, eval_loss, progress.to_meta())
+            self.must_save = False
+            if failure is not None:
+                self._log_save_failure(progress.step, failure, f"with step {progress.step}")
+            self._retire_failures()
+            self.save_stall_s += time.perf_counter() - start_s
+        self.events.write("save", progress.step, seconds=round(time.perf_counter() - begin_s, 3))
+
+    def _retire_failures(self) -> None:
+        """Stops counting hangs and failures up to the newest step that was saved since the start."""
+        saved = self.checkpointer.latest_step()
+        if saved is not None and saved > self.first_step:
+            self.watchdog.failures.retire(saved)
+
+    def _due(self, number: int) -> tuple[bool, bool]:
+        """Whether the state after step `number` is evaluated, and whether it is saved; the last one is both."""
+        settings = self.config.train
+        last = number == settings.steps
+        evaluating = bool(self.config.eval.sources) and (last or _every(settings.eval_every, number))
+        return evaluating, last or _every(settings.save_every, number) or number in settings.keep_steps
+
+    def _read_metrics(self, pending: _PendingStep | None) -> None:
+        """Waits for a dispatched step, checks its metrics for anomalies, and logs them where that is due."""
+        if pending is None:
+            return
+        number = self.current_step = pending.number
+        with self.watchdog.watching("step", number):
+            values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        self.stopwatch.count(pending.examples, pending.flops)
+        self.last_read_step = number
+        self._check_finite(pending, values)
+        self._check_spike(pending, values)
+        if number % self.config.train.log_every and number != self.config.train.steps:
+            return
+        values |= self.stopwatch.lap()
+        devices = list(self.setup.mesh.devices.flat)
+        values["save_stall_s"] = self.save_stall_s
+        self.save_stall_s = 0.0
+        values["mfu"] = model_flops_utilisation(self.config, values["model_tflops_per_s"], devices)
+        input_values, advice = self.input_monitor.lap(values["step_time_s"], values["data_wait_fraction"])
+        epochs = {f"epochs/{name}": passes for name, passes in self.sampler.epochs(pending.batch + 1).items()}
+        counts = self.counter.lap(pending.counts)
+        self.writer.write(number, values | input_values | counts | epochs)
+        self.events.write("progress", number, **self.time_accounting.seconds())
+        bad = {name.removeprefix("bad/"): count for name, count in counts.items() if name.startswith("bad/")}
+        if bad:
+            self.events.write("bad_data", number, counts=bad)
+        log(self.progress_line.text(number, values))
+        if advice is not None:
+            log(advice)
+        self.counter.check(self.config.data.max_bad_fraction)
+
+    # --- anomalies ---------------------------------------------------------------------------------------------------
+
+    def _check_finite(self, pending: _PendingStep, values: Mapping[str, float]) -> None:
+        """Records a non-finite step, which has changed no parameter; aborts the run after `guard.max_nonfinite`."""
+        self.consecutive_nonfinite = int(values["nonfinite_steps"])
+        if not self.consecutive_nonfinite:
+            return
+        number, limit = pending.number, self.config.guard.max_nonfinite
+        nonfinite = next(name for name in ("loss", "grad_norm") if not math.isfinite(values[name]))
+        first = self.sampler.schedule.first_example(pending.batch)
+        record = {"batch": pending.batch, "examples": [first, first + pending.examples], "seed": self.config.seed}
+        file = self._record_nonfinite(number, record, values)
+        message = f"{nonfinite} is {values[nonfinite]} at step {number}"
+        self.events.write("nonfinite", number, loss=values["loss"], grad_norm=values["grad_norm"], file=file)
+        if self.consecutive_nonfinite < limit:
+            see = "" if file is None else f"; see {file}"
+            log(f"{message}: its update is skipped ({self.consecutive_nonfinite} in a row, {limit} end the run){see}")
+            return
+        raise TrainingAborted(
+            f"{message}, the last of {self.consecutive_nonfinite} non-finite steps in a row, the limit of "
+            f"guard.max_nonfinite. Their updates were skipped; {self._newest_checkpoint()}. "
+            f"To look into it, run the same command with --replay {number}"
+        )
+
+    def _record_nonfinite(self, number: int, record: Mapping[str, Any], values: Mapping[str, float]) -> str | None:
+        """Writes the record that a replay compares with, on process 0; returns its path if it could be written."""
+        if jax.process_index() != 0:
+            return None
+        try:
+            return write_record(self.workdir, number, record, values)
+        except Exception as error:  # OSError, or for a bucket an error class of TensorFlow or fsspec.
+            log(f"the record of step {number} could not be written: {error}")
+            return None
+
+    def _newest_checkpoint(self) -> str:
+        """A clause for error messages that names the newest checkpoint."""
+        # A failed save raises UserError here; the caller's own message ends the run.
+        with contextlib.suppress(UserError), self.watchdog.watching("save"):
+            self.checkpointer.wait()  # A save may be in progress.
+        latest = self.checkpointer.latest_step()
+        return "there is no checkpoint yet" if latest is None else f"the newest checkpoint is that of step {latest}"
+
+    def _check_spike(self, pending: _PendingStep, values: Mapping[str, float]) -> None:
+        """Logs a spike and the action taken; raises `Spike` where the run is to be rewound."""
+        settings = self.config.guard
+        zscores = {name: values[f"{name}_zscore"] for name in ("loss", "grad_norm")}
+        if settings.spike == "off" or max(zscores.values()) <= settings.spike_sigma:
+            return
+        name = max(zscores, key=lambda name: zscores[name])
+        number = pending.number
+        message = (
+            f"{name} is {values[name]:.4g} at step {number}, {zscores[name]:.1f} standard deviations above the mean of "
+            "the steps before"
+        )
+        self.events.write("spike", number, values={name: values[name] for name in zscores}, action=settings.spike)
+        if settings.spike == "rewind":
+            raise Spike(number, pending.batch, message)
+        log(f"spike: {message}" + ("; its update is skipped" if values["skipped"] else ""))
+
+    def _rewind(self, spike: Spike, progress: TrainProgress) -> tuple[TrainState, TrainProgress]:
+        """Restores a state before a spike; the returned progress skips the batches that led to it."""
+        settings = self.config.guard
+        attempt = progress.rewinds + 1
+        if attempt > settings.max_rewinds:
+            raise TrainingAborted(
+                f"{spike}; the run was rewound {progress.rewinds} times already, the limit of guard.max_rewinds"
+            )
+        with self.watchdog.watching("save", spike.step):
+            self.checkpointer.settle()
+        with self.watchdog.watching("start", spike.step), jax.transfer_guard("allow"):
+            saved = self.checkpointer.steps()
+            saved = coordination.broadcast(
+                f"steps before rewind {attempt}", saved, self.config.processes.barrier_timeout_s
+            )
+            initial = None if saved else self.initial_state()
+            rewind = plan_rewind(spike, saved or [initial[1].step], progress.skips, settings.rewind_batches)
+            log(
+                f"spike: {spike}; rewinding to step {rewind.step}, skipping batches {rewind.first:,} to "
+                f"{rewind.end - 1:,} ({attempt} of {settings.max_rewinds})"
+            )
+            self.checkpointer.set_aside_newer(rewind.step, "rewound")
+            state = initial[0] if initial else self.checkpointer.restore(rewind.step, self.setup.abstract_state)
+        self.counter.forget()
+        self.events.write("progress", spike.step, **self.time_accounting.seconds())
+        self.events.write("rewind", spike.step, from_step=spike.step, to_step=rewind.step, a=rewind.first, b=rewind.end)
+        return state, progress.rewound(rewind.step, progress.skips.adding(rewind.first, rewind.end))
+
+    def _check_mismatches(self, number: int, mismatches: Sequence[Mismatch]) -> None:
+        """Aborts the run where the SDC check found differing bits."""
+        if not mismatches:
+            return
+        host = os.uname().nodename
+        leaves = [f"{mismatch.leaf} in {mismatch.entries} entries" for mismatch in mismatches]
+        devices = sorted({device for mismatch in mismatches for device in mismatch.devices})
+        self.events.write("corruption", number, leaf=leaves, device=devices, host=host)
+        more = f", and {len(leaves) - 1} more leaves" if len(leaves) > 1 else ""
+        where = ", ".join(devices) or "none of its devices, but on a device of another host"
+        raise TrainingAborted(
+            f"step {number}, computed twice, differs: {leaves[0]}{more}, on {host} on {where}; nothing of it is saved, "
+            f"{self._newest_checkpoint()}. Exclude that host or device, and start the same command again"
+        )
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, number: int, state: TrainState) -> dict[str, float] | None:
+        """The held-out losses of `state`; None where a stop request interrupted the evaluation."""
+        config = self.config
+        begin_s = time.monotonic()
+        self.current_step = number
+        put = partial(
+            pipeline.to_devices,
+            sharding=self.setup.batch_sharding,
+            rows=self.eval_rows,
+            global_rows=config.eval.batch_size,
+        )
+        faults: list[pipeline.BadExample] = []
+        average = state.average if isinstance(state, AveragedState) else None
+        try:
+            with self.time_accounting.on("evaluation"), self.watchdog.watching("evaluation", number):
+                values = evaluate(self.setup, state.params, self._eval_arrays(faults), put, average)
+        except _StopRequested:
+            log(f"asked to stop: the evaluation of step {number} is abandoned")
+            return None
+        names: Sequence[str] = [name for name in ("eval_loss", "eval_loss_ema") if name in values]
+        for name in names:
+            if not math.isfinite(values[name]):
+                raise TrainingAborted(
+                    f"{name} is {values[name]} at step {number}; nothing of it is saved, {self._newest_checkpoint()}"
+                )
+        self.bad_records.write(number, faults)
+        self.writer.write(number, values | {"eval_bad_records": len(faults)})
+        seconds = round(time.monotonic() - begin_s, 3)
+        self.events.write("evaluation", number, seconds=seconds, eval_loss=values[names[-1]])
+        losses = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in values.items())
+        log(f"step {number:,}  held out: {losses}" + (f"  ({len(faults)} bad records left out)" if faults else ""))
+        return values
+
+    def _eval_arrays(self, faults: list[pipeline.BadExample]) -> Iterator[dict[str, np.ndarray]]:
+        """This process' rows of the held-out batches; records that cannot be used are added to `faults`.
+
+        Raises:
+          _StopRequested: between two batches. All processes have the same number of batches.
+        """
+        for _, host in pipeline.evaluation_batches(self.config, self.eval_rows, self.tokenizer):
+            if self.preemption.reached():
+                raise _StopRequested
+            faults += host.faults
+            yield {name: array for name, array in host.arrays.items() if name not in pipeline.BOOKKEEPING}
 
 
-def _introduce(program: Program, workdir: epath.Path, latest: int | None, size: int) -> None:
-    """Says what will be trained, where, and which tensors are decayed."""
-    params = program.abstract_state.params
-    devices = program.mesh.devices
-    mesh = " x ".join(f"{name} {count}" for name, count in program.mesh.shape.items())
-    say(f"weight decay by tensor:\n{decay_report(params)}".rstrip())
-    say(
-        f"parameters: {count_parameters(params):,} (encoder {count_parameters(params['encoder']):,}, "
-        f"decoder {count_parameters(params['decoder']):,}); a checkpoint takes {size / 2**20:,.0f} MiB"
-    )
-    say(f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)")
-    begin = "from the start" if latest is None else f"continuing from step {latest}"
-    cooldown = program.config.cooldown
-    if cooldown is not None:
-        begin = f"from step {cooldown.start} of {cooldown.trunk}" if latest is None else begin
-        begin += f", cooling down until step {program.config.train.steps}"
-    say(f"workdir: {workdir}, {begin}")
+def log(text: str) -> None:
+    """Prints a line to the console, on process 0 only."""
+    if jax.process_index() == 0:
+        print_line(text)
+
+
+def _every(interval: int, number: int) -> bool:
+    return interval > 0 and number % interval == 0

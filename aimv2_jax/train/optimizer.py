@@ -1,4 +1,4 @@
-"""AdamLH as an optax chain: clip, Adam, fully decoupled decay, warm-up, cosine and cooldown (RECIPE.md §6, §10)."""
+"""AdamLH as an optax chain: clipping, Adam, fully decoupled decay, warm-up, cosine and cooldown (RECIPE.md §6, §10)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-# Last name of a parameter's path -> why it is not decayed. Everything else is, token table and heads included.
+# Last key of a parameter's path -> parameters without weight decay. All others decay, also token table and heads.
 NOT_DECAYED = {
     "bias": "biases",
     "scale": "norm gains",
@@ -19,10 +19,10 @@ NOT_DECAYED = {
     "begin": "the begin vector",
 }
 
-# config optimizer.schedule -> how much of the cosine from the peak to end_lr the schedule goes through.
+# config optimizer.schedule -> fraction of the cosine from peak_lr to end_lr that the schedule covers.
 COSINE_PARTS = {"cosine": 1.0, "half_cosine": 0.5}
 
-# (updates, step) -> the rate of the next update, after so many in so many steps; without `step`, none was skipped.
+# (updates, step) -> learning rate of the next update after `updates` in `step` steps; `step` defaults to `updates`.
 Schedule = Callable[..., Float[Array, ""]]
 
 
@@ -38,24 +38,23 @@ def learning_rate(
     cooldown_steps: int = 1,
     cooldown_lr: float = 0.0,
 ) -> Schedule:
-    """Linear from `start_lr` to `peak_lr`, then a cosine towards `end_lr`, and perhaps a linear cooldown.
+    """Linear warm-up from `start_lr` to `peak_lr`, cosine towards `end_lr`, and an optional linear cooldown.
 
     With warm-up W, schedule S and c = `cosine_part`, step s in W … S has
 
         rate(s) = end_lr + (peak_lr - end_lr) · cos²(π/2 · c · (s - W) / (S - W)),
 
-    and from S on the rate stays. c = 1 is the whole cosine, down to `end_lr`; c = 1/2 its first half, down to
-    (peak_lr + end_lr) / 2: the rate of a trunk stays high, so that a cooldown from any of its steps has still all to
-    gain, and falls, so that late steps are not noisier than they need be.
+    and from S on the rate is constant. c = 1 is the whole cosine, down to `end_lr`; c = 1/2 is its first half, down to
+    (peak_lr + end_lr) / 2: the rate of the base run stays high enough that a cooldown can start at any of its steps,
+    and still falls, so that late steps are less noisy.
 
-    Along that curve s counts updates: a step that was skipped is made up for by no other, so the curve goes on where it
-    was.
+    On this curve s counts updates: a skipped step does not advance the curve.
 
-    A cooldown leaves that curve at step n = `cooldown_start` and falls linearly to `cooldown_lr` at step
-    n + `cooldown_steps`; as with S, the run's last step is the one before. Step n itself has the curve's own rate. Here
-    it is steps that count, since the run ends at a step: skipped updates do not keep the rate from getting down.
+    A cooldown leaves the curve at step n = `cooldown_start` and falls linearly to `cooldown_lr` at step
+    n + `cooldown_steps`; as with S, the run's last step is the one before. Step n itself has the curve's rate. The
+    cooldown counts steps, because the run ends at a step: the rate reaches its end also if updates are skipped.
 
-    Written out instead of taken from optax: in float32 its ramp (start - peak) · (1 - t) + peak gives the first step
+    Implemented here instead of with optax: in float32 optax's ramp (start - peak) · (1 - t) + peak gives the first step
     a rate 2e-5 off, and its 1 + cos loses digits towards the end.
     """
 
@@ -79,12 +78,12 @@ def learning_rate(
 
 
 def is_decayed(params: Any) -> Any:
-    """For each parameter, whether weight decay applies, by the last name of its path."""
+    """Returns for each parameter whether weight decay applies, by the last key of its path."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
 def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransformation:
-    """Scales by min(1, max_norm / (norm + eps)): the reference's factor, which optax's clip lacks the eps of."""
+    """Scales by min(1, max_norm / (norm + eps)), like the reference; optax's clip has no eps."""
 
     def update(updates, state, params=None):
         del params
@@ -95,7 +94,7 @@ def clip_by_global_norm(max_norm: float, eps: float) -> optax.GradientTransforma
 
 
 def scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate` of a schedule that is given the `step` of `update`, too."""
+    """`optax.scale_by_learning_rate` for a schedule that also takes the `step` passed to `update`."""
 
     def update(updates, state, params=None, *, step=None, **extra):
         del extra
@@ -116,7 +115,8 @@ def adamlh(
 ) -> optax.GradientTransformationExtraArgs:
     """p <- p (1 - wd · lr/peak) - lr · m̂ / (√v̂ + eps), after clipping the gradient by its global norm.
 
-    That is AdamW with decay wd / peak, so optax's own pieces serve. `update` takes the `step` for `schedule`.
+    This is AdamW with decay wd / peak, so it is a chain of optax transformations. `update` takes the `step` for
+    `schedule`.
     """
     return optax.chain(
         clip_by_global_norm(clip_norm, clip_eps),
@@ -127,22 +127,23 @@ def adamlh(
 
 
 def num_updates(opt_state: Any) -> Int[Array, ""]:
-    """The updates that made this state of `adamlh`: its steps, less those that were skipped."""
+    """Number of updates of an `adamlh` state: steps minus skipped steps."""
     return opt_state[1].count
 
 
-def step_average(average: Any, params: Any, steps: Int[Array, ""], decay: float) -> Any:
-    """The exponential average of the parameters after each of `steps` steps, given that of all but the last.
+def ema_step(average: Any, params: Any, steps: Int[Array, ""], decay: float) -> Any:
+    """Updates the bias-corrected exponential average of the parameters after each of `steps` steps.
 
-    Weights are decay^(steps - i) over their sum, as Adam corrects its moments: the first average is the first step's
-    parameters, however slow the decay, and the initial ones have no part in it. So it needs no warm-up of its own.
+    The weight of step i is decay^(steps - i) over the sum of all weights, like Adam's bias correction: the first
+    average equals the parameters after the first step at any decay, and excludes the initial parameters. So the average
+    needs no warm-up.
     """
     rate = (1 - decay) / -jnp.expm1(steps * math.log(decay))  # 1 - decay^steps, without cancellation.
     return jax.tree.map(lambda mean, leaf: mean + rate * (leaf - mean), average, params)
 
 
 def decay_report(params: Any) -> str:
-    """Which tensors are decayed and which are not, a line each, for the log and the golden list."""
+    """Lists which tensors are decayed and which are not, one per line, for the log and the golden list."""
     decayed = jax.tree.leaves_with_path(is_decayed(params))
     return "".join(
         f"{'decay   ' if keep else 'no decay'} {'/'.join(part.key for part in path)}\n" for path, keep in decayed

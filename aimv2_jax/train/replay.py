@@ -1,4 +1,4 @@
-"""One step computed again, to look into it: `python -m aimv2_jax.main ... --replay STEP`. Writes nothing."""
+"""Recomputes one step for inspection: `python -m aimv2_jax.main ... --replay STEP`. Writes nothing."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ import numpy as np
 import optax
 from etils import epath
 
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
 from aimv2_jax.config import Config
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_FINISHED, UserError
+from aimv2_jax.monitoring.events import read_events
+from aimv2_jax.monitoring.nonfinite import read_record
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
-from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.course import Course
-from aimv2_jax.train.data_check import continue_on, identify_data
-from aimv2_jax.train.events import read_events
-from aimv2_jax.train.loop import begin
-from aimv2_jax.train.nonfinite import read_record
-from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.builder import TrainSetup, build_setup
+from aimv2_jax.train.data_check import check_data, identify_data
+from aimv2_jax.train.init_from import WeightSource
 from aimv2_jax.train.resume import check_resumable
 from aimv2_jax.train.step import gradients
-from aimv2_jax.train.warm_start import Donor
+from aimv2_jax.train.trainer import initial_state, restore_state
 
 
 def replay(
@@ -36,44 +35,45 @@ def replay(
     workdir: epath.PathLike,
     tokenizer: Tokenizer,
     step: int,
-    donor: Callable[[], Donor] | None = None,
+    open_weights: Callable[[], WeightSource] | None = None,
     accept_data: str | None = None,
 ) -> int:
-    """Goes on from the newest checkpoint before `step` to that step, and prints its metrics and the norms of tensors.
+    """Trains from the newest checkpoint before `step` to that step, and prints its metrics and the norms of tensors.
 
     Args:
-      donor: as of `loop.train`, for where there is no checkpoint before.
-      accept_data: as of `loop.train`.
+      open_weights: as for `trainer.train`; used where there is no checkpoint before.
+      accept_data: as for `trainer.train`.
 
     Raises:
-      UserError: where config, data or tokenizer are another run's, and where the run has not come to that step.
+      UserError: where config, data or tokenizer are another run's, and where the run has not reached that step.
     """
-    program, reader = build_program(config), CheckpointReader(workdir)
+    setup = build_setup(config)
+    reader = CheckpointReader(workdir)
     _check_reached(step, workdir, reader, config)
     before = max((saved for saved in reader.steps() if saved < step), default=None)
     data = identify_data(config, tokenizer)
     if before is None:
-        state, course = begin(program, donor, data)
+        state, progress = initial_state(setup, open_weights, data)
     else:
-        meta = reader.meta(before)
-        check_resumable(meta["config"], config)
-        state, course = reader.restore(before, program.abstract_state), Course.of_meta(meta)
-    course = continue_on(course, data, accept_data)
-    print(f"from step {course.step} on, to step {step}", flush=True)
-    sharding, compiled = program.batch_sharding, {}
-    steps = pipeline.training_plan(config, pipeline.open_sources(config.data.sources)).steps
+        check_resumable(reader.meta(before)["config"], config)
+        state, progress = restore_state(reader, before, setup)
+    progress = check_data(progress, data, accept_data)
+    print(f"training from step {progress.step} to step {step}", flush=True)
+    sharding = setup.batch_sharding
+    compiled = {}
+    steps = pipeline.training_sampler(config, pipeline.open_sources(config.data.sources)).schedule
     rows_of = partial(local_rows, sharding)
-    with pipeline.training_batches(config, rows_of, course.step, tokenizer, course.skips) as batches:
-        for number in range(course.step + 1, step + 1):
+    with pipeline.training_batches(config, rows_of, progress.step, tokenizer, progress.skips) as batches:
+        for number in range(progress.step + 1, step + 1):
             host = next(batches)
             shape = steps.shape(host.step)
             batch = pipeline.to_devices(host.arrays, sharding, rows_of(shape.examples), shape.examples)
             batch = {name: array for name, array in batch.items() if name not in pipeline.BOOKKEEPING}
             if number == step:
-                tensors = _look(program, state.params, batch)  # Before the step takes over the state's memory.
+                tensors = _tensor_norms(setup, state.params, batch)  # The step donates the state's memory.
             if shape not in compiled:
-                compiled[shape] = program.compile_step(shape)
-            state, metrics = compiled[shape](state, batch, program.rng)
+                compiled[shape] = setup.compile_step(shape)
+            state, metrics = compiled[shape](state, batch, setup.rng)
     first = steps.first_example(host.step)
     print(f"step {step}: batch {host.step}, examples {first} to {first + shape.examples - 1}, seed {config.seed}\n")
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -81,27 +81,28 @@ def replay(
     print(table(tensors))
     record = read_record(workdir, step)
     if record is not None:
-        print(f"\n{compared(record, host.step, values)}")
+        print(f"\n{compare(record, host.step, values)}")
     return EXIT_FINISHED
 
 
 def _check_reached(step: int, workdir: epath.PathLike, reader: CheckpointReader, config: Config) -> None:
-    """Refuses a step that the run never did: getting there would be training, of which nothing is kept."""
-    began = 0 if config.cooldown is None else config.cooldown.start
-    known = max([began, reader.latest_step() or 0, *(event.step for event in read_events(workdir))])
-    reached = min(known + config.train.log_every, config.train.steps)  # A kill leaves no word of the last steps.
+    """Raises UserError for a step that the run never reached: replaying it would be training without saving."""
+    first = 0 if config.cooldown is None else config.cooldown.start
+    known = max([first, reader.latest_step() or 0, *(event.step for event in read_events(workdir))])
+    # A killed run has logged nothing of up to log_every steps.
+    reached = min(known + config.train.log_every, config.train.steps)
     if step > reached and read_record(workdir, step) is None:
-        remedy = f"Give one up to {reached}, or train on first"
-        raise UserError("--replay is of a step that the run has not come to", step, remedy)
+        remedy = f"Give a step up to {reached}, or train further first"
+        raise UserError("--replay is a step that the run has not reached", step, remedy)
 
 
-def _look(program: Program, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, dict[str, float]]:
-    """For each tensor: norms of it and of its gradient, and how many entries of either are not finite."""
+def _tensor_norms(setup: TrainSetup, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, dict[str, float]]:
+    """Norms of each tensor and of its gradient, and the numbers of their non-finite entries."""
 
-    def look(params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
-        *_, grads = gradients(params, batch, rng, None, program.task, program.config.train.microbatches)
+    def norms(params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        *_, grads = gradients(params, batch, rng, None, setup.task, setup.config.train.microbatches)
 
-        def figures(leaf: jax.Array, grad: jax.Array) -> dict[str, jax.Array]:
+        def leaf_norms(leaf: jax.Array, grad: jax.Array) -> dict[str, jax.Array]:
             return {
                 "norm": optax.tree.norm(leaf),
                 "grad_norm": optax.tree.norm(grad),
@@ -109,12 +110,12 @@ def _look(program: Program, params: Any, batch: Mapping[str, jax.Array]) -> dict
                 "grad_nonfinite": jnp.sum(~jnp.isfinite(grad)),
             }
 
-        return jax.tree.map(figures, params, grads)
+        return jax.tree.map(leaf_norms, params, grads)
 
-    shardings = (program.state_shardings.params, program.batch_sharding, rules.replicated(program.mesh))
-    looked = jax.jit(look, in_shardings=shardings, out_shardings=rules.replicated(program.mesh))
-    with rules.scope(program.mesh):
-        tree = jax.device_get(looked(params, batch, program.rng))
+    shardings = (setup.state_shardings.params, setup.batch_sharding, rules.replicated(setup.mesh))
+    compiled = jax.jit(norms, in_shardings=shardings, out_shardings=rules.replicated(setup.mesh))
+    with rules.scope(setup.mesh):
+        tree = jax.device_get(compiled(params, batch, setup.rng))
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, dict) and "grad_norm" in node)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): {name: np.asarray(x).item() for name, x in leaf.items()}
@@ -123,29 +124,29 @@ def _look(program: Program, params: Any, batch: Mapping[str, jax.Array]) -> dict
 
 
 def table(tensors: Mapping[str, Mapping[str, float]]) -> str:
-    """A line a tensor; what isn't finite is counted."""
+    """A text table with one line per tensor; it counts non-finite entries."""
     width = max(map(len, tensors))
-    lines = [f"{'tensor':<{width}} {'norm':>12} {'of gradient':>12}  not finite"]
-    for name, figures in tensors.items():
+    lines = [f"{'tensor':<{width}} {'norm':>12} {'grad norm':>12}  non-finite"]
+    for name, norms in tensors.items():
         bad = [
-            f"{int(figures[key]):,} {what}"
+            f"{int(norms[key]):,} {what}"
             for key, what in (("nonfinite", "entries"), ("grad_nonfinite", "of the gradient"))
-            if figures[key]
+            if norms[key]
         ]
-        line = f"{name:<{width}} {figures['norm']:>12.5g} {figures['grad_norm']:>12.5g}  {', '.join(bad)}"
+        line = f"{name:<{width}} {norms['norm']:>12.5g} {norms['grad_norm']:>12.5g}  {', '.join(bad)}"
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
-def compared(record: Mapping[str, Any], batch: int, values: Mapping[str, float]) -> str:
-    """Whether this is what the run saw, bit for bit."""
+def compare(record: Mapping[str, Any], batch: int, values: Mapping[str, float]) -> str:
+    """A sentence that says whether the metrics are those of the run, bit for bit."""
     if record["batch"] != batch:
-        return f"the run had batch {record['batch']} in this step: it jumped over others since that checkpoint"
+        return f"the run had batch {record['batch']} in this step. It has skipped other batches since that checkpoint"
     differing = [name for name, value in record["metrics"].items() if name in values and not _same(value, values[name])]
     if differing:
         name = differing[0]
-        return f"{name} was {record['metrics'][name]:.9g} in the run, and {len(differing) - 1} more figures differ"
-    return "all figures are those that the run saw, bit for bit"
+        return f"{name} was {record['metrics'][name]:.9g} in the run, and {len(differing) - 1} more metrics differ"
+    return "all metrics are those of the run, bit for bit"
 
 
 def _same(one: float, other: float) -> bool:

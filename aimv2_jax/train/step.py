@@ -1,4 +1,4 @@
-"""One training step, pure: state and batch in, state and metrics out."""
+"""Pure train and evaluation steps."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from aimv2_jax.train import guard, losses
-from aimv2_jax.train.guard import GuardState
-from aimv2_jax.train.optimizer import Schedule, num_updates, step_average
+from aimv2_jax.train import anomaly, losses
+from aimv2_jax.train.anomaly import AnomalyState
+from aimv2_jax.train.optimizer import Schedule, ema_step, num_updates
 from aimv2_jax.train.task import Batch, PretrainTask, SumCount
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training changes. `step` counts finished steps, and is the number of the next one."""
+    """Training state. `step` counts completed steps, and is the index of the next one."""
 
     step: Int[Array, ""]
     params: Any
     opt_state: Any
-    guard: GuardState
+    anomaly: AnomalyState
 
 
 class AveragedState(TrainState):
-    """The same of a run that keeps an average of its parameters, which nothing of the training reads."""
+    """Training state with an exponential average of the parameters, which training itself does not read."""
 
     average: Any
 
@@ -35,19 +35,19 @@ class AveragedState(TrainState):
 def init_state(
     rng: jax.Array, task: PretrainTask, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> TrainState:
-    """The state before step 0, a function of the run's key."""
-    return fresh_state(task.init(rng), optimizer, ema_decay)
+    """Initialises the state before step 0 from the run's key."""
+    return initial_state(task.init(rng), optimizer, ema_decay)
 
 
-def fresh_state(params: Any, optimizer: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
-    """The state before step 0 with these parameters; with a decay it has an average, still empty."""
+def initial_state(params: Any, optimizer: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
+    """Returns the state before step 0 with the given parameters; with `ema_decay` the average starts at zero."""
     step = jnp.zeros((), jnp.int32)
-    state = TrainState(step=step, params=params, opt_state=optimizer.init(params), guard=guard.fresh())
+    state = TrainState(step=step, params=params, opt_state=optimizer.init(params), anomaly=anomaly.initial_state())
     return with_average(state, jax.tree.map(jnp.zeros_like, params)) if ema_decay else state
 
 
 def with_average(state: TrainState, average: Any) -> AveragedState:
-    """`state` and an average, or the like of their shapes or shardings."""
+    """Adds an average to `state`; also works for trees of shapes or shardings."""
     return AveragedState(**vars(state), average=average)
 
 
@@ -63,57 +63,60 @@ def train_step(
     microbatches: int = 1,
     grad_shardings: Any = None,
     ema_decay: float = 0.0,
-    skip_beyond: float | None = None,
+    skip_sigma: float | None = None,
     writes_in_order: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Forward, backward, clip, update. `rng` is the run's key; what is per example is folded in from its number.
+    """Forward, backward, clip, update. `rng` is the run's key; per-example keys fold in the example index.
 
-    A step whose loss or gradient is not finite changes no parameter, nothing of the optimiser's, and no average; nor
-    does, with `skip_beyond`, one whose loss or gradient norm is so many deviations above those before (guard.py). The
-    learning rate follows the updates that were made, in a cooldown the steps.
+    A step with a non-finite loss or gradient norm changes neither parameters, optimiser state nor average. With
+    `skip_sigma` the same holds for a step whose loss or gradient norm exceeds the recent ones by more standard
+    deviations (anomaly.py). The learning rate follows the number of updates, in a cooldown the number of steps.
 
-    With `writes_in_order` nothing of the state is overwritten before all that reads it: XLA's CPU compiler copies the
-    whole donated state unless it is told so (that of jax 0.10 drops the order, and copies all the same). A TPU's needs
-    no telling, and computes the state in one pass.
+    With `writes_in_order` no part of the state is overwritten before everything that reads it: otherwise XLA's CPU
+    compiler copies the whole donated state (jax 0.10's drops the order and copies anyway). The TPU compiler does not
+    need the order, and computes the state in one pass.
 
     Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm;
-    loss_deviations and grad_norm_deviations, how far above the last steps' they are; skipped, 1 where nothing was
-    changed; nonfinite_steps, how many in a row were not finite; and patch_utilisation, the share of the batch's patches
-    that is no padding.
+    loss_zscore and grad_norm_zscore, standard deviations above the recent steps; skipped, 1 if nothing was changed;
+    nonfinite_steps, the number of consecutive non-finite steps; and patch_utilisation, the share of the batch's patches
+    that is not padding.
     """
     sums, counts, grads = gradients(state.params, batch, rng, prefix, task, microbatches)
     if grad_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-    after = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state}
+    updated = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state}
     if ema_decay:
-        after["average"] = step_average(state.average, after["params"], num_updates(opt_state), ema_decay)
+        updated["average"] = ema_step(state.average, updated["params"], num_updates(opt_state), ema_decay)
 
     loss, grad_norm = task.total(sums, counts), optax.tree.norm(grads)
-    guarded, verdict = guard.judge(state.guard, loss, grad_norm)
-    skipped = ~verdict.finite
-    if skip_beyond is not None:
-        skipped |= verdict.is_spike(skip_beyond)
+    anomaly_state, report = anomaly.detect_anomalies(state.anomaly, loss, grad_norm)
+    skipped = ~report.finite
+    if skip_sigma is not None:
+        skipped |= report.is_spike(skip_sigma)
     param_norm = optax.tree.norm(state.params)
     if writes_in_order:
         param_norm, skipped = jax.lax.optimization_barrier((param_norm, skipped))
-    for name in sorted(after, key=("average", "params", "opt_state").index):  # Each is computed from those behind it.
-        kept = jax.tree.map(partial(jnp.where, skipped), getattr(state, name), after[name])
-        after[name], skipped = jax.lax.optimization_barrier((kept, skipped)) if writes_in_order else (kept, skipped)
+    # In this order, because each entry is computed from the later ones.
+    for name in sorted(updated, key=("average", "params", "opt_state").index):
+        chosen = jax.tree.map(partial(jnp.where, skipped), getattr(state, name), updated[name])
+        if writes_in_order:
+            chosen, skipped = jax.lax.optimization_barrier((chosen, skipped))
+        updated[name] = chosen
     metrics = {
         "loss": loss,
-        **{f"loss_{name}": losses.divide(total, counts[name]) for name, total in sums.items()},
+        **{f"loss_{name}": losses.safe_divide(total, counts[name]) for name, total in sums.items()},
         **{f"count_{name}": count.astype(jnp.float32) for name, count in counts.items()},
         "lr": schedule(num_updates(state.opt_state), state.step),
         "grad_norm": grad_norm,
         "param_norm": param_norm,
-        "loss_deviations": verdict.loss_deviations,
-        "grad_norm_deviations": verdict.grad_norm_deviations,
+        "loss_zscore": report.loss_zscore,
+        "grad_norm_zscore": report.grad_norm_zscore,
         "skipped": skipped.astype(jnp.float32),
-        "nonfinite_steps": guarded.nonfinite.astype(jnp.float32),
+        "nonfinite_steps": anomaly_state.nonfinite.astype(jnp.float32),
         "patch_utilisation": jnp.mean(batch["valid"], dtype=jnp.float32),
     }
-    return state.replace(step=state.step + 1, guard=guarded, **after), metrics
+    return state.replace(step=state.step + 1, anomaly=anomaly_state, **updated), metrics
 
 
 def gradients(
@@ -124,9 +127,9 @@ def gradients(
     task: PretrainTask,
     microbatches: int,
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, Int[Array, ""]], Any]:
-    """Loss sums, counts and the gradient of a step; `rng` and `prefix` as of `train_step`."""
-    prefix = task.draw_prefix(rng, batch) if prefix is None else prefix
-    batch = {**batch, **task.draw_kept(rng, batch)}
+    """Computes loss sums, counts and the gradient of a step; `rng` and `prefix` as in `train_step`."""
+    prefix = task.sample_prefix(rng, batch) if prefix is None else prefix
+    batch = {**batch, **task.sample_kept_tokens(rng, batch)}
     counts = task.counts(batch, prefix)
     sums, grads = accumulate(params, batch, prefix, counts, task, microbatches)
     return sums, counts, grads
@@ -140,10 +143,10 @@ def accumulate(
     task: PretrainTask,
     microbatches: int,
 ) -> tuple[dict[str, Float[Array, ""]], Any]:
-    """Loss sums and the gradient of the objective over a batch, taken in `microbatches` parts.
+    """Computes loss sums and the gradient of the objective over a batch, accumulated over `microbatches`.
 
-    Every part is divided by the counts of the whole batch, so the parts simply add up. Part j takes the rows j, j + k,
-    …: each device's rows are contiguous, so it finds its share of every part at home.
+    Each microbatch is divided by the counts of the whole batch, so sums and gradients add up. Microbatch j takes the
+    rows j, j + k, …: each device holds contiguous rows, so its share of every microbatch is local.
     """
 
     def objective(params, batch, prefix):
@@ -163,5 +166,5 @@ def accumulate(
 
 
 def eval_step(params: Any, batch: Batch, prefix: Int[Array, " B"], *, task: PretrainTask) -> dict[str, SumCount]:
-    """Loss sums and counts of one held-out batch at the given prefix lengths."""
+    """Computes loss sums and counts of one held-out batch at the given prefix lengths."""
     return task.loss(params, batch, prefix)

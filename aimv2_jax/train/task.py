@@ -1,6 +1,6 @@
-"""What a stage optimises: the pre-training task, from a batch to sums and counts.
+"""Pre-training task: maps parameters and a batch to loss sums and counts.
 
-Batch: see LAYOUT.md, "Batch". B batch, L patches, P pixels a patch, T text.
+Batch: see docs/architecture.md, "Batch". B batch, L patches, P pixels a patch, T text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from aimv2_jax.config import AttentionMask, Config, DecoderConfig, EncoderConfig
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import choose_attention
+from aimv2_jax.models.baselines import SeparateDecoders
 from aimv2_jax.models.decoder import Decoder, Predictions
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.layers import Precision, Run
+from aimv2_jax.models.layers import Precision, TrunkOptions
 from aimv2_jax.models.patch_mlp import PatchMLP
-from aimv2_jax.models.separate import SeparateDecoders
-from aimv2_jax.models.sizes import kept_rows, swiglu_hidden
+from aimv2_jax.models.sizes import num_kept_tokens, swiglu_hidden
 from aimv2_jax.train import losses
 
 Batch = Mapping[str, jax.Array]
@@ -34,7 +34,7 @@ Params = Any
 
 
 class SumCount(NamedTuple):
-    """A loss before division: its sum and the number of terms, both over the rows that were given."""
+    """An undivided loss: its sum and its number of terms, both over the given rows."""
 
     sum: Float[Array, ""]
     count: Int[Array, ""]
@@ -42,10 +42,10 @@ class SumCount(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PretrainTask:
-    """Next patch and next token (RECIPE.md §4): total = Σ weights[name] · sum / count.
+    """Next-patch and next-token prediction (RECIPE.md §4): total = Σ weights[name] · sum / count.
 
-    A name that is missing from `weights` is not computed at all. In training the encoder reads by `attention_mask`, and
-    the decoder is given the share `keep_rows` of its rows; an evaluation gives all rows, and its own prefixes.
+    A loss that is missing from `weights` is not computed. In training the encoder uses `attention_mask`, and the
+    decoder receives the share `token_keep_rate` of its rows; evaluation uses all rows and its own prefixes.
     """
 
     model: AIMv2
@@ -55,10 +55,10 @@ class PretrainTask:
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     attention_mask: AttentionMask = "prefix"
-    keep_rows: float = 1.0
+    token_keep_rate: float = 1.0
 
     def init(self, rng: jax.Array) -> Params:
-        """Fresh parameters, a function of `rng` alone."""
+        """Initialises the parameters, as a function of `rng` only."""
         return meta.unbox(self._init_named(rng))
 
     def logical_axes(self) -> Any:
@@ -73,7 +73,7 @@ class PretrainTask:
     @property
     def abstract_params(self) -> Params:
         """Shapes and types of the parameters."""
-        return jax.eval_shape(meta.unbox, self.abstract_named)  # Traced, since it constrains layouts on a mesh.
+        return jax.eval_shape(meta.unbox, self.abstract_named)  # Traced, because unboxing constrains layouts on a mesh.
 
     def _init_named(self, rng: jax.Array) -> Params:
         num_patches, pixels = self.model.encoder.num_patches, self.model.decoder.pixels
@@ -86,39 +86,39 @@ class PretrainTask:
             jnp.ones((1,), jnp.int32),
         )["params"]
 
-    def draw_prefix(self, rng: jax.Array, batch: Batch) -> Int[Array, " B"]:
-        """Prefix lengths of a batch, functions of (run key, example number); all patches where attention is full."""
+    def sample_prefix(self, rng: jax.Array, batch: Batch) -> Int[Array, " B"]:
+        """Samples prefix lengths by (run key, example index); with full attention, all patches."""
         if self.attention_mask == "full":
             return jnp.full(batch["valid"].shape[:1], batch["valid"].shape[1], jnp.int32)
-        return losses.draw_prefix(purpose_key(rng, "prefix"), batch["example_index"], batch["valid"])
+        return losses.sample_prefix(purpose_key(rng, "prefix"), batch["example_index"], batch["valid"])
 
-    def draw_kept(self, rng: jax.Array, batch: Batch) -> dict[str, Int[Array, "B K"]]:
-        """What a training batch has besides: `kept`, the rows given to the decoder; nothing where that is all."""
-        if self.keep_rows == 1:
+    def sample_kept_tokens(self, rng: jax.Array, batch: Batch) -> dict[str, Int[Array, "B K"]]:
+        """Samples `kept`, the encoder rows that the decoder receives in training; empty if it receives all."""
+        if self.token_keep_rate == 1:
             return {}
         valid = batch["valid"]
-        count = kept_rows(self.keep_rows, valid.shape[1])
-        return {"kept": losses.draw_rows(purpose_key(rng, "kept rows"), batch["example_index"], valid, count)}
+        count = num_kept_tokens(self.token_keep_rate, valid.shape[1])
+        return {"kept": losses.sample_rows(purpose_key(rng, "kept rows"), batch["example_index"], valid, count)}
 
     def counts(self, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, Int[Array, ""]]:
-        """How many terms each loss will have: known before any forward pass, so that parts can be weighted."""
+        """Number of terms of each loss, known before the forward pass, so that microbatches can be weighted."""
         counts = {}
         if "image" in self.weights:
-            counts["image"] = jnp.sum(losses.counted_patches(prefix, batch["valid"]))
+            counts["image"] = jnp.sum(losses.image_loss_mask(prefix, batch["valid"]))
         if "text" in self.weights:
-            counts["text"] = jnp.sum(self._counted_tokens(batch))
+            counts["text"] = jnp.sum(self._text_loss_mask(batch))
         return counts
 
-    def _counted_tokens(self, batch: Batch) -> Bool[Array, "B T"]:
+    def _text_loss_mask(self, batch: Batch) -> Bool[Array, "B T"]:
         is_example = jnp.any(batch["valid"], axis=1)
-        return losses.counted_tokens(batch["token_valid"], is_example, self.predict_eos)
+        return losses.text_loss_mask(batch["token_valid"], is_example, self.predict_eos)
 
     def normalise(self, batch: Batch) -> Float[Array, "B L P"]:
-        """The batch's pixels as the model reads them."""
+        """Normalises the batch's pixels to the model's inputs."""
         return losses.normalise_pixels(batch["patches"], batch["valid"], self.pixel_mean, self.pixel_std)
 
     def predict(self, params: Params, batch: Batch, prefix: Int[Array, " B"] | None) -> Predictions:
-        """The model's predictions, of what `weights` asks for."""
+        """Computes the model's predictions for the losses in `weights`."""
         outputs = [output for name, output in (("image", "pixels"), ("text", "logits")) if name in self.weights]
         return self.model.apply(
             {"params": params},
@@ -132,43 +132,43 @@ class PretrainTask:
         )
 
     def loss(self, params: Params, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, SumCount]:
-        """Sum and count of every loss in `weights`, with the encoder reading the first `prefix` patches freely."""
+        """Computes sum and count of every loss in `weights`; the encoder attends fully within `prefix` patches."""
         predictions = self.predict(params, batch, prefix)
         counts = self.counts(batch, prefix)
         sums = {}
         if predictions.pixels is not None:
             targets = losses.patch_targets(self.normalise(batch), self.target_eps)
-            counted = losses.counted_patches(prefix, batch["valid"])
-            sums["image"] = losses.image_loss_sum(predictions.pixels, targets, counted)
+            loss_mask = losses.image_loss_mask(prefix, batch["valid"])
+            sums["image"] = losses.image_loss_sum(predictions.pixels, targets, loss_mask)
         if predictions.logits is not None:
-            sums["text"] = losses.text_loss_sum(predictions.logits, batch["tokens"], self._counted_tokens(batch))
+            sums["text"] = losses.text_loss_sum(predictions.logits, batch["tokens"], self._text_loss_mask(batch))
         return {name: SumCount(total, counts[name]) for name, total in sums.items()}
 
     def total(self, sums: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> Float[Array, ""]:
-        """The objective, from sums over some rows and counts over the whole batch."""
-        return sum(weight * losses.divide(sums[name], counts[name]) for name, weight in self.weights.items())
+        """Computes the objective from sums over some rows and counts over the whole batch."""
+        return sum(weight * losses.safe_divide(sums[name], counts[name]) for name, weight in self.weights.items())
 
 
 def run_key(seed: int) -> jax.Array:
-    """The key of a run. The generator is named, whatever jax's default is."""
+    """Returns the key of a run. The generator is explicit, independent of jax's default."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def abstract_key() -> jax.ShapeDtypeStruct:
-    """Shape and type of a run's key: for tracing, also where the devices are only described."""
+    """Shape and type of a run's key, for tracing without real devices."""
     return jax.eval_shape(lambda: run_key(0))
 
 
 def purpose_key(rng: jax.Array, purpose: str) -> jax.Array:
-    """A key for one use of randomness, so that no two uses share numbers."""
+    """Derives the key for one purpose, so that no two purposes share random numbers."""
     return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
 def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
-    """The task a config describes, for devices of a platform: where the config and the model meet.
+    """Builds the task of a config for devices of a platform.
 
     Raises:
-      UserError: where attention is to run in kernels that the platform or the heads rule out.
+      UserError: if the config requests attention kernels that the platform or the head size does not support.
     """
     model, loss = config.model, config.loss
     dtypes = (model.compute_dtype, model.param_dtype, config.train.reduce_dtype)
@@ -176,8 +176,9 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
 
     _check_kernels(model, platform)
 
-    def run(trunk: EncoderConfig | DecoderConfig, remat: Remat) -> Run:
-        return Run(model.layers, remat, choose_attention(model.attention, trunk.width // trunk.heads, platform))
+    def trunk_options(trunk: EncoderConfig | DecoderConfig, remat: Remat) -> TrunkOptions:
+        attention = choose_attention(model.attention, trunk.width // trunk.heads, platform)
+        return TrunkOptions(model.layers, remat, attention)
 
     encoder = Encoder(
         width=model.encoder.width,
@@ -186,7 +187,7 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
         hidden=model.encoder.hidden or swiglu_hidden(model.encoder.width),
         num_patches=config.num_patches,
         position=model.encoder.position,
-        run=run(model.encoder, model.remat),
+        options=trunk_options(model.encoder, model.remat),
         **shared,
     )
     shared |= dict(
@@ -194,22 +195,22 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
         depth=model.decoder.depth,
         hidden=model.decoder.hidden or swiglu_hidden(model.decoder.width),
         pixels=model.patch_size**2 * len(model.pixel_mean),
-        run=run(model.decoder, model.decoder.remat or model.remat),
+        options=trunk_options(model.decoder, model.decoder.remat or model.remat),
     )
 
-    def decoder(reads_text: bool = True) -> Decoder:
+    def decoder(has_text: bool = True) -> Decoder:
         return Decoder(
             heads=model.decoder.heads,
             encoder_width=model.encoder.width,
             vocab_size=model.decoder.vocab_size,
             text_length=model.decoder.text_length,
-            reads_text=reads_text,
+            has_text=has_text,
             **shared,
         )
 
     decoders = {
         "joint": decoder,
-        "separate": lambda: SeparateDecoders(image=decoder(reads_text=False), text=decoder()),
+        "separate": lambda: SeparateDecoders(image=decoder(has_text=False), text=decoder()),
         "mlp": lambda: PatchMLP(**shared),
     }
     return PretrainTask(
@@ -222,25 +223,25 @@ def build_task(config: Config, platform: str = "cpu") -> PretrainTask:
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,
         attention_mask=model.encoder.attention_mask,
-        keep_rows=model.decoder.keep_rows,
+        token_keep_rate=model.decoder.token_keep_rate,
     )
 
 
 def _check_kernels(model: ModelConfig, platform: str) -> None:
-    """Raises UserError where our kernels are asked for by name and could not run as they were tested."""
-    if model.attention != "pallas" or platform == "cpu":  # A CPU interprets them, for tests.
+    """Raises UserError if the config requests the Pallas kernels on an unsupported platform or head size."""
+    if model.attention != "pallas" or platform == "cpu":  # A CPU interprets the kernels, for tests.
         return
     if platform != "tpu":
         raise UserError(
-            "config model.attention=pallas asks for kernels that run on TPUs only",
+            "config model.attention=pallas selects kernels that run on TPUs only",
             f"the devices are of platform {platform}",
             "Set model.attention=auto",
         )
-    for name, trunk in model.attending.items():
+    for name, trunk in model.attention_trunks.items():
         channels = trunk.width // trunk.heads
         if channels % 128:
             raise UserError(
-                f"config model.attention=pallas needs a multiple of 128 channels a head, model.{name} has others",
-                f"width {trunk.width}, {trunk.heads} heads, {channels} channels a head",
+                f"config model.attention=pallas needs a multiple of 128 channels per head in model.{name}",
+                f"width {trunk.width}, {trunk.heads} heads, {channels} channels per head",
                 f"Set model.attention=auto, or change model.{name}.heads",
             )

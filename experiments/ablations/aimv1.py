@@ -1,8 +1,8 @@
 """AIMv1: the image loss alone, and a head of 12 residual MLP blocks of width 2048 in place of the decoder.
 
-Kept of AIMv1: objective, prefix attention, the head's shape and initial numbers (`models/patch_mlp.py`) [R]. Encoder,
-data and optimiser are those of AIMv2, and the head's blocks have our RMSNorm and SwiGLU, so that only the objective and
-its head differ. alpha = 1: alone, a weight would only scale the gradient that is clipped. [O]
+From AIMv1: objective, prefix attention, the head's shape and initialisation (`models/baselines.py`) [R]. Encoder, data
+and optimiser are those of AIMv2, and the head's blocks have our RMSNorm and SwiGLU, so that only the objective and its
+head differ. alpha = 1, since the weight of a single loss would only scale a gradient that is clipped. [O]
 
 Published: 72.0 / 65.4 / 12.7.
 

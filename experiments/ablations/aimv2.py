@@ -1,4 +1,4 @@
-"""AIMv2, which the others are compared with: both losses, alpha 0.4, one decoder of width 1024 and depth 12.
+"""AIMv2, the reference of all ablations: both losses, alpha 0.4, one decoder of width 1024 and depth 12.
 
 Published: 85.6 / 76.9 / 37.5.
 

@@ -1,4 +1,4 @@
-"""The image loss weighs 0.2 where AIMv2 has 0.4.
+"""The image loss weighs 0.2; in AIMv2 0.4.
 
 Published: 85.6 / 76.7 / 37.4.
 

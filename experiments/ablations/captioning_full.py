@@ -1,4 +1,4 @@
-"""Captioning: no image loss; the encoder reads the whole picture freely (bidirectional attention).
+"""Captioning: no image loss; the encoder has full (bidirectional) attention.
 
 Published: 85.1 / 76.2 / 34.4.
 

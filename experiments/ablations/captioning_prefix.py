@@ -1,4 +1,4 @@
-"""Captioning: no image loss; the encoder reads under prefix attention.
+"""Captioning: no image loss; the encoder has prefix attention.
 
 Published: 85.4 / 76.8 / 36.5.
 

@@ -1,7 +1,7 @@
-"""Captioning as OpenVision 2 does it: full attention, and the decoder is given 35 % of the encoder's rows.
+"""Captioning like OpenVision 2: full attention, and the decoder gets 35 % of the encoder's tokens.
 
-Of 256 rows 90, drawn anew for every example; evaluation and captions read all. The share is OpenVision 2's, the rest is
-that of captioning_full.py, to be compared with it. [O]
+90 of 256 tokens are sampled for every example; evaluation and caption generation use all. The rate is OpenVision 2's;
+everything else is as in captioning_full.py, for comparison. [O]
 
 python -m aimv2_jax.main --config=experiments/ablations/captioning_rows_35.py --workdir=DIR
 """
@@ -14,5 +14,5 @@ from experiments.ablation import captioning_config
 def get_config() -> ConfigDict:
     config = captioning_config()
     config.model.encoder.attention_mask = "full"
-    config.model.decoder.keep_rows = 0.35
+    config.model.decoder.token_keep_rate = 0.35
     return config

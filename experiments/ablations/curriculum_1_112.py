@@ -1,4 +1,4 @@
-"""A curriculum of resolutions, first run: 80 % of the samples at 112 px; curriculum_2_224.py goes on from it.
+"""A curriculum of resolutions, first run: 80 % of the samples at 112 px; curriculum_2_224.py continues it.
 
 python -m aimv2_jax.main --config=experiments/ablations/curriculum_1_112.py --workdir=DIR
 """

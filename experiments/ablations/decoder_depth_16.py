@@ -1,4 +1,4 @@
-"""A decoder of 16 blocks where AIMv2 has 12.
+"""A decoder of 16 blocks; AIMv2 has 12.
 
 Published: 85.6 / 76.9 / 36.6.
 

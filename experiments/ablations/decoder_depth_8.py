@@ -1,4 +1,4 @@
-"""A decoder of 8 blocks where AIMv2 has 12.
+"""A decoder of 8 blocks; AIMv2 has 12.
 
 Published: 85.5 / 76.7 / 37.0.
 

@@ -1,4 +1,4 @@
-"""A decoder of width 1536 where AIMv2 has 1024; heads keep their 128 channels.
+"""A decoder of width 1536; AIMv2 has 1024. Heads keep 128 channels.
 
 Published: 85.1 / 76.9 / 36.9.
 

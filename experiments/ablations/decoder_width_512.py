@@ -1,4 +1,4 @@
-"""A decoder of width 512 where AIMv2 has 1024; heads keep their 128 channels.
+"""A decoder of width 512; AIMv2 has 1024. Heads keep 128 channels.
 
 Published: 85.3 / 76.2 / 35.9.
 

@@ -1,6 +1,6 @@
-"""AIMv2 with an average of its parameters, which is evaluated beside them and is what the run's checkpoints give.
+"""AIMv2 with a moving average of its parameters, which is evaluated too and replaces them in export and probes.
 
-0.9999 looks back over some 10,000 of the run's 244,141 steps. [O]
+A decay of 0.9999 averages over about 10,000 of the run's 244,141 steps. [O]
 
 python -m aimv2_jax.main --config=experiments/ablations/ema.py --workdir=DIR
 """

@@ -1,7 +1,7 @@
-"""A decoder for the picture and another for the text, which reads the features too; AIMv2 has one for both.
+"""One decoder for the image and one for the text, both on the encoder's features; AIMv2 has one for both.
 
-Each has the width and depth of the joint one, and its own projection of the features. [O: how the paper's were, we
-don't know]
+Each has the width and depth of the joint one, and its own projection of the features. [O: the paper
+does not specify them]
 
 Published: 85.6 / 77.1 / 37.2.
 

@@ -1,12 +1,12 @@
-"""Times train steps of several programs in turns, so that what disturbs the machine disturbs all alike; prints a table.
+"""Times train steps of several programs in turns, so that disturbances affect all equally; prints a table.
 
     python experiments/benchmarks/beside.py --json FILE
         --run "ours=PYTHON experiments/benchmarks/step_time.py --turns"
         --run "reference=PYTHON step_torch.py" ...
 
-All programs are started, one after another, and stay: for every line that comes to its input, a program times some
-steps and prints their rate as a JSON line `{"images_per_s": N}`; the first is not counted. Each has `--threads` threads
-(as many cores, and OMP_NUM_THREADS).
+All programs are started in sequence and keep running: for every line on its stdin, a program times some steps and
+prints their rate as a JSON line `{"images_per_s": N}`; the first is not counted. Each program gets `--threads` cores
+and OMP_NUM_THREADS of that value.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser, positive  # noqa: E402
+from aimv2_jax.cli import Parser, positive  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main  # noqa: E402
 
 
-class Program:
-    """A started benchmark."""
+class BenchmarkProcess:
+    """A running benchmark program."""
 
     def __init__(self, name: str, command: str, threads: int):
         self.name = name
@@ -42,33 +42,36 @@ class Program:
             bufsize=1,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
-        os.sched_setaffinity(self.process.pid, cores)  # Before it has other threads; forking with JAX's would warn.
+        # Set from here, before it starts threads: a preexec_fn would warn in a process with JAX's threads.
+        os.sched_setaffinity(self.process.pid, cores)
 
     def rate(self) -> float:
-        """Images a second of its next steps."""
-        with contextlib.suppress(BrokenPipeError):  # It has ended, as the end of its output tells.
+        """Returns the images a second of its next steps."""
+        with contextlib.suppress(BrokenPipeError):  # It has ended; the loop below reports it.
             self.process.stdin.write("\n")
         for line in self.process.stdout:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # Other output.
                 return float(json.loads(line)["images_per_s"])
-        raise UserError(f"--run {self.name} ended", f"code {self.process.wait()}", "Run it by itself: what did it say?")
+        raise UserError(
+            f"--run {self.name} ended", f"code {self.process.wait()}", "Run its command alone and read its output"
+        )
 
     def end(self) -> None:
-        """Ends it, whatever it does."""
+        """Kills the program."""
         self.process.kill()
-        with contextlib.suppress(BrokenPipeError):  # A line that it had not read.
+        with contextlib.suppress(BrokenPipeError):  # An unread line.
             self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
 
 @contextlib.contextmanager
-def started(commands: dict[str, str], threads: int) -> Iterator[list[Program]]:
-    """All programs, warm; they are ended at the end."""
+def started(commands: dict[str, str], threads: int) -> Iterator[list[BenchmarkProcess]]:
+    """Starts and warms up all programs; kills them on exit."""
     programs = []
     try:
         for name, command in commands.items():
-            programs.append(Program(name, command, threads))
+            programs.append(BenchmarkProcess(name, command, threads))
             programs[-1].rate()
         yield programs
     finally:
@@ -77,21 +80,25 @@ def started(commands: dict[str, str], threads: int) -> Iterator[list[Program]]:
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    """Median, lowest and highest rate of each, and the ratio of the first one's median to its."""
+    """Returns a table of median, lowest and highest rate, and the ratio of the first program's median to each."""
     first = statistics.median(next(iter(rates.values())))
-    lines = ["| what | images/s, median | lowest | highest | the first is x times as fast |", "|---|---|---|---|---|"]
+    lines = ["| program | images/s, median | lowest | highest | speed-up of the first |", "|---|---|---|---|---|"]
     for name, values in rates.items():
         median = statistics.median(values)
         lines.append(f"| {name} | {median:.2f} | {min(values):.2f} | {max(values):.2f} | {first / median:.2f} |")
     return "\n".join(lines)
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=COMMAND", help="once for each program")
-    parser.add_argument("--rounds", type=positive, default=5, help="turns of each; the median counts")
-    parser.add_argument("--threads", type=positive, default=2, help="of each program")
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="NAME=COMMAND", help="a program; repeat the flag for each"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="turns of each program, of which the median is reported"
+    )
+    parser.add_argument("--threads", type=positive, default=2, help="threads of each program")
     parser.add_argument("--json", metavar="FILE", help="also write all rates to this file")
     flags = parser.parse_args(arguments)
     commands = dict(_named(text) for text in flags.run)
@@ -110,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _named(text: str) -> tuple[str, str]:
     name, equals, command = text.partition("=")
     if not (name and equals and command):
-        raise UserError("--run has no name and command", text, "Give NAME=COMMAND")
+        raise UserError("--run lacks a name or a command", text, "Give NAME=COMMAND")
     return name, command
 
 

@@ -1,14 +1,14 @@
-"""Measures how many images a second the input pipeline makes, beside bare decoding, tf.data and Pillow.
+"""Measures the images a second of the input pipeline, compared with bare decoding, tf.data and Pillow.
 
     python experiments/benchmarks/input_rate.py --json FILE [--input DIR ...] [--rounds 3] [--seconds 1.5]
     python experiments/benchmarks/input_rate.py --make DIR
 
-Every row goes through the same crops (area 0.4 to 1, to 224 x 224) of the same JPEGs, on one core and on all of them;
-rounds go through all rows in turn, and the median counts. On one core means that a row's processes are pinned to it;
-the pipeline's is the core of its one worker, and the trainer's side, which takes batches over, has the others, except
-in the row "trainer too". --input takes prepared data sets, each of pictures of about one
-size; without it, pictures like photographs of 512 and 1600 pixels are made. FILE gets a list with one object a row,
-and the table goes beside it, with the suffix .md. Needs tensorflow.
+Every row decodes the same crops (area 0.4 to 1, to 224 x 224) of the same JPEGs, on one core and on all cores. Each
+round measures all rows in turn; the median over rounds is reported. "One core" pins a row's processes to it. For the
+pipeline it is the core of its one worker; the trainer's side, which receives batches, has the others, except in the row
+"trainer too". --input takes prepared datasets, each with images of about one size; without it, synthetic photographs of
+512 and 1600 pixels are made. FILE gets a list with one object a row, and the file with the suffix .md gets the table.
+Needs tensorflow.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from aimv2_jax.data.pictures import open_picture  # noqa: E402
-from aimv2_jax.errors import UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser, check_output  # noqa: E402
+from aimv2_jax.cli import Parser, check_output  # noqa: E402
+from aimv2_jax.data.transforms.decode import open_encoded  # noqa: E402
+from aimv2_jax.errors import UserError, cli_main  # noqa: E402
 from experiments.benchmarks import input_rows, photos  # noqa: E402
 from experiments.benchmarks.input_rows import Measured  # noqa: E402
 
@@ -40,27 +40,28 @@ BARE = "bare loop"
 _PACKAGES = ("simplejpeg", "pillow", "numpy", "grain", "tensorflow")
 
 
-class Crew:
-    """The processes that run the rows on some cores: of each row those that it needs, started when it first does."""
+class WorkerPool:
+    """Processes that run the rows on a set of cores, started when a row first needs them."""
 
     def __init__(self, cpus: list[int], exits: contextlib.ExitStack):
         self.cores = len(cpus)
-        self._cpus, self._exits = cpus, exits
+        self._cpus = cpus
+        self._exits = exits
         self._started: dict[str, list[Any]] = {}
 
     def rate(self, row: str, folder: str, seconds: float) -> tuple[float, list[Measured]]:
-        """Images a second of a row, and what each of its processes measured."""
+        """Returns the images a second of a row, and the measurement of each of its processes."""
         connections = self._connections(row)
         try:
             for connection in connections:
                 connection.send((row, folder, seconds))
             measured = [connection.recv() for connection in connections]
         except (EOFError, BrokenPipeError):
-            raise UserError("a process of the benchmark ended early", row, "See above why it did") from None
-        return sum(one.images / one.seconds for one in measured), measured
+            raise UserError("a process of the benchmark ended early", row, "See its error above") from None
+        return sum(result.images / result.seconds for result in measured), measured
 
     def _connections(self, row: str) -> list[Any]:
-        # Apart: tensorflow's threads are the process', and nothing else is to share memory with the pipeline.
+        # Separate processes: tensorflow's thread pools are global, and no other row may share memory with the pipeline.
         kind = "loops" if row in input_rows.ONE_LOOP_A_CORE else "pipeline" if row in input_rows.PIPELINES else "tf"
         if kind not in self._started:
             shares = [[cpu] for cpu in self._cpus] if kind == "loops" else [self._cpus]
@@ -70,77 +71,77 @@ class Crew:
 
 def _start(cpus: list[int], exits: contextlib.ExitStack) -> Any:
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=input_rows.serve, args=(theirs, cpus))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=input_rows.serve, args=(child_end, cpus))
     process.start()
-    theirs.close()
+    child_end.close()
 
     def end() -> None:
         with contextlib.suppress(OSError):
-            ours.send(None)
+            parent_end.send(None)
         process.join()
 
     exits.callback(end)
-    return ours
+    return parent_end
 
 
 def measure(folders: list[str], rows: list[str], one_core: bool, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """One object a row, size and number of cores: medians over rounds that interleave them all."""
+    """Returns one object for each row, size and number of cores: medians over rounds that interleave all of them."""
     cpus = sorted(os.sched_getaffinity(0))
     sizes = {folder: _side(folder) for folder in folders}
     rates: dict[tuple[str, str, int], list[float]] = {}
     last: dict[tuple[str, str, int], Measured] = {}
     with contextlib.ExitStack() as exits:
-        crews = [Crew(cpus[-1:], exits), *([] if one_core or len(cpus) == 1 else [Crew(cpus, exits)])]
+        pools = [WorkerPool(cpus[-1:], exits), *([] if one_core or len(cpus) == 1 else [WorkerPool(cpus, exits)])]
         for number in range(rounds):
             for folder in folders:
-                for crew in crews:
+                for pool in pools:
                     for row in rows:
-                        rate, [measured, *_] = crew.rate(row, folder, seconds)
-                        rates.setdefault((row, folder, crew.cores), []).append(rate)
-                        last[row, folder, crew.cores] = measured
+                        rate, [measured, *_] = pool.rate(row, folder, seconds)
+                        rates.setdefault((row, folder, pool.cores), []).append(rate)
+                        last[row, folder, pool.cores] = measured
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
     lines = []
-    for (row, folder, cores), found in rates.items():
-        ratios = [rate / whole for rate, whole in zip(found, rates[BARE, folder, cores])]
+    for (row, folder, cores), round_rates in rates.items():
+        ratios = [rate / whole for rate, whole in zip(round_rates, rates[BARE, folder, cores])]
         measured = last[row, folder, cores]
         lines.append(
             {
                 "name": row,
                 "size_px": sizes[folder],
                 "cores": cores,
-                "images_per_s": round(statistics.median(found), 1),
+                "images_per_s": round(statistics.median(round_rates), 1),
                 "ratio_to_bare": round(statistics.median(ratios), 3),
                 "stages": {stage: round(spent, 3) for stage, spent in measured.stages_ms.items()},
                 "worker_mib": measured.worker_mib and round(measured.worker_mib),
-                "rounds": [round(rate, 1) for rate in found],
+                "rounds": [round(rate, 1) for rate in round_rates],
             }
         )
     return lines
 
 
 def measure_quality(folders: list[str]) -> Iterator[dict[str, Any]]:
-    """One object a size and target: PSNR of our crops against Pillow's of the whole picture."""
+    """Yields one object for each size and target: PSNR of our crops against Pillow's full decode."""
     for folder in folders:
-        for target, found, equal in input_rows.qualities(folder):
+        for target, psnr_db, equal in input_rows.qualities(folder):
             yield {
                 "name": "quality",
                 "size_px": _side(folder),
                 "target_px": target,
-                "psnr_db_median": round(statistics.median(found), 1),
-                "psnr_db_worst": round(min(found), 1),
+                "psnr_db_median": round(statistics.median(psnr_db), 1),
+                "psnr_db_worst": round(min(psnr_db), 1),
                 "share_equal": round(equal, 2),
             }
 
 
 def _side(folder: str) -> int:
-    """The median of the pictures' longer sides."""
-    found = input_rows.examples(input_rows.config_of(folder, 1))
-    return round(statistics.median(max(open_picture(data).size) for data, _ in found))
+    """Returns the median of the images' longer sides."""
+    examples = input_rows.examples(input_rows.config_of(folder, 1))
+    return round(statistics.median(max(open_encoded(data).size) for data, _ in examples))
 
 
 def table(lines: list[dict[str, Any]], heading: str) -> str:
-    """The lines as Markdown."""
+    """Formats the lines as Markdown."""
     rows = [line for line in lines if line["name"] != "quality"]
     text = [heading, "", "| row | px | cores | images/s | of bare | worker MiB |", "|---|---|---|---|---|---|"]
     for line in sorted(rows, key=lambda line: (line["size_px"], line["cores"])):
@@ -154,7 +155,7 @@ def table(lines: list[dict[str, Any]], heading: str) -> str:
         names = list(staged[0]["stages"])
         text += [
             "",
-            "Milliseconds of a core per image, by stage (rest: hand-over, batch arrays, the trainer's side):",
+            "Milliseconds of a core per image, by stage (rest: transfer, batch arrays, the trainer's side):",
             "",
         ]
         text += [f"| row | px | cores | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
@@ -162,7 +163,7 @@ def table(lines: list[dict[str, Any]], heading: str) -> str:
             spent = " | ".join(f"{line['stages'][name]:.2f}" for name in names)
             text.append(f"| {line['name']} | {line['size_px']} | {line['cores']} | {spent} |")
     quality = [line for line in lines if line["name"] == "quality"]
-    text += ["", "PSNR against a full decode by Pillow and its resize of the same box; 99 stands for equal crops:", ""]
+    text += ["", "PSNR against a full decode and resize of the same box by Pillow; 99 means equal crops:", ""]
     text += ["| px | to | median dB | worst dB | equal |", "|---|---|---|---|---|"]
     for line in quality:
         text.append(
@@ -186,21 +187,21 @@ def _processor() -> str:
     return platform.machine()
 
 
-@reports_user_errors
+@cli_main
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--input", nargs="+", metavar="DIR", help="prepared data sets with alt captions")
+    parser.add_argument("--input", nargs="+", metavar="DIR", help="prepared datasets with alt captions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE.json, the table to FILE.md")
-    parser.add_argument("--make", metavar="DIR", help="only make the data sets, in DIR")
+    parser.add_argument("--make", metavar="DIR", help="only make the datasets, in DIR")
     parser.add_argument("--rows", nargs="+", choices=list(input_rows.ROWS), default=list(input_rows.ROWS))
     parser.add_argument("--one-core", action="store_true", help="leave out the rows on all cores")
-    parser.add_argument("--rounds", type=int, default=3, help="the median counts")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each row in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is reported")
+    parser.add_argument("--seconds", type=float, default=1.5, help="duration of each row in each round")
     flags = parser.parse_args()
     if flags.rounds < 1:
         raise UserError("--rounds is too small", flags.rounds, "Give at least 1")
     if not 0 < flags.seconds < 3600:
-        raise UserError("--seconds is no time", flags.seconds, "Give some seconds, such as 1.5")
+        raise UserError("--seconds is out of range", flags.seconds, "Give some seconds, such as 1.5")
     if flags.json:
         flags.json.parent.mkdir(parents=True, exist_ok=True)
         check_output(flags.json, ".json", "--json")
@@ -208,9 +209,9 @@ def main() -> int:
         print("\n".join(str(path) for path in photos.make(Path(flags.make))))
         return 0
     if BARE not in flags.rows:
-        raise UserError("--rows lacks the row that the others are compared with", flags.rows, f"Add {BARE!r}")
-    with tempfile.TemporaryDirectory() as made:
-        folders = flags.input or [str(path) for path in photos.make(Path(made))]
+        raise UserError("--rows lacks the reference row", flags.rows, f"Add {BARE!r}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = flags.input or [str(path) for path in photos.make(Path(temporary))]
         lines = [*measure(folders, flags.rows, flags.one_core, flags.rounds, flags.seconds), *measure_quality(folders)]
     text = table(lines, _heading(" ".join(["python", "experiments/benchmarks/input_rate.py", *sys.argv[1:]])))
     print(text, end="")

@@ -1,4 +1,4 @@
-"""The rows of the input benchmark: each a loop over the same crops of the same JPEGs, for a process of its own."""
+"""Rows of the input benchmark: each is a loop over the same crops of the same JPEGs, in its own process."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ import simplejpeg
 from PIL import Image
 
 from aimv2_jax.config import Config, build_config, mixture_counts
-from aimv2_jax.data import transforms
-from aimv2_jax.data.chance import example_rng
-from aimv2_jax.data.pictures import open_picture
-from aimv2_jax.data.plan import Plan
 from aimv2_jax.data.records import decode
+from aimv2_jax.data.sampling.counter_rng import example_rng
+from aimv2_jax.data.sampling.mixture import MixtureSampler
+from aimv2_jax.data.sampling.schedule import BatchSchedule
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.steps import Steps
+from aimv2_jax.data.transforms import geometry
+from aimv2_jax.data.transforms.decode import open_encoded
 
 TARGET = 224
 BATCH = 32
 TOKENIZER = "package:data/sample/tokenizer.model"
-_EXAMPLES = 96  # Whose crops are gone through again and again: several times each picture, far more than any cache.
+_EXAMPLES = 96  # Crops in the loop: several of each image, with more data than any cache.
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one loop did: `stages_ms` an image and `worker_mib` are the pipeline's."""
+    """Measurement of one loop; `stages_ms` (per image) and `worker_mib` only for the pipeline."""
 
     images: int
     seconds: float
@@ -43,11 +43,11 @@ class Measured:
 
 
 Loop = Callable[[float], Measured]
-"""Runs for about so many seconds."""
+"""Runs for about the given number of seconds."""
 
 
 def config_of(folder: str, workers: int, target: int = TARGET) -> Config:
-    """The config of a run over one prepared data set."""
+    """Returns the config of a run on one prepared dataset."""
     from experiments import base
 
     tree = base.get_config().to_dict()
@@ -64,27 +64,29 @@ def config_of(folder: str, workers: int, target: int = TARGET) -> Config:
     return build_config(tree)
 
 
-def examples(config: Config) -> list[tuple[bytes, transforms.Box]]:
-    """The JPEGs and crops of the first examples of a run, as its plan and its view choose them."""
+def examples(config: Config) -> list[tuple[bytes, geometry.Box]]:
+    """Returns JPEGs and crops of a run's first examples, chosen by the mixture sampler and the crop transform."""
     [(name, path)] = config.data.sources.items()
     source, data = Source(name, path), config.data
-    plan = Plan(config.seed, Steps(config.seed, config.batch_shapes), {name: len(source)}, mixture_counts(data.mixture))
-    found = []
+    sampler = MixtureSampler(
+        config.seed, BatchSchedule(config.seed, config.batch_shapes), {name: len(source)}, mixture_counts(data.mixture)
+    )
+    crops = []
     for example in range(_EXAMPLES):
-        image = decode(source.read(next(plan.records(plan.draw(example))))).image
+        image = decode(source.read(next(sampler.records(sampler.draw(example))))).image
         rng = example_rng(config.seed, "crop", example)
-        found.append((image, transforms.crop_box(rng, *open_picture(image).size, data.crop_area, data.crop_ratio)))
-    return found
+        crops.append((image, geometry.crop_box(rng, *open_encoded(image).size, data.crop_area, data.crop_ratio)))
+    return crops
 
 
-def _looped(each: Callable[[int], Any]) -> Loop:
-    """A loop over `each` of the examples by number, again and again."""
+def _looped(process: Callable[[int], Any]) -> Loop:
+    """Returns a loop that calls `process` with the number of each example, repeatedly."""
     numbers = itertools.cycle(range(_EXAMPLES))
 
     def run(seconds: float) -> Measured:
         start, images = time.perf_counter(), 0
         while (passed := time.perf_counter() - start) < seconds or not images:
-            each(next(numbers))
+            process(next(numbers))
             images += 1
         return Measured(images, passed)
 
@@ -92,55 +94,55 @@ def _looped(each: Callable[[int], Any]) -> Loop:
 
 
 def decode_whole(folder: str, cores: int) -> Loop:
-    """(a) The JPEG to RGB at its full size."""
-    found = examples(config_of(folder, 1))
-    return _looped(lambda i: simplejpeg.decode_jpeg(found[i][0], "RGB"))
+    """(a) Decodes the JPEG to RGB at full size."""
+    crops = examples(config_of(folder, 1))
+    return _looped(lambda i: simplejpeg.decode_jpeg(crops[i][0], "RGB"))
 
 
 def decode_scaled(folder: str, cores: int) -> Loop:
-    """(a) The JPEG to RGB as far as its crop needs it."""
-    opened = [(open_picture(data), box) for data, box in examples(config_of(folder, 1))]
+    """(a) Decodes the JPEG to RGB at the scale and region that its crop needs."""
+    opened = [(open_encoded(data), box) for data, box in examples(config_of(folder, 1))]
     return _looped(lambda i: opened[i][0].decode(opened[i][1], TARGET))
 
 
 def bare(folder: str, cores: int) -> Loop:
-    """(b) Decode, crop and resize, as in the pipeline; the header read and the crop drawn before."""
-    opened = [(open_picture(data), box) for data, box in examples(config_of(folder, 1))]
+    """(b) Decodes, crops and resizes like the pipeline, with headers and crops prepared in advance."""
+    opened = [(open_encoded(data), box) for data, box in examples(config_of(folder, 1))]
 
-    def each(i: int) -> np.ndarray:
-        picture, box = opened[i]
-        return transforms.resize(*picture.decode(box, TARGET), TARGET)
+    def process(i: int) -> np.ndarray:
+        image, box = opened[i]
+        return geometry.resize(*image.decode(box, TARGET), TARGET)
 
-    return _looped(each)
+    return _looped(process)
 
 
 def pillow(folder: str, cores: int) -> Loop:
-    """(e) As torchvision's RandomResizedCrop works on Pillow's pictures."""
-    found = examples(config_of(folder, 1))
+    """(e) Decodes, crops and resizes like torchvision's RandomResizedCrop on Pillow images."""
+    crops = examples(config_of(folder, 1))
 
-    def each(i: int) -> np.ndarray:
-        data, box = found[i]
+    def process(i: int) -> np.ndarray:
+        data, box = crops[i]
         image = Image.open(io.BytesIO(data)).convert("RGB")
         return np.asarray(image.crop(box).resize((TARGET, TARGET), Image.Resampling.BICUBIC))
 
-    return _looped(each)
+    return _looped(process)
 
 
 def pipeline(folder: str, cores: int) -> Loop:
-    """(c) From prepared records to uint8 batches, without the tokenizer; a worker has each core, the trainer the rest.
+    """(c) The pipeline from records to uint8 batches, without tokenizer; one worker a core, the trainer on the rest.
 
-    The trainer's side takes finished batches over, nothing else. Where no core is left, it shares the workers'.
+    The trainer's side only receives finished batches. If no core is left, it shares the workers' cores.
     """
     return _pipeline(folder, cores, tokenize=False, apart=True)
 
 
 def pipeline_tokens(folder: str, cores: int) -> Loop:
-    """(c) The same with tokens, which the trainer's side makes."""
+    """(c) The pipeline with tokens, which the trainer's side computes."""
     return _pipeline(folder, cores, tokenize=True, apart=True)
 
 
 def pipeline_together(folder: str, cores: int) -> Loop:
-    """(c) The first of these with the trainer's side on the workers' cores, too."""
+    """(c) The pipeline without the tokenizer, with the trainer's side on the workers' cores too."""
     return _pipeline(folder, cores, tokenize=False, apart=False)
 
 
@@ -153,22 +155,22 @@ def _pipeline(folder: str, cores: int, tokenize: bool, apart: bool) -> Loop:
         from aimv2_jax.data.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(TOKENIZER, config.model.decoder.text_length, config.model.decoder.vocab_size)
-    ahead = 2 + cores * (config.data.prefetch + 1) + 1  # Batches that may have been ready before the clock starts.
+    ahead = 2 + cores * (config.data.prefetch + 1) + 1  # Batches that may be ready before the measurement.
 
-    ours = os.sched_getaffinity(0)
-    others = set(range(os.cpu_count() or 1)) - ours
+    worker_cpus = os.sched_getaffinity(0)
+    other_cpus = set(range(os.cpu_count() or 1)) - worker_cpus
 
     def run(seconds: float) -> Measured:
-        _pin(ours)  # Which the workers inherit.
+        _pin(worker_cpus)  # The workers inherit it.
         with training_batches(config, range, 0, tokenizer) as batches:
             next(batches)
-            if apart and others:
-                _pin(others)
+            if apart and other_cpus:
+                _pin(other_cpus)
             for _ in range(ahead - 1):
                 next(batches)
             stages: dict[str, float] = {}
             start, images = time.perf_counter(), 0
-            # Whole rounds of the workers, which deliver in turn and all at once.
+            # Whole rounds, because the workers deliver in turn.
             while (passed := time.perf_counter() - start) < seconds or not images:
                 for _ in range(cores):
                     batch = next(batches)
@@ -177,7 +179,8 @@ def _pipeline(folder: str, cores: int, tokenize: bool, apart: bool) -> Loop:
                         stages[stage] = stages.get(stage, 0.0) + spent
             memory = max(_peak_mib(process.pid) for process in multiprocessing.active_children())
         per_image = {stage: 1000 * spent / images for stage, spent in stages.items()}
-        workers_own = sum(spent for stage, spent in per_image.items() if stage != "tokenise")  # That is done here.
+        # The trainer tokenises, not the workers.
+        workers_own = sum(spent for stage, spent in per_image.items() if stage != "tokenise")
         per_image["rest"] = 1000 * passed * cores / images - workers_own
         return Measured(images, passed, per_image, memory)
 
@@ -185,9 +188,9 @@ def _pipeline(folder: str, cores: int, tokenize: bool, apart: bool) -> Loop:
 
 
 def _pin(cpus: set[int]) -> None:
-    """Every thread of this process to `cpus`."""
+    """Pins every thread of this process to `cpus`."""
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError):  # One that has just ended, or cpus that are not ours to use.
+        with contextlib.suppress(OSError):  # The thread has just ended, or the CPUs are not available.
             os.sched_setaffinity(int(thread), cpus)
 
 
@@ -197,12 +200,12 @@ def _peak_mib(pid: int | None) -> float:
 
 
 def tf_data(folder: str, cores: int) -> Loop:
-    """(d) tf.data as big_vision uses it, antialiased."""
+    """(d) tf.data like big_vision, with antialiasing."""
     return _tf_data(folder, cores, antialias=True)
 
 
 def tf_data_aliased(folder: str, cores: int) -> Loop:
-    """(d) The same without antialiasing, which is big_vision's default."""
+    """(d) tf.data without antialiasing, big_vision's default."""
     return _tf_data(folder, cores, antialias=False)
 
 
@@ -212,8 +215,8 @@ def _tf_data(folder: str, cores: int, antialias: bool) -> Loop:
     tf.config.set_visible_devices([], "GPU")
     tf.config.threading.set_intra_op_parallelism_threads(cores)
     tf.config.threading.set_inter_op_parallelism_threads(cores)
-    found = examples(config_of(folder, 1))
-    boxes = np.array([(top, left, bottom - top, right - left) for _, (left, top, right, bottom) in found], np.int32)
+    crops = examples(config_of(folder, 1))
+    boxes = np.array([(top, left, bottom - top, right - left) for _, (left, top, right, bottom) in crops], np.int32)
 
     def view(data: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_jpeg(data, channels=3)
@@ -224,7 +227,7 @@ def _tf_data(folder: str, cores: int, antialias: bool) -> Loop:
     options = tf.data.Options()
     options.threading.private_threadpool_size = cores
     options.threading.max_intra_op_parallelism = 1
-    dataset = tf.data.Dataset.from_tensor_slices(([data for data, _ in found], boxes)).repeat()
+    dataset = tf.data.Dataset.from_tensor_slices(([data for data, _ in crops], boxes)).repeat()
     dataset = dataset.map(view, num_parallel_calls=cores).batch(BATCH).prefetch(1).with_options(options)
 
     def run(seconds: float) -> Measured:
@@ -252,36 +255,36 @@ ROWS: dict[str, Callable[[str, int], Loop]] = {
     "PIL": pillow,
 }
 ONE_LOOP_A_CORE = {"decode, whole", "decode, scaled", "bare loop", "PIL"}
-"""Rows that know no parallelism of their own: all cores are as many processes."""
+"""Rows without parallelism of their own: they run one process on each core."""
 
 
 PIPELINES = {"pipeline", "pipeline, tokens", "pipeline, trainer too"}
 
 
 def serve(connection: Any, cpus: list[int]) -> None:
-    """A process that runs rows on `cpus` as it is told: (row, folder, seconds) in, a `Measured` out; None ends it."""
+    """Runs rows on `cpus` in a process: receives (row, folder, seconds), sends a `Measured`; None ends it."""
     os.sched_setaffinity(0, cpus)
     loops: dict[tuple[str, str], Loop] = {}
-    while (asked := connection.recv()) is not None:
-        row, folder, seconds = asked
+    while (request := connection.recv()) is not None:
+        row, folder, seconds = request
         if (row, folder) not in loops:
             loops[row, folder] = ROWS[row](folder, len(cpus))
-            if row not in PIPELINES:  # Which throw away their first batches themselves.
+            if row not in PIPELINES:  # Pipelines discard their first batches themselves.
                 loops[row, folder](0.0)
         connection.send(loops[row, folder](seconds))
 
 
 def qualities(folder: str) -> Iterator[tuple[int, list[float], float]]:
-    """For targets of 224, 336, 448: PSNR in dB of our crops against Pillow's of the whole, and the share of equal ones.
+    """Yields targets (224, 336, 448), PSNRs in dB of our crops against Pillow's full decode, and the equal fraction.
 
-    Equal crops have no PSNR; they are among the list as 99.
+    Equal crops have no PSNR; the list has 99 for them.
     """
     for target in (224, 336, 448):
-        found = []
+        psnr_db = []
         for data, box in examples(config_of(folder, 1, target)):
-            ours = transforms.resize(*open_picture(data).decode(box, target), target)
+            ours = geometry.resize(*open_encoded(data).decode(box, target), target)
             with Image.open(io.BytesIO(data)) as image:
                 whole = image.convert("RGB").crop(box).resize((target, target), Image.Resampling.BICUBIC)
             error = np.mean((ours.astype(np.float64) - np.asarray(whole)) ** 2)
-            found.append(99.0 if error == 0 else min(99.0, 10 * np.log10(255**2 / error)))
-        yield target, found, sum(value == 99 for value in found) / len(found)
+            psnr_db.append(99.0 if error == 0 else min(99.0, 10 * np.log10(255**2 / error)))
+        yield target, psnr_db, sum(value == 99 for value in psnr_db) / len(psnr_db)

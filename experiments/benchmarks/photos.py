@@ -1,7 +1,7 @@
-"""Pictures with the statistics of photographs, made from a seed: what the input benchmark decodes.
+"""Synthetic images with the statistics of photographs, made from a seed, for the input benchmark.
 
-Leaves of all sizes that cover one another give edges at every scale, noise of several grains gives texture: the power
-falls with the third power of the frequency, and quality 90 takes 1.2 (at 1600) to 1.7 (at 512) bits a pixel.
+Overlapping leaves of all sizes give edges at every scale, and noise of several grain sizes gives texture: power falls
+with the third power of the frequency, and quality 90 takes 1.2 (at 1600) to 1.7 (at 512) bits a pixel.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record
 
 SIZES = {512: 48, 1600: 16}
-"""Pictures of each length of the longer side."""
+"""Number of images by length of the longer side."""
 
 QUALITY = 90
 _WORDS = ("large", "small", "green", "brown", "round", "long", "soft", "sharp", "near", "far", "bright", "dark")
@@ -25,9 +25,9 @@ _ASPECTS = (3 / 2, 4 / 3, 1, 3 / 4)
 
 
 def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """One picture."""
+    """Draws one image."""
     scene = Image.fromarray(_pixels(125 + 30 * _grains(rng, width // 4, height // 4, (128, 32, 8))))
-    scene = scene.resize((2 * width, 2 * height))  # Twice as large, so that the leaves' edges come out smooth.
+    scene = scene.resize((2 * width, 2 * height))  # Drawn at twice the size for smooth edges.
     draw = ImageDraw.Draw(scene)
     diagonal = np.hypot(*scene.size)
     for radius in np.sort(0.25 * diagonal * rng.uniform(0.02, 1, max(width, height) // 6) ** 2.5)[::-1]:
@@ -41,7 +41,7 @@ def photo(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def _grains(rng: np.random.Generator, width: int, height: int, grains: tuple[int, ...]) -> np.ndarray:
-    """Sum of smooth noises, the coarser the stronger; of three channels."""
+    """Returns a sum of smooth three-channel noises, of which coarser ones are stronger."""
     total = np.zeros((height, width, 3), np.float32)
     for i, grain in enumerate(grains):
         cells = rng.standard_normal((3, height // grain + 2, width // grain + 2)).astype(np.float32)
@@ -55,7 +55,7 @@ def _pixels(values: np.ndarray) -> np.ndarray:
 
 
 def records(side: int) -> Iterator[Record]:
-    """The pictures of one length as records, each with a caption of some twenty words."""
+    """Yields the images of one size as records, each with a caption of some twenty words."""
     for number in range(SIZES[side]):
         rng = np.random.default_rng([side, number])
         aspect = _ASPECTS[number % len(_ASPECTS)]
@@ -67,7 +67,7 @@ def records(side: int) -> Iterator[Record]:
 
 
 def make(folder: Path) -> list[Path]:
-    """Writes a prepared data set for each size into `folder`."""
+    """Writes a prepared dataset for each size to `folder`."""
     for side in SIZES:
         write_dataset(folder / str(side), records(side))
     return [folder / str(side) for side in SIZES]

@@ -1,8 +1,8 @@
-"""What it costs to compute one step in so many twice (`guard.recompute_every`), on this machine.
+"""Measures the cost of the silent data corruption check (`guard.sdc_check_every`) on this machine.
 
 python experiments/benchmarks/recompute.py --every 1000 --json recompute.json
 
-Plain and checked steps of the quickstart's model take turns; a checked one copies state and batch, computes the step a
+Plain and checked steps of the quickstart's model alternate. A checked step copies state and batch, computes the step a
 second time, and compares all bits.
 """
 
@@ -18,48 +18,51 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from aimv2_jax.cli import Parser, check_output, positive  # noqa: E402
 from aimv2_jax.config import Config, load_config  # noqa: E402
-from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser, check_output, positive  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, cli_main  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
 
 QUICKSTART = ROOT / "experiments/quickstart.py"
 
 
 def measure(config: Config, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of plain and of checked steps."""
+    """Returns the seconds of plain and of checked steps."""
     import jax
 
-    from aimv2_jax.train.program import build_program
-    from aimv2_jax.train.recompute import Recompute
+    from aimv2_jax.train.builder import build_setup
+    from aimv2_jax.train.sdc_check import SdcCheck
     from experiments.benchmarks.step_time import synthetic_batch
 
-    program = build_program(config, jax.devices()[:1])
+    program = build_setup(config, jax.devices()[:1])
     [shape] = config.batch_shapes
     step, batch, state = program.compile_step(shape), synthetic_batch(program), program.init()
-    recompute = Recompute(program, {shape: step}, elsewhere=False)
+    sdc_check = SdcCheck(program, {shape: step}, rotate_devices=False)
     plain_s, checked_s = [], []
     for number in range(2 * rounds + 2):
         checked = number % 2
         jax.block_until_ready(state)
         begin_s = time.perf_counter()
-        again = recompute.start(state, batch, shape) if checked else None
+        again = sdc_check.start(state, batch, shape) if checked else None
         state, metrics = step(state, batch, program.rng)
-        if checked and (found := recompute.differences((state, metrics), again)):
+        if checked and (found := sdc_check.differences((state, metrics), again)):
             raise RuntimeError(f"a step that was computed twice differs: {found}")
         jax.block_until_ready((state, metrics))
-        if number >= 2:  # The first of each kind compiles the comparison, and warms up.
+        if number >= 2:  # The first step of each kind compiles and warms up.
             (checked_s if checked else plain_s).append(time.perf_counter() - begin_s)
     return plain_s, checked_s
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
-    parser = Parser(prog="python experiments/benchmarks/recompute.py", description="What computing steps twice costs.")
-    parser.add_argument("--every", type=positive, default=1000, help="steps, one of them checked (default %(default)s)")
+    parser = Parser(
+        prog="python experiments/benchmarks/recompute.py",
+        description="Measures the cost of checking steps for data corruption.",
+    )
+    parser.add_argument("--every", type=positive, default=1000, help="steps between checks (default %(default)s)")
     parser.add_argument(
-        "--rounds", type=positive, default=20, help="of a plain and a checked step (default %(default)s)"
+        "--rounds", type=positive, default=20, help="pairs of a plain and a checked step (default %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the report goes")
     flags = parser.parse_args(arguments)
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = {
         "plain_step_s": statistics.median(plain_s),
         "checked_step_s": statistics.median(checked_s),
-        "extra_steps": extra,  # That one check takes as long as.
+        "extra_steps": extra,  # Duration of one check in plain steps.
         "every": flags.every,
         "overhead": extra / flags.every,
         "rounds": flags.rounds,
@@ -78,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.json:
         flags.json.write_text(json.dumps(report, indent=1) + "\n")
     print(
-        f"a checked step takes as long as {1 + extra:.2f} plain ones ({report['plain_step_s']:.3f} s): one of "
-        f"{flags.every:,} costs {100 * report['overhead']:.3f} % of the time of all steps"
+        f"a checked step takes {1 + extra:.2f} times a plain step ({report['plain_step_s']:.3f} s): a check every "
+        f"{flags.every:,} steps costs {100 * report['overhead']:.3f} % of the step time"
     )
     return EXIT_FINISHED
 

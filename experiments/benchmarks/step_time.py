@@ -1,11 +1,11 @@
-"""Times the train step (forward, backward, clip, update) on a synthetic batch, on one chip, beside its own matmul rate.
+"""Times the train step (forward, backward, clip, update) on a synthetic batch on one chip, and its matmul rate.
 
     python experiments/benchmarks/step_time.py --json FILE [--preset reference] [--platform cpu|gpu|tpu]
     python experiments/benchmarks/step_time.py --platform gpu --preset large_224 [--config.model.remat=full]
 
-Prints one JSON line. Presets: `reference` (what the PyTorch reference trainer was timed with), `tiny` (whether this
-program works), and the pre-training runs, whose batches are for a pod: one chip gets the largest that fits, found by
-trying, or that of `--batch`. `mfu` is the model's FLOPs (train/flops.py) over the chip's dense bf16 peak.
+Prints one JSON line. Presets: `reference` (the model on which the PyTorch reference trainer was timed), `tiny` (a test
+of this program), and the pre-training runs, whose batches are for a pod: one chip gets the largest batch that fits,
+found by trial, or that of `--batch`. `mfu` is the model's FLOPs (monitoring/flops.py) over the chip's dense bf16 peak.
 Timings are noisy: compare `images_per_gflop`, the rate over the matmul rate of the same run.
 Needs only jax, flax, optax, numpy, ml_collections, einops and jaxtyping.
 """
@@ -28,25 +28,25 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from aimv2_jax.allocator import keep_freed_memory  # noqa: E402
+from aimv2_jax.cli import Parser, positive, split_overrides  # noqa: E402
 from aimv2_jax.config import Config, build_config  # noqa: E402
-from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser, positive, split_overrides  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main  # noqa: E402
 from aimv2_jax.platforms import may_have_gpu, may_have_tpu  # noqa: E402
 from experiments import base  # noqa: E402
 
-MOST_EXAMPLES = 8192  # Where the search for the largest batch ends.
+MOST_EXAMPLES = 8192  # Upper bound of the search for the largest batch.
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """Where to run: JAX's name of it, the side of the matmul that stands for it, and whether there may be one."""
+    """A platform: JAX's name, the side of its reference matmul, and a check whether it may be present."""
 
     jax_name: str
     matmul_side: int
     is_here: Callable[[], bool]
     what: str
-    searches: bool  # Whether too large a batch is refused; a CPU would swap.
+    searches: bool  # Whether a batch that is too large fails; a CPU would swap.
 
 
 PLATFORMS = {
@@ -57,7 +57,7 @@ PLATFORMS = {
 
 
 def reference() -> Any:
-    """The small model that the PyTorch reference trainer was timed with."""
+    """The small model on which the PyTorch reference trainer was timed."""
     config = base.get_config()
     config.model.encoder.update(width=384, depth=12, heads=6)
     config.model.decoder.update(width=256, depth=4, heads=4, vocab_size=8192, text_length=32)
@@ -67,7 +67,7 @@ def reference() -> Any:
 
 
 def tiny() -> Any:
-    """A model that compiles in seconds: whether this program works, not how fast anything is."""
+    """A model that compiles in seconds, to test this program; its speed is meaningless."""
     config = reference()
     config.model.encoder.update(width=32, depth=1, heads=2)
     config.model.decoder.update(width=32, depth=1, heads=2, vocab_size=64)
@@ -84,7 +84,7 @@ PRESETS = {"reference": reference, "tiny": tiny} | {name: _experiment(name) for 
 
 
 def preset_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """The config of a preset, for one device and without any data; overrides as on a command line."""
+    """Returns the config of a preset, for one device and without data; overrides as on a command line."""
     config = PRESETS[name]()
     config.data.sources, config.data.mixture = {"synthetic": ""}, {"synthetic": {"alt": 1.0}}
     config.mesh.update(dict.fromkeys(config.mesh, 1))
@@ -92,7 +92,7 @@ def preset_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Confi
         try:
             config.update_from_flattened_dict({key: _value(text)})
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"--config.{key} cannot be set", text, "The keys: experiments/base.py") from error
+            raise UserError(f"--config.{key} cannot be set", text, "See the keys in experiments/base.py") from error
     return build_config(config.to_dict())
 
 
@@ -104,10 +104,10 @@ def _value(text: str) -> Any:
 
 
 def largest_batch(fits: Callable[[int], bool], first: int = 8, most: int = MOST_EXAMPLES) -> int:
-    """The largest batch that fits, to an eighth of it: doubled from `first` until one doesn't, then halved in between.
+    """Returns the largest batch that fits, to an eighth of it: doubles from `first` until one fails, then bisects.
 
     Raises:
-      UserError: where not even `first` examples fit.
+      UserError: if not even `first` examples fit.
     """
     if not fits(first):
         raise UserError("not enough memory for the model", f"{first} examples", "Try --config.model.remat=full")
@@ -126,12 +126,12 @@ def largest_batch(fits: Callable[[int], bool], first: int = 8, most: int = MOST_
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether XLA refused for want of memory, while it compiled or while it ran."""
+    """Whether XLA ran out of memory, at compilation or at run time."""
     return any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory"))
 
 
 def synthetic_batch(program: Any) -> dict[str, Any]:
-    """Noise for pixels, random tokens, captions of random length, on the program's devices."""
+    """Returns a batch of noise pixels and random tokens (captions of random length) on the devices of `program`."""
     import jax
     import numpy as np
 
@@ -152,7 +152,7 @@ def synthetic_batch(program: Any) -> dict[str, Any]:
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Mean time of `repeats` calls, dispatched one after another."""
+    """Returns the mean time of `repeats` calls, dispatched in sequence."""
     import jax
 
     start = time.perf_counter()
@@ -168,9 +168,9 @@ class Trainer:
     def __init__(self, config: Config):
         import jax
 
-        from aimv2_jax.train.program import build_program
+        from aimv2_jax.train.builder import build_setup
 
-        self.program = build_program(config, jax.devices()[:1])
+        self.program = build_setup(config, jax.devices()[:1])
         self.batch = synthetic_batch(self.program)
         start = time.perf_counter()
         self.step = self.program.compile_step(config.batch_shapes[0])
@@ -183,7 +183,7 @@ class Trainer:
 
     @property
     def memory_gib(self) -> float:
-        """What the compiled step holds at its peak: state, batch and what it computes in between."""
+        """Peak memory of the compiled step: state, batch and temporaries."""
         memory = self.step.memory_analysis()
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return (used + memory.temp_size_in_bytes) / GIB
@@ -203,12 +203,12 @@ def fits(config: Config) -> bool:
 
 
 def measure(config: Config, rounds: int, steps: int, matmul_side: int) -> dict[str, Any]:
-    """Alternates matmuls and steps for `rounds` rounds; the medians, and the model's cost."""
+    """Alternates matmuls and steps for `rounds` rounds; returns medians and the model's cost."""
     import jax
     import jax.numpy as jnp
 
     from aimv2_jax.models.aimv2 import count_parameters
-    from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
+    from aimv2_jax.monitoring.flops import flops_per_example, model_flops_utilisation
 
     trainer = Trainer(config)
     dtype = jnp.dtype(config.model.compute_dtype)
@@ -242,7 +242,7 @@ def measure(config: Config, rounds: int, steps: int, matmul_side: int) -> dict[s
 
 
 def take_turns(config: Config, steps: int) -> None:
-    """For every line of the input, times `steps` steps and prints their rate (`beside.py`)."""
+    """Times `steps` steps for every line of stdin and prints their rate (for `beside.py`)."""
     trainer = Trainer(config)
     seconds(trainer.train, 1)
     for _ in sys.stdin:
@@ -251,36 +251,36 @@ def take_turns(config: Config, steps: int) -> None:
 
 
 def start_platform(name: str) -> None:
-    """Binds JAX to the platform; raises `UserError` where there is none."""
+    """Binds JAX to the platform; raises `UserError` if it is absent."""
     platform = PLATFORMS[name]
-    remedy = f"Run it on a machine that has one, with the extra {name} installed"
+    remedy = f"Use a machine that has one, with the extra {name} installed"
     if not platform.is_here():
-        raise UserError(f"no {platform.what} is at hand", f"--platform {name}", remedy)
+        raise UserError(f"no {platform.what} was found", f"--platform {name}", remedy)
     os.environ["JAX_PLATFORMS"] = platform.jax_name
     keep_freed_memory()
-    if name == "gpu":  # JAX takes three quarters unless told; the largest batch is to have what there is.
+    if name == "gpu":  # JAX's default is 0.75; the largest batch needs more.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     import jax
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that some platform came up.
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform started.
         raise UserError(f"no {platform.what} could be started", str(error), remedy) from error
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the line to this file")
     parser.add_argument("--preset", default="reference", choices=sorted(PRESETS))
     parser.add_argument("--platform", choices=sorted(PLATFORMS), default="cpu")
-    parser.add_argument("--batch", type=positive, metavar="N", help="examples a step, instead of the preset's")
-    parser.add_argument("--layers", choices=["scan", "loop"], help="how the blocks run, instead of the preset's")
+    parser.add_argument("--batch", type=positive, metavar="N", help="examples a step (default: the preset's)")
+    parser.add_argument("--layers", choices=["scan", "loop"], help="how the blocks run (default: the preset's)")
     parser.add_argument(
-        "--rounds", type=positive, default=5, help="alternations of matmuls and steps; the median counts"
+        "--rounds", type=positive, default=5, help="alternations of matmuls and steps, of which the median is reported"
     )
     parser.add_argument("--steps", type=positive, default=3, help="steps a round")
-    parser.add_argument("--turns", action="store_true", help="a round for every line of the input, for beside.py")
+    parser.add_argument("--turns", action="store_true", help="run a round for every line of stdin, for beside.py")
     rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     flags = parser.parse_args(rest)
     platform = PLATFORMS[flags.platform]
@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def config(batch: int | None) -> Config:
         return preset_config(flags.preset, overrides + ([("data.batch_size", str(batch))] if batch else []))
 
-    config(flags.batch)  # Mistakes are told before anything starts.
+    config(flags.batch)  # Reports invalid settings before anything starts.
     batch, pods = flags.batch, flags.preset in PRETRAIN
     if batch is None and pods and not platform.searches:
         raise UserError(f"preset {flags.preset} has a batch for a pod", f"--platform {flags.platform}", "Give --batch")

@@ -1,4 +1,4 @@
-"""AIMv2 in small on real pairs, to be probed beside its baselines; all of them: launch/comparison.sh.
+"""AIMv2 in small on real pairs, compared with its baselines by probes; launch/comparison.sh runs all of them.
 
 python -m aimv2_jax.main --config=experiments/comparison/aimv2.py --workdir=runs/comparison/aimv2
 """
@@ -9,11 +9,11 @@ from experiments.stages import small
 
 
 def get_config() -> ConfigDict:
-    config = small.get_config()  # Its pairs, captions and held-out set.
+    config = small.get_config()  # The same pairs, captions and held-out dataset.
     config.data.update(
-        image_size=84,  # 36 patches: what two cores see most pictures at.
+        image_size=84,  # 36 patches, so that two cores train on many images.
         batch_size=64,
-        crop_area=(0.2, 1.0),  # Three thousand pairs are soon known by heart: smaller crops keep them new for longer.
+        crop_area=(0.2, 1.0),  # Three thousand pairs are soon memorised; smaller crops delay that.
     )
     config.model.decoder.update(depth=2, text_length=24)
     config.optimizer.update(warmup_steps=100, schedule_steps=4800, peak_lr=1e-3, weight_decay=1e-3)

@@ -1,4 +1,4 @@
-"""The same with alt-texts alone: synthetic captions name what the probe asks for.
+"""The comparison run with alt-texts alone: synthetic captions contain the labels of the probe.
 
 python -m aimv2_jax.main --config=experiments/comparison/aimv2_alt.py --workdir=runs/comparison/aimv2_alt
 """

@@ -1,4 +1,4 @@
-"""The same without an image loss: captions alone, under prefix attention.
+"""The comparison run without an image loss: captions alone, under prefix attention.
 
 python -m aimv2_jax.main --config=experiments/comparison/captioning.py --workdir=runs/comparison/captioning
 """

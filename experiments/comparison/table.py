@@ -1,4 +1,4 @@
-"""The comparison's tables, of the figures that launch/comparison.sh leaves.
+"""Tables of the comparison, from the JSON files that launch/comparison.sh writes.
 
 python experiments/comparison/table.py runs/comparison
 """
@@ -21,32 +21,33 @@ FLOOR = "nearest 16 × 16 pixels"
 
 
 def markdown(folder: Path) -> str:
-    """Two tables: top-1 with its interval, with all categories and without two; and top-1 by source.
+    """Returns two tables: top-1 with its interval, with all categories and without two; and top-1 by source.
 
     Args:
-      folder: that of MODEL.json and MODEL_without.json, as `aimv2_jax.eval.probes --by source --json` writes them.
+      folder: contains MODEL.json and MODEL_without.json, as `aimv2_jax.eval.probes --by source --json` writes them.
     """
-    found = {
+    probes_by_model = {
         name: (_read(folder / f"{model}.json"), _read(folder / f"{model}_without.json"))
         for model, name in MODELS.items()
     }
-    ours = found[MODELS["aimv2"]]
-    found[FLOOR] = tuple(probe["floor"] for probe in ours)  # The same pictures in every row: the same floor.
+    aimv2 = probes_by_model[MODELS["aimv2"]]
+    # All rows use the same images, so the floor is the same.
+    probes_by_model[FLOOR] = tuple(probe["floor"] for probe in aimv2)
     whole = [
         [name, *(cell for probe in probes for cell in (f"{probe['top1']:.3f}", _interval(probe["ci95"])))]
-        for name, probes in found.items()
+        for name, probes in probes_by_model.items()
     ]
-    sources = ours[0]["by"]
-    apart = [
+    sources = aimv2[0]["by"]
+    by_source = [
         [
             source,
             str(sources[source]["examples"]),
-            *(f"{probes[0]['by'][source]['top1']:.3f}" for probes in found.values()),
+            *(f"{probes[0]['by'][source]['top1']:.3f}" for probes in probes_by_model.values()),
         ]
         for source in sources
     ]
-    heading = ["", *(cell for probe in ours for cell in (f"{len(probe['per_class'])} categories", "95 %"))]
-    return f"{_table(heading, whole)}\n\n{_table(['source', 'pictures', *found], apart)}\n"
+    heading = ["", *(cell for probe in aimv2 for cell in (f"{len(probe['per_class'])} categories", "95 %"))]
+    return f"{_table(heading, whole)}\n\n{_table(['source', 'images', *probes_by_model], by_source)}\n"
 
 
 def _read(path: Path) -> dict[str, Any]:

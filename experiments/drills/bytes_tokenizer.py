@@ -1,4 +1,4 @@
-"""Captions as their bytes, for drills and tests: needs no tensorflow, which takes seconds to import."""
+"""Byte tokenizer for drills and tests, without the slow import of tensorflow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import types
 from pathlib import Path
 
-# Python imports this first, where it lies as sitecustomize.py in a folder of PYTHONPATH.
+# Content of a sitecustomize.py, which Python imports at start from a folder of PYTHONPATH.
 SITE = f"""
 import sys
 sys.path.append({str(Path(__file__).resolve().parents[2])!r})
@@ -16,7 +16,7 @@ bytes_tokenizer.replace_tokenizer()
 
 
 class BytesTokenizer:
-    """In the place of `aimv2_jax.data.tokenizer.Tokenizer`; its digest is one of no file."""
+    """Replacement of `aimv2_jax.data.tokenizer.Tokenizer`, with a constant digest instead of a file's."""
 
     digest = "bytes"
 
@@ -37,7 +37,7 @@ class BytesTokenizer:
 
 
 def replace_tokenizer() -> None:
-    """Makes it the tokenizer of the trainer that this process will be."""
+    """Installs `BytesTokenizer` as the tokenizer of this process."""
     module = types.ModuleType("aimv2_jax.data.tokenizer")
     module.Tokenizer = BytesTokenizer
     sys.modules[module.__name__] = module

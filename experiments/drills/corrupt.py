@@ -1,11 +1,11 @@
-"""Damages files of saved steps in every way, and looks whether each is found, named, and set aside unused.
+"""Damages files of saved steps in every way, and checks that each damage is detected, named and quarantined.
 
 python experiments/drills/corrupt.py --injections 200 --json corrupt.json
 
-A small state of several files is saved in three steps. Each injection takes a fresh copy of them and harms the newest
-step, in turn every class of file in every way: one bit flipped, cut short, deleted, swapped with another, emptied, or a
-file too many. Then a reader must refuse to give anything of that step out, and name the file; and a run that starts
-there must set the step aside, byte for byte as it is, and restore the one before it bit for bit.
+A small state of several files is saved at three steps. Each injection damages the newest step of a fresh copy; together
+they damage every class of file in every way: flip a bit, truncate, delete, swap with another, empty, or add a file.
+Then a reader must refuse to restore any part of that step and name the file; and a run that starts from it must move
+the step aside unchanged and restore the previous step bit for bit.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from aimv2_jax.errors import EXIT_FINISHED, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser, check_output, positive  # noqa: E402
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader  # noqa: E402
+from aimv2_jax.checkpoint.metadata import DamagedStep  # noqa: E402
+from aimv2_jax.cli import Parser, check_output, positive  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, cli_main  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader  # noqa: E402
-from aimv2_jax.train.step_meta import DamagedStep  # noqa: E402
 
 STEPS = (10, 20, 30)
 WAYS = ("flip a bit", "truncate", "delete", "swap", "empty", "add")
@@ -42,7 +42,7 @@ WAYS = ("flip a bit", "truncate", "delete", "swap", "empty", "add")
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """What was done to which files of the newest step; a swap harms two."""
+    """One damage and the files of the newest step that it affects; a swap affects two."""
 
     kind: str
     way: str
@@ -50,7 +50,7 @@ class Injection:
 
 
 def make_state(step: int) -> dict[str, Any]:
-    """Parameters and moments of another content at every step, large enough for several files of arrays."""
+    """Returns parameters and moments that differ by step, large enough for several array files."""
     rng = np.random.default_rng(step)
     params = {
         "encoder": {f"layer{i}": jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for i in range(4)},
@@ -66,7 +66,7 @@ def save_steps(workdir: Path) -> None:
 
 
 def kind_of(file: str) -> str:
-    """The class of a file: its path, with the names that Orbax draws by chance left out."""
+    """Returns the class of a file: its path without Orbax's random names."""
     return "/".join("*" if len(part) == 32 else part for part in file.split("/"))
 
 
@@ -74,24 +74,24 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def inject(step: Path, kind: str, way: str, chance: random.Random) -> Injection | None:
-    """Harms a file of that class; None where it cannot be harmed so (half of an empty one, say)."""
+def inject(step: Path, kind: str, way: str, rng: random.Random) -> Injection | None:
+    """Damages a file of that class; returns None if that is impossible (such as truncating an empty file)."""
     contents = files_of(step)
-    file = chance.choice([name for name in contents if kind_of(name) == kind])
+    file = rng.choice([name for name in contents if kind_of(name) == kind])
     path, data = step / file, contents[file]
     if way == "flip a bit":
         if not data:
             return None
-        bit = chance.randrange(8 * len(data))
+        bit = rng.randrange(8 * len(data))
         path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
     elif way in ("truncate", "empty"):
         if not data:
             return None
-        path.write_bytes(data[: chance.randrange(len(data))] if way == "truncate" else b"")
+        path.write_bytes(data[: rng.randrange(len(data))] if way == "truncate" else b"")
     elif way == "delete":
         path.unlink()
     elif way == "swap":
-        other = chance.choice([name for name, theirs in contents.items() if theirs != data])
+        other = rng.choice([name for name, content in contents.items() if content != data])
         path.write_bytes(contents[other])
         (step / other).write_bytes(data)
         return Injection(kind, way, (file, other))
@@ -102,11 +102,11 @@ def inject(step: Path, kind: str, way: str, chance: random.Random) -> Injection 
 
 
 def check(workdir: Path, injection: Injection) -> None:
-    """Raises AssertionError unless the harm is found, named and set aside, and the step before is used."""
+    """Raises AssertionError unless the damage is detected, named and moved aside, and the previous step is used."""
     good, newest = STEPS[-2:]
-    place = workdir / "checkpoints"
-    harmed = files_of(place / str(newest))
-    # A manifest that is wrong itself can tell of no other file.
+    checkpoints = workdir / "checkpoints"
+    damaged = files_of(checkpoints / str(newest))
+    # A damaged manifest cannot report other files.
     named = [file for file in injection.files if file == "manifest.json"] or list(injection.files)
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(newest))
     for part in (wanted, {"params": wanted["params"]}):
@@ -122,27 +122,27 @@ def check(workdir: Path, injection: Injection) -> None:
         assert step == good and [damage.step for damage in damages] == [newest], (step, damages)
         assert sorted(wrong.file for wrong in damages[0].wrong) == sorted(named), damages[0]
         restored = checkpointer.restore(step, wanted)
-    for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(good)), strict=True):
-        assert ours.dtype == theirs.dtype and np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
-    assert files_of(place / damages[0].moved_to) == harmed, "what was set aside was changed"
+    for actual, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(good)), strict=True):
+        assert actual.dtype == expected.dtype and np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
+    assert files_of(checkpoints / damages[0].moved_to) == damaged, "the step that was moved aside has changed"
     assert CheckpointReader(workdir).steps() == [*STEPS[:-1]]
 
 
 def drill(injections: int, seed: int, folder: Path) -> list[Injection]:
-    """Harms copies of a run in `folder`; all that was done and found."""
+    """Damages copies of a run in `folder` and checks each; returns all injections."""
     clean = folder / "clean"
     save_steps(clean)
     kinds = sorted({kind_of(file) for file in files_of(clean / "checkpoints" / str(STEPS[-1]))})
-    # Sorted by chance, so that a few injections reach many classes in many ways, too.
-    chance = random.Random(seed)
-    turns = list(itertools.product(kinds, WAYS))
+    # In random order, so that even a few injections cover many classes and ways.
+    rng = random.Random(seed)
+    cases = list(itertools.product(kinds, WAYS))
     done: list[Injection] = []
     copy = folder / "copy"
     while len(done) < injections:
-        chance.shuffle(turns)
-        for kind, way in turns[: injections - len(done)]:
+        rng.shuffle(cases)
+        for kind, way in cases[: injections - len(done)]:
             shutil.copytree(clean, copy)
-            injection = inject(copy / "checkpoints" / str(STEPS[-1]), kind, way, chance)
+            injection = inject(copy / "checkpoints" / str(STEPS[-1]), kind, way, rng)
             if injection is not None:
                 try:
                     check(copy, injection)
@@ -153,12 +153,15 @@ def drill(injections: int, seed: int, folder: Path) -> list[Injection]:
     return done
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
-    parser = Parser(prog="python experiments/drills/corrupt.py", description="Damages checkpoints in every way.")
-    parser.add_argument("--injections", type=positive, default=200, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the files, bits and ways (default %(default)s)")
+    parser = Parser(
+        prog="python experiments/drills/corrupt.py",
+        description="Damages checkpoints in every way and checks the detection.",
+    )
+    parser.add_argument("--injections", type=positive, default=200, help="number of injections (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the files, bits and ways (default %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the report goes")
     flags = parser.parse_args(arguments)
     if flags.json:
@@ -167,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="drill-") as folder:
         done = drill(flags.injections, flags.seed, Path(folder))
     took_s = time.monotonic() - start
-    by_kind, by_way = (collections.Counter(getattr(one, name) for one in done) for name in ("kind", "way"))
+    by_kind, by_way = (collections.Counter(getattr(injection, name) for injection in done) for name in ("kind", "way"))
     report = {"injections": len(done), "seed": flags.seed, "took_s": round(took_s, 1)}
     report |= {"by_class_of_file": dict(sorted(by_kind.items())), "by_way": dict(by_way.most_common())}
     if flags.json:
@@ -175,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, count in [*sorted(by_kind.items()), *by_way.most_common()]:
         print(f"{count:5} {name}")
     print(
-        f"{len(done)} injections in {took_s:.0f} s: all found and named, none restored in part, "
-        "the step before used bit for bit, the damaged one set aside as it was"
+        f"{len(done)} injections in {took_s:.0f} s: all detected and named, none restored in part, "
+        "the previous step restored bit for bit, the damaged step moved aside unchanged"
     )
     return EXIT_FINISHED
 

@@ -1,4 +1,4 @@
-"""The two figures of the scaling study: loss against samples for each size, and against compute with the envelope."""
+"""Figures of the scaling study: loss by samples for each size, and loss by compute with the envelope."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from aimv2_jax.drawing import DARK, GREY, STYLE, draw_heading
+from aimv2_jax.plotting import DARK, GREY, STYLE, draw_heading
 from experiments.scaling.law import Law, envelope
 
-_SMALL = 8  # Points.
+_FONT_SIZE_PT = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A finished cooldown: its size's name and encoder parameters, samples, FLOPs as a run by itself, held-out loss."""
+    """A finished cooldown: name and encoder parameters of its size, samples, FLOPs as a separate run, held-out loss."""
 
     size: str
     parameters: int
@@ -29,22 +29,22 @@ class Point:
 
 
 def loss_against_samples(points: Sequence[Point], law: Law, name: str, note: str) -> Figure:
-    """A curve a size: the points, and the law between them; dotted, what the law leaves of infinite samples."""
+    """Draws points and law for each size; the dotted line is the law's loss at infinite samples."""
     with rc_context(STYLE):
         figure, axes = _canvas(f"{name} against samples".capitalize(), note)
         for size, color in _sizes(points):
             samples = np.geomspace(size[0].samples, size[-1].samples, 100)
             _curve(axes, size, color, lambda point: point.samples, samples, law.loss(size[0].parameters, samples))
-            left = law.E + law.A / size[0].parameters ** law.a
-            axes.axhline(left, color=color, linestyle=":", linewidth=0.9)
-        _finish(axes, "samples seen, the cooldown included", name)
+            limit = law.E + law.A / size[0].parameters ** law.a
+            axes.axhline(limit, color=color, linestyle=":", linewidth=0.9)
+        _finish(axes, "samples seen, including the cooldown", name)
         counts = sorted({point.samples for point in points})
         axes.set_xticks(counts, [short(count) for count in counts])
     return figure
 
 
 def loss_against_compute(points: Sequence[Point], law: Law, name: str, note: str) -> Figure:
-    """A curve a size over its FLOPs, and below them the envelope: the law's loss of the best size at each compute."""
+    """Draws points and law for each size over FLOPs, with the envelope: the law's loss of the best size by compute."""
     with rc_context(STYLE):
         figure, axes = _canvas(f"{name} against compute".capitalize(), note)
         sizes = _sizes(points)
@@ -56,12 +56,12 @@ def loss_against_compute(points: Sequence[Point], law: Law, name: str, note: str
         flops = np.geomspace(min(point.flops for point in points), max(point.flops for point in points), 200)
         costs = [(size[0].parameters, size[0].flops / size[0].samples) for size, _ in sizes]
         axes.plot(flops, envelope(law, costs, flops), color=DARK, linewidth=2.2, alpha=0.85, zorder=1, label="envelope")
-        _finish(axes, "FLOPs, of a run by itself", name)
+        _finish(axes, "FLOPs of a separate run", name)
     return figure
 
 
 def _sizes(points: Sequence[Point]) -> list[tuple[list[Point], tuple]]:
-    """The points of each size by their samples, from small to large, with its colour."""
+    """Groups points by size, in increasing order of size and samples, with a colour for each group."""
     names = {point.parameters: point.size for point in points}
     groups = [
         sorted((point for point in points if point.parameters == count), key=lambda point: point.samples)
@@ -82,30 +82,37 @@ def _curve(
     axes: Axes,
     size: Sequence[Point],
     color: tuple,
-    place: Callable[[Point], float],
+    x_of: Callable[[Point], float],
     x: np.ndarray,
     losses: np.ndarray,
 ) -> None:
     axes.plot(x, losses, color=color, linewidth=1.4)
     label = f"{size[0].size}, {short(size[0].parameters)} parameters"
-    dots = [place(point) for point in size], [point.loss for point in size]
-    axes.plot(*dots, color=color, linestyle="", marker="o", markersize=5, label=label)
+    axes.plot(
+        [x_of(point) for point in size],
+        [point.loss for point in size],
+        color=color,
+        linestyle="",
+        marker="o",
+        markersize=5,
+        label=label,
+    )
 
 
-def _finish(axes: Axes, what: str, name: str) -> None:
+def _finish(axes: Axes, x_label: str, name: str) -> None:
     axes.set(xscale="log", yscale="log")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(length=0, which="both")
-    axes.set_xlabel(what, size=_SMALL, color=GREY, labelpad=1)
-    axes.set_ylabel(name, size=_SMALL, color=GREY, labelpad=1)
-    axes.legend(fontsize=_SMALL, loc="upper right")
+    axes.set_xlabel(x_label, size=_FONT_SIZE_PT, color=GREY, labelpad=1)
+    axes.set_ylabel(name, size=_FONT_SIZE_PT, color=GREY, labelpad=1)
+    axes.legend(fontsize=_FONT_SIZE_PT, loc="upper right")
 
 
 def short(count: float) -> str:
-    """1234567 as 1.2M."""
+    """Formats 1234567 as 1.2M."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.2g}{unit}" if count < 100 * size else f"{count / size:.0f}{unit}"

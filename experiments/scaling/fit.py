@@ -1,10 +1,10 @@
-"""Fits a law to the finished cooldowns of a scaling study, and draws it.
+"""Fits a scaling law to the finished cooldowns of a study and plots it.
 
     python experiments/scaling/fit.py --workdir=runs/scaling
 
-The law is L = E + A / N^a + B / D^b of the held-out loss after D samples with N parameters of the encoder (of the
-decoder no more is known: all sizes have the same). What it prints goes to fit.json beside the figures, with the 95 %
-interval of each parameter and the residual of each point; null is an end that the points do not give.
+The law is L = E + A / N^a + B / D^b for the held-out loss after D samples with N encoder parameters (all sizes have the
+same decoder). fit.json, in the folder of the figures, gets the printed values with the 95 % interval of each parameter
+and the residual of each point; null means that the points do not bound that end.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ sys.path.insert(0, str(ROOT))
 
 from etils import epath  # noqa: E402
 
-from aimv2_jax.config import Config, build_saved_config, config_to_dict  # noqa: E402
-from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors  # noqa: E402
-from aimv2_jax.flags import Parser, make_output_folder  # noqa: E402
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader  # noqa: E402
+from aimv2_jax.checkpoint.metadata import measured_on  # noqa: E402
+from aimv2_jax.cli import Parser, make_output_folder  # noqa: E402
+from aimv2_jax.config import Config, build_config, config_to_dict  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main  # noqa: E402
+from aimv2_jax.monitoring.metrics import read_metrics  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
-from aimv2_jax.train.checkpoint import CheckpointReader, measured_on  # noqa: E402
-from aimv2_jax.train.metrics import read_metrics  # noqa: E402
 from experiments.scaling.figures import Point, loss_against_compute, loss_against_samples, short  # noqa: E402
 from experiments.scaling.law import LEVEL, NAMES, Fit, fit  # noqa: E402
 from experiments.scaling.study import Run, cooldown_folders  # noqa: E402
 
 
 def read_points(workdir: epath.PathLike, loss: str) -> tuple[list[Point], list[str]]:
-    """The finished cooldowns of a study by size and samples, and of the others which they are and why they don't count.
+    """Returns the finished cooldowns of a study by size and samples, and the others with the reasons to leave them out.
 
     Raises:
-      UserError: where there is none, or losses were not measured on the same.
+      UserError: if there is none, or if losses were measured on different data.
     """
     points, left_out, measured = [], [], {}
     for folder in cooldown_folders(workdir):
         name = f"{folder.parent.name}/{folder.name}"
         reader = CheckpointReader(folder)
         latest = reader.latest_step()
-        config = None if latest is None else build_saved_config(reader.meta(latest)["config"])
+        config = None if latest is None else build_config(reader.meta(latest)["config"])
         if config is None or latest < config.train.steps:
             left_out.append(f"{name}: not finished")
             continue
@@ -56,21 +57,23 @@ def read_points(workdir: epath.PathLike, loss: str) -> tuple[list[Point], list[s
         points.append(Point(run.size, run.parameters[0], run.samples, run.flops, value))
     if len(measured) > 1:
         names = " and ".join(list(measured.values())[:2])
-        raise UserError("held-out losses were measured on different data", names, "Give a folder of like runs")
+        raise UserError(
+            "held-out losses were measured on different data", names, "Give a folder of runs with the same evaluation"
+        )
     if not points:
         why = left_out[0] if left_out else "no cooldown was begun"
-        raise UserError("no point of the study", why, "Train it: experiments/scaling/grid.py --start")
+        raise UserError("no point of the study", why, "Train the runs with experiments/scaling/grid.py --start")
     return sorted(points, key=lambda point: (point.parameters, point.samples)), left_out
 
 
 def _measure(config: Config) -> str:
-    """What a held-out loss was measured on, and which losses it weighs how."""
+    """Returns the evaluation data and the loss weights of a held-out loss, for comparison."""
     tree = config_to_dict(config)
     return json.dumps([measured_on(tree["eval"]), tree["loss"]], sort_keys=True)
 
 
 def report(points: Sequence[Point], fitted: Fit, loss: str, left_out: Sequence[str]) -> dict:
-    """What fit.json holds."""
+    """Returns the content of fit.json."""
     rows = [
         dataclasses.asdict(point) | {"residual": round(float(residual), 6), "weight": round(float(weight), 4)}
         for point, residual, weight in zip(points, fitted.residuals, fitted.weights)
@@ -87,26 +90,28 @@ def report(points: Sequence[Point], fitted: Fit, loss: str, left_out: Sequence[s
 
 
 def text(points: Sequence[Point], fitted: Fit, left_out: Sequence[str]) -> str:
-    """The report for a reader."""
+    """Returns the report as text."""
     lines = []
     for name in NAMES:
         ends = ["not bounded" if end is None else f"{end:.4g}" for end in fitted.intervals[name]]
         lines.append(f"{name} = {getattr(fitted.law, name):.4g}  ({LEVEL:.0%}: {ends[0]} to {ends[1]})")
-    lines.append("residual: log(loss / law); weight: less than 1 where a point lies off")
+    lines.append("residual: log(loss / law); weight: below 1 for outliers")
     for point, residual, weight in zip(points, fitted.residuals, fitted.weights):
-        where = f"{point.size:>8}  N {short(point.parameters):>5}  D {short(point.samples):>5}"
-        lines.append(f"{where}  loss {point.loss:.4f}  residual {residual:+.4f}  weight {weight:.2f}")
+        label = f"{point.size:>8}  N {short(point.parameters):>5}  D {short(point.samples):>5}"
+        lines.append(f"{label}  loss {point.loss:.4f}  residual {residual:+.4f}  weight {weight:.2f}")
     return "\n".join([*lines, *(f"left out: {reason}" for reason in left_out)])
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     summary, _, epilog = __doc__.partition("\n\n")
     parser = Parser(prog="python experiments/scaling/fit.py", description=summary, epilog=epilog)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="that of experiments/scaling/grid.py")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the --workdir of experiments/scaling/grid.py")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where fit.json and figures go (default: WORKDIR)")
-    parser.add_argument("--loss", default="eval_loss", metavar="NAME", help="of metrics.jsonl (default %(default)s)")
+    parser.add_argument(
+        "--loss", default="eval_loss", metavar="NAME", help="key in metrics.jsonl (default %(default)s)"
+    )
     flags = parser.parse_args(arguments)
     output = epath.Path(flags.workdir) if flags.output is None else flags.output
     if flags.output is not None:

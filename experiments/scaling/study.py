@@ -1,8 +1,8 @@
-"""The scaling study: which runs it has, and where each lies (RECIPE.md §10).
+"""Runs and folders of the scaling study (RECIPE.md §10).
 
-A size has one trunk, whose rate follows half a cosine, and for every number of samples a cooldown that branches off it:
-a point of the study costs a fifth of its samples more, not all of them. The samples of a point are those of trunk and
-cooldown together. Below the study's folder a run lies in `SIZE/trunk` or `SIZE/cooldown_STEP`.
+Each size has one trunk with a half-cosine learning rate, and for every sample count a cooldown that branches off it, so
+that a point of the study costs only an additional fifth of its samples. A point's samples are those of trunk and
+cooldown together. The folder of a run is `SIZE/trunk` or `SIZE/cooldown_STEP`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from aimv2_jax.config import Config, load_config
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.models.sizes import ENCODER_SIZES
-from aimv2_jax.train.flops import flops_per_example
+from aimv2_jax.monitoring.flops import flops_per_example
 from aimv2_jax.train.task import abstract_key, build_task
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 
 _PREFIX = "cooldown_"
-# Keys that the study itself sets, and the flag that decides them.
+# Keys that the study sets, and the flag that controls each.
 _OWN_KEYS = {
     "data.batch_size": "--batch",
-    "optimizer.schedule": "no flag: a trunk has half a cosine",
+    "optimizer.schedule": "no flag: a trunk has a half cosine",
     "optimizer.schedule_steps": "--samples",
     "optimizer.end_lr": "no flag: a trunk ends at half its peak",
     "train.steps": "--samples",
@@ -43,10 +43,9 @@ _OWN_KEYS = {
 class Study:
     """Sizes (of `ENCODER_SIZES`) x samples, on one experiment.
 
-    `config` is the experiment's file: one for each size, whose name is put in for {size}, or one for all, of which the
-    encoder's size is changed. `settings` are further keys that all runs change. `scale` shrinks the study: samples by
-    it, batch and warm-up steps by its root, since the batch beyond which more examples a step help little grows about
-    so with the samples.
+    `config` is the experiment's file: one for each size, with {size} replaced by its name, or one for all, with the
+    encoder's size changed. `settings` are additional overrides of all runs. `scale` shrinks the study: samples by the
+    factor, batch and warm-up steps by its square root, which is about how the critical batch size grows with samples.
     """
 
     config: str
@@ -58,7 +57,7 @@ class Study:
 
 
 STUDIES = {
-    # For two CPU cores, on the bundled pictures: steps are few, so that none is seen much more than 20 times. [O]
+    # For two CPU cores, on the bundled images: few steps, so that each image is seen at most about 20 times. [O]
     "miniature": Study(
         str(EXPERIMENTS / "quickstart.py"),
         sizes=("nano", "micro", "tiny"),
@@ -69,7 +68,7 @@ STUDIES = {
             "optimizer.warmup_steps": 20, "train.eval_every": 0, "train.save_every": 100, "train.tensorboard": False,
         },
     ),
-    # The paper's §3.1: 300M to 3B parameters; one run a size on 5 billion images, whose seven cooldowns are points of
+    # The paper's §3.1: 300M to 3B parameters; one run for each size on 5 billion images, with seven cooldowns of
     # 500M to 6.4B samples [P; O: the five counts in between, each about 1.5 times the one before].
     "paper": Study(
         str(EXPERIMENTS / "pretrain_{size}_224.py"),
@@ -82,7 +81,7 @@ STUDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trunk or a cooldown: its folder, its checked config, and the arguments of `aimv2_jax.main` that make it."""
+    """A trunk or a cooldown: its folder, its validated config, and its `aimv2_jax.main` arguments."""
 
     size: str
     workdir: epath.Path
@@ -99,17 +98,17 @@ class Run:
 
     @property
     def start(self) -> int:
-        """The trunk's steps before its own."""
+        """Step of the trunk at which the run starts."""
         return 0 if self.config.cooldown is None else self.config.cooldown.start
 
     @property
     def samples(self) -> int:
-        """Of all its steps, the trunk's included."""
+        """Samples of all its steps, including the trunk's."""
         return self.steps * self.config.data.batch_size
 
     @property
     def flops(self) -> float:
-        """Of all its steps, the trunk's included: what it would cost by itself."""
+        """FLOPs of all its steps, including the trunk's: the cost of a separate run."""
         return self.samples * flops_per_example(self.config)
 
     @cached_property
@@ -118,16 +117,16 @@ class Run:
 
 
 def parameters(config: Config) -> tuple[int, int]:
-    """Numbers of the encoder, and of the whole model."""
+    """Returns the parameter counts of the encoder and of the whole model."""
     shapes = jax.eval_shape(build_task(config).init, abstract_key())
     return count_parameters(shapes["encoder"]), count_parameters(shapes)
 
 
 def plan(study: Study, workdir: epath.PathLike, overrides: Sequence[tuple[str, str]] = ()) -> list[Run]:
-    """All runs, each after those it needs; `overrides` are (key, text) that all runs get.
+    """Returns all runs in order of dependency; `overrides` are (key, text) pairs for all runs.
 
     Raises:
-      UserError: for what cannot work, before anything starts.
+      UserError: for invalid settings, before anything starts.
     """
     for key, text in overrides:
         if key in _OWN_KEYS:
@@ -146,20 +145,20 @@ def _runs(study: Study, size: str, folder: epath.Path, overrides: Sequence[tuple
     keys |= {key: str(value) for key, value in study.settings.items()} | dict(overrides)
     config = load_config(file, list(keys.items()))
     if not config.eval.sources:
-        raise UserError("config eval.sources is empty", {}, "A point of the study is a held-out loss: name a set")
+        raise UserError("config eval.sources is empty", {}, "A point of the study is a held-out loss: name a dataset")
     root = math.sqrt(study.scale)
     batch = max(1, round(study.batch * root))
     share = config.optimizer.cooldown_share
     starts = [max(1, round(count * study.scale / batch * (1 - share))) for count in sorted(study.samples)]
     if len(set(starts)) < len(starts):
-        remedy = "Give counts further apart, or a smaller --batch"
-        raise UserError(f"--samples: at batches of {batch} two are the same steps", list(study.samples), remedy)
+        remedy = "Give counts that are further apart, or a smaller --batch"
+        raise UserError(f"--samples: with batches of {batch}, two are the same steps", list(study.samples), remedy)
     keys |= {
         "data.batch_size": str(batch),
         "optimizer.warmup_steps": str(round(config.optimizer.warmup_steps * root)),
         "optimizer.schedule": "half_cosine",
         "optimizer.schedule_steps": str(starts[-1]),
-        "optimizer.end_lr": "0.0",  # So that the trunk's last rate is half the peak. [P: §3.1]
+        "optimizer.end_lr": "0.0",  # The trunk's last rate is half the peak. [P: §3.1]
         "train.keep_steps": str(tuple(starts)),
         "train.steps": str(starts[-1]),
     }
@@ -175,7 +174,7 @@ def _run(size: str, workdir: epath.Path, file: str, keys: Mapping[str, str]) -> 
 
 
 def cooldown_folders(workdir: epath.PathLike) -> list[epath.Path]:
-    """The folders of the cooldowns that were begun below the study's folder, in order."""
+    """Returns the folders of all started cooldowns in the study's folder, in order."""
     folder = epath.Path(workdir)
     if not folder.is_dir():
         raise UserError("--workdir: no such folder", str(workdir), "Give the --workdir of experiments/scaling/grid.py")

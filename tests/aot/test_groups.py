@@ -1,4 +1,4 @@
-"""The ways of writing groups, and what a group is on the mesh and on the torus."""
+"""Notations of replica groups, and the mesh axes, links and times of groups."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_time_when_eight_megabytes_at_a_gigabyte_a_second_then_as_counted_by_han
 
 def test_links_when_permutes_go_opposite_ways_then_they_do_not_share():
     layout = square()
-    there = layout.route("collective-permute", 1, ((0, 1), (1, 2), (2, 3), (3, 0)))
-    back = layout.route("collective-permute", 1, ((0, 3), (3, 2), (2, 1), (1, 0)))
-    assert there.links == {"1+"} and back.links == {"1-"}
+    forward = layout.route("collective-permute", 1, ((0, 1), (1, 2), (2, 3), (3, 0)))
+    backward = layout.route("collective-permute", 1, ((0, 3), (3, 2), (2, 1), (1, 0)))
+    assert forward.links == {"1+"} and backward.links == {"1-"}
     assert layout.route("all-gather", 1, ROWS).links == {"1+", "1-"}
 
 

@@ -1,22 +1,22 @@
-"""Reading the text of modules."""
+"""Parsing the text of compiled modules."""
 
 from __future__ import annotations
 
 from aot.modules import module
 
+from aimv2_jax.aot.cost_model.kernels import accessed_bytes
 from aimv2_jax.aot.hlo import arrays, parse_module
-from aimv2_jax.aot.kernels import moved_bytes
 
 
 def test_arrays_when_a_tuple_with_layouts_then_types_sizes_and_bytes():
-    found = arrays("(bf16[8,128,64]{1,2,0:T(8,128)(2,1)S(1)}, /*index=1*/u32[]{:S(2)}, pred[3]{0}, s4[16]{0})")
-    assert [(array.dtype, array.dims, array.bytes) for array in found] == [
+    parsed = arrays("(bf16[8,128,64]{1,2,0:T(8,128)(2,1)S(1)}, /*index=1*/u32[]{:S(2)}, pred[3]{0}, s4[16]{0})")
+    assert [(array.dtype, array.dims, array.bytes) for array in parsed] == [
         ("bf16", (8, 128, 64), 131072),
         ("u32", (), 4),
         ("pred", (3,), 3),
         ("s4", (16,), 8),
     ]
-    assert "S(1)" in found[0].layout
+    assert "S(1)" in parsed[0].layout
 
 
 def test_instruction_when_its_tuple_shape_nests_then_opcode_and_operands_are_found():
@@ -43,16 +43,16 @@ def test_module_when_a_kernels_metadata_breaks_its_line_then_it_is_one_instructi
 
 
 def test_module_elements_of_tuples_are_instructions():
-    """Of a text that names them `%tuple#NUMBER`: their own bytes count, not the tuple's."""
+    """In a text that writes them as `%tuple#NUMBER`, their own bytes count, not the tuple's."""
     parsed = module(
         "  %two = (f32[8,128]{1,0:T(8,128)}, (s32[]{:S(2)}, u32[2]{0}), /*index=2*/bf16[1024]{0:S(1)}) fusion(%x)\n"
         "  %first = bf16[1024]{0} copy(%two#2)\n"
         "  ROOT %last = (bf16[1024]{0}, (s32[]{:S(2)}, u32[2]{0}), bf16[1024]{0:S(1)}) tuple(%first, %two#1, %two#2)"
     )
     lines = parsed.computations["main"][1:]
-    assert [one.name for one in lines] == ["two", "two#2", "first", "two#1", "last"]
-    assert [(one.opcode, one.shape, one.operands) for one in lines if "#" in one.name] == [
+    assert [line.name for line in lines] == ["two", "two#2", "first", "two#1", "last"]
+    assert [(line.opcode, line.shape, line.operands) for line in lines if "#" in line.name] == [
         ("get-tuple-element", "bf16[1024]{0:S(1)}", ["two"]),
         ("get-tuple-element", "(s32[]{:S(2)}, u32[2]{0})", ["two"]),
     ]
-    assert moved_bytes(lines[2], "main", parsed) == 2 * 2048
+    assert accessed_bytes(lines[2], "main", parsed) == 2 * 2048

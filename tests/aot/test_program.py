@@ -1,4 +1,4 @@
-"""The run's own step, small, compiled for described topologies."""
+"""Ahead-of-time analysis of a small train step, compiled for described topologies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny import QUICKSTART, ROOT
 from aimv2_jax.aot import __main__ as command
 from aimv2_jax.aot import topology
 from aimv2_jax.aot.__main__ import main
-from aimv2_jax.aot.compiling import compile_step
-from aimv2_jax.aot.prediction import predict
+from aimv2_jax.aot.compiler import compile_step
+from aimv2_jax.aot.predict import predict
 from aimv2_jax.aot.topology import parse_topology
 from aimv2_jax.aot.worker import Job
 from aimv2_jax.config import config_to_dict, load_config
@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu, the TPU compiler, is not installed: pip install -e .[tpu]",
 )
-# 128 channels a head, so that the kernels of real runs are in it.
+# Heads have 128 channels, so that the program contains the kernels of real runs.
 SMALL = {
     "model.encoder.width": 128,
     "model.encoder.heads": 1,
@@ -41,7 +41,7 @@ SMALL = {
     "data.batch_size": 64,
     "mesh.fsdp": 4,
 }
-HALVED = {"width": 256, "heads": 2, "depth": 1}  # Of a trunk that two chips share.
+HALVED = {"width": 256, "heads": 2, "depth": 1}  # Size of a trunk that two chips share.
 KEYS = {
     *("compiles", "hbm_gib", "hbm_limit_gib", "model_tflops_per_chip", "predicted_ms", "predicted_mfu"),
     *("predicted_mfu_with_comms", "collectives", "images_per_s"),
@@ -49,18 +49,18 @@ KEYS = {
 
 
 def settings(**changes: object) -> list[tuple[str, str]]:
-    """Overrides of the small run; `changes` are keys with `__` for the dot."""
+    """Returns overrides of the small run; `changes` are keys with `__` for the dot."""
     values = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
     return [(key, str(value)) for key, value in values.items()]
 
 
 def arguments(name: str, **changes: object) -> list[str]:
-    """A command line over the small run."""
+    """Returns a command line for the small run."""
     return [f"--config={QUICKSTART}", f"--topology={name}", *(f"--config.{k}={v}" for k, v in settings(**changes))]
 
 
 def scheduled(name: str, slices: int, **changes: object) -> tuple[str, dict]:
-    """The module of a compile up to the schedule, and its figures without a twin: all but the cycles."""
+    """Returns a module compiled up to its schedule, and its figures without a proxy (no fusion cycles)."""
     overrides = [("mesh.slices", str(slices)), *settings(**changes)]
     config, described = load_config(QUICKSTART, overrides), parse_topology(name, slices)
     compiled = compile_step(config, described, full=False)
@@ -69,27 +69,31 @@ def scheduled(name: str, slices: int, **changes: object) -> tuple[str, dict]:
 
 @pytest.fixture(scope="module")
 def sixteen(tmp_path_factory) -> tuple[str, dict, str]:
-    """Module and figures of the small run on sixteen chips by the default way, and what it prints.
+    """Module, figures and printed report of the small run on sixteen chips, with the default (proxy) compile.
 
-    In bfloat16 with gradients summed in float32; its encoder is deeper than its twin's.
+    It runs in bfloat16 with gradients summed in float32; its encoder is deeper than its proxy's.
     """
     report, shown, compiled = tmp_path_factory.mktemp("sixteen") / "report.json", io.StringIO(), []
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
-        keep = lambda *arguments, **options: compiled.append(compile_step(*arguments, **options)) or compiled[-1]  # noqa: E731
-        patch.setattr(command, "compile_step", keep)
+
+        def recorded_compile(*arguments, **options):
+            compiled.append(compile_step(*arguments, **options))
+            return compiled[-1]
+
+        patch.setattr(command, "compile_step", recorded_compile)
         assert main([*arguments("v5e:4x4", model__encoder__depth=3), "--no-xla-attention", f"--json={report}"]) == 0
     return compiled[0].text, json.loads(report.read_text()), shown.getvalue()
 
 
 @needs_compiler
 def test_gradients_bfloat16_rows_sum_in_float32(sixteen):
-    """On each chip, and between chips."""
+    """The sums are in float32 on each chip and between chips."""
     module, *_ = sixteen
     assert re.search(r"= f32\[[\d,]*\]\S* reduce\(", module)
     assert not re.findall(r"= bf16\[[\d,]*\]\S* reduce\(.*", module)
     assert re.search(r"= \(?f32\[[\d,]*\]\S* all-reduce\(", module)
     bfloat16 = re.findall(r"= \(?bf16\[.* all-reduce\((.*?)\)", module)
-    # A small weight is gathered so: each chip adds its part to zeros.
+    # Exception: a small weight is gathered by an all-reduce in which each chip adds its shard to zeros.
     assert not [operands for operands in bfloat16 if re.sub(r"%dynamic-update-slice[.\d]*,? ?", "", operands)]
 
 
@@ -100,7 +104,7 @@ def test_step_when_on_a_mesh_of_sixteen_then_nothing_is_replicated_and_the_parts
     assert figures["mesh"] == {"slice": 1, "data": 4, "fsdp": 4, "tensor": 1}
     assert sum(figures["hbm_parts_gib"].values()) == pytest.approx(figures["hbm_gib"])
     assert figures["hbm_parts_gib"]["optimiser"] == pytest.approx(2 * figures["hbm_parts_gib"]["parameters"], rel=0.01)
-    assert -0.05 < figures["recompute"] < 0.15  # Attention's backward kernel computes the scores again.
+    assert -0.05 < figures["recompute"] < 0.15  # Attention's backward kernel recomputes the scores.
     by = {(row["kind"], row["axis"]) for row in figures["collectives"] if row["bytes"] > 2**16}
     assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp"), ("all-reduce", "data")} <= by
     assert figures["between_slices"] == []
@@ -115,9 +119,9 @@ def test_default_way_takes_most_cycles_from_its_twin(sixteen):
     _, figures, shown = sixteen
     assert "PREDICTION" in shown and "by part of the model" not in shown
     assert not figures["full"] and figures["compiles"] and set(figures) >= KEYS
-    # Which memory a fusion's operands lie in is the schedule's choice, and moves between the two kinds of finding.
-    found = [share for source, share in figures["cycles_from"].items() if source.startswith("the same fusion in the")]
-    assert len(found) == 2 and sum(found) > 0.7, figures["cycles_from"]
+    # The schedule chooses the memory of a fusion's operands, so shares move between the two kinds of match.
+    matched = [share for source, share in figures["cycles_from"].items() if source.startswith("the same fusion in the")]
+    assert len(matched) == 2 and sum(matched) > 0.7, figures["cycles_from"]
     assert figures["predicted_mfu"] > figures["predicted_mfu_with_comms"] > figures["predicted_mfu_without_overlap"] > 0
 
 
@@ -127,12 +131,12 @@ def test_step_when_on_two_slices_then_only_gradients_and_sums_cross():
     crossing = {row["carries"]: row["bytes"] for row in figures["between_slices"]}
     assert set(crossing) == {"gradients", "losses, counts and norms"}
     parts = figures["hbm_parts_gib"]["parameters"] * 2**30
-    assert crossing["gradients"] == pytest.approx(parts, rel=0.05)  # Each chip sends its part, in float32.
+    assert crossing["gradients"] == pytest.approx(parts, rel=0.05)  # Each chip sends its shard in float32.
 
 
 @needs_compiler
 def test_step_when_only_tensor_splits_then_compiles():
-    """Each chip has one head of two, and the kernels see its columns alone."""
+    """Each chip holds one head of two, and the kernels see only its columns."""
     sizes = {f"model__{trunk}__{key}": n for trunk in ("encoder", "decoder") for key, n in HALVED.items()}
     _, figures = scheduled("v5e:1x2", 1, mesh__data=1, mesh__fsdp=1, mesh__tensor=2, **sizes)
     assert figures["mesh"] == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2}
@@ -158,10 +162,10 @@ def test_command_when_the_topology_cannot_be(capsys):
 
 @needs_compiler
 def test_worker_when_the_mesh_cannot_be(tmp_path):
-    """Told as the command tells of a topology that cannot be; one process for all of them."""
+    """Invalid meshes are user errors, like invalid topologies. All cases run in one process."""
     cases = [
         ({"mesh__fsdp": 3}, "v5e:2x2", "does not fit the devices"),
-        ({"mesh__fsdp": 8}, "v5e:4x4", "does not lie along the axes of the topology: '2 x 8 x 1'"),
+        ({"mesh__fsdp": 8}, "v5e:4x4", "does not follow the axes of the topology: '2 x 8 x 1'"),
         ({"mesh__fsdp": 1, "mesh__tensor": 4}, "v5e:2x2", "does not divide model.encoder.heads: '4 devices, 1 heads'"),
     ]
     jobs = []
@@ -172,8 +176,8 @@ def test_worker_when_the_mesh_cannot_be(tmp_path):
     program = "import json, sys; from aimv2_jax.aot.worker import Job, run\nfor job in sys.argv[1:]: "
     program += "run(Job(**json.load(open(job))))"
     subprocess.run([sys.executable, "-c", program, *map(str, jobs)], check=True, cwd=ROOT, capture_output=True)
-    for job, (_, _, said) in zip(jobs, cases):
-        assert said in str(UserError(*json.loads((job.parent / "user_error.json").read_text())))
+    for job, (_, _, message) in zip(jobs, cases):
+        assert message in str(UserError(*json.loads((job.parent / "user_error.json").read_text())))
 
 
 @pytest.mark.parametrize("name", ["v9x:2x2", "v5e", "v5e:0x4", "16x16"])
@@ -193,11 +197,11 @@ def test_command_when_the_compiler_is_not_installed_then_how_to_get_it(monkeypat
 def test_default_way_when_deeper_than_its_twin_then_it_agrees_with_the_full_compile(tmp_path, capsys):
     deep = arguments("v5e:2x2", model__encoder__depth=5, model__decoder__depth=4, mesh__fsdp=2)
     figures = []
-    for way in ([], ["--full", "--breakdown"]):
+    for flags in ([], ["--full", "--breakdown"]):
         report = tmp_path / "report.json"
-        assert main([*deep, *way, "--no-xla-attention", f"--json={report}"]) == 0
+        assert main([*deep, *flags, "--no-xla-attention", f"--json={report}"]) == 0
         shown = capsys.readouterr().out
-        assert "PREDICTION" in shown and ("by part of the model" in shown) == bool(way)
+        assert "PREDICTION" in shown and ("by part of the model" in shown) == bool(flags)
         figures.append(json.loads(report.read_text()))
     default, full = figures
     assert default["predicted_mcycles"] == pytest.approx(full["predicted_mcycles"], rel=0.01)
@@ -207,11 +211,10 @@ def test_default_way_when_deeper_than_its_twin_then_it_agrees_with_the_full_comp
         [(row["kind"], row["axis"], row["count"], row["bytes"]) for row in each["collectives"]] for each in figures
     ]
     assert sorted(counted[0]) == sorted(counted[1])
-    # Which memory a fusion's operands lie in is the schedule's choice, and moves between the two kinds of finding.
-    found = [share for source, share in default["cycles_from"].items() if source.startswith("the same fusion in the")]
-    assert len(found) == 2 and sum(found) > 0.7, default[
-        "cycles_from"
-    ]  # Our kernels, which state their cost, take 0.2.
+    # The schedule chooses the memory of a fusion's operands, so shares move between the two kinds of match.
+    matched = [share for source, share in default["cycles_from"].items() if source.startswith("the same fusion in the")]
+    # Our kernels, which declare their cost, take 0.2.
+    assert len(matched) == 2 and sum(matched) > 0.7, default["cycles_from"]
     assert full["predicted_mfu"] > full["predicted_mfu_with_comms"] > full["predicted_mfu_without_overlap"]
     shares = sum(sum(v for k, v in row.items() if k != "exposed collectives") for row in full["breakdown"].values())
     assert shares == pytest.approx(full["predicted_mcycles"])

@@ -1,4 +1,4 @@
-"""Many reports as one table."""
+"""The summary table of many reports."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def table(tmp_path, *reports) -> tuple[int, str]:
 
 
 def test_table_when_all_is_well_then_it_says_prediction_and_both_ways_are_compared(tmp_path):
-    beside = {"compiles": True, "predicted_mfu": 0.66, "predicted_mfu_with_comms": 0.63}
+    xla = {"compiles": True, "predicted_mfu": 0.66, "predicted_mfu_with_comms": 0.63}
     full = GOOD | {"full": True, "predicted_mcycles": 272.0}
-    code, page = table(tmp_path, GOOD | {"xla_attention": beside}, full)
+    code, page = table(tmp_path, GOOD | {"xla_attention": xla}, full)
     assert code == 0
     assert "prediction by the TPU compiler" in page and "libtpu 0.0.52" in page
     assert "| pretrain_large_224 | v5e:16x16 | data 16, fsdp 16 | twin | 9.00 of 15.75 (43%) |" in page
@@ -62,7 +62,7 @@ def test_table_when_all_is_well_then_it_says_prediction_and_both_ways_are_compar
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         (REFUSED, "does not compile: exceeds available HBM (15.75G)"),
         (GOOD | {"hbm_spare": 0.04}, "leaves 4.0% of the memory"),
@@ -74,9 +74,9 @@ def test_table_when_all_is_well_then_it_says_prediction_and_both_ways_are_compar
     ],
     ids=["refused", "full memory", "replicated", "crossing"],
 )
-def test_table_when_something_is_wrong_then_it_stands_there_and_the_code_is_3(bad, said, tmp_path, capsys):
+def test_table_when_something_is_wrong_then_it_stands_there_and_the_code_is_3(bad, message, tmp_path, capsys):
     code, page = table(tmp_path, GOOD, bad)
-    assert code == 3 and said in page and said in capsys.readouterr().err
+    assert code == 3 and message in page and message in capsys.readouterr().err
 
 
 def test_table_when_there_are_no_reports_then_where_to_get_them(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Overlap arithmetic on schedules written by hand: 1000 cycles are 1 us, 1 MB over one link 1 ms (a ring has two)."""
+"""Simulated overlap of hand-written schedules: 1000 cycles take 1 us, 1 MB over one link 1 ms (a ring has two)."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import pytest
 from aot.modules import CHIP, collectives, compute, milliseconds, module, row_groups, square
 
 from aimv2_jax.aot.collectives import Collectives
-from aimv2_jax.aot.cycles import OwnCharges, Source
+from aimv2_jax.aot.cost_model.cycles import CompiledCostModel, Source
+from aimv2_jax.aot.cost_model.kernels import accessed_bytes
+from aimv2_jax.aot.cost_model.timeline import ScheduleTimes, simulate
 from aimv2_jax.aot.hlo import Module
-from aimv2_jax.aot.kernels import moved_bytes
 from aimv2_jax.aot.schedule import scheduled, trip_count
-from aimv2_jax.aot.timeline import Played, play
 
 MB = 1_000_000
 GATHER_MS = milliseconds(4 * MB, links=2)  # f32[1000000] over a row of four: 1.5 ms.
 GROUPS = f"channel_id=1, replica_groups={row_groups()}, dimensions={{0}}"
 
 
-def played(parsed: Module, layout=None) -> Played:
+def simulated(parsed: Module, layout=None) -> ScheduleTimes:
     read = collectives(parsed, layout)
-    charges = OwnCharges(parsed, read, CHIP)
-    return play(parsed, read, lambda one, computation: charges.of(one, computation).cycles / CHIP.clock_hz)
+    cost_model = CompiledCostModel(parsed, read, CHIP)
+    return simulate(
+        parsed,
+        read,
+        lambda instruction, computation: cost_model.estimate(instruction, computation).cycles / CHIP.clock_hz,
+    )
 
 
 def exposed_ms(parsed: Module, layout=None) -> list[float]:
-    return [each[2] * 1e3 for each in played(parsed, layout).collectives]
+    return [exposed_s * 1e3 for _, _, exposed_s in simulated(parsed, layout).collectives]
 
 
 def gather_pair(name: str, channel: int) -> tuple[str, str]:
@@ -45,12 +49,13 @@ def test_step_when_a_collective_is_synchronous_then_nothing_hides_it():
             ]
         )
     )
-    result = played(parsed)
+    result = simulated(parsed)
     assert result.compute_s * 1e3 == pytest.approx(10)
     assert result.communication_s * 1e3 == pytest.approx(GATHER_MS)
     assert result.with_overlap_s == pytest.approx(result.without_overlap_s)
-    ((one, times, _),) = result.collectives
-    assert (one.kind, one.num_bytes, one.axes, one.asynchronous, times) == ("all-gather", 4 * MB, ("fsdp",), False, 1)
+    ((collective, times, _),) = result.collectives
+    assert (collective.kind, collective.num_bytes, collective.axes) == ("all-gather", 4 * MB, ("fsdp",))
+    assert (collective.asynchronous, times) == (False, 1)
 
 
 @pytest.mark.parametrize(("cycles", "left_ms"), [(0.5 * MB, 1.0), (1.5 * MB, 0.0), (9 * MB, 0.0)])
@@ -72,7 +77,7 @@ def test_exposure_when_on_different_links_then_both_run_at_once():
     other = start.replace("%g", "%h").replace(row_groups(), columns)
     parsed = module("\n".join([start, other, compute("a", "x", int(1.5 * MB)), done, done.replace("%g", "%h")]))
     assert exposed_ms(parsed) == [0, 0]
-    assert [one.axes for one, _, _ in played(parsed).collectives] == [("fsdp",), ("data",)]
+    assert [collective.axes for collective, _, _ in simulated(parsed).collectives] == [("fsdp",), ("data",)]
 
 
 ASYNC_FUSIONS = f"""\
@@ -102,9 +107,9 @@ def test_collective_when_split_into_fusions_then_it_is_counted_once():
         "  %async-collective-done = f32[1000000]{0} fusion(%async-collective-start), kind=kCustom, calls=%end",
         ASYNC_FUSIONS,
     )
-    result = played(parsed)
-    ((one, times, exposed),) = result.collectives
-    assert (one.num_bytes, one.asynchronous, times, exposed) == (4 * MB, True, 1, 0)
+    result = simulated(parsed)
+    ((collective, times, exposed),) = result.collectives
+    assert (collective.num_bytes, collective.asynchronous, times, exposed) == (4 * MB, True, 1, 0)
     assert result.compute_s * 1e3 == pytest.approx(2)
 
 
@@ -117,9 +122,9 @@ def test_reduce_scatter_when_written_as_a_custom_fusion_then_its_input_counts_on
 }}
 """
     parsed = module("  %f = f32[250,1000]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.7", before)
-    result = played(parsed)
-    ((one, _, exposed),) = result.collectives
-    assert (one.kind, one.num_bytes, one.asynchronous) == ("reduce-scatter", 4 * MB, False)
+    result = simulated(parsed)
+    ((collective, _, exposed),) = result.collectives
+    assert (collective.kind, collective.num_bytes, collective.asynchronous) == ("reduce-scatter", 4 * MB, False)
     assert exposed * 1e3 == pytest.approx(GATHER_MS)
     assert result.compute_s == 0
 
@@ -140,9 +145,9 @@ def test_slices_when_sent_through_the_host_then_between_send_and_receive():
         '_xla_host_transfer_handler_name="xla_megascale_runtime"}\n'
         f"{compute('late', 'a', 30 * MB)}"
     )
-    ((one, _, exposed),) = played(parsed, square(num_slices=2)).collectives
-    assert (one.kind, one.num_bytes, one.axes) == ("all-reduce between slices", 4 * MB, ("slice",))
-    assert "transpose(" in one.op_name  # Found behind the bitcast.
+    ((collective, _, exposed),) = simulated(parsed, square(num_slices=2)).collectives
+    assert (collective.kind, collective.num_bytes, collective.axes) == ("all-reduce between slices", 4 * MB, ("slice",))
+    assert "transpose(" in collective.op_name  # The name of the operation before the bitcast.
     assert exposed * 1e3 == pytest.approx(40 - 30)
 
 
@@ -174,20 +179,22 @@ def test_loop_when_its_length_is_known_then_its_body_counts_so_often(note, trips
     before = LOOP.replace("%COMPUTE", compute("w", "v", 2 * MB)).replace("%GROUPS", GROUPS)
     parsed = module(f"  %loop = (s32[], f32[1024]{{0}}) while(%x), condition=%condition, body=%body{note}", before)
     assert trip_count(parsed, parsed.computations["main"][-1]) == trips
-    assert {each.times for each in scheduled(parsed) if each.computation == "body"} == {trips}
-    result = played(parsed)
+    assert {item.times for item in scheduled(parsed) if item.computation == "body"} == {trips}
+    result = simulated(parsed)
     assert result.compute_s * 1e3 == pytest.approx(2 * trips)
     assert result.exposed_s * 1e3 == pytest.approx(GATHER_MS * trips)
-    assert [(times, one.num_bytes) for one, times, _ in result.collectives] == [(trips, 4 * MB)]
+    assert [(times, collective.num_bytes) for collective, times, _ in result.collectives] == [(trips, 4 * MB)]
 
 
 def test_charges_when_a_kernel_states_its_cost_then_the_slower_of_both_halves_of_the_rule():
     def kernel(flops: float, num_bytes: float) -> float:
         cost = f'{{"cost_estimate":{{"flops":"{flops:.0f}","bytes_accessed":"{num_bytes:.0f}"}}}}'
         parsed = module(f'  %k = f32[1024]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", {cost}')
-        charge = OwnCharges(parsed, Collectives(parsed, square()), CHIP).of(parsed.computations["main"][-1], "main")
-        assert charge.source is Source.KERNEL
-        return charge.cycles / CHIP.clock_hz
+        estimate = CompiledCostModel(parsed, Collectives(parsed, square()), CHIP).estimate(
+            parsed.computations["main"][-1], "main"
+        )
+        assert estimate.source is Source.KERNEL
+        return estimate.cycles / CHIP.clock_hz
 
     assert kernel(CHIP.peak_flops, 0) == pytest.approx(1 / 0.5)
     assert kernel(0, CHIP.hbm_bytes_per_s) == pytest.approx(1 / 0.8)
@@ -196,8 +203,10 @@ def test_charges_when_a_kernel_states_its_cost_then_the_slower_of_both_halves_of
 
 def test_charges_when_a_kernel_states_nothing_then_its_operands_and_results_count():
     parsed = module('  %online-softmax.1 = f32[1024]{0} custom-call(%x), custom_call_target="tpu_custom_call"')
-    charge = OwnCharges(parsed, Collectives(parsed, square()), CHIP).of(parsed.computations["main"][-1], "main")
-    assert charge.cycles / CHIP.clock_hz == pytest.approx(2 * 4096 / 0.8 / CHIP.hbm_bytes_per_s)
+    estimate = CompiledCostModel(parsed, Collectives(parsed, square()), CHIP).estimate(
+        parsed.computations["main"][-1], "main"
+    )
+    assert estimate.cycles / CHIP.clock_hz == pytest.approx(2 * 4096 / 0.8 / CHIP.hbm_bytes_per_s)
 
 
 STACK = """\
@@ -222,4 +231,4 @@ STACK = """\
 def test_bytes_when_one_layer_of_a_stack_is_read_and_written_in_place_then_the_layer_counts():
     parsed = module("  %f = (f32[24,512,1024]{2,1,0}, f32[512,1024]{1,0}) fusion(%x, %x), calls=%layer", STACK)
     layer = 4 * 512 * 1024
-    assert moved_bytes(parsed.computations["main"][-1], "main", parsed) == 3 * layer + 4  # And the index.
+    assert accessed_bytes(parsed.computations["main"][-1], "main", parsed) == 3 * layer + 4  # Plus the index.

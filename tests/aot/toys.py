@@ -1,6 +1,6 @@
-"""Compiles small programs for described chips: `python toys.py FOLDER` leaves the compiler's text of each in NAME.txt.
+"""Compiles small programs for described chips: `python toys.py FOLDER` writes each compiled module to NAME.txt.
 
-A process of its own: libtpu's environment has to stand before jax starts, and the tests' own jax has fake CPU devices.
+It runs in its own process: libtpu's environment must be set before jax starts, and the tests' jax has fake CPU devices.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from aimv2_jax.aot.topology import described_devices, parse_topology
 
-SIDE = 8192  # Of the lone matmul.
-TRIPS = 7  # Of the scan.
+SIDE = 8192  # Side of the single matmul.
+TRIPS = 7  # Length of the scan.
 BATCHED = (6, 320, 5, 128)  # Rows, queries, heads, channels of a product that the compiler writes with dilation.
-ROWS, WIDTH = 4096, 1024  # Of what the collectives carry, bfloat16.
-KERNEL_FLOPS, KERNEL_BYTES = 12_345_678, 87_654_321  # What the toy kernel says of itself.
-HIDDEN = 2048  # Of the toy layer, whose weights are split over fsdp.
+ROWS, WIDTH = 4096, 1024  # Shape of the array in the collectives, bfloat16.
+KERNEL_FLOPS, KERNEL_BYTES = 12_345_678, 87_654_321  # Declared cost of the toy kernel.
+HIDDEN = 2048  # Hidden size of the toy layer; its weights are split over fsdp.
 
 
 def main(folder: Path) -> None:
@@ -30,38 +30,40 @@ def main(folder: Path) -> None:
     mesh = Mesh(np.array(square).reshape(4, 4), ("data", "fsdp"))
     bf16 = jnp.bfloat16
 
-    def on(device, *shape, dtype=bf16):
+    def on_device(device, *shape, dtype=bf16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     def split(*shape, spec, dtype=bf16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
 
-    def leave(name, function, *arguments, **options):
+    def write(name, function, *arguments, **options):
         (folder / f"{name}.txt").write_text(jax.jit(function, **options).lower(*arguments).compile().as_text())
 
     for chip, device in (("v5e", square[0]), ("v5p", cube[0])):
-        leave(f"matmul_{chip}", jnp.matmul, on(device, SIDE, SIDE), on(device, SIDE, SIDE))
+        write(f"matmul_{chip}", jnp.matmul, on_device(device, SIDE, SIDE), on_device(device, SIDE, SIDE))
 
     def scores(q, k):
         return jnp.einsum("bqhe,bkhe->bhqk", q, k)
 
-    heads = on(square[0], *BATCHED)
-    leave("batched", scores, heads, heads)
+    heads = on_device(square[0], *BATCHED)
+    write("batched", scores, heads, heads)
 
     def scan(x, weights):
         return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), None), x, weights)[0]
 
-    leave("scan", scan, on(square[0], 512, 512), on(square[0], TRIPS, 512, 512))
+    write("scan", scan, on_device(square[0], 512, 512), on_device(square[0], TRIPS, 512, 512))
 
-    def talk(x):
+    def communicate(x):
         gathered = jax.lax.all_gather(x, "fsdp", tiled=True)
         scattered = jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True)
         moved = jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)])
         return gathered, scattered, moved
 
     specs = (PartitionSpec(), PartitionSpec("fsdp", "data"), PartitionSpec("fsdp"))
-    talk = jax.shard_map(talk, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=specs, check_vma=False)
-    leave("collectives", talk, split(ROWS, WIDTH, spec=("fsdp",)))
+    communicate = jax.shard_map(
+        communicate, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=specs, check_vma=False
+    )
+    write("collectives", communicate, split(ROWS, WIDTH, spec=("fsdp",)))
 
     def double(x_ref, y_ref):
         y_ref[...] = x_ref[...] * 2
@@ -76,36 +78,36 @@ def main(folder: Path) -> None:
         cost_estimate=cost,
         name="toy",
     )
-    leave("kernel", kernel, on(square[0], 512, 512))
+    write("kernel", kernel, on_device(square[0], 512, 512))
 
-    def update(state, x, where):
-        """A step of gradient descent, with the gradient laid out as `where` says."""
+    def update(state, x, spec):
+        """Takes a gradient descent step with the gradient sharded by `spec`."""
 
         def loss(weight):
             return jnp.sum(jnp.square(jnp.dot(x, weight.astype(bf16), preferred_element_type=jnp.float32)))
 
         gradient = jax.grad(loss)(state["weight"])
-        gradient = jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, PartitionSpec(*where)))
+        gradient = jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, PartitionSpec(*spec)))
         return {"weight": state["weight"] - 0.1 * jnp.tanh(gradient)}
 
     weight = split(WIDTH, HIDDEN, spec=("fsdp",), dtype=jnp.float32)
     batch = split(ROWS, WIDTH, spec=(("data", "fsdp"),))
-    for name, where in (("split", ("fsdp",)), ("whole", ())):
-        leave(
+    for name, spec in (("split", ("fsdp",)), ("whole", ())):
+        write(
             f"gradient_{name}",
-            lambda state, x, where=where: update(state, x, where),
+            lambda state, x, spec=spec: update(state, x, spec),
             {"weight": weight},
             batch,
             out_shardings={"weight": weight.sharding},
         )
 
     def spread(x, weight):
-        """Rows of the whole batch on every device, by way of activations without a layout."""
+        """Replicates the whole batch's activations on every device."""
         everywhere = NamedSharding(mesh, PartitionSpec())
         hidden = jax.lax.with_sharding_constraint(jnp.tanh(x @ weight.astype(bf16)), everywhere)
         return hidden @ hidden.T
 
-    leave("activation_whole", spread, batch, weight, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
+    write("activation_whole", spread, batch, weight, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
 
 
 if __name__ == "__main__":

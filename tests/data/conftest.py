@@ -1,4 +1,4 @@
-"""Small prepared data sets and configs over them; shapes of the data modules are checked while their tests run."""
+"""Small prepared datasets and configs over them."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from aimv2_jax.config import build_config
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record
 
 TOKENIZER = "package:data/sample/tokenizer.model"
@@ -22,7 +22,7 @@ def encoded(pixels, format="PNG", **options):
 @pytest.fixture(scope="session")
 def make_record():
     def make(name, number, **changes):
-        """A record whose picture and captions are its own: noise seeded by name and number."""
+        """A record with a unique image and captions: noise seeded by name and number."""
         rng = np.random.default_rng([number, *name.encode()])
         height, width = rng.integers(30, 60, 2)
         fields = {
@@ -39,7 +39,7 @@ def make_record():
 @pytest.fixture(scope="session")
 def make_dataset(tmp_path_factory, make_record):
     def make(name, size, changes=None, shard_bytes=10_000):
-        """The folder of `size` records; `changes` maps a number to fields of its record that are replaced."""
+        """The folder of a dataset with `size` records; `changes` maps a record number to replaced fields."""
         folder = tmp_path_factory.mktemp("datasets") / name
         write_dataset(folder, (make_record(name, i, **(changes or {}).get(i, {})) for i in range(size)), shard_bytes)
         return str(folder)

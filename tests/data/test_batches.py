@@ -1,4 +1,4 @@
-"""One process' rows of a batch: exact transforms of exact records, and what becomes of unusable ones."""
+"""Rows of a batch in one process: exact transforms of exact records, and replacement of unusable ones."""
 
 import collections
 import time
@@ -7,16 +7,22 @@ import numpy as np
 import pytest
 
 from aimv2_jax.config import BatchShape, mixture_counts
-from aimv2_jax.data import transforms
-from aimv2_jax.data.batches import CenterView, EvaluationBatches, Fault, TrainingBatches, TrainingView
-from aimv2_jax.data.captions import clean
-from aimv2_jax.data.chance import example_rng
-from aimv2_jax.data.pictures import decode_image
-from aimv2_jax.data.plan import Plan
+from aimv2_jax.data.loading.batch_builder import (
+    BadExample,
+    CenterTransform,
+    EvaluationBatches,
+    TrainingBatches,
+    TrainingTransform,
+)
 from aimv2_jax.data.records import REASONS, decode
+from aimv2_jax.data.sampling.counter_rng import example_rng
+from aimv2_jax.data.sampling.mixture import MixtureSampler
+from aimv2_jax.data.sampling.schedule import BatchSchedule
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.steps import Steps
-from aimv2_jax.errors import GuardStop
+from aimv2_jax.data.transforms import geometry
+from aimv2_jax.data.transforms.captions import clean
+from aimv2_jax.data.transforms.decode import decode_image
+from aimv2_jax.errors import TrainingAborted
 
 MIXTURE = {"red": {"alt": 0.5}, "blue": {"synthetic": 0.5}}
 
@@ -24,14 +30,14 @@ MIXTURE = {"red": {"alt": 0.5}, "blue": {"synthetic": 0.5}}
 def training(paths, mixture=MIXTURE, rows=range(8), seed=0, flip=0.5):
     sources = {name: Source(name, path) for name, path in paths.items()}
     sizes = {name: len(source) for name, source in sources.items()}
-    plan = Plan(seed, Steps(seed, [BatchShape(8, 4)]), sizes, mixture_counts(mixture))
-    view = TrainingView(seed, 28, (0.4, 1.0), (3 / 4, 4 / 3), flip)
-    return TrainingBatches(plan, sources, {8: tuple(rows)}, view, 14)
+    sampler = MixtureSampler(seed, BatchSchedule(seed, [BatchShape(8, 4)]), sizes, mixture_counts(mixture))
+    transform = TrainingTransform(seed, 28, (0.4, 1.0), (3 / 4, 4 / 3), flip)
+    return TrainingBatches(sampler, sources, {8: tuple(rows)}, transform, 14)
 
 
 def evaluation(paths, counts, rows=range(8), kind="alt"):
     sources = {name: Source(name, path) for name, path in paths.items()}
-    return EvaluationBatches(sources, tuple(counts.items()), kind, 8, tuple(rows), CenterView(28), 4, 14)
+    return EvaluationBatches(sources, tuple(counts.items()), kind, 8, tuple(rows), CenterTransform(28), 4, 14)
 
 
 def test_training_batch_when_built_then_each_row_is_its_examples_record_crop_and_flip(datasets):
@@ -40,14 +46,14 @@ def test_training_batch_when_built_then_each_row_is_its_examples_record_crop_and
     assert batch.step == 5 and batch.faults == [] and batch.arrays["valid"].all()
     flips = 0
     for row, example in enumerate(range(40, 48)):
-        draw = build.plan.draw(example)
-        record = decode(build.sources[draw.source].read(next(build.plan.records(draw))))
+        draw = build.sampler.draw(example)
+        record = decode(build.sources[draw.source].read(next(build.sampler.records(draw))))
         image = decode_image(record.image)
-        box = transforms.crop_box(example_rng(0, "crop", example), *image.size, (0.4, 1.0), (3 / 4, 4 / 3))
-        pixels = transforms.resize(image, box, 28)
+        box = geometry.crop_box(example_rng(0, "crop", example), *image.size, (0.4, 1.0), (3 / 4, 4 / 3))
+        pixels = geometry.resize(image, box, 28)
         if example_rng(0, "flip", example).random() < 0.5:
             pixels, flips = pixels[:, ::-1], flips + 1
-        np.testing.assert_array_equal(batch.arrays["patches"][row], transforms.patchify(pixels, 14))
+        np.testing.assert_array_equal(batch.arrays["patches"][row], geometry.patchify(pixels, 14))
         assert batch.captions[row] == clean(record.captions[draw.kind]).encode()
         assert batch.arrays["source"][row] == ["red", "blue"].index(draw.source)
         assert batch.arrays["example_index"][row].tolist() == [0, example]
@@ -77,10 +83,10 @@ def test_batch_when_built_then_the_time_of_each_stage_within_its_own(datasets):
 
 
 def test_training_shows_every_caption_of_a_record_in_turn(make_dataset):
-    """Lists of one to three captions: in as many passes as a record has captions, each comes once."""
+    """Lists of one to three captions: each caption comes once in as many passes as the record has captions."""
     texts = {i: [f"caption {n} of {i}" for n in range(1 + i % 3)] for i in range(8)}
     path = make_dataset("red", 8, {i: {"captions": {"synthetic": found}} for i, found in texts.items()})
-    build = training({"red": path}, {"red": {"synthetic": 1.0}})  # A batch is a pass.
+    build = training({"red": path}, {"red": {"synthetic": 1.0}})  # One batch is one pass.
     shown = collections.defaultdict(list)
     for step in range(6):
         for caption in build(step).captions:
@@ -118,16 +124,17 @@ def test_unusable_records_when_drawn_then_replaced_from_the_same_source_named_an
         assert batch.arrays["faults"].sum() == len(batch.faults)
         for fault in batch.faults:
             assert (fault.source, fault.key, fault.reason) == ("red", f"red/{fault.record}", BAD[fault.record][1])
-            draw = build.plan.draw(fault.example)
+            draw = build.sampler.draw(fault.example)
             assert (
-                fault.record in list(build.plan.records(draw))[: batch.arrays["faults"][fault.example - 8 * step].sum()]
+                fault.record
+                in list(build.sampler.records(draw))[: batch.arrays["faults"][fault.example - 8 * step].sum()]
             )
         met.update(fault.record for fault in batch.faults)
         usable.update(batch.captions)
         again = build(step)
         assert again.faults == batch.faults
         np.testing.assert_array_equal(again.arrays["patches"], batch.arrays["patches"])
-    # 48 draws are 4 epochs: each bad record is drawn once in each, and met oftener as a replacement.
+    # 48 draws are 4 epochs: each bad record is drawn once per epoch, and more often as a replacement.
     assert set(met) == set(BAD) and min(met.values()) >= 4
     assert usable == {f"red number {i}".encode() for i in set(range(12)) - set(BAD)}
 
@@ -135,13 +142,13 @@ def test_unusable_records_when_drawn_then_replaced_from_the_same_source_named_an
 def test_unusable_records_when_the_whole_source_is_then_the_guard_says_the_reasons(make_dataset):
     bad = {i: {"image": b"junk"} if i else {"image": b""} for i in range(5)}
     build = training({"red": make_dataset("red", 5, bad)}, {"red": {"alt": 1.0}})
-    with pytest.raises(GuardStop, match="data source 'red' gave no usable record") as error:
+    with pytest.raises(TrainingAborted, match="data source 'red' gave no usable record") as error:
         build(0)
     assert "4 x undecodable_image" in str(error.value) and "1 x empty_image" in str(error.value)
 
 
 def test_unusable_record_when_its_key_is_long(make_dataset):
-    """A line of bad_records.jsonl holds the two ends of a key as long as records have them (`records.bounded_key`)."""
+    """bad_records.jsonl keeps the two ends of a long key (see `records.bounded_key`)."""
     bad = {2: {"key": "a" + 400 * "x" + "z", "image": b"junk"}}
     batches = training({"red": make_dataset("red", 5, bad)}, {"red": {"alt": 1.0}})
     [key] = {fault.key for step in range(5) for fault in batches(step).faults}
@@ -150,7 +157,7 @@ def test_unusable_record_when_its_key_is_long(make_dataset):
 
 def test_unusable_record_when_it_is_the_only_one_then_the_guard_stops(make_dataset):
     build = training({"red": make_dataset("red", 1, {0: {"image": b"junk"}})}, {"red": {"alt": 1.0}})
-    with pytest.raises(GuardStop, match="1 x undecodable_image"):
+    with pytest.raises(TrainingAborted, match="1 x undecodable_image"):
         build(0)
 
 
@@ -169,14 +176,14 @@ def test_evaluation_batches_when_run_through_then_every_record_once_in_order_and
     assert arrays["source"][:20].tolist() == [0] * 13 + [1] * 7
     record = decode(build.sources["blue"].read(2))
     image = decode_image(record.image)
-    pixels = transforms.center_view(image, 28)
-    np.testing.assert_array_equal(arrays["patches"][15], transforms.patchify(pixels, 14))
+    pixels = geometry.center_view(image, 28)
+    np.testing.assert_array_equal(arrays["patches"][15], geometry.patchify(pixels, 14))
 
 
 def test_evaluation_batch_when_a_record_is_unusable_then_a_row_of_filling_that_is_counted(make_dataset):
     build = evaluation({"red": make_dataset("red", 3, {1: {"image": b"junk"}})}, {"red": 3})
     batch = build(0)
     assert batch.arrays["valid"].any(1).tolist() == [True, False, True] + [False] * 5
-    assert batch.faults == [Fault(1, "red", 1, "red/1", "undecodable_image")]
+    assert batch.faults == [BadExample(1, "red", 1, "red/1", "undecodable_image")]
     assert batch.arrays["faults"].sum(1).tolist() == [0, 1] + [0] * 6
     assert batch.captions[1] == b"" and not batch.arrays["patches"][1].any()

@@ -1,41 +1,41 @@
-"""Books: they balance, and those of parts add up to those of the whole."""
+"""Dataset statistics: counts add up, and the sum over parts equals the whole."""
 
 import json
 import random
 
 import pytest
 
-from aimv2_jax.data.books import ASPECT, FIRST_KEYS, SIDE, Books, Histogram, Loss, Tally
+from aimv2_jax.data.dataset_stats import ASPECT, FIRST_KEYS, SIDE, DatasetStats, DropCount, Histogram, LostInput
 
 
-def booked(events):
-    books = Books()
+def build_stats(events):
+    stats = DatasetStats()
     for kind, *arguments in events:
-        getattr(books, kind)(*arguments)
-    return books
+        getattr(stats, kind)(*arguments)
+    return stats
 
 
 def random_events(rng, count):
     events = []
     for i in range(count):
-        what = rng.choice(["keep", "drop", "change", "lose"])
-        if what == "keep":
-            captions = {kind: "x" for kind in ("alt", "synthetic") if rng.random() < 0.7}
-            events.append((what, captions, {"l": "1"}, (rng.randint(1, 9000), rng.randint(1, 9000))))
-        elif what == "lose":
-            events.append((what, rng.choice("ab"), rng.randint(0, 5), rng.randint(0, 999), rng.choice([None, f"k{i}"])))
+        kind = rng.choice(["keep", "drop", "change", "lose"])
+        if kind == "keep":
+            captions = {name: "x" for name in ("alt", "synthetic") if rng.random() < 0.7}
+            events.append((kind, captions, {"l": "1"}, (rng.randint(1, 9000), rng.randint(1, 9000))))
+        elif kind == "lose":
+            events.append((kind, rng.choice("ab"), rng.randint(0, 5), rng.randint(0, 999), rng.choice([None, f"k{i}"])))
         else:
-            events.append((what, rng.choice("ab"), f"k{i}"))
+            events.append((kind, rng.choice("ab"), f"k{i}"))
     return events
 
 
 def test_books_when_of_parts_then_add_up_to_those_of_the_whole():
     rng = random.Random(0)
     events = random_events(rng, 300)
-    whole, total = booked(events), Books()
+    whole, total = build_stats(events), DatasetStats()
     for start in range(0, 300, 70):
-        part = booked(events[start : start + 70])
-        total.add(Books.from_tree(json.loads(json.dumps(part.to_tree()))))
+        part = build_stats(events[start : start + 70])
+        total.add(DatasetStats.from_tree(json.loads(json.dumps(part.to_tree()))))
     assert total.to_tree() == whole.to_tree()
     counts = [event[0] for event in events]
     lost = sum(event[2] for event in events if event[0] == "lose")
@@ -44,12 +44,14 @@ def test_books_when_of_parts_then_add_up_to_those_of_the_whole():
 
 
 def test_books_when_many_are_dropped_then_the_first_ten_keys_stay_and_long_ones_are_cut():
-    books = booked([("drop", "why", f"k{i}" if i else "x" * 10**5) for i in range(50)])
-    assert books.drops["why"].count == 50
-    assert len(books.drops["why"].keys) == FIRST_KEYS and books.drops["why"].keys[1:3] == ("k1", "k2")
-    assert len(books.drops["why"].keys[0]) == 200
-    assert booked([("lose", "torn", 3, 10, None), ("lose", "torn", 0, 5, "a")]).lost == {"torn": Loss(3, 15, ("a",))}
-    assert Tally(1, ("a",)).plus(1, ("b",)) == Tally(2, ("a", "b"))
+    stats = build_stats([("drop", "why", f"k{i}" if i else "x" * 10**5) for i in range(50)])
+    assert stats.drops["why"].count == 50
+    assert len(stats.drops["why"].keys) == FIRST_KEYS and stats.drops["why"].keys[1:3] == ("k1", "k2")
+    assert len(stats.drops["why"].keys[0]) == 200
+    assert build_stats([("lose", "torn", 3, 10, None), ("lose", "torn", 0, 5, "a")]).lost == {
+        "torn": LostInput(3, 15, ("a",))
+    }
+    assert DropCount(1, ("a",)).plus(1, ("b",)) == DropCount(2, ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -64,13 +66,13 @@ def test_books_when_many_are_dropped_then_the_first_ten_keys_stay_and_long_ones_
     ],
 )
 def test_histogram_when_a_picture_is_kept_then_it_is_in_its_bin(size, side, aspect):
-    histograms = booked([("keep", {}, {}, size)]).histograms
+    histograms = build_stats([("keep", {}, {}, size)]).histograms
     for histogram, value in ((histograms[SIDE], side), (histograms[ASPECT], aspect)):
-        place = histogram.counts.index(1)
+        index = histogram.counts.index(1)
         assert sum(histogram.counts) == 1
-        low = 0 if place == 0 else histogram.edges[place]
+        low = 0 if index == 0 else histogram.edges[index]
         assert low <= value
-        assert place == len(histogram.counts) - 1 or value < histogram.edges[place + 1]
+        assert index == len(histogram.counts) - 1 or value < histogram.edges[index + 1]
 
 
 def test_histogram_when_its_counts_do_not_fit_then_refused():

@@ -1,12 +1,12 @@
-"""Cleaning of captions."""
+"""Caption cleaning."""
 
 import ftfy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aimv2_jax.data.captions import MAX_LETTERS, clean
 from aimv2_jax.data.records import BadRecord
+from aimv2_jax.data.transforms.captions import MAX_LETTERS, clean
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from aimv2_jax.data.records import BadRecord
     [
         ("  A  Cat\n\ton a\u00a0Mat ", "a cat on a mat"),
         ("Tom &amp;amp; Jerry &#39;s", "tom & jerry 's"),
-        ("sch\u00c3\u00b6n", "schön"),  # UTF-8 read as Latin-1
+        ("sch\u00c3\u00b6n", "schön"),  # UTF-8 read as Latin-1.
         ("&lt;b&gt;Bold&lt;/b&gt;", "<b>bold</b>"),
         ("STRASSE ÄÖ", "strasse äö"),
         ("nul&#0;l", "nul\ufffdl"),
@@ -47,6 +47,6 @@ def test_caption_when_not_plain_ascii_then_mended(text):
 
 
 def test_clean_when_16_million_letters_then_reads_the_first_only():
-    """A caption that others wrote may be of any length; a step must not take 16 s for it."""
+    """Captions may have any length; a step must not spend 16 s on one."""
     long = "Käse &amp; " * 1_600_000
     assert clean(long) == clean(long[:MAX_LETTERS])

@@ -1,4 +1,4 @@
-"""Chance: permutations that are whole and without pattern, and random numbers of an example."""
+"""Counter RNG: bijective permutations without correlations, and per-example generators."""
 
 import itertools
 import time
@@ -6,40 +6,40 @@ import time
 import numpy as np
 import pytest
 
-from aimv2_jax.data.chance import example_rng, shuffled
+from aimv2_jax.data.sampling.counter_rng import example_rng, permute_index
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 100, 257, 1025, 4096, 4097, 5000, 2**14 + 1, 2**16, 2**16 + 1])
 def test_shuffled_is_a_permutation(size):
-    """Sizes of 4^k + 1 among them, at which grain's own shuffle is none."""
-    assert np.bincount([shuffled(i, size, seed=5) for i in range(size)], minlength=size).tolist() == [1] * size
+    """Includes sizes 4^k + 1, for which grain's own shuffle is not a permutation."""
+    assert np.bincount([permute_index(i, size, seed=5) for i in range(size)], minlength=size).tolist() == [1] * size
 
 
 @pytest.mark.parametrize("size", [4**10 + 1, 4**16 + 1])
 def test_shuffled_has_no_collision_at_4_to_the_k_plus_1(size):
-    places = [shuffled(i, size, seed) for seed in range(50) for i in (0, size - 1)]
-    assert all(first != last for first, last in zip(places[::2], places[1::2]))
-    assert max(places) < size
+    positions = [permute_index(i, size, seed) for seed in range(50) for i in (0, size - 1)]
+    assert all(first != last for first, last in zip(positions[::2], positions[1::2]))
+    assert max(positions) < size
 
 
 @pytest.mark.parametrize("size", [4099, 1_000_003, 560_171_533, 1_901_228_573, 2**32, 10**12])
 def test_shuffled_positions_do_not_correlate(size):
-    """Correlation of places `lag` apart: 20,000 independent pairs give a standard deviation of 0.007."""
+    """Correlation of positions `lag` apart: 20,000 independent pairs give a standard deviation of 0.007."""
     most = min(size, 20_000)
-    places = np.array([shuffled(i, size, seed=77_782) for i in range(most)], float)
+    positions = np.array([permute_index(i, size, seed=77_782) for i in range(most)], float)
     for lag in (1, 2, 4, 8, 64, 256, 1024):
-        correlation = np.corrcoef(places[:-lag], places[lag:])[0, 1]
+        correlation = np.corrcoef(positions[:-lag], positions[lag:])[0, 1]
         assert abs(correlation) < (0.02 if most == 20_000 else 0.05), lag
 
 
 def test_shuffled_batches_hold_as_many_neighbours_as_chance():
-    """Of 10,000,019 records in batches of 8,192; the pairs in ten batches are Poisson, of mean 67."""
-    size, batch, found = 10_000_019, 8192, 0
+    """10,000,019 records in batches of 8,192: the number of neighbour pairs in ten batches is Poisson with mean 67."""
+    size, batch, neighbours = 10_000_019, 8192, 0
     for first in range(0, 10 * batch, batch):
-        places = np.sort([shuffled(i, size, seed=9) for i in range(first, first + batch)])
-        found += int((np.diff(places) == 1).sum())
+        positions = np.sort([permute_index(i, size, seed=9) for i in range(first, first + batch)])
+        neighbours += int((np.diff(positions) == 1).sum())
     expected = 10 * batch * (batch - 1) / size
-    assert abs(found - expected) < 4 * expected**0.5
+    assert abs(neighbours - expected) < 4 * expected**0.5
 
 
 def test_shuffled_when_the_size_is_2_to_the_32_then_every_index_has_a_place_of_its_own_and_quickly():
@@ -47,13 +47,13 @@ def test_shuffled_when_the_size_is_2_to_the_32_then_every_index_has_a_place_of_i
     indices = [0, 1, size // 2, size - 2, size - 1, *np.random.default_rng(0).integers(0, size, 20_000).tolist()]
     indices = sorted(set(indices))
     start = time.perf_counter()
-    places = [shuffled(index, size, seed=9) for index in indices]
-    assert (time.perf_counter() - start) / len(indices) < 100e-6  # 3 to 10 us where it was measured.
-    assert len(set(places)) == len(indices)
-    assert min(places) >= 0 and max(places) < size
-    # Even over the whole: 16 parts of about 1,250; six standard deviations are 205.
-    assert np.abs(np.bincount(np.array(places) >> 28, minlength=16) - len(places) / 16).max() < 210
-    assert places != indices and places != [shuffled(index, size, seed=10) for index in indices]
+    positions = [permute_index(index, size, seed=9) for index in indices]
+    assert (time.perf_counter() - start) / len(indices) < 100e-6  # Measured: 3 to 10 us.
+    assert len(set(positions)) == len(indices)
+    assert min(positions) >= 0 and max(positions) < size
+    # Uniform over 16 parts of about 1,250 each; six standard deviations are 205.
+    assert np.abs(np.bincount(np.array(positions) >> 28, minlength=16) - len(positions) / 16).max() < 210
+    assert positions != indices and positions != [permute_index(index, size, seed=10) for index in indices]
 
 
 def test_example_rng_when_seed_purpose_or_example_differ_then_other_numbers_and_else_the_same():
@@ -69,5 +69,5 @@ def test_example_rng_when_seed_purpose_or_example_differ_then_other_numbers_and_
 
 def test_example_rng_when_over_many_examples_then_uniform():
     first = np.sort([example_rng(7, "flip", example).random() for example in range(4000)])
-    # Kolmogorov-Smirnov: above 1.95 / sqrt(n) once in a thousand seeds.
+    # Kolmogorov-Smirnov: one seed in a thousand exceeds 1.95 / sqrt(n).
     assert np.abs(first - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / np.sqrt(4000)

@@ -1,4 +1,4 @@
-"""Data sets: whole or absent, counted."""
+"""Datasets: written completely or not at all, with exact counts."""
 
 import dataclasses
 import json
@@ -7,8 +7,8 @@ import math
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from aimv2_jax.data.books import ASPECT, SIDE, Books
-from aimv2_jax.data.datasets import DatasetInfo, write_dataset
+from aimv2_jax.data.dataset_info import DatasetInfo, write_dataset
+from aimv2_jax.data.dataset_stats import ASPECT, SIDE, DatasetStats
 from aimv2_jax.data.records import decode, encode
 from aimv2_jax.data.shards import Shard
 from aimv2_jax.errors import UserError
@@ -79,7 +79,7 @@ def test_dataset_when_its_file_is_of_version_1_then_read_and_of_others_refused(t
     ],
 )
 def test_dataset_when_its_histograms_cannot_be_true_then_refused(histogram, change):
-    tree = json.loads(DatasetInfo.of(Books(), [], made={}).to_json())
+    tree = json.loads(DatasetInfo.from_stats(DatasetStats(), [], made={}).to_json())
     if change is None:
         del tree["histograms"][histogram]
     for name, first in (change or {}).items():
@@ -89,12 +89,12 @@ def test_dataset_when_its_histograms_cannot_be_true_then_refused(histogram, chan
 
 
 def test_dataset_when_it_has_accounts_then_written_and_read_alike():
-    books = Books()
-    books.keep({"alt": "x"}, {"l": "y"}, (100, 50))
-    books.drop("too_small", "a")
-    books.change("caption_cut", "b")
-    books.lose("damaged_tar", 2, 512, "c")
-    info = DatasetInfo.of(books, [Shard("0.arrayrecord", 1, 65536)], {"min-side": 32, "max-side": None})
+    stats = DatasetStats()
+    stats.keep({"alt": "x"}, {"l": "y"}, (100, 50))
+    stats.drop("too_small", "a")
+    stats.change("caption_cut", "b")
+    stats.lose("damaged_tar", 2, 512, "c")
+    info = DatasetInfo.from_stats(stats, [Shard("0.arrayrecord", 1, 65536)], {"min-side": 32, "max-side": None})
     assert info.samples == 4
     assert DatasetInfo.from_json(info.to_json()) == info
 
@@ -123,6 +123,6 @@ def test_dataset_when_the_records_fail_midway_then_no_part_of_a_shard_and_no_dat
 def test_dataset_when_the_folder_holds_one_then_refused(tmp_path, make_record):
     write_dataset(tmp_path, [make_record("red", 0)])
     before = (tmp_path / "dataset.json").read_bytes()
-    with pytest.raises(UserError, match="there is a data set already"):
+    with pytest.raises(UserError, match="the folder already holds a dataset"):
         write_dataset(tmp_path, [make_record("red", 1)])
     assert json.loads(before) == json.loads((tmp_path / "dataset.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Small files that take long to decode are refused at once, and sound ones of every kind are not."""
+"""Small files that are slow to decode are rejected quickly, and valid files of every format are accepted."""
 
 import io
 import random
@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2_jax.data.decode_cost import MAX_SCANS, check_cost
-from aimv2_jax.data.inputs.samples import Sample
-from aimv2_jax.data.pictures import decode_image, image_size, open_picture
-from aimv2_jax.data.preparing.checks import Dropped, Rules, check
 from aimv2_jax.data.records import BadRecord
+from aimv2_jax.data.transforms.decode import decode_image, image_size, open_encoded
+from aimv2_jax.data.transforms.decode_cost import MAX_SCANS, check_cost
+from aimv2_jax.prepare.filters import DroppedSample, Rules, check
+from aimv2_jax.prepare.inputs.samples import Sample
 
-AT_ONCE_S = 0.5  # Pillow takes 2 s and more for each of these files; a look at the blocks takes some milliseconds.
+AT_ONCE_S = 0.5  # Pillow takes 2 s or more for each of these files; the block check takes milliseconds.
 
 
 def saved(format, mode="RGB", size=(64, 48), **options):
@@ -27,7 +27,7 @@ def saved(format, mode="RGB", size=(64, 48), **options):
 
 
 def with_scans(data, count):
-    """A progressive JPEG whose last scan is repeated until there are `count`."""
+    """A progressive JPEG whose last scan is repeated up to `count` scans."""
     start, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
     return data[:end] + data[start:end] * (count - data.count(b"\xff\xda")) + data[end:]
 
@@ -67,10 +67,10 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_image_when_costly_then_refused_at_once(name):
     data, start = COSTLY[name], time.process_time()
-    for use in (open_picture, image_size, decode_image):
+    for use in (open_encoded, image_size, decode_image):
         with pytest.raises(BadRecord, match="costly_image"):
             use(data)
-    with pytest.raises(Dropped, match="costly_image"):
+    with pytest.raises(DroppedSample, match="costly_image"):
         check(Sample("k", data, {"txt": "A thing."}), Rules({"alt": "txt"}))
     assert time.process_time() - start < AT_ONCE_S
 
@@ -80,7 +80,7 @@ def noise(count):
 
 
 def as_large(data, height, width):
-    """A JPEG whose header says that it is larger than it is."""
+    """A JPEG whose header claims a larger size."""
     start = data.index(b"\xff\xc2") + 5
     return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 
@@ -97,7 +97,7 @@ def test_scans_of_large_jpegs_are_fewer(scans, side, costly):
 
 
 def test_bmp_with_run_lengths_is_refused_when_large():
-    """Pillow decodes it in Python: 2.2 s for 13 kB of 3000 x 3000 pixels."""
+    """Pillow decodes a run-length BMP in Python: 2.2 s for 13 kB of 3000 x 3000 pixels."""
     header = struct.pack("<IiiHHIIiiII", 40, 3000, 3000, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024)
     runs = b"\0\0" * 3000 + b"\0\1"
     data = b"BM" + struct.pack("<IHHI", 14 + len(header) + len(runs), 0, 0, 14 + len(header)) + header + runs
@@ -123,7 +123,7 @@ SOUND = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's, of profiles that are noise.
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about invalid profiles.
 @pytest.mark.parametrize("name", SOUND)
 def test_image_when_sound_then_decoded(name):
     assert decode_image(SOUND[name]).size == (64, 48)

@@ -1,8 +1,8 @@
-"""Random corruptions of shards: every read gives the very record or `BadRecord`, and the process lives.
+"""Random corruptions of shards: every read returns the original record or raises `BadRecord`, without a crash.
 
     python tests/data/test_fuzz_records.py COUNT SEED
 
-does the same for as many as one likes.
+runs any number of corruptions.
 """
 
 import collections
@@ -23,7 +23,7 @@ def flip(data, rng):
 
 
 def flip_in_block_header(data, rng):
-    """Of Riegeli, on which ArrayRecord is built: at every 64 KiB, and the footer's position at the end."""
+    """Flips a bit in a Riegeli block header (the format below ArrayRecord): every 64 KiB, and at the footer."""
     start = rng.choice([0, len(data) // 65536 // 2 * 65536, len(data) - 65536])
     data[start + rng.randrange(64)] ^= 1 << rng.randrange(8)
 
@@ -33,8 +33,8 @@ def cut(data, rng):
 
 
 def insert(data, rng):
-    place = rng.randrange(len(data))
-    data[place:place] = rng.randbytes(rng.randint(1, 300))
+    position = rng.randrange(len(data))
+    data[position:position] = rng.randbytes(rng.randint(1, 300))
 
 
 def swap(data, rng):
@@ -44,16 +44,16 @@ def swap(data, rng):
 
 
 def overwrite(data, rng):
-    place, length = rng.randrange(len(data)), rng.choice([50, 600, 70_000])
-    size = len(data[place : place + length])
-    data[place : place + length] = bytes(size) if rng.random() < 0.5 else rng.randbytes(size)
+    position, length = rng.randrange(len(data)), rng.choice([50, 600, 70_000])
+    size = len(data[position : position + length])
+    data[position : position + length] = bytes(size) if rng.random() < 0.5 else rng.randbytes(size)
 
 
 CORRUPTIONS = (flip, flip_in_block_header, cut, insert, swap, overwrite)
 
 
 def fuzz(count, seed):
-    from aimv2_jax.data.datasets import write_dataset
+    from aimv2_jax.data.dataset_info import write_dataset
     from aimv2_jax.data.records import BadRecord, Record, decode
     from aimv2_jax.data.sources import Source
 
@@ -77,15 +77,15 @@ def fuzz(count, seed):
                 except BadRecord:
                     bad += 1
                 else:
-                    assert read == record, f"corruption {number}, {corruption.__name__}: record {index} is another"
-            assert bad <= shard.records, f"corruption {number}, {corruption.__name__}: other shards are bad, too"
+                    assert read == record, f"corruption {number}, {corruption.__name__}: record {index} differs"
+            assert bad <= shard.records, f"corruption {number}, {corruption.__name__}: other shards are bad too"
             outcomes[corruption.__name__, "harmed" if bad else "unharmed"] += 1
     for (name, outcome), times in sorted(outcomes.items()):
         print(f"{name} {outcome} {times}")
 
 
 def test_shards_when_corrupted_at_random_then_every_read_is_exact_or_a_bad_record():
-    """In a process of its own: a crash of the C++ reader is a failure here, and no end of the suite."""
+    """Runs in a subprocess, so that a crash of the C++ reader fails this test and not the whole suite."""
     command = [sys.executable, __file__, str(COUNT), str(SEED)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What tells data sets apart: their shards' sizes and the content of some records; not their names and places."""
+"""Data identity depends on shard sizes and the content of some records, not on names and paths."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.identity import differences, digest, identify
 from aimv2_jax.data.sources import Source
 
@@ -20,7 +20,7 @@ def test_identity_when_a_folder_is_copied(make_dataset, tmp_path):
     one, other = identity_of(folder), identity_of(shutil.copytree(folder, tmp_path / "elsewhere"))
     assert one == other and digest(one) == digest(other) and not list(differences(one, other))
     assert json.loads(json.dumps(one)) == one
-    assert list(one["sources"]["red"]["sampled"]) == [str(39 * place // 15) for place in range(16)]
+    assert list(one["sources"]["red"]["sampled"]) == [str(39 * i // 15) for i in range(16)]
 
 
 def test_identity_when_records_are_few(make_dataset):
@@ -39,8 +39,8 @@ def test_identity_when_records_are_few(make_dataset):
 )
 def test_identity_when_data_differs(make_dataset, size, changes, shard_bytes, sides):
     one, other = identity_of(make_dataset("red", 60)), identity_of(make_dataset("red", size, changes, shard_bytes))
-    [(what, *described)] = differences(one, other)
-    assert what == "data source 'red'" and described[0] != described[1] and digest(one) != digest(other)
+    [(name, *described)] = differences(one, other)
+    assert name == "data source 'red'" and described[0] != described[1] and digest(one) != digest(other)
     assert all(part in text for part, text in zip(sides, described, strict=True))
 
 
@@ -48,8 +48,8 @@ def test_identity_when_records_are_reversed(make_record, tmp_path):
     records = [make_record("red", i) for i in range(60)]
     for name, order in (("a", records), ("b", records[::-1])):
         write_dataset(tmp_path / name, order)
-    [(what, one, other)] = differences(identity_of(tmp_path / "a"), identity_of(tmp_path / "b"))
-    assert what == "data source 'red'" and one.startswith("record 0 ") and one != other
+    [(name, one, other)] = differences(identity_of(tmp_path / "a"), identity_of(tmp_path / "b"))
+    assert name == "data source 'red'" and one.startswith("record 0 ") and one != other
 
 
 def test_identity_when_the_tokenizer_differs(make_dataset):
@@ -59,7 +59,7 @@ def test_identity_when_the_tokenizer_differs(make_dataset):
 
 
 def test_identity_when_a_sampled_record_is_damaged(make_dataset, tmp_path):
-    """The run replaces it; bytes that rotted on one host make no other data set."""
+    """An unreadable record is replaced in training; bit rot on one host does not change the identity."""
     folder = make_dataset("red", 20, shard_bytes=1)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     file = copy / "00000.arrayrecord"

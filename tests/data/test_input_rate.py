@@ -1,4 +1,4 @@
-"""The input benchmark: that it runs, and that its pictures are like photographs. No rates: machines differ."""
+"""The input benchmark runs, and its images resemble photographs. No rates are checked: machines differ."""
 
 import io
 import itertools
@@ -41,8 +41,8 @@ def test_input_rate_when_run_then_one_object_a_row_and_a_table(make_dataset, tmp
     ("arguments", "message"),
     [
         (["--rounds", "0"], "--rounds is too small"),
-        (["--seconds", "nan"], "--seconds is no time"),
-        (["--rows", "PIL"], "--rows lacks the row that the others are compared with"),
+        (["--seconds", "nan"], "--seconds is out of range"),
+        (["--rows", "PIL"], "--rows lacks the reference row"),
         (["--input", "nowhere"], "nowhere"),
     ],
 )
@@ -55,9 +55,9 @@ def test_input_rate_when_asked_for_nonsense_then_one_line(monkeypatch, capsys, a
 
 def test_examples_when_taken_twice_then_the_same_and_within_their_pictures(make_dataset):
     config = input_rows.config_of(make_dataset("noise", 12), 1)
-    found = input_rows.examples(config)
-    assert found == input_rows.examples(config)
-    for data, (left, top, right, bottom) in found:
+    examples = input_rows.examples(config)
+    assert examples == input_rows.examples(config)
+    for data, (left, top, right, bottom) in examples:
         with Image.open(io.BytesIO(data)) as image:
             assert 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
 

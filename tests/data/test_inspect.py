@@ -1,4 +1,4 @@
-"""Contact sheets: the pixels, numbers and texts that they show are those of the records and batches."""
+"""Contact sheets show the exact pixels, counts and texts of records and batches."""
 
 import itertools
 import json
@@ -9,16 +9,17 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from aimv2_jax.data import contact_sheet, pipeline
-from aimv2_jax.data.batch_sheet import batch_sheet, row_picture
-from aimv2_jax.data.books import Books
-from aimv2_jax.data.dataset_sheet import dataset_sheet
-from aimv2_jax.data.datasets import DatasetInfo, write_dataset
-from aimv2_jax.data.inspect import main
-from aimv2_jax.data.pictures import decode_image
+from aimv2_jax.data import pipeline
+from aimv2_jax.data.dataset_info import DatasetInfo, write_dataset
+from aimv2_jax.data.dataset_stats import DatasetStats
+from aimv2_jax.data.inspect import sheet
+from aimv2_jax.data.inspect.__main__ import main
+from aimv2_jax.data.inspect.batch import batch_sheet, row_image
+from aimv2_jax.data.inspect.dataset import dataset_sheet
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.transforms import patchify, unpatchify
+from aimv2_jax.data.transforms.decode import decode_image
+from aimv2_jax.data.transforms.geometry import patchify, unpatchify
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments/quickstart.py")
 SAMPLE = "package:data/sample"
@@ -32,7 +33,7 @@ def words(figure):
     return " ".join(texts(figure))
 
 
-def pictures(figure):
+def images(figure):
     return [np.asarray(image.get_array()) for image in figure.images]
 
 
@@ -42,13 +43,13 @@ def chart(figure, title):
 
 
 def saved(figure, path):
-    contact_sheet.save(figure, path)
+    sheet.save(figure, path)
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def assert_nothing_overlaps(figure):
-    """No text lies on another, on a picture or beyond the sheet."""
+    """No text overlaps another text, an image or the edge of the sheet."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     width, height = figure.get_size_inches() * figure.dpi
     boxes = [item.get_window_extent(renderer) for item in figure.texts if item.get_text().strip()]
@@ -75,13 +76,13 @@ def test_batch_sheet_when_of_a_step_then_its_rows_pixel_for_pixel_with_number_so
     figure = batch_sheet(config, "some.py", 3, 4)
     with pipeline.training_batches(config, range, 3, tokenizer) as batches:
         arrays = next(batches).arrays
-    shown, sheet = pictures(figure), saved(figure, tmp_path / "sheet.png")
+    shown, sheet = images(figure), saved(figure, tmp_path / "sheet.png")
     assert len(shown) == 4
-    for row, (image, picture) in enumerate(zip(figure.images, shown)):
+    for row, (placed, image) in enumerate(zip(figure.images, shown)):
         pixels = unpatchify(arrays["patches"][row], (2, 2), 14)
-        np.testing.assert_array_equal(picture, pixels.repeat(8, 0).repeat(8, 1))
-        top = len(sheet) - image.oy - 224
-        np.testing.assert_array_equal(sheet[top : top + 224, image.ox : image.ox + 224], picture)
+        np.testing.assert_array_equal(image, pixels.repeat(8, 0).repeat(8, 1))
+        top = len(sheet) - placed.oy - 224
+        np.testing.assert_array_equal(sheet[top : top + 224, placed.ox : placed.ox + 224], image)
     assert [text for text in texts(figure) if text.startswith("example ")] == [f"example {n}" for n in range(18, 22)]
     assert "Rows 0 to 3 of 6, as the model gets them, every pixel drawn as 8 × 8" in words(figure)
     assert "tokens, no more fit" in words(figure)
@@ -119,15 +120,17 @@ def test_batch_sheet_when_a_record_is_unusable_then_named_beside_its_replacement
 
 
 def test_batch_sheet_when_the_config_has_workers_then_none_is_started(make_config, monkeypatch):
-    asked = []
+    configs = []
     real = pipeline.training_batches
-    monkeypatch.setattr(pipeline, "training_batches", lambda config, *args: asked.append(config) or real(config, *args))
+    monkeypatch.setattr(
+        pipeline, "training_batches", lambda config, *args: configs.append(config) or real(config, *args)
+    )
     batch_sheet(make_config(data__workers=4), "some.py", 0, 1)
-    assert [config.data.workers for config in asked] == [0]
+    assert [config.data.workers for config in configs] == [0]
 
 
 def test_batch_sheet_when_the_batch_is_large_then_few_rows_are_read_and_that_is_said(make_config, monkeypatch):
-    monkeypatch.setattr("aimv2_jax.data.batch_sheet.MOST_ROWS", 5)
+    monkeypatch.setattr("aimv2_jax.data.inspect.batch.MAX_ROWS", 5)
     figure = batch_sheet(make_config(data__batch_size=10_000), "some.py", 2, 7)
     assert len(figure.images) == 5
     assert "Rows 0 to 4 of 10,000" in words(figure) and "Counts are of the first 5 rows" in words(figure)
@@ -139,24 +142,24 @@ def test_row_picture_when_grids_differ_by_row_then_each_is_its_own_picture():
     for grid in ((2, 3), (3, 1), (1, 1)):
         pixels = rng.integers(0, 256, (grid[0] * 4, grid[1] * 4, 3), np.uint8)
         count = grid[0] * grid[1]
-        patches = rng.integers(0, 256, (8, 48), np.uint8)  # Behind the valid ones: whatever lies there.
+        patches = rng.integers(0, 256, (8, 48), np.uint8)  # The patches after the valid ones are arbitrary.
         coords = rng.integers(0, 9, (8, 2)).astype(np.int32)
         order = rng.permutation(count)
         patches[:count] = patchify(pixels, 4)[order]
         coords[:count] = np.indices(grid).reshape(2, -1).T[order]
-        np.testing.assert_array_equal(row_picture(patches, coords, np.arange(8) < count, 4), pixels)
+        np.testing.assert_array_equal(row_image(patches, coords, np.arange(8) < count, 4), pixels)
 
 
 def test_dataset_sheet_when_drawn_then_records_from_first_to_last_with_captions_and_labels(datasets):
     source = Source("red", datasets["red"])
     figure = dataset_sheet(source, "data/red", 4)
-    for place, picture in zip((0, 4, 8, 12), pictures(figure)):
-        record = decode(source.read(place))
+    for index, image in zip((0, 4, 8, 12), images(figure)):
+        record = decode(source.read(index))
         pixels = np.asarray(decode_image(record.image))
-        np.testing.assert_array_equal(picture, contact_sheet.magnified(pixels, 224 // max(pixels.shape)))
+        np.testing.assert_array_equal(image, sheet.magnified(pixels, 224 // max(pixels.shape)))
         assert record.key in texts(figure)
         assert record.captions["alt"] in texts(figure) and record.captions["synthetic"] in words(figure)
-        assert f"number = {place}" in texts(figure)
+        assert f"number = {index}" in texts(figure)
         assert f"{pixels.shape[1]} × {pixels.shape[0]} · " in words(figure)
     assert len(figure.images) == 4
     assert "13 in 3 shards" in words(figure) and "alt: 13 (100 %)" in texts(figure)
@@ -183,7 +186,7 @@ def test_dataset_sheet_when_records_are_unusable_then_their_reason_stands_in_pla
     assert_nothing_overlaps(figure)
 
 
-def test_sheets_when_texts_are_long_and_pictures_odd_then_nothing_overlaps(make_dataset, encoded_picture):
+def test_sheets_when_texts_are_long_and_pictures_odd_then_nothing_overlaps(make_dataset, encoded_image):
     long = {
         "alt": "日本語の説明 " * 40,
         "other kind of a rather long name for a kind": "word " * 300,
@@ -191,18 +194,18 @@ def test_sheets_when_texts_are_long_and_pictures_odd_then_nothing_overlaps(make_
     }
     changes = {
         0: {"captions": long, "key": "folder/" * 40},
-        1: {"image": encoded_picture(2000, 3)},
-        2: {"image": encoded_picture(1, 1), "labels": {f"label{i}": "a value " * 9 for i in range(30)}, "captions": {}},
-        3: {"image": encoded_picture(500, 700)},
+        1: {"image": encoded_image(2000, 3)},
+        2: {"image": encoded_image(1, 1), "labels": {f"label{i}": "a value " * 9 for i in range(30)}, "captions": {}},
+        3: {"image": encoded_image(500, 700)},
     }
     for count in (1, 2, 7):
         figure = dataset_sheet(Source("odd", make_dataset("odd", 7, changes)), "a/long/path" * 30, count)
         assert_nothing_overlaps(figure)
-        assert all(max(picture.shape) <= 224 for picture in pictures(figure))
+        assert all(max(image.shape) <= 224 for image in images(figure))
 
 
 @pytest.fixture
-def encoded_picture():
+def encoded_image():
     from tests.data.conftest import encoded
 
     return lambda width, height: encoded(np.full((height, width, 3), 99, np.uint8))
@@ -215,20 +218,22 @@ def test_dataset_sheet_when_sizes_are_counted_then_bars_add_up_to_the_pictures(d
 
 
 def test_dataset_sheet_when_the_set_has_books_then_its_drops_and_all_its_sizes_are_shown(tmp_path, make_record):
-    books, folder = Books(), tmp_path / "red"
+    stats, folder = DatasetStats(), tmp_path / "red"
     write_dataset(folder, (make_record("red", i) for i in range(9)))
     for _ in range(9):
-        books.keep({"alt": ""}, {}, (900, 600))
-    books.drop("too_small", "tiny one")
-    books.lose("damaged_header", 4, 5000, None)
+        stats.keep({"alt": ""}, {}, (900, 600))
+    stats.drop("too_small", "tiny one")
+    stats.lose("damaged_header", 4, 5000, None)
     shards = Source("red", str(folder)).info.shards
-    (folder / "dataset.json").write_text(DatasetInfo.of(books, shards, {}).to_json())
+    (folder / "dataset.json").write_text(DatasetInfo.from_stats(stats, shards, {}).to_json())
     figure = dataset_sheet(Source("red", str(folder)), "red", 2)
-    assert {"14 samples, 5 left out", "too_small: 1 (first: tiny one)", "damaged_header: 4, 5 kB"} <= set(texts(figure))
-    for title, place in (("Shorter side, all records", 512), ("Aspect, all records", 1.4)):
+    assert {"14 samples, 5 dropped or lost", "too_small: 1 (first: tiny one)", "damaged_header: 4, 5 kB"} <= set(
+        texts(figure)
+    )
+    for title, label in (("Shorter side, all records", 512), ("Aspect, all records", 1.4)):
         axes = chart(figure, title)
         assert [bar.get_height() for bar in axes.patches] == [9]
-        assert f"{place:g}" in [label.get_text() for label in axes.get_xticklabels()]
+        assert f"{label:g}" in [tick.get_text() for tick in axes.get_xticklabels()]
 
 
 def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown(tmp_path, make_record):
@@ -237,7 +242,7 @@ def test_dataset_sheet_when_of_format_1_then_sizes_are_of_the_pictures_shown(tmp
     (tmp_path / "dataset.json").write_text(json.dumps(old))
     figure = dataset_sheet(Source("red", str(tmp_path)), "red", 5)
     assert sum(bar.get_height() for bar in chart(figure, "Aspect, the 5 shown").patches) == 5
-    assert "not recorded: the set is of format 1" in texts(figure)
+    assert "not recorded: the dataset has format 1" in texts(figure)
 
 
 def test_main_when_given_a_set_then_a_png_of_the_size_that_its_tiles_need(tmp_path, capsys):
@@ -252,7 +257,7 @@ def test_main_when_given_a_set_then_a_png_of_the_size_that_its_tiles_need(tmp_pa
 
 def test_main_when_given_a_config_with_overrides_then_their_batch_is_drawn(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(contact_sheet, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(sheet, "save", lambda figure, path: drawn.append(figure))
     flags = ["--config.data.batch_size=3", "--config.seed", "5", "--step", "7", "--output", str(tmp_path / "a.PNG")]
     assert main([QUICKSTART, *flags]) == 0
     [figure] = drawn
@@ -261,26 +266,26 @@ def test_main_when_given_a_config_with_overrides_then_their_batch_is_drawn(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["/nowhere"], "no such folder or file: '/nowhere'"),
-        (["{tmp}"], "neither a prepared data set nor a config: the folder has no dataset.json"),
-        ([f"{SAMPLE}/train"], "Give one of the data sets in it: other, photo"),
-        (["{tmp}/several"], r"Give one of the data sets in it: \x1b[31mred\n"),
-        (["{tmp}/notes.txt"], "neither a prepared data set nor a config"),
+        (["{tmp}"], "neither a prepared dataset nor a config: the folder has no dataset.json"),
+        ([f"{SAMPLE}/train"], "Give one of the datasets in it: other, photo"),
+        (["{tmp}/several"], r"Give one of the datasets in it: \x1b[31mred\n"),
+        (["{tmp}/notes.txt"], "neither a prepared dataset nor a config"),
         (["{tmp}/empty.py"], "the file has no get_config()"),
         ([QUICKSTART, "--config.data.bath_size=3"], "unknown config key"),
         ([QUICKSTART, "--step", "-1"], "--step is below zero: -1"),
-        ([QUICKSTART, "--step", "9" * 20], "--step is beyond any run"),
+        ([QUICKSTART, "--step", "9" * 20], "--step is too large"),
         ([QUICKSTART, "--config.tokenizer.path=none"], "config tokenizer.path: no such file"),
         ([f"{SAMPLE}/train/photo", "--step", "1"], "are for a config"),
         ([f"{SAMPLE}/train/photo", "--output", "{tmp}/none/a.png"], "--output: no such folder"),
         ([f"{SAMPLE}/train/photo", "--output", "{tmp}/a.jpg"], "does not end in .png"),
         ([f"{SAMPLE}/train/photo", "--output", "{tmp}/folder.png"], "--output is a folder"),
-        (["{tmp}/void"], "the data set: the data set has no records"),
+        (["{tmp}/void"], "the dataset: the dataset has no records"),
     ],
 )
-def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsys, arguments, says):
+def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsys, arguments, message):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty.py").touch()
     (tmp_path / "folder.png").mkdir()
@@ -292,7 +297,7 @@ def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsy
     default = [] if "--output" in arguments else ["--output", str(tmp_path / "sheet.png")]
     assert main([word.replace("{tmp}", str(tmp_path)) for word in arguments] + default) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "sheet.png").exists()
 
 

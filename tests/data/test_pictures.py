@@ -1,4 +1,4 @@
-"""Pictures of every kind: what is refused, and crops decoded scaled or turned against a decode of the whole."""
+"""Image decoding: rejected images, and scaled or rotated crops against a full decode."""
 
 import io
 import struct
@@ -10,10 +10,10 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from aimv2_jax.data import pictures
-from aimv2_jax.data.pictures import decode_image, open_picture
 from aimv2_jax.data.records import BadRecord
-from aimv2_jax.data.transforms import resize
+from aimv2_jax.data.transforms import decode
+from aimv2_jax.data.transforms.decode import decode_image, open_encoded
+from aimv2_jax.data.transforms.geometry import resize
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -31,7 +31,7 @@ def pixels_of(data):
 
 
 def by_pillow(data):
-    """The whole picture, upright, without a decoder or a line of ours."""
+    """The full upright image, decoded by Pillow without our code."""
     with Image.open(io.BytesIO(data)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
@@ -41,7 +41,7 @@ def near(pixels, colour, tolerance=6):
 
 
 def png(colour_type, depth, rows, width, *chunks):
-    """A PNG by hand, for what Pillow does not write."""
+    """A PNG assembled by hand, for variants that Pillow does not write."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -120,7 +120,7 @@ def test_decode_when_in_bands_then_the_same(monkeypatch, mode):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 20, 3), np.uint8))
     data = saved(image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode), "PNG")
     whole = pixels_of(data)
-    monkeypatch.setattr(pictures, "_BAND_PIXELS", 90)
+    monkeypatch.setattr(decode, "_BAND_PIXELS", 90)
     np.testing.assert_array_equal(pixels_of(data), whole)
 
 
@@ -135,7 +135,7 @@ def test_decode_when_animated_then_the_first_frame(format):
 def test_decode_when_exif_orientation_then_upright(orientation):
     upright = np.zeros((4, 6, 3), np.uint8)
     upright[0, 0], upright[0, -1] = RED, (0, 255, 0)
-    # What a camera stores, so that the orientation's rule (EXIF 2.3, tag 274) shows the picture upright.
+    # The stored pixels that each orientation (EXIF 2.3, tag 274) displays upright.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -208,23 +208,25 @@ def test_decode_when_of_16_bits_then_memory_is_bounded():
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 3000 * 3000 * 3  # Arrays of a band. Of the whole, as 64-bit numbers, it was 16 bytes a pixel.
+    assert (
+        peak < 3000 * 3000 * 3
+    )  # The arrays of one band. Converting the whole image in 64 bits took 16 bytes per pixel.
 
 
 @pytest.mark.parametrize(("format", "fits"), [("WEBP", False), ("PNG", True)])
 def test_open_when_it_would_take_too_much_memory(monkeypatch, format, fits):
     data = saved(Image.new("RGB", (10, 10), RED), format)
-    monkeypatch.setattr(pictures, "_MAX_BYTES", 15 * 100)
+    monkeypatch.setattr(decode, "_MAX_DECODE_BYTES", 15 * 100)
     if fits:
-        assert open_picture(data).size == (10, 10)
+        assert open_encoded(data).size == (10, 10)
         return
     with pytest.raises(BadRecord, match="oversized_image"):
-        open_picture(data)
+        open_encoded(data)
 
 
 @pytest.fixture(scope="module")
 def photo():
-    """Blurred noise of several grains and some edges: a spectrum as of a photograph."""
+    """Blurred noise at several scales and some edges: a spectrum like that of a photograph."""
     rng = np.random.default_rng(0)
     pixels = np.zeros((900, 1210, 3))
     for grain in (300, 100, 30, 10, 3):
@@ -237,7 +239,7 @@ def photo():
 
 @pytest.fixture
 def decoded_sizes(monkeypatch):
-    """Sizes (height, width) of what simplejpeg decodes."""
+    """Records the (height, width) of every image that simplejpeg decodes."""
     sizes, decode = [], simplejpeg.decode_jpeg
 
     def watched(*args, **kwargs):
@@ -254,7 +256,7 @@ def psnr(one, other):
 
 
 def crop(data, box, size):
-    image, box = open_picture(data).decode(box, size)
+    image, box = open_encoded(data).decode(box, size)
     assert image.mode == "RGB"
     return resize(image, box, size)
 
@@ -285,7 +287,12 @@ def test_crop_when_of_any_jpeg_then_near_a_decode_of_the_whole(photo, decoded_si
         for size in (14, 56, 224):
             qualities.append(psnr(crop(data, box, size), resize(whole, box, size)))
     assert np.median(qualities) >= 43 and min(qualities) >= 37
-    assert {900 // height for height, _ in decoded_sizes} == {1, 2, 4, 7}  # 900 / 8 is 112.5, decoded as 113.
+    assert {900 // height for height, _ in decoded_sizes} == {
+        1,
+        2,
+        4,
+        7,
+    }  # simplejpeg rounds 900 / 8 = 112.5 up to 113.
 
 
 @pytest.mark.parametrize(
@@ -295,7 +302,7 @@ def test_crop_when_of_any_jpeg_then_near_a_decode_of_the_whole(photo, decoded_si
 def test_crop_when_it_has_pixels_to_spare_then_decoded_scaled(decoded_sizes, side, size, scale):
     data = saved(Image.new("RGB", (1300, 1201), RED), "JPEG")
     assert near(crop(data, (3, 5, 3 + side, 5 + side), size), RED)
-    # The shorter side decides.
+    # The shorter side determines the scale.
     assert near(crop(data, (0, 5, 1300, 5 + side), size), RED)
     assert decoded_sizes == [(-(-1201 // scale), -(-1300 // scale))] * 2
 
@@ -317,7 +324,7 @@ def test_crop_when_the_size_is_odd_then_as_of_the_whole(size):
     short = min(size)
     for box in ((0, 0, short, short), (0, 0, *size), (size[0] - short, size[1] - short, *size)):
         got, wanted = crop(data, box, 28), resize(by_pillow(data), box, 28)
-        if size[1] > 100 * size[0]:  # Of these, Pillow resizes the height first, and rounds and clips in between.
+        if size[1] > 100 * size[0]:  # Pillow resizes the height of these first, and rounds and clips in between.
             assert psnr(got, wanted) >= 43
         else:
             np.testing.assert_array_equal(got, wanted)
@@ -341,7 +348,7 @@ def test_crop_when_a_jpeg_is_turned_then_as_if_it_had_been_upright(photo, orient
     exif[274] = orientation
     data = saved(photo, "JPEG", quality=90, exif=exif)
     whole = by_pillow(data)
-    assert open_picture(data).size == whole.size == (photo.size[::-1] if orientation > 4 else photo.size)
+    assert open_encoded(data).size == whole.size == (photo.size[::-1] if orientation > 4 else photo.size)
     for box in ((0, 0, 600, 640), (whole.width - 611, whole.height - 599, *whole.size), (100, 60.5, 720, 801.5)):
         got, wanted = crop(data, box, size), resize(whole, box, size)
         assert psnr(got, wanted) >= 40
@@ -384,9 +391,9 @@ def test_crop_when_a_jpeg_draws_a_warning_then_pillow_decides(photo, decoded_siz
     data = bytearray(saved(photo.resize((403, 300)), "JPEG"))
     rng = np.random.default_rng(0)
     seen = {"used": 0, "refused": 0}
-    for place in [*rng.integers(2, 600, 40), *rng.integers(600, len(data), 40)]:  # In the header, in the pixels.
+    for position in [*rng.integers(2, 600, 40), *rng.integers(600, len(data), 40)]:  # Header, then pixels.
         bad = bytearray(data)
-        bad[place] ^= 1 << rng.integers(8)
+        bad[position] ^= 1 << rng.integers(8)
         box, decoded_sizes[:] = (10, 10, 290, 290), []
         try:
             whole = resize(decode_image(bytes(bad)), box, 224)
@@ -402,20 +409,20 @@ def test_crop_when_a_jpeg_draws_a_warning_then_pillow_decides(photo, decoded_siz
 
 def test_open_when_only_the_header_is_there_then_its_size(photo):
     data = saved(photo, "JPEG")
-    picture = open_picture(data[:800])
-    assert picture.size == (1210, 900)
+    image = open_encoded(data[:800])
+    assert image.size == (1210, 900)
     with pytest.raises(BadRecord, match="undecodable_image"):
-        picture.whole()
+        image.decode_full()
 
 
 @pytest.mark.parametrize("colours", [1, 2])
 def test_spare_when_compared_with_the_bound_then_enough_at_its_edge(photo, colours):
-    """The least that a scaled decode may leave, where the difference is largest."""
+    """The smallest allowed oversampling of a scaled decode, where the difference is largest."""
     data = saved(photo if colours == 1 else photo.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=90)
     whole, qualities = by_pillow(data), []
     for scale in (2, 4, 8):
         size = 56
-        side = int(np.ceil(scale * pictures.SPARE * size))
+        side = int(np.ceil(scale * decode.SPARE * size))
         for left, top in ((0, 0), (101, 203), (300, 290)):
             box = (left, top, left + side, top + side)
             qualities.append(psnr(crop(data, box, size), resize(whole, box, size)))

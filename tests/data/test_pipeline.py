@@ -1,4 +1,4 @@
-"""The pipeline: the same batches for any workers, start and hosts; errors in their turn; nothing heavy imported."""
+"""Input pipeline: the same batches for any workers, start and hosts; errors in order; light imports."""
 
 import ast
 import dataclasses
@@ -13,25 +13,25 @@ import numpy as np
 import pytest
 
 import aimv2_jax.data
-from aimv2_jax.data.batches import LocalBatch, is_flipped
-from aimv2_jax.data.pictures import decode_image
+from aimv2_jax.data.loading.batch_builder import LocalBatch, is_flipped
 from aimv2_jax.data.pipeline import (
     REASONS,
-    Batches,
+    BatchIterator,
     HostBatch,
     check_sources,
     evaluation_batches,
     open_sources,
     to_devices,
     training_batches,
-    training_plan,
+    training_sampler,
 )
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.transforms import fit_grid, patch_coords, patchify, resize
-from aimv2_jax.errors import GuardStop, UserError
+from aimv2_jax.data.transforms.decode import decode_image
+from aimv2_jax.data.transforms.geometry import fit_grid, patch_coords, patchify, resize
+from aimv2_jax.errors import TrainingAborted, UserError
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run serially: in parallel they would starve the tests that measure time.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 ROWS = range(8)
@@ -51,7 +51,7 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def flawed(make_dataset):
-    """Two sources, one of them with records that cannot be used."""
+    """Two sources, one of them with unusable records."""
     bad = {2: {"image": b"junk"}, 5: {"captions": {"alt": "", "synthetic": ""}}}
     return {"red": make_dataset("red", 13, bad), "blue": make_dataset("blue", 7)}
 
@@ -93,7 +93,7 @@ def test_batches_when_built_by_workers_then_the_same_bytes(make_config, flawed, 
     config = make_config(sources=flawed, data__workers=workers)
     for one, other in zip(plain, take(config, 6, tokenizer=tokenizer), strict=True):
         assert_same(one, other)
-        assert all(type(array) is np.ndarray for array in other.arrays.values())  # Not in shared memory any more.
+        assert all(type(array) is np.ndarray for array in other.arrays.values())  # Copied out of shared memory.
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -117,7 +117,7 @@ def test_batches_when_split_over_hosts_then_their_rows_put_together_are_the_glob
 
 
 def test_batches_when_started_at_a_million_then_there_within_a_second(make_config):
-    start = time.process_time()  # Of this process, so that others that keep the machine busy do not count.
+    start = time.process_time()  # CPU time of this process, so that load from other processes does not count.
     [batch] = take(make_config(), 1, start=10**6)
     assert time.process_time() - start < 1
     assert batch.step == 10**6 and batch.arrays["example_index"][0].tolist() == [0, 8 * 10**6]
@@ -137,7 +137,7 @@ def test_batches_when_the_seed_differs_then_other_pictures(make_config):
 
 def boom(step):
     if step == 4:
-        raise UserError("the disk", step, "Mend it")
+        raise UserError("the disk", step, "Fix it")
     return LocalBatch(step, {"x": np.full(3, step)}, [], [])
 
 
@@ -146,7 +146,7 @@ def as_host_batch(batch):
 
 
 def test_error_when_a_batch_cannot_be_built_then_raised_in_its_turn_and_ever_after():
-    with Batches(boom, range(2, 9), as_host_batch, workers=0, prefetch=2) as batches:
+    with BatchIterator(boom, range(2, 9), as_host_batch, workers=0, prefetch=2) as batches:
         assert [next(batches).step, next(batches).step] == [2, 3]
         for _ in range(2):
             with pytest.raises(UserError, match="the disk: 4"):
@@ -156,7 +156,7 @@ def test_error_when_a_batch_cannot_be_built_then_raised_in_its_turn_and_ever_aft
 def test_error_when_a_worker_meets_it_then_raised_in_its_turn(make_config, make_dataset):
     bad = {i: {"image": b"junk"} for i in range(3)}
     config = make_config(sources={"red": make_dataset("red", 3, bad)}, mixture={"red": {"alt": 1.0}}, data__workers=1)
-    with training_batches(config, range, 0) as batches, pytest.raises(GuardStop, match="3 x undecodable_image"):
+    with training_batches(config, range, 0) as batches, pytest.raises(TrainingAborted, match="3 x undecodable_image"):
         next(batches)
 
 
@@ -164,18 +164,21 @@ def test_error_when_finishing_fails_then_raised_in_its_turn():
     def finish(batch):
         raise KeyError("token")
 
-    with Batches(boom, range(3), finish, workers=0, prefetch=2) as batches, pytest.raises(KeyError, match="token"):
+    with (
+        BatchIterator(boom, range(3), finish, workers=0, prefetch=2) as batches,
+        pytest.raises(KeyError, match="token"),
+    ):
         next(batches)
 
 
 def test_batches_when_they_end_then_iteration_stops():
-    with Batches(boom, range(2), as_host_batch, workers=0, prefetch=2) as batches:
+    with BatchIterator(boom, range(2), as_host_batch, workers=0, prefetch=2) as batches:
         assert [batch.arrays["x"].tolist() for batch in batches] == [[0, 0, 0], [1, 1, 1]]
         assert list(batches) == []
 
 
 def test_close_when_batches_are_ready_then_the_thread_ends_and_nothing_follows():
-    batches = Batches(boom, range(4), as_host_batch, workers=0, prefetch=2)
+    batches = BatchIterator(boom, range(4), as_host_batch, workers=0, prefetch=2)
     next(batches)
     batches.close()
     batches.close()
@@ -205,15 +208,15 @@ def test_evaluation_when_split_over_hosts_then_their_rows_put_together_are_the_s
 
 
 def test_evaluation_when_limited_then_the_first_of_each_source(make_config, tokenizer):
-    config = make_config(eval__max_examples=3, eval__kinds=("alt",))
+    config = make_config(eval__max_examples=3, eval__caption_types=("alt",))
     [(_, batch)] = evaluation_batches(config, ROWS, tokenizer)
-    said = [tokenizer.decode(row) for row in batch.arrays["tokens"]]
-    assert said == [f"{name} number {i}" for name in ("red", "blue") for i in range(3)] + ["", ""]
+    texts = [tokenizer.decode(row) for row in batch.arrays["tokens"]]
+    assert texts == [f"{name} number {i}" for name in ("red", "blue") for i in range(3)] + ["", ""]
 
 
 def test_evaluation_when_a_source_lacks_the_kind_or_there_is_none_then_left_out(make_config, make_dataset, datasets):
     silent = make_dataset("red", 3, {i: {"captions": {"synthetic": "a"}} for i in range(3)})
-    config = make_config(eval__sources={"silent": silent, "blue": datasets["blue"]}, eval__kinds=("alt",))
+    config = make_config(eval__sources={"silent": silent, "blue": datasets["blue"]}, eval__caption_types=("alt",))
     [(_, batch)] = evaluation_batches(config, ROWS)
     assert batch.arrays["source"][:7].tolist() == [1] * 7 and batch.arrays["valid"].any(1).sum() == 7
     assert list(evaluation_batches(make_config(eval__sources={}), ROWS)) == []
@@ -230,11 +233,14 @@ def test_check_sources_when_something_is_missing_then_a_user_error_names_it(make
     }
     cases = [
         (make_config(sources=alt_only), "data.mixture.red asks .* lacks: 'synthetic'. It has alt."),
-        (make_config(eval__kinds=("alt", "long")), "no evaluation source has: 'long'. There is alt, synthetic."),
+        (
+            make_config(eval__caption_types=("alt", "long")),
+            "no evaluation source has: 'long'. There is alt, synthetic.",
+        ),
         (make_config(eval__sources={"held": "/nowhere"}), "config data source 'held': no such folder: '/nowhere'"),
     ]
-    for config, says in cases:
-        with pytest.raises(UserError, match=says):
+    for config, message in cases:
+        with pytest.raises(UserError, match=message):
             check_sources(config)
 
 
@@ -247,8 +253,8 @@ def test_to_devices_when_rows_come_in_any_order_then_the_global_array(axes):
     arrays = {"a": np.arange(16 * 3).reshape(16, 3).astype(np.int32), "b": np.arange(16, dtype=np.uint32)}
     rows = np.random.default_rng(0).permutation(16)
     sharding = NamedSharding(mesh, PartitionSpec(axes))
-    placed = to_devices({name: array[rows] for name, array in arrays.items()}, sharding, rows, 16)
-    for name, array in placed.items():
+    on_devices = to_devices({name: array[rows] for name, array in arrays.items()}, sharding, rows, 16)
+    for name, array in on_devices.items():
         assert array.sharding == sharding
         np.testing.assert_array_equal(np.asarray(array), arrays[name])
 
@@ -273,7 +279,8 @@ def test_import_when_the_pipeline_is_then_no_tensorflow_and_no_backend():
 
 
 def test_import_when_any_data_module_is_then_nothing_of_ours_brings_jax_tensorflow_models_or_train():
-    for path in Path(aimv2_jax.data.__file__).parent.glob("*.py"):
+    package = Path(aimv2_jax.data.__file__).parents[1]
+    for path in [*package.glob("data/**/*.py"), *package.glob("prepare/**/*.py")]:
         for node in ast.parse(path.read_text()).body:
             names = []
             if isinstance(node, ast.Import):
@@ -287,7 +294,7 @@ def test_import_when_any_data_module_is_then_nothing_of_ours_brings_jax_tensorfl
 
 @pytest.fixture(scope="module")
 def native_config(make_config):
-    """Batches of 64 patches: 16 pictures of at most 4 patches, 8 of 8, or 4 of 16."""
+    """Batches of 64 patches: 16 images of at most 4 patches, 8 of 8, or 4 of 16."""
     from experiments import base
 
     encoder = base.get_config().model.encoder.to_dict() | {"position": "sincos"}
@@ -296,16 +303,18 @@ def native_config(make_config):
 
 def test_native_batch_when_built_then_whole_pictures_in_raster_order_and_padding_that_is_zero(native_config):
     batches = take(native_config, 12, rows=None)
-    plan = training_plan(native_config, open_sources(native_config.data.sources))
+    sampler = training_sampler(native_config, open_sources(native_config.data.sources))
     assert {batch.arrays["patches"].shape[:2] for batch in batches} == {(16, 4), (8, 8), (4, 16)}
     for batch in batches:
-        arrays, first = batch.arrays, plan.steps.first_example(batch.step)
+        arrays, first = batch.arrays, sampler.schedule.first_example(batch.step)
         examples, area = arrays["valid"].shape
-        assert (examples, area) == plan.steps.shape(batch.step)
+        assert (examples, area) == sampler.schedule.shape(batch.step)
         np.testing.assert_array_equal(arrays["example_index"][:, 1], first + np.arange(examples))
         for row in range(examples):
-            draw = plan.draw(first + row)
-            record = decode(Source(draw.source, native_config.data.sources[draw.source]).read(next(plan.records(draw))))
+            draw = sampler.draw(first + row)
+            record = decode(
+                Source(draw.source, native_config.data.sources[draw.source]).read(next(sampler.records(draw)))
+            )
             image = decode_image(record.image)
             rows, columns = fit_grid(*image.size, area)
             flip = is_flipped(0, first + row, 0.5)
@@ -333,7 +342,7 @@ def test_native_view_when_not_upscaling_then_small_pictures_keep_their_pixels(ma
     config = dataclasses.replace(native_config, data=dataclasses.replace(native_config.data, upscale=False))
     batches, upscaled = take(config, 12, rows=None), take(native_config, 12, rows=None)
     used = [batch.arrays["valid"].sum(axis=1) for batch in batches]
-    assert max(count.max() for count in used) <= 16  # Pictures of 30 to 60 pixels have at most 4 x 4 patches.
+    assert max(count.max() for count in used) <= 16  # Images of 30 to 60 pixels have at most 4 x 4 patches.
     assert any((mine < batch.arrays["valid"].sum(axis=1)).any() for mine, batch in zip(used, upscaled))
 
 

@@ -1,4 +1,4 @@
-"""Workers that die and stall: they are named, with their record, and the batches are those of a run without."""
+"""Workers that die or stall: reported with their record, and the batches stay the same."""
 
 import dataclasses
 import itertools
@@ -11,31 +11,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aimv2_jax.data import whereabouts, workers
-from aimv2_jax.data.batches import LocalBatch
-from aimv2_jax.data.datasets import DATASET_FILE
-from aimv2_jax.data.noted import NotedSource
-from aimv2_jax.data.pipeline import open_sources, training_batches, training_plan
-from aimv2_jax.data.prefetch import Batches, HostBatch
+from aimv2_jax.data.dataset_info import DATASET_FILE
+from aimv2_jax.data.loading import worker_status, workers
+from aimv2_jax.data.loading.batch_builder import LocalBatch
+from aimv2_jax.data.loading.batch_iterator import BatchIterator, HostBatch
+from aimv2_jax.data.loading.tracked_reads import TrackedSource
+from aimv2_jax.data.pipeline import open_sources, training_batches, training_sampler
 from aimv2_jax.errors import UserError
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run serially: in parallel they would starve the tests that measure time.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fails:
-    """Builds batches; batch 3 kills its worker, or takes for ever, once for every file of a folder."""
+    """Builds batches; batch 3 kills its worker, or hangs, once for every file in a folder."""
 
     folder: Path
     stalls: bool = False
 
     def __call__(self, step):
-        whereabouts.mine().write(whereabouts.Doing.BUILDS, "nothing", step)
+        worker_status.this_process().update(worker_status.Activity.BUILDS, "nothing", step)
         files = list(self.folder.iterdir()) if step == 3 else []
         if files:
             files[0].unlink()
-            time.sleep(0.3)  # So that the batches before have been handed over.
+            time.sleep(0.3)  # Waits until the earlier batches are transferred.
             time.sleep(60) if self.stalls else os.kill(os.getpid(), signal.SIGKILL)
         return LocalBatch(step, {"x": np.full(3, step)}, [], [])
 
@@ -48,7 +48,7 @@ def failing(folder, times, **options):
     for number in range(times):
         (folder / str(number)).touch()
     stalls = options.pop("stalls", False)
-    return Batches(Fails(folder, stalls), range(1, 20), as_host_batch, workers=1, prefetch=1, **options)
+    return BatchIterator(Fails(folder, stalls), range(1, 20), as_host_batch, workers=1, prefetch=1, **options)
 
 
 def test_worker_when_it_dies_twice_over_a_batch_then_named_and_an_error_in_its_turn(tmp_path, capfd):
@@ -62,7 +62,7 @@ def test_worker_when_it_dies_twice_over_a_batch_then_named_and_an_error_in_its_t
     [failure] = failures
     assert (failure.number, failure.worker, failure.what) == (3, 0, "died with exit code -9")
     assert failure.pid > 0 and failure.at.startswith("builds step 3 from nothing, for ")
-    assert f"{failure}; the workers are started again from that batch" in capfd.readouterr().err
+    assert f"{failure}; restarting the workers from that batch" in capfd.readouterr().err
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -78,21 +78,21 @@ def test_worker_when_it_stalls_twice_over_a_batch_then_its_stacks_are_written_an
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         time.sleep(2.5)
-        assert len(workers.reading()) == 1  # The worker has not been ended again.
+        assert len(workers.live_worker_pids()) == 1  # The worker was not ended a second time.
         [failure] = failures
         assert (failure.number, failure.worker, failure.what) == (3, 0, "has stalled for 1 s")
         assert batches.depth == 0 and batches.last_read().startswith("data worker 0 (process ")
         stacks = capfd.readouterr().err.split(f"--- stacks of data worker {failure.pid}:\n")[1]
         assert "test_prefetch.py" in stacks and "in __call__" in stacks and str(failure) in stacks
     finally:
-        for pid in workers.reading():
+        for pid in workers.live_worker_pids():
             os.kill(pid, signal.SIGKILL)
         batches.close()
 
 
 @pytest.fixture
 def hung_disk(make_config, datasets, tmp_path):
-    """A config over a source of which one shard cannot be read: it has become a pipe into which nobody writes."""
+    """A config over a source with an unreadable shard: a named pipe without a writer."""
     folder = tmp_path / "red"
     shutil.copytree(datasets["red"], folder)
     sources = {"red": str(folder), "blue": datasets["blue"]}
@@ -100,37 +100,39 @@ def hung_disk(make_config, datasets, tmp_path):
     shard.rename(tmp_path / "kept")
     os.mkfifo(shard)
 
-    def mend():
+    def repair():
         shard.unlink(missing_ok=True)
         (tmp_path / "kept").rename(shard)
 
-    return make_config(sources=sources, data__workers=1, data__prefetch=1), shard, mend
+    return make_config(sources=sources, data__workers=1, data__prefetch=1), shard, repair
 
 
 def test_worker_when_the_disk_hangs_then_record_and_shard_are_named_and_the_examples_are_the_same(
     hung_disk, make_config
 ):
-    config, shard, mend = hung_disk
+    config, shard, repair = hung_disk
     failures = []
 
     def restart(failure):
         failures.append(failure)
         assert f"({shard.name})" in batches.last_read() and "threads of the trainer: " in batches.last_read()
-        mend()
+        repair()
 
     with training_batches(config, range, 0, stall_s=1.0, on_restart=restart) as batches:
-        found = list(itertools.islice(batches, 4))
+        restarted = list(itertools.islice(batches, 4))
     [failure] = failures
-    source = NotedSource(open_sources(config.data.sources)["red"])
+    source = TrackedSource(open_sources(config.data.sources)["red"])
     words = failure.at.split()
     assert (
         words[:2] == ["reads", "record"] and source.describe(int(words[2])) in failure.at and shard.name in failure.at
     )
-    plan = training_plan(config, open_sources(config.data.sources))
-    examples = range(plan.steps.first_example(failure.number), plan.steps.first_example(failure.number) + 8)
-    assert int(words[2]) in [next(plan.records(draw)) for draw in map(plan.draw, examples) if draw.source == "red"]
+    sampler = training_sampler(config, open_sources(config.data.sources))
+    examples = range(sampler.schedule.first_example(failure.number), sampler.schedule.first_example(failure.number) + 8)
+    assert int(words[2]) in [
+        next(sampler.records(draw)) for draw in map(sampler.draw, examples) if draw.source == "red"
+    ]
     with training_batches(make_config(), range, 0) as undisturbed:
-        for one, other in zip(found, undisturbed):
+        for one, other in zip(restarted, undisturbed):
             for name, array in one.arrays.items():
                 np.testing.assert_array_equal(array, other.arrays[name], err_msg=name, strict=True)
 
@@ -138,20 +140,20 @@ def test_worker_when_the_disk_hangs_then_record_and_shard_are_named_and_the_exam
 def test_notes_when_many_threads_make_them_then_those_under_way_come_first_and_the_oldest_places_go():
     import threading
 
-    notes = whereabouts.Notes(memoryview(bytearray(whereabouts._BYTES)))
-    assert notes.told() == "has read nothing yet"
+    status = worker_status.WorkerStatus(memoryview(bytearray(worker_status._STATUS_BYTES)))
+    assert status.describe() == "has read nothing yet"
 
     def read(number):
-        notes.write(whereabouts.Doing.READS, f"record {number}")
+        status.update(worker_status.Activity.READS, f"record {number}")
         if number != 7:
-            notes.write(whereabouts.Doing.HAS_READ, f"record {number}")
+            status.update(worker_status.Activity.HAS_READ, f"record {number}")
 
     for number in range(100):
         thread = threading.Thread(target=read, args=(number,))
         thread.start()
         thread.join()
         if number == 20:
-            assert notes.told().startswith("reads record 7, for 0.0 s") and len(notes.read()) == 21
-    assert len(notes.read()) == whereabouts._THREADS
-    notes.write(whereabouts.Doing.BUILDS, "ä" * 200, 12)
-    assert notes.told().startswith("builds step 12 from ää")
+            assert status.describe().startswith("reads record 7, for 0.0 s") and len(status.read()) == 21
+    assert len(status.read()) == worker_status._MAX_THREADS
+    status.update(worker_status.Activity.BUILDS, "ä" * 200, 12)
+    assert status.describe().startswith("builds step 12 from ää")

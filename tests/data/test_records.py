@@ -1,4 +1,4 @@
-"""Records: exact and checked."""
+"""Record format: exact round trips and corruption checks."""
 
 import dataclasses
 import struct
@@ -19,8 +19,8 @@ def test_record_when_encoded_and_decoded_then_equal():
 
 
 def test_record_when_its_dicts_are_in_another_order_then_same_bytes():
-    turned = dataclasses.replace(RECORD, captions=dict(reversed(RECORD.captions.items())))
-    assert encode(turned) == encode(RECORD)
+    reordered = dataclasses.replace(RECORD, captions=dict(reversed(RECORD.captions.items())))
+    assert encode(reordered) == encode(RECORD)
 
 
 def test_record_when_any_bit_is_flipped_then_corrupt_or_in_its_first_byte_of_another_version():
@@ -67,7 +67,7 @@ def test_record_with_several_captions_of_a_kind_is_version_2():
 
 
 def test_record_without_lists_is_version_1_as_ever():
-    """Its bytes are those that programs before version 2 wrote and read."""
+    """A record without lists has the bytes of version 1, which older programs read."""
     assert encode(RECORD)[0] == 1 and decode(packed()) == Record("a", b"x", {"alt": "x"})
     lists = dataclasses.replace(RECORD, captions={kind: [text] for kind, text in RECORD.captions.items()})
     assert encode(dataclasses.replace(lists, captions=lists.captions | {"none": []})) == encode(RECORD)

@@ -1,4 +1,4 @@
-"""The data set that the package carries, and the program that made it."""
+"""The bundled sample dataset, and the program that makes it."""
 
 import io
 import json
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2_jax.data.captions import clean
-from aimv2_jax.data.locations import locate
-from aimv2_jax.data.pictures import decode_image
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
+from aimv2_jax.data.transforms.captions import clean
+from aimv2_jax.data.transforms.decode import decode_image
 from aimv2_jax.errors import UserError
+from aimv2_jax.storage.paths import resolve_path
 from experiments import make_sample
 
-SAMPLE = locate("package:data/sample")
+SAMPLE = resolve_path("package:data/sample")
 SETS = {"train/photo": 209, "train/other": 289, "test/photo": 44, "test/other": 66}
 
 
@@ -60,12 +60,12 @@ def write_tar(path, count, kinds):
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w") as tar:
         for number in reversed(range(count)):
-            picture = io.BytesIO()
-            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(picture, "JPEG")
+            image_file = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(image_file, "JPEG")
             fields = {"source": "here", "picture_key": f"p{number}", "alt": f"Thing {number}"}
             fields |= {"synthetic": f"a thing, {number}.", "label": "thing", "coarse": "object"}
             fields["kind"] = kinds[number % len(kinds)]
-            for extension, data in (("json", json.dumps(fields).encode()), ("jpg", picture.getvalue())):
+            for extension, data in (("json", json.dumps(fields).encode()), ("jpg", image_file.getvalue())):
                 member = tarfile.TarInfo(f"{number:09d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

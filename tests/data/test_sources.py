@@ -1,4 +1,4 @@
-"""Sources: what start-up refuses, and reads at any index with few files open."""
+"""Sources: datasets rejected at start-up, and reads at any index with few open files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aimv2_jax.data import sources
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import BadRecord, decode, encode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import UserError
@@ -73,16 +73,16 @@ def test_sources_when_there_are_several_then_they_share_the_bound(make_dataset, 
 def test_shards_when_opening_takes_long_then_several_open_at_once_and_each_once(make_dataset, monkeypatch):
     source, opened, plain = Source("red", make_dataset("red", 8, shard_bytes=1)), [], sources._open
 
-    def slowly(path):
+    def open_slowly(path):
         opened.append(path)
         time.sleep(0.1)
         return plain(path)
 
-    monkeypatch.setattr(sources, "_open", slowly)
+    monkeypatch.setattr(sources, "_open", open_slowly)
     start = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(source.read, [i % 8 for i in range(16)]))
-    assert time.monotonic() - start < 0.4  # One after another: 0.8 s.
+    assert time.monotonic() - start < 0.4  # Serial opening would take 0.8 s.
     assert len(opened) == len(set(opened)) == 8
 
 
@@ -91,7 +91,7 @@ import os, resource, sys
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
 from concurrent.futures import ThreadPoolExecutor
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record, decode
 from aimv2_jax.data.sources import Source
 
@@ -118,7 +118,7 @@ def test_sources_when_2000_shards_are_read_with_512_open_files_allowed_then_all_
 def test_shard_when_the_process_may_open_no_more_files_then_user_error_and_no_bad_record(make_dataset):
     source = Source("red", make_dataset("red", 3))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # The standard streams have those.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # The standard streams use all three.
     try:
         with pytest.raises(UserError, match=r"too many files are open .*ulimit -n"):
             source.read(1)
@@ -165,7 +165,7 @@ def damage(**changes):
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         (lambda folder: [path.unlink() for path in folder.iterdir()], "is empty"),
         (lambda folder: (folder / "dataset.json").unlink(), "no dataset.json"),
@@ -187,12 +187,12 @@ def damage(**changes):
         (lambda folder: (folder / "00000.arrayrecord").unlink(), "1 of its shards are missing: '00000.arrayrecord'"),
     ],
 )
-def test_source_when_the_folder_is_not_a_data_set_then_a_user_error_says_why(tmp_path, make_record, harm, says):
+def test_source_when_the_folder_is_not_a_data_set_then_a_user_error_says_why(tmp_path, make_record, harm, message):
     write_dataset(tmp_path, [make_record("red", 0)])
     harm(tmp_path)
     with pytest.raises(UserError, match="config data source 'red'") as error:
         Source("red", str(tmp_path))
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def test_source_when_there_is_no_folder_then_a_user_error_names_it():

@@ -1,4 +1,4 @@
-"""The sizes of batches: exact counts of areas in every block, a constant number of patches, any step at once."""
+"""Batch-size schedule: exact counts of areas in every block, a constant number of patches, random access."""
 
 import collections
 import itertools
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from aimv2_jax.config import BatchShape
-from aimv2_jax.data.steps import BLOCK, Steps, counts_in_block
+from aimv2_jax.data.sampling.schedule import BLOCK, BatchSchedule, counts_in_block
 
 SHAPES = [BatchShape(2**20 // area, area) for area in (128, 256, 512, 1024, 2048, 4096)]
 
 
 def integrated_counts(num_areas: int) -> list[float]:
-    """Shares of the rounded, linearly mapped truncated normal by adding up its density, times BLOCK."""
+    """Shares of the rounded, linearly mapped truncated normal by numerical integration, times BLOCK."""
     n = (np.arange(2_000_000) + 0.5) / 1_000_000 - 1
-    place = np.rint((n + 1) / 2 * (num_areas - 1)).astype(int)
-    mass = np.bincount(place, np.exp(-(n**2) / 2), minlength=num_areas)
+    area = np.rint((n + 1) / 2 * (num_areas - 1)).astype(int)
+    mass = np.bincount(area, np.exp(-(n**2) / 2), minlength=num_areas)
     return list(BLOCK * mass / mass.sum())
 
 
@@ -37,8 +37,8 @@ def test_areas_of_the_paper_when_dealt_then_these_counts_in_every_block_in_every
     assert counts_in_block(6) == [78, 194, 228, 228, 194, 78]
     orders = []
     for seed, block in itertools.product((0, 1, 2**31 - 1), (0, 1, 1000)):
-        steps = Steps(seed, SHAPES)
-        shapes = [steps.shape(block * BLOCK + place) for place in range(BLOCK)]
+        schedule = BatchSchedule(seed, SHAPES)
+        shapes = [schedule.shape(block * BLOCK + offset) for offset in range(BLOCK)]
         counts = collections.Counter(shape.patches for shape in shapes)
         assert [counts[shape.patches] for shape in SHAPES] == [78, 194, 228, 228, 194, 78]
         assert all(shape.examples * shape.patches == 2**20 for shape in shapes)
@@ -47,28 +47,28 @@ def test_areas_of_the_paper_when_dealt_then_these_counts_in_every_block_in_every
 
 
 def test_first_example_when_compared_with_a_sum_over_all_steps_before_then_equal():
-    steps = Steps(7, SHAPES)
-    sizes = [steps.shape(step).examples for step in range(2 * BLOCK + 300)]
-    assert [steps.first_example(step) for step in range(len(sizes) + 1)] == [0, *itertools.accumulate(sizes)]
+    schedule = BatchSchedule(7, SHAPES)
+    sizes = [schedule.shape(step).examples for step in range(2 * BLOCK + 300)]
+    assert [schedule.first_example(step) for step in range(len(sizes) + 1)] == [0, *itertools.accumulate(sizes)]
 
 
 def test_step_a_million_when_asked_first_then_at_once_and_exact():
-    steps = Steps(3, SHAPES)
-    steps.shape(0)  # numpy's generator is loaded.
+    schedule = BatchSchedule(3, SHAPES)
+    schedule.shape(0)  # Loads numpy's generator.
     start = time.perf_counter()
-    first = steps.first_example(1_000_000)
+    first = schedule.first_example(1_000_000)
     assert time.perf_counter() - start < 0.05
     per_block = sum(count * shape.examples for count, shape in zip(counts_in_block(6), SHAPES))
     assert first == 1000 * per_block
 
 
 def test_fixed_resolution_when_asked_then_all_steps_are_alike():
-    steps = Steps(3, [BatchShape(8, 4)])
-    assert {steps.shape(step) for step in range(2000)} == {BatchShape(8, 4)}
-    assert steps.first_example(10**12) == 8 * 10**12
+    schedule = BatchSchedule(3, [BatchShape(8, 4)])
+    assert {schedule.shape(step) for step in range(2000)} == {BatchShape(8, 4)}
+    assert schedule.first_example(10**12) == 8 * 10**12
 
 
 def test_steps_when_sent_to_a_worker_then_the_same():
-    steps = Steps(5, SHAPES)
-    other = pickle.loads(pickle.dumps(steps))
-    assert [other.shape(step) for step in range(1500)] == [steps.shape(step) for step in range(1500)]
+    schedule = BatchSchedule(5, SHAPES)
+    other = pickle.loads(pickle.dumps(schedule))
+    assert [other.shape(step) for step in range(1500)] == [schedule.shape(step) for step in range(1500)]

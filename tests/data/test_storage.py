@@ -1,4 +1,4 @@
-"""Storage that fails for a while: no example changes; and where it goes on failing, the run is to be started again."""
+"""Temporary storage failures change no example; permanent ones end the run with the code for a restart."""
 
 import contextlib
 import itertools
@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 from failing_storage import away, fail_reads
 
-from aimv2_jax.data import sources, storage
+from aimv2_jax.data import sources
 from aimv2_jax.data.pipeline import training_batches
 from aimv2_jax.data.records import BadRecord, encode
 from aimv2_jax.data.sources import Source
-from aimv2_jax.data.storage import patience_s, system_errno
-from aimv2_jax.errors import EXIT_AGAIN, StorageError, UserError, last_words
+from aimv2_jax.errors import EXIT_RETRY, StorageError, UserError, describe_exit
+from aimv2_jax.storage import retries
+from aimv2_jax.storage.retries import patience_s, system_errno
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run one at a time, since parallel ones would starve time-dependent tests.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 
 @pytest.fixture
 def red(make_dataset):
-    """The folder of a data set of five shards that nothing has opened yet."""
+    """The folder of a dataset of five shards that was not opened yet."""
     return Path(make_dataset("red", 5, shard_bytes=1))
 
 
@@ -58,7 +59,7 @@ def no_more_files(_):
 
 @contextlib.contextmanager
 def forbidden(file):
-    """No right to read, for root as well, who is somebody else meanwhile."""
+    """Removes read permission, also for root, who switches to another user meanwhile."""
     file.chmod(0)
     user, other = os.geteuid(), 65534  # nobody.
     if user == 0:
@@ -84,7 +85,7 @@ def forbidden(file):
 def test_errno_when_array_record_cannot_open(red, failing, name):
     with failing(shard(red)), pytest.raises(RuntimeError) as error:
         sources._open(shard(red)).read([0])
-    assert storage.errno.errorcode[system_errno(error.value)] == name
+    assert retries.errno.errorcode[system_errno(error.value)] == name
 
 
 def test_errno_when_array_record_cannot_read(red):
@@ -93,7 +94,7 @@ def test_errno_when_array_record_cannot_read(red):
     assert fail_reads(red) == 1
     with pytest.raises(RuntimeError, match=r"^pread\(\) failed: Input/output error") as error:
         reader.read([0])
-    assert storage.errno.errorcode[system_errno(error.value)] == "EIO"
+    assert retries.errno.errorcode[system_errno(error.value)] == "EIO"
 
 
 @pytest.mark.parametrize(
@@ -114,9 +115,9 @@ def test_read_when_it_fails_once(red, make_record, capfd):
     source.read(1)
     assert fail_reads(red) == 1
     assert source.read(1) == encode(make_record("red", 1))
-    said = capfd.readouterr().err
-    assert f"cannot read {shard(red)} (Input/output error); it is tried again for up to 150 s" in said
-    assert f"{red} can be read again, after 0." in said
+    stderr = capfd.readouterr().err
+    assert f"cannot read {shard(red)} (Input/output error); retrying for up to 150 s" in stderr
+    assert f"{red} can be read again, after 0." in stderr
 
 
 def test_read_when_the_shard_is_away_for_a_while(red, make_record):
@@ -136,10 +137,10 @@ def test_read_when_the_shard_stays_away(red, make_record):
         with pytest.raises(StorageError, match=r"since 0 s: No such file or directory: .*00001\.arrayrecord") as error:
             source.read(1)
         assert 0.3 <= time.monotonic() - began_s < 3
-        code, line = last_words(error.value)
-        assert code == EXIT_AGAIN and "Start the same command again" in line
+        code, line = describe_exit(error.value)
+        assert code == EXIT_RETRY and "Start the same command again" in line
         began_s = time.monotonic()
-        with pytest.raises(StorageError):  # Others of the folder have waited long enough, too.
+        with pytest.raises(StorageError):  # The retry time is shared by the folder.
             source.read(2)
         assert time.monotonic() - began_s < 0.3
     assert source.read(2) == encode(make_record("red", 2))
@@ -147,7 +148,7 @@ def test_read_when_the_shard_stays_away(red, make_record):
 
 def test_read_when_the_shard_is_forbidden(red):
     source = Source("red", str(red), patience_s=0.1)
-    with forbidden(shard(red)), pytest.raises(UserError, match=r"Permission denied.*00001.*Give yourself the right"):
+    with forbidden(shard(red)), pytest.raises(UserError, match=r"Permission denied.*00001.*Give yourself permission"):
         source.read(1)
 
 
@@ -163,8 +164,8 @@ def test_read_when_the_record_is_damaged_then_nothing_is_tried_again(red):
 
 
 def test_source_when_its_folder_fails_at_the_start(red, monkeypatch):
-    """Of a mounted bucket whose daemon ended, stat(2) says ENOTCONN (fuse(4)); pathlib passes that on."""
-    is_dir, errors = Path.is_dir, [OSError(storage.errno.ENOTCONN, os.strerror(storage.errno.ENOTCONN), str(red))] * 2
+    """stat(2) fails with ENOTCONN for a mounted bucket whose daemon has ended (fuse(4)); pathlib raises that."""
+    is_dir, errors = Path.is_dir, [OSError(retries.errno.ENOTCONN, os.strerror(retries.errno.ENOTCONN), str(red))] * 2
 
     def failing(path):
         if path == red and errors:
@@ -173,7 +174,7 @@ def test_source_when_its_folder_fails_at_the_start(red, monkeypatch):
 
     monkeypatch.setattr(Path, "is_dir", failing)
     assert len(Source("red", str(red))) == 5
-    errors += [OSError(storage.errno.ENOTCONN, os.strerror(storage.errno.ENOTCONN), str(red))] * 99
+    errors += [OSError(retries.errno.ENOTCONN, os.strerror(retries.errno.ENOTCONN), str(red))] * 99
     with pytest.raises(StorageError, match="Transport endpoint is not connected"):
         Source("red", str(red), patience_s=0.2)
 
@@ -181,7 +182,7 @@ def test_source_when_its_folder_fails_at_the_start(red, monkeypatch):
 def test_source_when_its_folder_is_forbidden(red):
     with (
         forbidden(red / "dataset.json"),
-        pytest.raises(UserError, match=r"may not be read.*Give yourself"),
+        pytest.raises(UserError, match=r"permission denied.*Grant yourself"),
     ):
         Source("red", str(red))
 
@@ -189,17 +190,17 @@ def test_source_when_its_folder_is_forbidden(red):
 def test_batches_when_reads_fail_once_then_the_same_bytes(make_config, datasets, tmp_path):
     copies = {name: str(shutil.copytree(folder, tmp_path / name)) for name, folder in datasets.items()}
     with training_batches(make_config(), range, 0) as undisturbed:
-        wanted = list(itertools.islice(undisturbed, 8))
+        expected = list(itertools.islice(undisturbed, 8))
     with training_batches(make_config(copies), range, 0) as batches:
-        found, failed = [], 0
+        actual, failed = [], 0
         for _ in range(8):
             failed += sum(map(fail_reads, copies.values()))
-            found.append(next(batches))
+            actual.append(next(batches))
     assert failed > 0
-    for one, other in zip(found, wanted, strict=True):
-        assert one.faults == other.faults == []
-        for name, array in one.arrays.items():
-            np.testing.assert_array_equal(array, other.arrays[name], err_msg=name, strict=True)
+    for batch, reference in zip(actual, expected, strict=True):
+        assert batch.faults == reference.faults == []
+        for name, array in batch.arrays.items():
+            np.testing.assert_array_equal(array, reference.arrays[name], err_msg=name, strict=True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -207,11 +208,11 @@ def test_batches_when_storage_stays_away(make_config, red, datasets, workers):
     config = make_config({"red": str(red), "blue": datasets["blue"]}, watch__data_s=2, data__workers=workers)
     with contextlib.ExitStack() as stack:
         for index in range(5):
-            stack.enter_context(looped(shard(red, index)))  # They are listed, so that the run starts.
+            stack.enter_context(looped(shard(red, index)))  # Listed, but unreadable, so that the run starts.
         batches = stack.enter_context(training_batches(config, range, 0))
         with pytest.raises(StorageError, match=r"since 0 s: Too many levels of symbolic links: .*arrayrecord"):
             list(itertools.islice(batches, 4))
 
 
 def test_patience_when_nothing_is_watched():
-    assert (patience_s(600), patience_s(0)) == (150, storage.PATIENCE_S)
+    assert (patience_s(600), patience_s(0)) == (150, retries.PATIENCE_S)

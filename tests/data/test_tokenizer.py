@@ -1,4 +1,4 @@
-"""The tokenizer's contract, on models with and without the special pieces."""
+"""Tokenizer contract, on models with and without the special pieces."""
 
 import io
 import os
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from aimv2_jax.data.locations import locate
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
+from aimv2_jax.storage.paths import resolve_path
 
 SAMPLE = "package:data/sample/tokenizer.model"
 TEXTS = [b"a wide photograph of a canyon.", b"", b"caf\xc3\xa9 \xe6\x97\xa5\xe6\x9c\xac", b"table " * 30]
@@ -33,18 +33,18 @@ def train(tmp_path_factory):
 
 
 def test_encode_when_compared_with_sentencepiece_then_the_same_pieces_cut_ended_and_padded(tokenizer):
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=locate(SAMPLE).read_bytes())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=resolve_path(SAMPLE).read_bytes())
     tokens, token_valid = tokenizer.encode(TEXTS)
     assert (tokens.shape, tokens.dtype, token_valid.dtype) == ((4, 12), np.int32, bool)
     for text, row, valid in zip(TEXTS, tokens, token_valid):
         wanted = pieces.encode(text.decode())
         padded = wanted + [pieces.eos_id()] + [pieces.pad_id()] * 11
         assert row.tolist() == padded[:12]
-        assert valid.tolist() == [place < len(wanted) for place in range(12)]
+        assert valid.tolist() == [column < len(wanted) for column in range(12)]
 
 
 def test_end_follows_whole_captions_only_where_it_is_a_target(train):
-    """And where it is none, it follows T - 1 pieces, as the reference's tokenizer writes it."""
+    """If the end is not a target, it follows at most T - 1 pieces, as in the reference's tokenizer."""
     path, letters = train(pad_id=3), [b"a " * count for count in (6, 7, 8, 9)]
     counts = [
         len(ids) for ids in sentencepiece.SentencePieceProcessor(model_file=path).encode([x.decode() for x in letters])
@@ -113,9 +113,9 @@ def test_padding_when_the_file_has_none_then_the_end_id_and_else_zero(train):
 @pytest.mark.parametrize(
     ("ids", "special"),
     [
-        ({"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}, (1, 1, 0)),  # SigLIP's way: padding is the end.
-        ({"unk_id": 2, "eos_id": 1, "bos_id": -1, "pad_id": 0}, (0, 1, 2)),  # T5's and ours.
-        ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}, (3, 2, 0)),  # A begin, which no caption gets.
+        ({"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}, (1, 1, 0)),  # SigLIP pads with the end id.
+        ({"unk_id": 2, "eos_id": 1, "bos_id": -1, "pad_id": 0}, (0, 1, 2)),  # T5 and this project.
+        ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}, (3, 2, 0)),  # With a begin id, which is not used.
     ],
 )
 def test_special_ids_when_as_others_place_them_then_text_end_and_padding_are_right(train, ids, special):
@@ -153,10 +153,10 @@ def test_user_errors_when_the_file_cannot_serve_then_one_sentence_each(train, tm
         ((SAMPLE, 12, 767), "has 768 pieces, more than model.decoder.vocab_size: 767"),
         ((no_end, 12, 768), "no end id"),
     ]
-    for arguments, says in cases:
+    for arguments, message in cases:
         with pytest.raises(UserError) as error:
             Tokenizer(*arguments)
-        assert says in str(error.value)
+        assert message in str(error.value)
 
 
 def test_user_error_when_the_file_is_missing_then_raised_before_tensorflow_is_imported():

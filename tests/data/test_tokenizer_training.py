@@ -1,21 +1,21 @@
-"""Training of tokenizers: which captions are read, the same file every time, and what the command refuses."""
+"""Tokenizer training: the captions read, a reproducible file, and rejected arguments."""
 
 import pytest
 import sentencepiece
 
-from aimv2_jax.data import captions
-from aimv2_jax.data.locations import locate
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.data.tokenizer_training import main, sample_captions, train_model
+from aimv2_jax.data.transforms import captions
+from aimv2_jax.prepare.tokenizer import main, sample_captions, train_model
+from aimv2_jax.storage.paths import resolve_path
 
-SAMPLE = locate("package:data/sample")
+SAMPLE = resolve_path("package:data/sample")
 PHOTO, OTHER = str(SAMPLE / "train/photo"), str(SAMPLE / "train/other")
 
 
 class Watched(Source):
-    """A source that remembers which of its records were read."""
+    """A source that records the indices of its reads."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -28,7 +28,10 @@ class Watched(Source):
 
 @pytest.fixture
 def sources(datasets):
-    return [Watched("red", datasets["red"]), Watched("blue", datasets["blue"])]  # 13 and 7 records, two kinds each
+    return [
+        Watched("red", datasets["red"]),
+        Watched("blue", datasets["blue"]),
+    ]  # 13 and 7 records, with two kinds each.
 
 
 def test_sample_when_the_limit_is_high_then_every_caption_cleaned_and_in_order(sources, make_record):
@@ -90,7 +93,7 @@ def test_main_when_run_twice_then_the_same_file_which_the_tokenizer_reads(tmp_pa
     for file in files:
         flags = ["--vocab-size", "400", "--model-type", model_type, "--max-captions", "300", "--kind", "alt"]
         assert main(["train", "--input", PHOTO, OTHER, "--output", str(file), *flags]) == 0
-        assert capsys.readouterr().out == f"{file}: 400 pieces from 300 captions of 2 data sets\n"
+        assert capsys.readouterr().out == f"{file}: 400 pieces from 300 captions of 2 datasets\n"
     assert files[0].read_bytes() == files[1].read_bytes()
     tokenizer = Tokenizer(str(files[0]), 40, 400)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
@@ -107,25 +110,25 @@ def test_main_when_without_byte_fallback_then_rare_letters_are_unknown(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"--input": "/nowhere"}, "--input: no such folder: '/nowhere'"),
         ({"--input": "{tmp}"}, "--input: the folder has no dataset.json"),
         ({"--kind": "alt2"}, "no captions of --kind: ['alt2']. Its kinds: alt, synthetic."),
         ({"--vocab-size": "90000"}, "too large for 418 captions: 90000. Give --vocab-size "),
-        ({"--vocab-size": "20"}, "no room for the 294 "),
+        ({"--vocab-size": "20"}, "too small for the 294 "),
         ({"--output": "{tmp}/none/a.model"}, "--output: no such folder"),
         ({"--output": "{tmp}"}, "--output is a folder"),
         ({"--output": "{tmp}/there.model"}, "Give another file, or --overwrite"),
     ],
 )
-def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsys, changes, says):
+def test_main_when_the_user_can_mend_it_then_one_line_and_code_2(tmp_path, capsys, changes, message):
     (tmp_path / "there.model").write_bytes(b"kept")
     flags = {"--input": PHOTO, "--vocab-size": "300", "--output": "{tmp}/new.model"} | changes
     words = [word.replace("{tmp}", str(tmp_path)) for pair in flags.items() for word in pair]
     assert main(["train", *words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"there.model": b"kept"}
 
 

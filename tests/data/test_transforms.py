@@ -1,4 +1,4 @@
-"""Crops, the resize and patches against independent computations."""
+"""Crops, resize and patches against independent computations."""
 
 import numpy as np
 import pytest
@@ -6,24 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aimv2_jax.data import transforms
+from aimv2_jax.data.transforms import geometry
 
 
 def crops(width, height, count, area=(0.4, 1.0), ratio=(3 / 4, 4 / 3)):
     rng = np.random.default_rng(1)
-    return np.array([transforms.crop_box(rng, width, height, area, ratio) for _ in range(count)]).T
+    return np.array([geometry.crop_box(rng, width, height, area, ratio) for _ in range(count)]).T
 
 
-def far_apart(one, other):
-    """The largest difference of two samples' distribution functions (Kolmogorov-Smirnov)."""
-    one, other = np.sort(one), np.sort(other)
-    points = np.concatenate([one, other])
-    cdfs = [np.searchsorted(sample, points, side="right") / len(sample) for sample in (one, other)]
+def ks_distance(first, second):
+    """Kolmogorov-Smirnov distance of two samples."""
+    first, second = np.sort(first), np.sort(second)
+    points = np.concatenate([first, second])
+    cdfs = [np.searchsorted(sample, points, side="right") / len(sample) for sample in (first, second)]
     return np.abs(cdfs[0] - cdfs[1]).max()
 
 
 def grid_by_the_rule(width, height, area):
-    """`fit_grid` as RECIPE.md §9 has it, grid by grid."""
+    """`fit_grid` by RECIPE.md §9, by enumerating all grids."""
 
     def error(grid):
         quotient = (grid[1] / grid[0]) / (width / height)
@@ -42,12 +42,12 @@ def grid_by_the_rule(width, height, area):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([2, 7, 16, 128, 200]))
 def test_grid_when_fitted_then_what_the_rule_says(width, height, area):
-    assert transforms.fit_grid(width, height, area) in grid_by_the_rule(width, height, area)
+    assert geometry.fit_grid(width, height, area) in grid_by_the_rule(width, height, area)
 
 
 def test_grid_when_the_picture_is_turned_then_so_is_the_grid_and_a_square_stays_one():
-    assert transforms.fit_grid(640, 480, 256) == transforms.fit_grid(480, 640, 256)[::-1] == (14, 18)
-    assert transforms.fit_grid(500, 500, 256) == (16, 16) and transforms.fit_grid(20_000, 1, 128) == (1, 128)
+    assert geometry.fit_grid(640, 480, 256) == geometry.fit_grid(480, 640, 256)[::-1] == (14, 18)
+    assert geometry.fit_grid(500, 500, 256) == (16, 16) and geometry.fit_grid(20_000, 1, 128) == (1, 128)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 1000), (1600, 900), (700, 1400)])
@@ -56,26 +56,26 @@ def test_crop_when_drawn_often_then_distributed_as_torchvision_says(width, heigh
     boxes = crops(width, height, count)
     left, top, right, bottom = boxes
     assert left.min() >= 0 and top.min() >= 0 and right.max() <= width and bottom.max() <= height
-    # Independently: a picture's tries at once, the first that fits.
+    # Independent computation: ten tries per image at once, of which the first that fits is used.
     rng = np.random.default_rng(2)
     share, aspect = rng.uniform(0.4, 1.0, (count, 10)), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), (count, 10)))
     w, h = np.sqrt(share * width * height * aspect), np.sqrt(share * width * height / aspect)
     fits = (w <= width) & (h <= height)
     found = fits.any(1)
     first = np.flatnonzero(found), fits.argmax(1)[found]
-    fallback = transforms.crop_box(np.random.default_rng(0), width, height, (2.0, 2.0), (3 / 4, 4 / 3))
+    fallback = geometry.crop_box(np.random.default_rng(0), width, height, (2.0, 2.0), (3 / 4, 4 / 3))
     ours = np.array([tuple(box) != fallback for box in boxes.T])
-    # Four standard deviations of the difference of two shares.
+    # The tolerance is four standard deviations of the difference of two proportions.
     assert abs(ours.mean() - found.mean()) <= 4 * np.sqrt(2 * found.mean() * (1 - found.mean()) / count)
     our_w, our_h = (right - left)[ours], (bottom - top)[ours]
-    critical = 1.95 * np.sqrt(2 / ours.sum())  # Exceeded by equal distributions once in a thousand seeds.
+    critical = 1.95 * np.sqrt(2 / ours.sum())  # Equal distributions exceed this for one seed in a thousand.
     assert (our_w * our_h).min() / (width * height) > 0.399 and (our_w * our_h).max() <= width * height
     assert (our_w / our_h).min() > 0.749 and (our_w / our_h).max() < 1.335
-    assert far_apart(our_w * our_h / (width * height), share[first]) < critical
-    assert far_apart(np.log(our_w / our_h), np.log(aspect[first])) < critical
+    assert ks_distance(our_w * our_h / (width * height), share[first]) < critical
+    assert ks_distance(np.log(our_w / our_h), np.log(aspect[first])) < critical
     for offset, room in ((left[ours], width - our_w), (top[ours], height - our_h)):
         wide = room > 20
-        assert far_apart((offset[wide] + 0.5) / (room[wide] + 1), rng.uniform(size=wide.sum())) < 1.95 * np.sqrt(
+        assert ks_distance((offset[wide] + 0.5) / (room[wide] + 1), rng.uniform(size=wide.sum())) < 1.95 * np.sqrt(
             2 / wide.sum()
         )
 
@@ -95,7 +95,7 @@ def test_crop_when_ten_tries_do_not_fit_then_the_centre(width, height, box):
 
 
 def cubic_weights(start, stop, size_in, size_out):
-    """The matrix of an antialiased bicubic resize (a = -0.5) of [start, stop) of `size_in` pixels to `size_out`."""
+    """Matrix of an antialiased bicubic resize (a = -0.5) from [start, stop) of `size_in` pixels to `size_out`."""
     scale = (stop - start) / size_out
     centres = start + (np.arange(size_out)[:, None] + 0.5) * scale
     x = np.abs((np.arange(size_in) + 0.5 - centres) / max(scale, 1))
@@ -107,62 +107,62 @@ def cubic_weights(start, stop, size_in, size_out):
 @pytest.mark.parametrize("box", [(0, 0, 61, 47), (5, 3, 50, 44), (10, 10, 20, 18)])
 def test_resize_when_compared_with_the_formula_then_within_a_rounding(box):
     pixels = np.random.default_rng(0).integers(0, 256, (47, 61, 3), np.uint8)
-    got = transforms.resize(Image.fromarray(pixels), box, 14)
-    inside = pixels[box[1] : box[3], box[0] : box[2]]  # No more of the picture has a part in it.
+    got = geometry.resize(Image.fromarray(pixels), box, 14)
+    inside = pixels[box[1] : box[3], box[0] : box[2]]  # Pixels outside do not contribute.
     down, across = (cubic_weights(0, side, side, 14) for side in inside.shape[:2])
-    # Pillow goes across first and rounds to 8 bits in between.
+    # Pillow resizes the width first and rounds to 8 bits in between.
     between = np.clip(np.round(np.einsum("xw,hwc->hxc", across, inside)), 0, 255)
     wanted = np.clip(np.einsum("yh,hxc->yxc", down, between), 0, 255)
     assert np.abs(got - wanted).max() <= 1
 
 
 def test_resize_of_a_box_sees_no_pixel_outside():
-    """As torchvision's `resized_crop`: the crop is resized, whatever lies beside it."""
+    """Like torchvision's `resized_crop`: pixels beside the crop have no influence."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     box = (7, 5, 33, 38)
     crop = Image.fromarray(pixels).crop(box).resize((14, 14), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(transforms.resize(Image.fromarray(pixels), box, 14), crop)
+    np.testing.assert_array_equal(geometry.resize(Image.fromarray(pixels), box, 14), crop)
     other = 255 - pixels
     other[5:38, 7:33] = pixels[5:38, 7:33]
-    np.testing.assert_array_equal(transforms.resize(Image.fromarray(other), box, 14), crop)
+    np.testing.assert_array_equal(geometry.resize(Image.fromarray(other), box, 14), crop)
 
 
 def test_center_view_when_wide_then_the_middle():
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 200
-    np.testing.assert_array_equal(transforms.center_view(Image.fromarray(pixels), 20), np.full((20, 20, 3), 200))
+    np.testing.assert_array_equal(geometry.center_view(Image.fromarray(pixels), 20), np.full((20, 20, 3), 200))
 
 
 @pytest.mark.parametrize("size", [(900, 3), (3, 900), (901, 7), (450, 30), (2, 601)])
 def test_center_view_when_very_long_then_the_same(monkeypatch, size):
-    """Beyond a bound only the middle is resized, which differs by rounding alone."""
+    """Beyond a size limit only the middle is resized, which differs by rounding only."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
-    whole = transforms.center_view(image, 28)
-    monkeypatch.setattr(transforms, "_MOST_RESIZED", 0)
-    assert np.abs(transforms.center_view(image, 28).astype(int) - whole).max() <= 1
+    whole = geometry.center_view(image, 28)
+    monkeypatch.setattr(geometry, "_MAX_RESIZED_PIXELS", 0)
+    assert np.abs(geometry.center_view(image, 28).astype(int) - whole).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(5_000_000, 1), (1, 5_000_000)])
 def test_center_view_when_extremely_long_then_cheap(size):
-    assert (transforms.center_view(Image.new("RGB", size, (255, 0, 0)), 224) == (255, 0, 0)).all()
+    assert (geometry.center_view(Image.new("RGB", size, (255, 0, 0)), 224) == (255, 0, 0)).all()
 
 
 def test_resize_when_mirrored_then_left_is_right():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
-    plain, mirrored = (transforms.resize(image, (3, 2, 33, 28), 14, mirrored) for mirrored in (False, True))
+    plain, mirrored = (geometry.resize(image, (3, 2, 33, 28), 14, mirrored) for mirrored in (False, True))
     np.testing.assert_array_equal(mirrored, plain[:, ::-1])
 
 
 def test_patchify_when_compared_with_slices_then_row_major_row_column_channel():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
-    patches, coords = transforms.patchify(pixels, 3), transforms.patch_coords((2, 3))
+    patches, coords = geometry.patchify(pixels, 3), geometry.patch_coords((2, 3))
     assert patches.shape == (6, 27)
     assert coords.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
     for patch, (row, column) in zip(patches, coords):
         square = pixels[3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
         assert patch.tolist() == [int(square[y, x, c]) for y in range(3) for x in range(3) for c in range(3)]
-    np.testing.assert_array_equal(transforms.unpatchify(patches, (2, 3), 3), pixels)
+    np.testing.assert_array_equal(geometry.unpatchify(patches, (2, 3), 3), pixels)
     batch = np.zeros((2, 6, 27), np.uint8)
-    transforms.patchify(pixels, 3, out=batch[1])
+    geometry.patchify(pixels, 3, out=batch[1])
     assert not batch[0].any()
     np.testing.assert_array_equal(batch[1], patches)

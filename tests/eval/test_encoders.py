@@ -1,4 +1,4 @@
-"""`load_encoder`: pictures of any kind and size in, features out."""
+"""`load_encoder` with images of any type and size."""
 
 import dataclasses
 import io
@@ -12,19 +12,19 @@ from PIL import Image
 from trained_run import picture
 
 from aimv2_jax import load_encoder
-from aimv2_jax.data import transforms
+from aimv2_jax.data.transforms import geometry
 from aimv2_jax.errors import UserError
-from aimv2_jax.eval.encoders import encoder_of
-from aimv2_jax.eval.images import NamedPicture
-from aimv2_jax.eval.load import load
-from aimv2_jax.export.source import open_weights
-from aimv2_jax.models.positions import resize_positions
+from aimv2_jax.models.position_embeddings import resize_positions
+from aimv2_jax.pretrained.encoder import encoder_of
+from aimv2_jax.pretrained.images import NamedImage
+from aimv2_jax.pretrained.model import load
+from aimv2_jax.pretrained.source import open_weights
 from aimv2_jax.train.losses import normalise_pixels
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    """Of mixed sizes and modes."""
+def images() -> list[Image.Image]:
+    """Images of mixed sizes and modes."""
     whole = [Image.fromarray(picture(number)[0]) for number in range(3)]
     return [whole[0].resize((90, 40)), whole[1].resize((33, 70)).convert("L"), whole[2].convert("RGBA")]
 
@@ -38,80 +38,80 @@ def encoder(workdir):
 def native(workdir):
     """The same blocks, with sin-cos positions and an area of 20 patches."""
     weights = open_weights(workdir)
-    vision = dataclasses.replace(weights.vision, position="sincos", area=20)
-    return encoder_of(dataclasses.replace(weights, vision=vision, shapes=vision.shapes()))
+    spec = dataclasses.replace(weights.spec, position="sincos", area=20)
+    return encoder_of(dataclasses.replace(weights, spec=spec, shapes=spec.shapes()))
 
 
-def test_encoder_when_given_pictures_of_mixed_sizes_then_features_of_their_centre_squares(encoder, workdir, pictures):
-    features = encoder(pictures)
+def test_encoder_when_given_pictures_of_mixed_sizes_then_features_of_their_centre_squares(encoder, workdir, images):
+    features = encoder(images)
     assert features.shape == (3, 16, 32) and features.dtype == np.float32
     loaded = load(str(workdir))
-    patches = np.stack([transforms.patchify(encoder.pixels(image), 8) for image in pictures])
+    patches = np.stack([geometry.patchify(encoder.pixels(image), 8) for image in images])
     valid = jnp.ones((3, 16), bool)
     pixels = normalise_pixels(jnp.asarray(patches), valid, loaded.task.pixel_mean, loaded.task.pixel_std)
-    coords = jnp.broadcast_to(transforms.patch_coords((4, 4)), (3, 16, 2))
+    coords = jnp.broadcast_to(geometry.patch_coords((4, 4)), (3, 16, 2))
     expected, _ = loaded.task.model.encoder.apply({"params": loaded.params["encoder"]}, pixels, coords, valid)
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_encoder_when_batches_are_smaller_than_the_list_then_the_same_in_the_same_order(encoder, pictures):
-    many = [*pictures, *pictures[::-1], *pictures, *pictures]
+def test_encoder_when_batches_are_smaller_than_the_list_then_the_same_in_the_same_order(encoder, images):
+    many = [*images, *images[::-1], *images, *images]
     once = encoder(many, batch_size=16)
     np.testing.assert_array_equal(once[:3], once[3:6][::-1])
     np.testing.assert_allclose(encoder(many, batch_size=8), once, rtol=0, atol=1e-6 * np.abs(once).max())
     assert encoder([]).shape == (0, 16, 32)
 
 
-def test_encoder_when_there_are_devices_then_rows_are_split_among_them(encoder, pictures):
-    [(batch, grids)] = encoder.batches(pictures)
+def test_encoder_when_there_are_devices_then_rows_are_split_among_them(encoder, images):
+    [(batch, grids)] = encoder.batches(images)
     assert jax.device_count() == 8 and len(grids) == 3
     assert batch["patches"].sharding.shard_shape(batch["patches"].shape)[0] == 1
     assert len(encoder.features(**batch).sharding.device_set) == 8
 
 
-def test_picture_when_given_as_array_file_or_image_then_the_same_features(encoder, pictures, tmp_path):
-    image = pictures[0].convert("RGB")
+def test_picture_when_given_as_array_file_or_image_then_the_same_features(encoder, images, tmp_path):
+    image = images[0].convert("RGB")
     image.save(tmp_path / "one.png")
-    grey = np.asarray(pictures[1])
-    features = encoder([image, np.asarray(image), tmp_path / "one.png", str(tmp_path / "one.png"), pictures[1], grey])
+    grey = np.asarray(images[1])
+    features = encoder([image, np.asarray(image), tmp_path / "one.png", str(tmp_path / "one.png"), images[1], grey])
     for row in (1, 2, 3):
         np.testing.assert_array_equal(features[row], features[0])
     np.testing.assert_array_equal(features[5], features[4])
 
 
-def test_picture_when_its_camera_was_turned_then_seen_upright(encoder, pictures):
-    turned = pictures[0].convert("RGB").transpose(Image.Transpose.ROTATE_90)
+def test_picture_when_its_camera_was_turned_then_seen_upright(encoder, images):
+    turned = images[0].convert("RGB").transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6
-    np.testing.assert_array_equal(encoder([turned])[0], encoder([pictures[0].convert("RGB")])[0])
+    np.testing.assert_array_equal(encoder([turned])[0], encoder([images[0].convert("RGB")])[0])
 
 
-def test_native_encoder_when_given_pictures_then_whole_ones_with_their_aspect(native, pictures):
-    found = native(pictures)
-    assert [features.shape for features in found] == [(3, 6, 32), (6, 3, 32), (4, 4, 32)]
-    alone = native(pictures[:1])[0]
-    np.testing.assert_allclose(found[0], alone, rtol=0, atol=1e-6 * np.abs(alone).max())
+def test_native_encoder_when_given_pictures_then_whole_ones_with_their_aspect(native, images):
+    features = native(images)
+    assert [features.shape for features in features] == [(3, 6, 32), (6, 3, 32), (4, 4, 32)]
+    alone = native(images[:1])[0]
+    np.testing.assert_allclose(features[0], alone, rtol=0, atol=1e-6 * np.abs(alone).max())
 
 
-def test_layer_when_asked_then_the_residual_stream_there(encoder, pictures):
-    [(batch, _)] = encoder.batches(pictures)
-    first, last = (encoder.features(**batch, layer=layer) for layer in (0, encoder.vision.depth))
+def test_layer_when_asked_then_the_residual_stream_there(encoder, images):
+    [(batch, _)] = encoder.batches(images)
+    first, last = (encoder.features(**batch, layer=layer) for layer in (0, encoder.spec.depth))
     scale = encoder.params["encoder"]["trunk"]["norm"]["scale"]
     normed = last * jax.lax.rsqrt(jnp.mean(last**2, -1, keepdims=True) + 1e-5) * scale
     np.testing.assert_allclose(normed, encoder.features(**batch), rtol=0, atol=1e-5)
     assert np.abs(first - last).max() > 0.01
 
 
-def test_image_size_when_given_then_positions_are_resized(workdir, encoder, pictures):
+def test_image_size_when_given_then_positions_are_resized(workdir, encoder, images):
     larger = load_encoder(workdir, image_size=48)
-    assert larger(pictures).shape == (3, 36, 32)
+    assert larger(images).shape == (3, 36, 32)
     table = resize_positions(encoder.params["encoder"]["position"], (4, 4), (6, 6))
     np.testing.assert_array_equal(larger.params["encoder"]["position"], table)
 
 
-def test_bfloat16_when_asked_then_features_near(workdir, encoder, pictures):
-    features = load_encoder(workdir, dtype="bfloat16")(pictures)
+def test_bfloat16_when_asked_then_features_near(workdir, encoder, images):
+    features = load_encoder(workdir, dtype="bfloat16")(images)
     assert features.dtype == jnp.bfloat16
-    exact = encoder(pictures)
+    exact = encoder(images)
     # Two blocks round a dozen times by 2^-9 of what they add up.
     np.testing.assert_allclose(features.astype(np.float32), exact, rtol=0, atol=0.03 * np.abs(exact).max())
 
@@ -119,8 +119,8 @@ def test_bfloat16_when_asked_then_features_near(workdir, encoder, pictures):
 @pytest.mark.parametrize(
     ("ask", "sentence"),
     [
-        ({"image_size": 50}, "no multiple of the patch size 8: 50. Give 48"),
-        ({"area": 16}, "area is for models with sin-cos positions"),
+        ({"image_size": 50}, "not a multiple of the patch size 8: 50. Give 48"),
+        ({"area": 16}, "area needs a model with sin-cos positions"),
         ({"image_size": 32, "area": 16}, "both given"),
         ({"dtype": "int8"}, "dtype is unknown"),
     ],
@@ -133,12 +133,12 @@ def test_encoder_when_asked_for_what_it_cannot_see_then_told(workdir, ask, sente
 @pytest.mark.parametrize(
     ("image", "sentence"),
     [
-        (np.zeros((4, 4, 3)), "no picture: 'float64 of shape"),
+        (np.zeros((4, 4, 3)), "the array is not an image: 'float64 of shape"),
         (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
-        (3, "not a picture: 'int'"),
-        (__file__, "not a picture that can be decoded: .*test_encoders.py"),
-        (NamedPicture("set: cat/3", b"none"), "not a picture that can be decoded: 'set: cat/3'"),
+        (3, "not an image: 'int'"),
+        (__file__, "not a decodable image: .*test_encoders.py"),
+        (NamedImage("set: cat/3", b"none"), "not a decodable image: 'set: cat/3'"),
     ],
 )
 def test_picture_when_it_is_none_then_told(encoder, image, sentence):
@@ -153,7 +153,7 @@ def test_picture_when_it_is_none_then_told(encoder, image, sentence):
         (os.mkdir, "not a regular file"),
         (lambda path: None, "cannot be read .No such file"),
         (lambda path: path.write_bytes(b"\xff\xd8" + b"\xff\xfe\0\x02" * 9000), "takes too long to decode"),
-        (lambda path: Image.new("1", (10_000, 9000)).save(path), "more pixels than are decoded"),
+        (lambda path: Image.new("1", (10_000, 9000)).save(path), "more pixels than the decoder accepts"),
     ],
     ids=["pipe", "folder", "nothing", "costly", "large"],
 )
@@ -166,7 +166,7 @@ def test_file_when_not_to_be_decoded_then_told(encoder, tmp_path, make, sentence
 
 @pytest.mark.parametrize("one", [np.zeros((8, 8, 3), np.uint8), "one.jpg", Image.new("RGB", (8, 8))])
 def test_pictures_when_one_is_given_for_a_list_then_told(encoder, one):
-    with pytest.raises(UserError, match=r"one picture where a list is asked.*Give \[picture\]"):
+    with pytest.raises(UserError, match=r"a single image in place of a list.*Give \[image\]"):
         encoder(one)
 
 
@@ -177,19 +177,19 @@ def test_picture_when_its_file_is_cut_then_told(encoder, tmp_path):
     (tmp_path / "cut.png").write_bytes(cut)
     with Image.open(tmp_path / "cut.png") as lazy:
         for image in (tmp_path / "cut.png", cut, lazy):
-            with pytest.raises(UserError, match="not a picture that can be decoded"):
+            with pytest.raises(UserError, match="not a decodable image"):
                 encoder([image])
 
 
 def test_native_encoder_when_small_pictures_are_not_enlarged_then_as_many_patches_as_they_fill(native):
-    still = dataclasses.replace(native, vision=dataclasses.replace(native.vision, upscale=False))
+    not_upscaled = dataclasses.replace(native, spec=dataclasses.replace(native.spec, upscale=False))
     small = Image.fromarray(picture(0)[0]).resize((24, 16))
-    assert [one([small])[0].shape[:2] for one in (native, still)] == [(4, 5), (2, 3)]
+    assert [encoder([small])[0].shape[:2] for encoder in (native, not_upscaled)] == [(4, 5), (2, 3)]
 
 
-def test_pooled_when_there_is_no_head_then_told(encoder, pictures):
+def test_pooled_when_there_is_no_head_then_told(encoder, images):
     with pytest.raises(UserError, match="no pooled head"):
-        encoder.pooled(pictures)
+        encoder.pooled(images)
 
 
 @pytest.mark.parametrize("spec", ["nowhere", "{}:30"])

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from aimv2_jax.config import build_config, config_to_dict
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record
-from aimv2_jax.eval import entropy as module
-from aimv2_jax.eval.entropy import entropy, token_frequencies
-from aimv2_jax.eval.load import load
+from aimv2_jax.eval import token_entropy as module
+from aimv2_jax.eval.token_entropy import entropy, token_frequencies
+from aimv2_jax.pretrained.model import load
 
 
 def test_entropy_when_shares_are_known_then_that_of_the_formula():
@@ -19,7 +19,7 @@ def test_entropy_when_shares_are_known_then_that_of_the_formula():
 
 
 def test_token_frequencies_when_counted_by_hand_then_weighted_by_the_mixture_with_ends(workdir, config, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 7)  # 20 captions: two chunks and a rest.
+    monkeypatch.setattr(module, "_CHUNK", 7)  # 20 captions make two full chunks and a partial one.
     tokenizer = load(str(workdir)).tokenizer()
     frequencies = token_frequencies(config, tokenizer)
     assert sorted(frequencies) == ["alt", "synthetic"]
@@ -46,19 +46,20 @@ def test_token_frequencies_when_a_source_has_unusable_records_then_they_are_left
     bad = [Record("none", b"", {}), Record("empty", b"", {"alt": " ", "synthetic": " "})]
     write_dataset(tmp_path / "bad", [*good, *bad])
     with_source = [config_of(config, tmp_path / name) for name in ("good", "bad")]
-    good, bad = (token_frequencies(each, tokenizer) for each in with_source)
+    good, bad = (token_frequencies(changed, tokenizer) for changed in with_source)
     np.testing.assert_array_equal(good["alt"], bad["alt"])
 
 
 def test_token_frequencies_count_one_caption_of_a_record_each_in_turn(workdir, config, tmp_path):
-    """Otherwise records with many captions would count for more than training shows them."""
+    """Records with many captions have the same weight as in training."""
     tokenizer = load(str(workdir)).tokenizer()
     texts = [["a disc", "red"], ["a red disc"], ["disc", "a blue disc"], ["x"], ["y", "z"]]
-    for name, turns in (("all", texts), ("one", [found[i % len(found)] for i, found in enumerate(texts)])):
-        records = [Record(f"{i}", b"", {"alt": found, "synthetic": "a"}) for i, found in enumerate(turns)]
+    rotated = [captions[i % len(captions)] for i, captions in enumerate(texts)]
+    for name, alt in (("all", texts), ("one", rotated)):
+        records = [Record(f"{i}", b"", {"alt": captions, "synthetic": "a"}) for i, captions in enumerate(alt)]
         write_dataset(tmp_path / name, records)
-    found, wanted = (token_frequencies(config_of(config, tmp_path / name), tokenizer) for name in ("all", "one"))
-    np.testing.assert_array_equal(found["alt"], wanted["alt"])
+    actual, expected = (token_frequencies(config_of(config, tmp_path / name), tokenizer) for name in ("all", "one"))
+    np.testing.assert_array_equal(actual["alt"], expected["alt"])
 
 
 def config_of(config, folder):

@@ -16,7 +16,7 @@ from aimv2_jax.eval import features
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Five pictures, one of them in a folder below, and a text."""
+    """Five images, one of them in a subfolder, and a text file."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "below").mkdir()
     for number in range(5):
@@ -31,11 +31,11 @@ def test_folder_when_features_are_written_then_a_file_a_picture_as_load_encoder_
     written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.npz"))
     assert written == ["0.npz", "1.npz", "2.npz", "3.npz", "below/4.npz"]
     expected = load_encoder(workdir)([picture(number)[0] for number in range(5)])
-    for name, theirs in zip(written, expected):
-        found = np.load(tmp_path / "out" / name)
-        assert found["features"].shape == (4, 4, 32) and found["layer"] == -1
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(found["features"].reshape(16, 32), theirs, rtol=0, atol=1e-6 * scale)
+    for name, image_features in zip(written, expected):
+        file = np.load(tmp_path / "out" / name)
+        assert file["features"].shape == (4, 4, 32) and file["layer"] == -1
+        scale = np.abs(image_features).max()
+        np.testing.assert_allclose(file["features"].reshape(16, 32), image_features, rtol=0, atol=1e-6 * scale)
     with Image.open(tmp_path / "pca.png") as drawn:
         assert drawn.size[0] > 100
 
@@ -45,13 +45,13 @@ def test_data_set_when_features_are_written_to_one_file_then_records_by_key(work
     arguments = [f"--checkpoint={workdir}", f"--input={config.eval.sources['round']}", f"--output={file}"]
     assert features.main([*arguments, "--layer=1", "--image-size=48"]) == 0
     reader = ArrayRecordReader(str(file))
-    found = [msgpack.unpackb(record) for record in reader.read_all()]
-    assert [one["name"] for one in found] == ["disc/20", "disc/21", "disc/22"]
-    assert {(tuple(one["shape"]), one["dtype"], one["layer"]) for one in found} == {((6, 6, 32), "float32", 1)}
+    records = [msgpack.unpackb(record) for record in reader.read_all()]
+    assert [record["name"] for record in records] == ["disc/20", "disc/21", "disc/22"]
+    assert {(tuple(r["shape"]), r["dtype"], r["layer"]) for r in records} == {((6, 6, 32), "float32", 1)}
     encoder = load_encoder(workdir, image_size=48)
     [(batch, _)] = encoder.batches([picture(number)[0] for number in (20, 21, 22)])
     expected = np.asarray(encoder.features(**batch, layer=1))[:3]
-    arrays = np.stack([np.frombuffer(one["features"], np.float32).reshape(36, 32) for one in found])
+    arrays = np.stack([np.frombuffer(record["features"], np.float32).reshape(36, 32) for record in records])
     np.testing.assert_allclose(arrays, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
@@ -64,16 +64,16 @@ def test_pictures_when_their_names_differ_by_the_ending_then_both_are_written(wo
 
 
 def test_records_whose_keys_name_no_file_are_refused(tmp_path):
-    write = features._Folder(tmp_path / "new")
+    write = features._FolderWriter(tmp_path / "new")
     write("b.npz/c", np.zeros((1, 1, 1)), None)
     write("a", np.zeros((1, 1, 1)), None)
-    wrong = {"../out": "lead out of --output", "/out": "lead out of --output", "a\0b": "name of a file"}
+    wrong = {"../out": "leads out of --output", "/out": "leads out of --output", "a\0b": "not a valid file name"}
     wrong |= {
-        "x" * 300: "name of a file",
-        "": "name of a file",
-        "a": "one name",
-        "a.npz/b": "one name",
-        "b": "one name",
+        "x" * 300: "not a valid file name",
+        "": "not a valid file name",
+        "a": "the same name",
+        "a.npz/b": "the same name",
+        "b": "the same name",
     }
     for key, sentence in wrong.items():
         with pytest.raises(UserError, match=sentence):
@@ -85,18 +85,18 @@ def test_main_directions_when_patches_lie_along_three_lines_then_each_is_a_colou
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(8, 8)))[0][:3]
     weights = rng.uniform(-1, 1, (2, 5, 4, 3)) * (9, 3, 1)
-    maps = [one @ axes for one in weights.astype(np.float32)]
+    maps = [coordinates @ axes for coordinates in weights.astype(np.float32)]
     colors = np.stack(features.principal_colors(maps)).reshape(-1, 3)
     for channel in range(3):
-        against = weights.reshape(-1, 3)[:, channel]
-        assert abs(np.corrcoef(colors[:, channel].astype(float), against)[0, 1]) > 0.95
+        component = weights.reshape(-1, 3)[:, channel]
+        assert abs(np.corrcoef(colors[:, channel].astype(float), component)[0, 1]) > 0.95
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--input={photos}/none", "--output={new}"], "--input: no such folder"),
-        (["--input={empty}", "--output={new}"], "--input: no pictures in this folder.*jpg"),
+        (["--input={empty}", "--output={new}"], "--input: no images in this folder.*jpg"),
         (["--input={photos}", "--output={photos}"], "--output is not empty"),
         (["--input={photos}", "--output={new}", "--layer=3"], "--layer is out of range: 3. Give 0 to 2"),
         (["--input={photos}", "--output={new}", "--area=9"], "sin-cos"),
@@ -105,7 +105,7 @@ def test_main_directions_when_patches_lie_along_three_lines_then_each_is_a_colou
 )
 def test_command_line_when_it_cannot_work_then_one_line(workdir, photos, tmp_path, capsys, arguments, sentence):
     (tmp_path / "empty").mkdir()
-    places = {"photos": photos, "new": tmp_path / "new", "empty": tmp_path / "empty"}
-    assert features.main([f"--checkpoint={workdir}", *(argument.format(**places) for argument in arguments)]) == 2
-    said = capsys.readouterr().err
-    assert re.search(sentence, said) and len(said.strip().splitlines()) == 1
+    paths = {"photos": photos, "new": tmp_path / "new", "empty": tmp_path / "empty"}
+    assert features.main([f"--checkpoint={workdir}", *(argument.format(**paths) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(sentence, error) and len(error.strip().splitlines()) == 1

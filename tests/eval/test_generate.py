@@ -8,19 +8,19 @@ from flax.core import meta
 from jax.extend.core import jaxprs_in_params
 
 from aimv2_jax.eval import generate
-from aimv2_jax.eval.generate import greedy, read_pictures, read_token
+from aimv2_jax.eval.generate import decode_step, greedy, prefill
 from aimv2_jax.models.aimv2 import AIMv2
+from aimv2_jax.models.baselines import SeparateDecoders
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.layers import Run
-from aimv2_jax.models.separate import SeparateDecoders
+from aimv2_jax.models.layers import TrunkOptions
 
 B, L, P, T, V, END = 5, 9, 12, 8, 40, 3
 WIDTH, DEPTH, HIDDEN = 32, 2, 64
 
 
 def build(layers: str = "scan") -> AIMv2:
-    trunk = {"width": WIDTH, "depth": DEPTH, "heads": 2, "hidden": HIDDEN, "run": Run(layers)}
+    trunk = {"width": WIDTH, "depth": DEPTH, "heads": 2, "hidden": HIDDEN, "options": TrunkOptions(layers)}
     return AIMv2(
         Encoder(num_patches=L, position="sincos", **trunk),
         Decoder(encoder_width=WIDTH, pixels=P, vocab_size=V, text_length=T, **trunk),
@@ -29,7 +29,7 @@ def build(layers: str = "scan") -> AIMv2:
 
 @pytest.fixture(scope="module")
 def inputs():
-    """Pixels, coordinates and validity: whole pictures, two with padding at different places, a row of filling."""
+    """Pixels, coordinates and validity: full images, two with padding at different positions, one padding row."""
     valid = np.ones((B, L), bool)
     valid[1, 6:] = False
     valid[2, [0, 1, 4]] = False
@@ -47,7 +47,7 @@ def initial(inputs):
 
 @pytest.fixture(scope="module")
 def params(initial):
-    """Weights large enough that texts differ from picture to picture."""
+    """Weights large enough that texts differ from image to image."""
     return jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 1 else leaf, initial)
 
 
@@ -58,7 +58,7 @@ def full_logits(params, inputs, tokens):
 
 
 def naive_greedy(params, inputs, end_id):
-    """The whole decoder again for every token."""
+    """Greedy decoding that runs the whole decoder for every token."""
     valid = np.asarray(inputs[2])
     tokens, lengths = np.full((B, T), 0 if end_id is None else end_id), np.zeros(B, int)
     ended = ~valid.any(axis=1)
@@ -72,20 +72,20 @@ def naive_greedy(params, inputs, end_id):
 
 def test_logits_when_read_token_by_token_then_those_of_the_full_pass(initial, inputs):
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, V)
-    read = jax.jit(partial(read_token, build()))
-    logits, context = jax.jit(lambda: read_pictures(build(), initial, *inputs, T))()
-    every = [logits]
+    step = jax.jit(partial(decode_step, build()))
+    logits, context = jax.jit(lambda: prefill(build(), initial, *inputs, T))()
+    steps = [logits]
     for index in range(T - 1):
-        logits, context = read(initial, context, tokens[:, index], jnp.int32(index))
-        every.append(logits)
-    expected = full_logits(initial, inputs, tokens)[:-1]  # The filling reads nothing: nobody looks at it.
+        logits, context = step(initial, context, tokens[:, index], jnp.int32(index))
+        steps.append(logits)
+    expected = full_logits(initial, inputs, tokens)[:-1]  # The padding row attends to nothing and is not compared.
     # The same float32 sums in another order, through two blocks: a hundred roundings of 6e-8, of the largest logit.
-    np.testing.assert_allclose(jnp.stack(every, axis=1)[:-1], expected, atol=6e-6 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(jnp.stack(steps, axis=1)[:-1], expected, atol=6e-6 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("layers, ends", [("scan", True), ("loop", False)])
 def test_greedy_when_compared_with_rerunning_the_decoder_then_equal_tokens(params, inputs, layers, ends):
-    # An end that texts do reach, at different places: whatever the third picture says in the middle.
+    # An end token that texts reach at different positions: the middle token of the third image's text.
     end_id = int(naive_greedy(params, inputs, None)[0][2, 3]) if ends else None
     captions = jax.jit(lambda params: greedy(build(layers), params, *inputs, end_id))(params)
     tokens, lengths = naive_greedy(params, inputs, end_id)
@@ -108,32 +108,32 @@ def test_greedy_when_pieces_are_fewer_than_the_table_then_no_token_beyond_them(p
     assert run(None).tokens.max() >= 10 > run(10).tokens.max()
 
 
-def counting(read, steps):
-    """`read_token`, noting every time it runs on the device."""
+def counting(step, steps):
+    """`decode_step` that appends its index to `steps` each time it runs on the device."""
 
     def counted(model, params, context, token_B, index):
         jax.debug.callback(lambda index: steps.append(int(index)), index)
-        return read(model, params, context, token_B, index)
+        return step(model, params, context, token_B, index)
 
     return counted
 
 
 def test_greedy_when_all_texts_have_ended_then_it_stops(params, inputs, monkeypatch):
-    one = tuple(x[:1] for x in inputs)
+    first_row = tuple(x[:1] for x in inputs)
     steps = []
 
     def run(end_id):
-        return jax.jit(lambda: greedy(build(), params, *one, end_id))()
+        return jax.jit(lambda: greedy(build(), params, *first_row, end_id))()
 
     free = run(None).tokens[0].tolist()
-    monkeypatch.setattr(generate, "read_token", counting(generate.read_token, steps))
+    monkeypatch.setattr(generate, "decode_step", counting(generate.decode_step, steps))
     assert run(free[0]).lengths.tolist() == [0] and len(steps) == 0
     assert run(None).lengths.tolist() == [T] and len(steps) == T - 1
 
 
 def test_greedy_when_decoders_are_separate_then_that_of_the_text_writes(params, inputs):
     joint = build()
-    model = AIMv2(joint.encoder, SeparateDecoders(image=joint.decoder.clone(reads_text=False), text=joint.decoder))
+    model = AIMv2(joint.encoder, SeparateDecoders(image=joint.decoder.clone(has_text=False), text=joint.decoder))
     text = {name: leaf for name, leaf in params["decoder"].items() if name != "pixel_head"}
     both = params | {"decoder": {"text": text}}
     np.testing.assert_array_equal(
@@ -143,7 +143,7 @@ def test_greedy_when_decoders_are_separate_then_that_of_the_text_writes(params, 
 
 
 def count_products(jaxpr) -> int:
-    """Multiplications in the matrix products of a program, its loops' bodies counted as often as a scan runs them."""
+    """Multiplications in a program's matrix products; the body of a scan counts once per iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -156,9 +156,9 @@ def count_products(jaxpr) -> int:
 
 @pytest.mark.parametrize("max_tokens", [T, 2 * T])
 def test_a_step_when_its_products_are_counted_then_those_of_one_row(params, inputs, max_tokens):
-    _, context = jax.eval_shape(lambda: read_pictures(build(), params, *inputs, max_tokens))
+    _, context = jax.eval_shape(lambda: prefill(build(), params, *inputs, max_tokens))
     token = jnp.zeros(B, jnp.int32)
-    program = jax.make_jaxpr(lambda *args: read_token(build(), params, *args))(context, token, jnp.int32(0))
+    program = jax.make_jaxpr(lambda *args: decode_step(build(), params, *args))(context, token, jnp.int32(0))
     weights = DEPTH * (4 * WIDTH**2 + 3 * WIDTH * HIDDEN) + WIDTH * V
     attention = DEPTH * 2 * WIDTH * (L + max_tokens)
     assert count_products(program.jaxpr) == B * (weights + attention)

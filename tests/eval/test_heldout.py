@@ -9,10 +9,10 @@ import pytest
 
 from aimv2_jax.data.pipeline import evaluation_batches, to_devices
 from aimv2_jax.eval import heldout
-from aimv2_jax.eval.heldout import CaptionSet, derangements, has_texture, held_out_figures, main, text_sums
-from aimv2_jax.eval.load import load
+from aimv2_jax.eval.heldout import CaptionSet, derangements, has_texture, held_out_metrics, main, text_sums
+from aimv2_jax.pretrained.model import load
+from aimv2_jax.train.builder import build_setup
 from aimv2_jax.train.evaluate import evaluate
-from aimv2_jax.train.program import build_program
 
 KEYS = {
     "loss_image",
@@ -28,8 +28,8 @@ KEYS = {
     "unigram_entropy_synthetic",
     "examples",
 }
-# The same float32 losses of single examples, added up in another order.
-CLOSE = 1e-5
+# Sums of the same float32 losses of single examples in another order.
+RTOL = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def loaded(workdir):
 
 @pytest.fixture(scope="module")
 def figures(loaded):
-    return held_out_figures(loaded)
+    return held_out_metrics(loaded)
 
 
 def test_figures_when_of_a_whole_run_then_just_the_named_keys_and_finite_numbers(figures):
@@ -50,46 +50,47 @@ def test_figures_when_of_a_whole_run_then_just_the_named_keys_and_finite_numbers
 
 
 def test_figures_when_compared_with_the_loops_evaluation_then_equal(figures, loaded):
-    program = build_program(loaded.config)
+    program = build_setup(loaded.config)
     rows = np.arange(8)
     batches = (batch.arrays for _, batch in evaluation_batches(loaded.config, rows, loaded.tokenizer()))
     params = jax.device_put(loaded.params, program.state_shardings.params)
     losses = evaluate(program, params, batches, lambda arrays: to_devices(arrays, program.batch_sharding, rows, 8))
-    assert figures["loss_image"] == pytest.approx(losses["eval_loss_image"], rel=CLOSE)
-    assert figures["loss_text"] == pytest.approx(losses["eval_loss_text_full_prefix"], rel=CLOSE)
+    assert figures["loss_image"] == pytest.approx(losses["eval_loss_image"], rel=RTOL)
+    assert figures["loss_text"] == pytest.approx(losses["eval_loss_text_full_prefix"], rel=RTOL)
 
 
 def test_figures_when_batches_are_smaller_than_the_set_then_the_same(figures, loaded):
-    others = held_out_figures(loaded.with_eval(batch_size=2))
-    assert others == {key: pytest.approx(value, rel=CLOSE) for key, value in figures.items()}
+    others = held_out_metrics(loaded.with_eval(batch_size=2))
+    assert others == {key: pytest.approx(value, rel=RTOL) for key, value in figures.items()}
 
 
 def test_figures_when_the_run_has_no_image_loss_then_null(loaded):
     text = dataclasses.replace(loaded, task=dataclasses.replace(loaded.task, weights={"text": 1.0}))
-    figures = held_out_figures(text.with_eval(kinds=("synthetic",)))
+    figures = held_out_metrics(text.with_eval(caption_types=("synthetic",)))
     assert figures["loss_image"] is None and figures["loss_image_textured"] is None
     assert figures["loss_text"] == figures["loss_text_synthetic"] > 0
 
 
 def test_shuffled_text_when_pictures_are_moved_instead_then_the_same_sums(loaded):
-    """Captions given to other pictures, against pictures given to other captions."""
+    """Permuting the captions of a batch gives the same sums as permuting its images."""
     [arrays] = [
         batch.arrays
         for kind, batch in evaluation_batches(loaded.config, np.arange(8), loaded.tokenizer())
         if kind == "alt"
     ]
     usable = arrays["valid"].any(axis=1)
-    given = CaptionSet(arrays["tokens"], arrays["token_valid"], usable, arrays["source"]).given()
-    assert len(given) == 5 and usable.sum() == 5
-    turns = np.stack(given)
+    pairings = CaptionSet(arrays["tokens"], arrays["token_valid"], usable, arrays["source"]).pairings()
+    assert len(pairings) == 5 and usable.sum() == 5
+    rows = np.stack(pairings)
     sums = jax.jit(partial(text_sums, loaded.task))
-    terms = sums(loaded.params, arrays, arrays["tokens"][turns], arrays["token_valid"][turns])
+    terms = sums(loaded.params, arrays, arrays["tokens"][rows], arrays["token_valid"][rows])
     loss = jax.jit(loaded.task.loss)
-    for turn, total, count in zip(given, *terms):
-        moved = {**arrays, "patches": arrays["patches"][np.argsort(turn)], "valid": arrays["valid"][np.argsort(turn)]}
+    for pairing, total, count in zip(pairings, *terms):
+        inverse = np.argsort(pairing)
+        moved = {**arrays, "patches": arrays["patches"][inverse], "valid": arrays["valid"][inverse]}
         expected = loss(loaded.params, moved, moved["valid"].sum(axis=1))["text"]
         assert count == expected.count
-        np.testing.assert_allclose(total, expected.sum, rtol=CLOSE)
+        np.testing.assert_allclose(total, expected.sum, rtol=RTOL)
     assert len(set(np.asarray(terms.sum).tolist())) == 5
 
 
@@ -114,8 +115,8 @@ def test_has_texture_when_a_patch_is_one_colour_with_jpeg_noise_then_not():
     edge = np.full(588, 255)
     edge[:42] = 200  # One of fourteen rows of pixels.
     textured = [edge, np.arange(588) // 4]
-    found = has_texture(jnp.asarray(np.stack(flat + textured), jnp.uint8)[None], 3)
-    assert found.tolist() == [[False] * 3 + [True] * 2]
+    result = has_texture(jnp.asarray(np.stack(flat + textured), jnp.uint8)[None], 3)
+    assert result.tolist() == [[False] * 3 + [True] * 2]
 
 
 def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, capsys, figures):
@@ -123,7 +124,7 @@ def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, c
     assert main(["--checkpoint", f"{workdir}:20", "--json", str(file)]) == 0
     assert json.loads(file.read_text()) == figures
     printed = capsys.readouterr().out
-    assert f"{figures['loss_text_shuffled_alt']:.4f}" in printed and "5 held-out pictures" in printed
+    assert f"{figures['loss_text_shuffled_alt']:.4f}" in printed and "5 held-out images" in printed
 
 
 def test_main_when_resolutions_are_named_then_figures_at_each_and_the_runs_own_are_the_same(
@@ -135,13 +136,13 @@ def test_main_when_resolutions_are_named_then_figures_at_each_and_the_runs_own_a
     both = json.loads(file.read_text())
     assert both["32"] == figures and set(both["48"]) == KEYS
     assert both["48"]["loss_image"] != figures["loss_image"]
-    assert "5 held-out pictures at 48" in capsys.readouterr().out
+    assert "5 held-out images at 48" in capsys.readouterr().out
 
 
 def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(workdir, monkeypatch):
     sizes = []
-    monkeypatch.setattr(heldout, "held_out_figures", lambda loaded: sizes.append(loaded.config.eval.batch_size))
-    with pytest.raises(TypeError):  # Of the figures, which are None here.
+    monkeypatch.setattr(heldout, "held_out_metrics", lambda loaded: sizes.append(loaded.config.eval.batch_size))
+    with pytest.raises(TypeError):  # The patched metrics are None.
         main(["--checkpoint", str(workdir), "--batch-size", "1000000000"])
     assert sizes[0] < 100
 
@@ -158,7 +159,7 @@ def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(wor
         (["--checkpoint", "{workdir}", "--resolution", "tall"], "--resolution is unknown: 'tall'"),
         (["--checkpoint", "{workdir}", "--resolution", "native:"], "'native:'"),
         (["--checkpoint", "{workdir}", "--resolution", "36"], "36 px, patches of 8"),
-        (["--checkpoint", "{workdir}", "--resolution", "native:16"], "needs positions for any grid"),
+        (["--checkpoint", "{workdir}", "--resolution", "native:16"], "needs position embeddings for any grid"),
         (["--checkpoint", "{workdir}", "--two\nlines"], "--two lines"),
     ],
 )

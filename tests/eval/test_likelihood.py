@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from trained_run import COLORS, picture, records
 
-from aimv2_jax.data import transforms
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.data.dataset_info import write_dataset
+from aimv2_jax.data.transforms import geometry
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval import retrieval, zeroshot
 from aimv2_jax.eval.likelihood import Scorer
-from aimv2_jax.eval.load import load
-from aimv2_jax.eval.probes.examples import read_examples
+from aimv2_jax.eval.probes.dataset import read_labelled_dataset
+from aimv2_jax.pretrained.model import load
 from aimv2_jax.train import losses
 
 CAPTIONS = ["a red disc", "a picture of a green disc on white", "blue"]
@@ -45,37 +45,37 @@ def data(tmp_path_factory):
 
 
 def test_caption_when_scored_then_minus_its_text_loss_by_the_whole_decoder(loaded, scorer):
-    tokens, counted = scorer.encode(CAPTIONS)
+    tokens, loss_mask = scorer.encode(CAPTIONS)
     images = [picture(number)[0] for number in range(4)]
-    scores = scorer(images, tokens, counted)
+    scores = scorer(images, tokens, loss_mask)
     assert scores.shape == (4, 3) and (scores < 0).all()
     task = dataclasses.replace(loaded.task, weights={"text": 1.0})
     for row, image in enumerate(images):
-        patches = transforms.patchify(scorer.eyes.pixels(image), 8)[None]
+        patches = geometry.patchify(scorer.encoder.pixels(image), 8)[None]
         for column in range(3):
             batch = {
                 "patches": jnp.asarray(patches),
-                "coords": jnp.asarray(transforms.patch_coords((4, 4)))[None],
+                "coords": jnp.asarray(geometry.patch_coords((4, 4)))[None],
                 "valid": jnp.ones((1, 16), bool),
                 "tokens": jnp.asarray(tokens[column : column + 1]),
-                "token_valid": jnp.arange(tokens.shape[1])[None] < counted[column].sum() - 1,
+                "token_valid": jnp.arange(tokens.shape[1])[None] < loss_mask[column].sum() - 1,
             }
             logits = task.predict(loaded.params, batch, jnp.array([16])).logits
-            loss = losses.text_loss_sum(logits, batch["tokens"], jnp.asarray(counted[column : column + 1]))
+            loss = losses.text_loss_sum(logits, batch["tokens"], jnp.asarray(loss_mask[column : column + 1]))
             assert scores[row, column] == pytest.approx(-float(loss), rel=2e-6)
 
 
 def test_end_of_text_when_it_was_learned_then_counted(scorer):
-    tokens, counted = scorer.encode(["red"])
-    assert counted[0].sum() == 1 + (tokens[0] > 2).sum()
+    tokens, loss_mask = scorer.encode(["red"])
+    assert loss_mask[0].sum() == 1 + (tokens[0] > 2).sum()
 
 
 def test_classes_when_scored_then_the_mean_over_templates_and_the_prior_is_of_a_flat_picture(scorer, data):
-    test = read_examples(str(data), "--data", "color", None, ())
+    test = read_labelled_dataset(str(data), "--data", "color", None, ())
     templates = ["a {} disc", "{}"]
     scores, prior = zeroshot.class_scores(scorer, test, templates)
     one, two = (scorer.encode([template.format(name) for name in test.names]) for template in templates)
-    images = [test.image(place) for place in range(12)]
+    images = [test.image(index) for index in range(12)]
     expected = (scorer(images, *one) + scorer(images, *two)) / 2
     np.testing.assert_allclose(scores, expected, rtol=2e-6)
     flat = np.full((50, 60, 3), (124, 116, 104), np.uint8)
@@ -85,9 +85,9 @@ def test_classes_when_scored_then_the_mean_over_templates_and_the_prior_is_of_a_
 def test_zero_shot_command_when_run_then_figures_and_a_matrix(workdir, data, tmp_path, capsys):
     arguments = [f"--checkpoint={workdir}", f"--data={data}", "--label=color", "--template={} disc"]
     assert zeroshot.main([*arguments, f"--json={tmp_path}/z.json", f"--confusion={tmp_path}/z.png"]) == 0
-    found = json.loads((tmp_path / "z.json").read_text())
-    assert {"top1", "ci95", "per_class", "less_prior", "templates", "label", "examples"} <= found.keys()
-    assert found["examples"] == 12 and found["templates"] == ["{} disc"]
+    metrics = json.loads((tmp_path / "z.json").read_text())
+    assert {"top1", "ci95", "per_class", "less_prior", "templates", "label", "examples"} <= metrics.keys()
+    assert metrics["examples"] == 12 and metrics["templates"] == ["{} disc"]
     assert "chance 0.333" in capsys.readouterr().out
     with Image.open(tmp_path / "z.png") as drawn:
         assert drawn.size[0] > 300
@@ -95,29 +95,29 @@ def test_zero_shot_command_when_run_then_figures_and_a_matrix(workdir, data, tmp
 
 def test_recall_when_ranks_are_known_then_shares_of_them():
     scores = np.array([[9.0, 1, 0], [5, 4, 3], [3, 3, 3]])
-    np.testing.assert_array_equal(retrieval.ranks(scores), [0, 1, 2])  # A tie is no find.
-    found = retrieval.recalls(scores)
-    assert found["recall@1"] == pytest.approx(1 / 3) and found["recall@5"] == 1
+    np.testing.assert_array_equal(retrieval.ranks(scores), [0, 1, 2])  # A tie counts as a miss.
+    recall = retrieval.recalls(scores)
+    assert recall["recall@1"] == pytest.approx(1 / 3) and recall["recall@5"] == 1
 
 
 def test_retrieval_command_when_run_then_both_ways_and_a_picture(workdir, data, tmp_path):
     arguments = [f"--checkpoint={workdir}", f"--data={data}", "--kind=alt", "--examples=6"]
     assert retrieval.main([*arguments, f"--json={tmp_path}/r.json", f"--picture={tmp_path}/r.png"]) == 0
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert found["examples"] == 6 and found["text_to_image"]["chance@1"] == pytest.approx(1 / 6)
+    metrics = json.loads((tmp_path / "r.json").read_text())
+    assert metrics["examples"] == 6 and metrics["text_to_image"]["chance@1"] == pytest.approx(1 / 6)
     with Image.open(tmp_path / "r.png") as drawn:
         assert drawn.size[0] > 300
 
 
 def test_pairs_when_captions_repeat_then_each_once(data):
-    pictures, captions = retrieval.read_pairs(str(data), "synthetic", 10)
-    assert len(captions) == len(set(captions)) == len(pictures) == 3
+    images, captions = retrieval.read_pairs(str(data), "synthetic", 10)
+    assert len(captions) == len(set(captions)) == len(images) == 3
     with pytest.raises(UserError, match=r"no captions of this kind: 'none'\. It has alt, synthetic"):
         retrieval.read_pairs(str(data), "none", 10)
 
 
 def test_caption_when_nothing_is_in_it_then_told(scorer):
-    with pytest.raises(UserError, match="without a letter"):
+    with pytest.raises(UserError, match="a caption has no letter"):
         scorer.encode(["red", " "])
 
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2_jax.data.transforms import patchify
-from aimv2_jax.eval.figures import Column, picture_cards, picture_grid
-from aimv2_jax.eval.load import load
-from aimv2_jax.eval.show import main, predictions_figure, read_examples
+from aimv2_jax.data.transforms.geometry import patchify
+from aimv2_jax.eval.plots import Column, image_cards, image_grid
+from aimv2_jax.eval.visualize import main, predictions_figure, read_examples
+from aimv2_jax.pretrained.model import load
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def test_main_when_given_a_checkpoint_then_three_pictures_are_written_and_named(
     names = [tmp_path / "new" / f"{name}.png" for name in ("predictions", "captions", "curves")]
     assert capsys.readouterr().out.split() == [str(name) for name in names]
     for name in names:
-        with Image.open(name) as picture:
-            assert min(picture.size) > 400
-            assert len(np.unique(np.asarray(picture))) > 50
+        with Image.open(name) as image:
+            assert min(image.size) > 400
+            assert len(np.unique(np.asarray(image))) > 50
 
 
 def test_examples_when_read_then_the_sources_in_turn_with_all_captions(loaded):
@@ -40,27 +40,27 @@ def test_examples_when_read_then_the_sources_in_turn_with_all_captions(loaded):
 
 def test_predictions_when_drawn_then_prefixes_stay_and_zero_predictions_are_flat(loaded):
     examples = read_examples(loaded, loaded.tokenizer(), 1)
-    whole, flat, *pairs = [patchify(picture, 8) for picture in images(predictions_figure(loaded, examples))]
+    whole, flat, *pairs = [patchify(image, 8) for image in images(predictions_figure(loaded, examples))]
     np.testing.assert_array_equal(whole, examples.patches[0])
     assert (flat[1:].reshape(15, 64, 3) == flat[1:].reshape(15, 64, 3)[:, :1]).all()
     assert len(pairs) == 6
     for prefix, given, predicted in zip((4, 8, 12), pairs[::2], pairs[1::2]):
-        for picture in (given, predicted):
-            np.testing.assert_array_equal(picture[:prefix], whole[:prefix])
+        for image in (given, predicted):
+            np.testing.assert_array_equal(image[:prefix], whole[:prefix])
         assert not (predicted[prefix:] == whole[prefix:]).all()
 
 
 def test_picture_grid_when_there_are_groups_then_their_columns_stand_closer():
-    pictures = [np.zeros((8, 8, 3), np.uint8)] * 2
-    columns = [Column("one", "a", pictures), Column("two", "b", pictures), Column("two", "c", pictures)]
-    boxes = [axes.get_position() for axes in picture_grid(columns, "heading", "note").axes[::2]]
+    black = [np.zeros((8, 8, 3), np.uint8)] * 2
+    columns = [Column("one", "a", black), Column("two", "b", black), Column("two", "c", black)]
+    boxes = [axes.get_position() for axes in image_grid(columns, "heading", "note").axes[::2]]
     assert 0 < boxes[2].x0 - boxes[1].x1 < boxes[1].x0 - boxes[0].x1
     assert boxes[2].x1 < 1
 
 
 def test_picture_cards_when_captions_have_dollars_and_are_long_then_drawn_as_they_are(tmp_path):
     text = {"model": "", "true": "from $5_0^{ to $6 " * 20}
-    figure = picture_cards([np.zeros((8, 8, 3), np.uint8)], [text], "heading", "note")
+    figure = image_cards([np.zeros((8, 8, 3), np.uint8)], [text], "heading", "note")
     figure.savefig(tmp_path / "cards.png")
     shown = [item.get_text() for item in figure.texts]
     assert "(nothing)" in shown and any("$5_0^{" in line and line.endswith(" …") for line in shown)

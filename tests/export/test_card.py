@@ -1,4 +1,4 @@
-"""The model card: what others may read of a run, and no markup from its names."""
+"""The model card: no private values of a run, and no markup from its names."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from aimv2_jax.config import load_config
-from aimv2_jax.export.card import model_card
-from aimv2_jax.export.vision import vision_of
-from aimv2_jax.export.weights import Trained, Weights
+from aimv2_jax.export.model_card import model_card
+from aimv2_jax.pretrained.encoder_spec import encoder_spec_of
+from aimv2_jax.pretrained.lazy_weights import LazyWeights, TrainingInfo
 
 QUICKSTART = Path(__file__).parents[2] / "experiments/quickstart.py"
 HOSTILE = "a\n\n# Forged | ![x](http://evil) <img onerror=x> ```\n"
 
 
-def make(config) -> Weights:
-    """The weights of a run with `config`, of which the card reads no number."""
-    vision = vision_of(config)
-    trained = Trained(config=config, step=3, workdir="/nowhere", evaluated=False)
-    return Weights("run", vision, vision.shapes(), lambda paths: dict.fromkeys(paths, np.zeros(1)), (), trained)
+def make(config) -> LazyWeights:
+    """Weights of a run with `config`; the card does not read their values."""
+    spec = encoder_spec_of(config)
+    training = TrainingInfo(config=config, step=3, workdir="/nowhere", evaluated=False)
+    return LazyWeights("run", spec, spec.shapes(), lambda paths: dict.fromkeys(paths, np.zeros(1)), (), training)
 
 
 def card(config) -> str:
@@ -48,11 +48,11 @@ def test_card_shows_names_as_text():
     mixture = {HOSTILE: dict(config.data.mixture["photo"])}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture=mixture))
     head, _, code = card(config).partition("## Config")
-    shown = head.replace(r"\<", "").replace(r"\]", "")  # Escaped, these are letters.
-    assert all(part not in shown for part in ("\n# Forged", "<img onerror", "](http://evil)"))
-    assert head.count("```") == 2 and code.count("```") == 2  # Nothing leaves the block of the config.
+    markup = head.replace(r"\<", "").replace(r"\]", "")  # Escaped characters are not markup.
+    assert all(part not in markup for part in ("\n# Forged", "<img onerror", "](http://evil)"))
+    assert head.count("```") == 2 and code.count("```") == 2  # Nothing ends the config's code block early.
 
 
 def test_card_of_an_imported_model_shows_its_name_as_text():
-    weights = dataclasses.replace(make(load_config(QUICKSTART)), source="m/x`<b>y", trained=None)
-    assert r"Converted from x\`\<b\>y; how" in model_card(weights, "float32", 1)
+    weights = dataclasses.replace(make(load_config(QUICKSTART)), source="m/x`<b>y", training=None)
+    assert r"Converted from x\`\<b\>y. Its" in model_card(weights, "float32", 1)

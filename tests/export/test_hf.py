@@ -1,4 +1,4 @@
-"""The command that exports: what it writes is read by transformers, by ourselves, and proves itself."""
+"""The export command: its folders load in aimv2_jax, and its verification finds differences."""
 
 import dataclasses
 import json
@@ -13,15 +13,16 @@ from trained_run import picture
 
 from aimv2_jax import load_encoder, load_model
 from aimv2_jax.errors import UserError
-from aimv2_jax.eval.encoders import encoder_of
-from aimv2_jax.eval.load import load
-from aimv2_jax.export import check, hf, transformers
-from aimv2_jax.export.reading import read_weights
-from aimv2_jax.export.source import open_weights
+from aimv2_jax.export import __main__ as hf
+from aimv2_jax.export import hf_export, verify
+from aimv2_jax.pretrained.encoder import encoder_of
+from aimv2_jax.pretrained.hf_import import read_weights
+from aimv2_jax.pretrained.model import load
+from aimv2_jax.pretrained.source import open_weights
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [picture(number)[0] for number in range(3)]
 
 
@@ -32,8 +33,8 @@ def exported(workdir, tmp_path_factory) -> Path:
     return folder
 
 
-def test_export_when_read_back_then_the_same_and_its_card_tells_of_the_run(exported, workdir, pictures, config):
-    np.testing.assert_array_equal(load_encoder(exported)(pictures), load_encoder(f"{workdir}:40")(pictures))
+def test_export_when_read_back_then_the_same_and_its_card_tells_of_the_run(exported, workdir, images, config):
+    np.testing.assert_array_equal(load_encoder(exported)(images), load_encoder(f"{workdir}:40")(images))
     card = (exported / "README.md").read_text()
     assert "40 of" in card and "| train | synthetic | 66.7% |" in card and "| eval_loss |" in card
     assert f"data.image_size = {config.data.image_size}" in card
@@ -58,9 +59,9 @@ def test_export_when_asked_for_small_files_then_several(workdir, tmp_path):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
 
 
-def test_export_of_the_encoder_as_a_checkpoint_when_loaded_then_the_same(workdir, tmp_path, pictures, capsys):
+def test_export_of_the_encoder_as_a_checkpoint_when_loaded_then_the_same(workdir, tmp_path, images, capsys):
     assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/encoder", "--format=orbax"]) == 0
-    np.testing.assert_array_equal(load_encoder(tmp_path / "encoder")(pictures), load_encoder(workdir)(pictures))
+    np.testing.assert_array_equal(load_encoder(tmp_path / "encoder")(images), load_encoder(workdir)(images))
     assert hf.main([f"--checkpoint={tmp_path}/encoder", f"--output={tmp_path}/whole", "--whole"]) == 2
     assert "an encoder alone" in capsys.readouterr().err
 
@@ -76,18 +77,18 @@ def test_whole_export_when_loaded_then_all_parameters_the_config_and_its_own_tok
 
 def test_whole_export_when_another_model_lies_there_then_the_check_fails(workdir, tmp_path):
     assert hf.main([f"--checkpoint={workdir}:40", f"--output={tmp_path}/whole", "--whole"]) == 0
-    assert "and the tokenizer are equal" in check.check_model(tmp_path / "whole", f"{workdir}:40", "average")
-    with pytest.raises(RuntimeError, match="other numbers than were written"):
-        check.check_model(tmp_path / "whole", f"{workdir}:20", "average")
+    assert "and the tokenizer are equal" in verify.check_model(tmp_path / "whole", f"{workdir}:40", "average")
+    with pytest.raises(RuntimeError, match="other values than were written"):
+        verify.check_model(tmp_path / "whole", f"{workdir}:20", "average")
 
 
-def test_native_export_when_its_area_is_not_that_of_the_square_then_it_is_kept(workdir, tmp_path, pictures):
+def test_native_export_when_its_area_is_not_that_of_the_square_then_it_is_kept(workdir, tmp_path, images):
     weights = open_weights(workdir)
-    vision = dataclasses.replace(weights.vision, position="sincos", area=20, upscale=False)
-    weights = dataclasses.replace(weights, vision=vision, shapes=vision.shapes())
-    transformers.write_folder(tmp_path, weights, "float32", 10**9)
-    assert "equal bit for bit" in check.check_written(tmp_path, weights, "float32")
-    for ours, theirs in zip(load_encoder(tmp_path)(pictures), encoder_of(weights)(pictures)):
+    spec = dataclasses.replace(weights.spec, position="sincos", area=20, upscale=False)
+    weights = dataclasses.replace(weights, spec=spec, shapes=spec.shapes())
+    hf_export.write_folder(tmp_path, weights, "float32", 10**9)
+    assert "equal bit for bit" in verify.check_written(tmp_path, weights, "float32")
+    for ours, theirs in zip(load_encoder(tmp_path)(images), encoder_of(weights)(images)):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -96,25 +97,25 @@ def test_export_when_a_number_is_too_large_for_its_type_then_told(workdir, tmp_p
     arrays = {name: leaf * (1e8 if name == "encoder/position" else 1) for name, leaf in weights.read().items()}
     weights = dataclasses.replace(weights, read_paths=lambda paths: {name: arrays[name] for name in paths})
     with np.errstate(over="ignore"):
-        transformers.write_folder(tmp_path, weights, "float16", 10**9)
-        with pytest.raises(UserError, match=r"encoder/position has numbers that are not finite.*float16"):
-            check.check_written(tmp_path, weights, "float16")
+        hf_export.write_folder(tmp_path, weights, "float16", 10**9)
+        with pytest.raises(UserError, match=r"encoder/position has values that are not finite.*float16"):
+            verify.check_written(tmp_path, weights, "float16")
 
 
-def test_import_when_exported_again_then_the_same_bit_for_bit(exported, tmp_path, pictures):
+def test_import_when_exported_again_then_the_same_bit_for_bit(exported, tmp_path, images):
     file = exported / "model.safetensors"
     assert hf.main([f"--import={file}", "--heads=2", f"--output={tmp_path}/orbax", "--format=orbax"]) == 0
     assert hf.main([f"--checkpoint={tmp_path}/orbax", f"--output={tmp_path}/hf"]) == 0
     assert (tmp_path / "hf/model.safetensors").read_bytes() == file.read_bytes()
-    np.testing.assert_array_equal(load_encoder(tmp_path / "orbax")(pictures), load_encoder(exported)(pictures))
+    np.testing.assert_array_equal(load_encoder(tmp_path / "orbax")(images), load_encoder(exported)(images))
 
 
 def test_check_when_what_was_written_differs_then_it_fails(workdir, tmp_path):
     weights = open_weights(workdir)
-    transformers.write_folder(tmp_path, weights, "float32", 10**9)
-    assert "equal bit for bit" in check.check_written(tmp_path, weights, "float32")
-    with pytest.raises(RuntimeError, match="other numbers than were written"):
-        check.check_written(tmp_path, open_weights(f"{workdir}:40"), "float32")
+    hf_export.write_folder(tmp_path, weights, "float32", 10**9)
+    assert "equal bit for bit" in verify.check_written(tmp_path, weights, "float32")
+    with pytest.raises(RuntimeError, match="other values than were written"):
+        verify.check_written(tmp_path, open_weights(f"{workdir}:40"), "float32")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_check_when_what_was_written_differs_then_it_fails(workdir, tmp_path):
         (["--import={full}", "--output={new}", "--whole"], "--whole is for --checkpoint"),
         (["--checkpoint={run}", "--output={new}", "--whole", "--dtype=bfloat16"], "--dtype is for --format hf"),
         (["--checkpoint={run}", "--output={new}", "--heads=2"], "--heads is for --import"),
-        (["--checkpoint={run}", "--output={new}", "--max-file-size=5GiB"], "'5GiB' is no size"),
+        (["--checkpoint={run}", "--output={new}", "--max-file-size=5GiB"], "'5GiB' is not a size"),
         (["--import={run}/none", "--output={new}"], "no such safetensors file|no such folder"),
     ],
 )
@@ -135,9 +136,9 @@ def test_command_line_when_it_cannot_work_then_one_line(workdir, tmp_path, capsy
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    places = {"run": workdir, **{name: tmp_path / name for name in ("full", "file", "new")}}
+    paths = {"run": workdir, **{name: tmp_path / name for name in ("full", "file", "new")}}
     try:
-        code = hf.main([argument.format(**places) for argument in arguments])
+        code = hf.main([argument.format(**paths) for argument in arguments])
     except SystemExit as error:
         code = error.code
     captured = capsys.readouterr().err

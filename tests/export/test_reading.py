@@ -1,4 +1,4 @@
-"""Encoders of others: whatever does not fit is one sentence that names the tensor or the value."""
+"""Import of Hugging Face's and Apple's encoders; each error is one sentence that names the tensor or the value."""
 
 import functools
 import json
@@ -11,30 +11,30 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from aimv2_jax.errors import UserError
-from aimv2_jax.export import names
-from aimv2_jax.export.reading import is_foreign, read_weights
-from aimv2_jax.export.tensors import Tensors
-from aimv2_jax.export.transformers import write_folder
-from aimv2_jax.export.vision import Vision
-from aimv2_jax.export.weights import Weights
+from aimv2_jax.export.hf_export import write_folder
+from aimv2_jax.pretrained import param_names
+from aimv2_jax.pretrained.encoder_spec import EncoderSpec
+from aimv2_jax.pretrained.hf_import import is_foreign, read_weights
+from aimv2_jax.pretrained.lazy_weights import LazyWeights
+from aimv2_jax.pretrained.safetensors_io import Tensors
 
-VISION = Vision(width=16, depth=3, heads=2, hidden=24, patch_size=4, image_size=16, position="learned")
+SPEC = EncoderSpec(width=16, depth=3, heads=2, hidden=24, patch_size=4, image_size=16, position="learned")
 GATE = "encoder.layers.2.ffn.gate_proj.weight"
 
 
 @functools.cache
-def drawn(vision: Vision) -> Weights:
-    """Parameters of noise, so that no two are alike."""
-    rng, shapes = np.random.default_rng(0), vision.shapes()
+def drawn(spec: EncoderSpec) -> LazyWeights:
+    """Random parameters, so that no two tensors are equal."""
+    rng, shapes = np.random.default_rng(0), spec.shapes()
     arrays = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    return Weights("fresh", vision, shapes, lambda paths: {path: arrays[path] for path in paths})
+    return LazyWeights("fresh", spec, shapes, lambda paths: {path: arrays[path] for path in paths})
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     path = tmp_path / "model"
     path.mkdir()
-    write_folder(path, drawn(VISION), "float32", most_bytes=10**9)
+    write_folder(path, drawn(SPEC), "float32", max_file_bytes=10**9)
     return path
 
 
@@ -49,7 +49,7 @@ def reconfigure(folder: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def assert_equal(read: Weights, expected: Weights) -> None:
+def assert_equal(read: LazyWeights, expected: LazyWeights) -> None:
     ours, theirs = read.read(), expected.read()
     assert ours.keys() == theirs.keys()
     for path in theirs:
@@ -58,33 +58,33 @@ def assert_equal(read: Weights, expected: Weights) -> None:
 
 def test_names_when_listed_then_each_stands_once_on_either_side():
     for naming in ("hf", "apple"):
-        alone = [name.in_(naming) for name in names.NAMES if name.part in (None, 0)]
+        alone = [name.name_in(naming) for name in param_names.NAMES if name.part in (None, 0)]
         assert len(set(alone)) == len(alone)
-    fused = {name.part: name.ours for name in names.NAMES if name.part is not None}
+    fused = {name.part: name.ours for name in param_names.NAMES if name.part is not None}
     assert fused == {
         i: f"encoder/trunk/blocks/attention/{kind}/kernel" for i, kind in enumerate(("query", "key", "value"))
     }
-    assert len({name.ours for name in names.NAMES}) == len(names.NAMES)
-    every = Vision(16, 3, 2, 24, 4, 16, "learned", head=True)
-    assert set(every.shapes()) == {name.ours for name in names.NAMES}  # The model has no tensor without a name.
+    assert len({name.ours for name in param_names.NAMES}) == len(param_names.NAMES)
+    full = EncoderSpec(16, 3, 2, 24, 4, 16, "learned", head=True)
+    assert set(full.shapes()) == {name.ours for name in param_names.NAMES}  # Every tensor of the model has a name.
 
 
 @pytest.mark.parametrize("change", [{}, {"position": "sincos", "area": 16}, {"head": True}])
 def test_encoder_when_written_and_read_then_sizes_and_every_bit_are_back(tmp_path, change):
-    vision = Vision(**{**VISION.as_json(), **change})
-    weights = drawn(vision)
-    write_folder(tmp_path, weights, "float32", most_bytes=10**9)
+    spec = EncoderSpec(**{**SPEC.as_json(), **change})
+    weights = drawn(spec)
+    write_folder(tmp_path, weights, "float32", max_file_bytes=10**9)
     read = read_weights(tmp_path)
-    assert read.vision == vision and read.left == ()
+    assert read.spec == spec and read.ignored == ()
     assert_equal(read, weights)
 
 
 def test_encoder_when_its_files_are_bounded_then_several_with_an_index_and_the_same_tensors(tmp_path):
-    weights = drawn(VISION)
-    write_folder(tmp_path, weights, "float32", most_bytes=4000)
+    weights = drawn(SPEC)
+    write_folder(tmp_path, weights, "float32", max_file_bytes=4000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    # A file is larger only where one tensor is.
+    # A file exceeds the limit only if it has a single tensor.
     assert all(len(load_file(tmp_path / file)) == 1 or (tmp_path / file).stat().st_size < 4000 + 2000 for file in files)
     assert_equal(read_weights(tmp_path), weights)
     (tmp_path / files[1]).unlink()
@@ -93,24 +93,23 @@ def test_encoder_when_its_files_are_bounded_then_several_with_an_index_and_the_s
 
 
 def test_encoder_when_it_is_part_of_a_model_with_text_then_read_and_the_rest_told(folder):
-    vision_of_both = lambda tensors: {f"vision_model.{name}": tensor for name, tensor in tensors.items()}  # noqa: E731
     text = {
         "text_model.rms_norm.weight": np.ones(3),
         "logit_scale": np.ones(()),
         "visual_projection.weight": np.ones((2, 2)),
     }
-    rewrite(folder, lambda tensors: vision_of_both(tensors) | text)
+    rewrite(folder, lambda tensors: {f"vision_model.{name}": tensor for name, tensor in tensors.items()} | text)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "aimv2", "vision_config": config}))
     read = read_weights(folder)
-    assert sorted(read.left) == sorted(text)
-    assert_equal(read, drawn(VISION))
+    assert sorted(read.ignored) == sorted(text)
+    assert_equal(read, drawn(SPEC))
 
 
 def test_file_by_itself_when_read_then_sizes_are_those_of_its_tensors(folder):
     file = folder / "model.safetensors"
-    assert read_weights(file, heads=2).vision == VISION
-    with pytest.raises(UserError, match=r"how many heads.*16 wide.*--heads"):
+    assert read_weights(file, heads=2).spec == SPEC
+    with pytest.raises(UserError, match=r"the number of attention heads.*16 wide.*--heads"):
         read_weights(file)
 
 
@@ -125,11 +124,11 @@ def test_paths_when_asked_whether_they_are_foreign_then_runs_are_not(folder, tmp
     [
         (lambda t: {n: x for n, x in t.items() if n != GATE}, f"lacks a tensor: '{GATE}'"),
         (lambda t: t | {"lora.weight": np.ones(2)}, "tensor that AIMv2's encoder lacks: 'lora.weight'"),
-        (lambda t: t | {GATE: t[GATE][1:]}, rf"{GATE} in another shape: '\(23, 16\), expected \(24, 16\)'"),
-        (lambda t: t | {GATE: t[GATE].astype(np.int32)}, f"{GATE} of a type that no parameter has: 'I32'"),
+        (lambda t: t | {GATE: t[GATE][1:]}, rf"{GATE} with another shape: '\(23, 16\), expected \(24, 16\)'"),
+        (lambda t: t | {GATE: t[GATE].astype(np.int32)}, f"{GATE} of an unsupported dtype: 'I32'"),
         (lambda t: {"embeddings.token_embedding.weight": np.ones((4, 2))}, "a text model"),
-        (lambda t: {"conv1.weight": np.ones((4, 2))}, "no AIMv2 vision encoder.*conv1.weight"),
-        (lambda t: {f"encoder.{n}": x for n, x in t.items()}, "no AIMv2 vision encoder"),
+        (lambda t: {"conv1.weight": np.ones((4, 2))}, "not an AIMv2 vision encoder.*conv1.weight"),
+        (lambda t: {f"encoder.{n}": x for n, x in t.items()}, "not an AIMv2 vision encoder"),
     ],
 )
 def test_tensors_when_they_do_not_fit_then_one_sentence_names_the_one(folder, change, sentence):
@@ -143,11 +142,11 @@ def test_tensors_when_they_do_not_fit_then_one_sentence_names_the_one(folder, ch
     [
         ({"num_hidden_layers": 4}, r"lacks a tensor: 'encoder\.layers\.3\."),
         ({"num_hidden_layers": 2}, r"lacks: 'encoder\.layers\.2\."),
-        ({"image_size": 18}, "no multiple of the patch size: '18, patches of 4'"),
-        ({"image_size": 20}, r"position_embedding.weight in another shape"),
+        ({"image_size": 18}, "not a multiple of the patch size: '18, patches of 4'"),
+        ({"image_size": 20}, r"position_embedding.weight with another shape"),
         ({"is_native": True}, "lacks: 'embeddings.position_embedding.weight'"),
         ({"use_head": True}, "lacks a tensor: 'head.cls_token'"),
-        ({"num_attention_heads": 3}, "no multiple of the heads: '16, 3'"),
+        ({"num_attention_heads": 3}, "not a multiple of the heads: '16, 3'"),
         ({"hidden_size": "16"}, "hidden_size is not a whole number above zero.*: '16'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is not a whole number.*up to 4,096: 1000000000"),
         ({"num_hidden_layers": 4000}, r"lacks a tensor: 'encoder\.layers\.3\."),
@@ -177,7 +176,7 @@ def test_files_when_missing_or_damaged_then_one_sentence_names_them(folder, tmp_
     whole = file.read_bytes()
     for damaged in (whole[:100], whole[:-10], b"\xff" * 8 + whole[8:], b""):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"not a whole safetensors file: '.*model\.safetensors'"):
+        with pytest.raises(UserError, match=r"not a complete safetensors file: '.*model\.safetensors'"):
             read_weights(folder)
     file.write_bytes(whole)
     (folder / "config.json").write_text("{")
@@ -198,7 +197,7 @@ def test_processor_when_it_has_whole_numbers_then_taken_and_others_told(folder):
     path = folder / "preprocessor_config.json"
     processor = json.loads(path.read_text())
     path.write_text(json.dumps(processor | {"image_std": [1, 1, 1]}))
-    assert read_weights(folder).vision.pixel_std == (1.0, 1.0, 1.0)
+    assert read_weights(folder).spec.pixel_std == (1.0, 1.0, 1.0)
     wrong = {
         "image_mean": ([0.5, "x", 0.5], [0.5, 0.5], 3, [0.5, 0.5, 10**400]),
         "image_std": ([0, 0, 0], [0.2, 0.2, -1], [True, 1, 1]),
@@ -221,14 +220,14 @@ def test_encoder_of_numbers_that_are_not_finite_is_refused(folder):
 
 
 def test_encoder_does_not_take_files_outside_its_folder(folder, tmp_path):
-    """An index, or a link, that came with a stranger's model may name any file of this machine."""
+    """An index or link of an untrusted model could name any file of this machine."""
     outside = tmp_path / "outside.safetensors"
     shutil.copy(folder / "model.safetensors", outside)
     (folder / "model.safetensors").unlink()
     tensors = load_file(outside)
     for name in ("../outside.safetensors", str(outside), "a/../../outside.safetensors", "", "..", "x" * 5000, "a\0"):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
-        with pytest.raises(UserError, match="not the name of one beside it"):
+        with pytest.raises(UserError, match="lists a name that is not a file in its own folder"):
             read_weights(folder)
     (folder / "link.safetensors").symlink_to(outside)
     index = {"weight_map": dict.fromkeys(tensors, "link.safetensors")}
@@ -242,13 +241,13 @@ def test_encoder_does_not_take_files_outside_its_folder(folder, tmp_path):
 
 
 def test_encoder_in_a_hub_cache_is_read_through_its_links(folder, tmp_path):
-    """huggingface_hub keeps files in models--X/blobs, and links to them in models--X/snapshots/COMMIT."""
+    """huggingface_hub stores files in models--X/blobs, and links to them in models--X/snapshots/COMMIT."""
     snapshot, blobs = tmp_path / "models--x/snapshots/abc", tmp_path / "models--x/blobs"
     snapshot.mkdir(parents=True), blobs.mkdir()
     for path in folder.iterdir():
         path.rename(blobs / f"hash-{path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
-    assert_equal(read_weights(snapshot), drawn(VISION))
+    assert_equal(read_weights(snapshot), drawn(SPEC))
 
 
 def test_files_of_an_export_have_the_modes_that_the_umask_gives(folder):
@@ -257,12 +256,12 @@ def test_files_of_an_export_have_the_modes_that_the_umask_gives(folder):
 
 
 def test_heads_when_given_where_they_are_known_then_told(folder):
-    with pytest.raises(UserError, match=r"heads are asked of a folder.*2\. Leave it out"):
+    with pytest.raises(UserError, match=r"heads are given for a folder.*2\. Leave it out"):
         read_weights(folder, heads=2)
 
 
 def test_index_when_a_tensor_is_not_where_it_says_then_told(tmp_path):
-    write_folder(tmp_path, drawn(VISION), "float32", most_bytes=4000)
+    write_folder(tmp_path, drawn(SPEC), "float32", max_file_bytes=4000)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["other.weight"] = index["weight_map"][GATE]

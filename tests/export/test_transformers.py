@@ -1,4 +1,4 @@
-"""Hugging Face's own classes read what we write."""
+"""Hugging Face's own classes load our exports."""
 
 import dataclasses
 import re
@@ -11,16 +11,17 @@ from PIL import Image
 from real_images import write_images
 
 from aimv2_jax import load_encoder
-from aimv2_jax.eval.encoders import encoder_of
-from aimv2_jax.export import hf
-from aimv2_jax.export.check import sample_pictures
-from aimv2_jax.export.source import open_weights
-from aimv2_jax.export.transformers import write_folder
+from aimv2_jax.export import __main__ as hf
+from aimv2_jax.export.hf_export import write_folder
+from aimv2_jax.export.verify import sample_images
+from aimv2_jax.pretrained.encoder import encoder_of
+from aimv2_jax.pretrained.source import open_weights
 
-# Imported in the tests: it takes seconds, which collecting need not.
+# The tests import transformers themselves: it takes seconds, which test collection should not spend.
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="extra [test]")
 
-LARGEST_ENTRY = 2e-5  # Of features in float32, as in test_golden.py.
+# Largest difference of float32 features in units of the largest entry, as in test_golden.py.
+TOLERANCE = 2e-5
 
 
 def load_theirs(folder: Path):
@@ -40,7 +41,7 @@ def run_theirs(model, pixels: np.ndarray) -> np.ndarray:
 
 
 def normalised(encoder, pixels: np.ndarray) -> np.ndarray:
-    mean, std = (np.array(value, np.float32) for value in (encoder.vision.pixel_mean, encoder.vision.pixel_std))
+    mean, std = (np.array(value, np.float32) for value in (encoder.spec.pixel_mean, encoder.spec.pixel_std))
     return ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
 
 
@@ -51,14 +52,15 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None
 
 def test_model_when_exported_then_transformers_sees_the_same_features(workdir, tmp_path):
     assert hf.main([f"--checkpoint={workdir}", f"--output={tmp_path}/hf"]) == 0
-    model, encoder, pictures = load_theirs(tmp_path / "hf"), load_encoder(workdir), sample_pictures()
-    ours = encoder(pictures)
-    for picture, features in zip(pictures, ours):
-        assert_close(features[None], run_theirs(model, normalised(encoder, encoder.pixels(picture))), LARGEST_ENTRY)
+    model, encoder, images = load_theirs(tmp_path / "hf"), load_encoder(workdir), sample_images()
+    ours = encoder(images)
+    for image, features in zip(images, ours):
+        assert_close(features[None], run_theirs(model, normalised(encoder, encoder.pixels(image))), TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # All three by transformers' own loading,
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # which leaves files open.
+# All three come from transformers' own image loading, which leaves files open.
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_processor_when_given_paths_then_features_agree(workdir, tmp_path):
     from transformers import AutoImageProcessor
@@ -68,7 +70,7 @@ def test_processor_when_given_paths_then_features_agree(workdir, tmp_path):
     model, encoder = load_theirs(tmp_path / "hf"), load_encoder(workdir)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
     theirs = run_theirs(model, np.stack(processor(images, return_tensors="np")["pixel_values"]))
-    assert_close(encoder(images), theirs, LARGEST_ENTRY)
+    assert_close(encoder(images), theirs, TOLERANCE)
 
 
 def test_card_when_its_lines_are_run_on_a_smaller_type_then_features(workdir, tmp_path, monkeypatch):
@@ -78,7 +80,7 @@ def test_card_when_its_lines_are_run_on_a_smaller_type_then_features(workdir, tm
     card = (tmp_path / "hf/README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    sample_pictures()[0].save("picture.jpg")
+    sample_images()[0].save("image.jpg")
     names: dict = {}
     exec(code.replace("PATH", "hf"), names)
     assert names["features"].shape == (1, 16, 32) and names["features"].dtype == torch.bfloat16
@@ -88,13 +90,13 @@ def test_native_model_when_exported_then_transformers_sees_the_same_at_any_grid(
     from transformers import AutoImageProcessor
 
     weights = open_weights(workdir)
-    vision = dataclasses.replace(weights.vision, position="sincos", area=20)
-    weights = dataclasses.replace(weights, vision=vision, shapes=vision.shapes())
+    spec = dataclasses.replace(weights.spec, position="sincos", area=20)
+    weights = dataclasses.replace(weights, spec=spec, shapes=spec.shapes())
     write_folder(tmp_path, weights, "float32", 10**9)
     model, encoder = load_theirs(tmp_path), encoder_of(weights)
     processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
-    for picture in sample_pictures():
-        [ours] = encoder([picture])
-        pixels = encoder.pixels(picture)
+    for image in sample_images():
+        [ours] = encoder([image])
+        pixels = encoder.pixels(image)
         theirs = run_theirs(model, processor([Image.fromarray(pixels)], return_tensors="np")["pixel_values"])
-        assert_close(ours.reshape(1, -1, ours.shape[-1]), theirs, LARGEST_ENTRY)
+        assert_close(ours.reshape(1, -1, ours.shape[-1]), theirs, TOLERANCE)

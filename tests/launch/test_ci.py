@@ -1,4 +1,4 @@
-"""What CI runs: the suite, then the other tier's tests in an environment of their own; either one fails it."""
+"""CI runs the suite, then the other tier's tests in their own environment; a failure of either fails CI."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tiny import ROOT
 
 
 def ci(tmp_path: Path, found: str = "", suite: int = 0, other: int = 0, **variables: str) -> tuple[int, list[str], str]:
-    """Exit code, what was run, and the output, where the scripts end with these codes and find `found`."""
+    """Returns exit code, calls and output of CI if the scripts exit with these codes and find `found`."""
     launch = tmp_path / "launch"
     log = 'echo "$(basename "$0") PYTHON=${PYTHON:-} VENV=${VENV:-} OTHER=${OTHER_PYTHON:-} $*" >>log\n'
     stand_in(launch, "test.sh", f"{log}exit {suite}\n")
     stand_in(launch, "stack_tests.sh", f"{log}exit {other}\n")
-    # Without arguments it finds this Python, else `found`, or nothing.
+    # Without arguments the fake finds this Python, with arguments `found` or nothing.
     searching = f"[ $# -gt 0 ] || {{ echo {sys.executable}; exit; }}\n{log}[ -n '{found}' ] || exit 2\necho '{found}'\n"
     stand_in(launch, "find_python.sh", searching)
     for folder in (".ci", ".venv"):
@@ -43,9 +43,9 @@ def test_ci_when_the_other_tier_is_found(other, code, tmp_path):
 
 
 def test_ci_when_no_other_tier_is_found(tmp_path):
-    code, log, said = ci(tmp_path)
+    code, log, output = ci(tmp_path)
     assert (code, log) == (0, [SUITE, SEARCH])
-    assert said == f"CI: no Python {OTHERS} was found; the tests of the other tier are left out.\n"
+    assert output == f"CI: no Python {OTHERS} was found; the tests of the other tier are left out.\n"
 
 
 def test_ci_when_the_suite_fails(tmp_path):
@@ -53,7 +53,7 @@ def test_ci_when_the_suite_fails(tmp_path):
 
 
 def test_ci_when_python_is_named(tmp_path):
-    """The suite gets it; the other tier is searched for without it."""
+    """The suite uses it; the search for the other tier ignores it."""
     code, log, _ = ci(tmp_path, found=sys.executable, PYTHON="named")
     assert (code, log) == (0, ["test.sh PYTHON=named VENV= OTHER= ", SEARCH, STACK])
 

@@ -1,4 +1,4 @@
-"""Which Python the launch scripts take, and whose folder they make an environment in."""
+"""The launch scripts' choice of Python, and the folders in which they make an environment."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ENVIRONMENT = ["bash", "-c", ". launch/environment.sh"]
 
 
 def setup_pythons() -> list[str]:
-    """The supported versions, the newest first, as setup.py has them."""
+    """Returns the supported versions in setup.py, newest first."""
     found = re.search(r"^PYTHONS = (\(.*?\))", (ROOT / "setup.py").read_text(), re.M)
     return [*ast.literal_eval(found[1])][::-1]
 
 
 def python(folder: Path, name: str, version: str, venv: bool = True) -> Path:
-    """An interpreter that takes itself for another version; without `venv`, as Debian's is without its package."""
+    """Makes an interpreter that reports another version; without `venv`, like Debian's without its venv package."""
     site = folder / f"site-{name}-{version}"
     site.mkdir(parents=True)
     lines = ["import sys", f"sys.version_info = {tuple(map(int, version.split('.')))}"]
@@ -32,7 +32,7 @@ def python(folder: Path, name: str, version: str, venv: bool = True) -> Path:
 
 
 def searched(tmp_path: Path, *versions: str, **variables: object) -> tuple[int, str, str]:
-    """Exit code, output and error output of the search, with the programs of two folders alone."""
+    """Returns exit code, stdout and stderr of the search, restricted to the programs of two folders."""
     environment = {"PATH": f"{tmp_path / 'programs'}:/usr/bin:/bin", "PYENV_ROOT": tmp_path / "pyenv"} | variables
     done = run(["bash", FIND, *versions], env={key: str(value) for key, value in environment.items()})
     return done.returncode, done.stdout.strip(), done.stderr
@@ -40,10 +40,11 @@ def searched(tmp_path: Path, *versions: str, **variables: object) -> tuple[int, 
 
 @pytest.fixture
 def programs(tmp_path) -> Path:
-    """Hides the machine's own Pythons: /usr/bin may have some."""
+    """Hides the machine's own Pythons, which /usr/bin may have."""
     folder = tmp_path / "programs"
     for name in ("python3", *(f"python{version}" for version in setup_pythons())):
-        stand_in(folder, name, "echo pyenv: command not found >&2; exit 127\n")  # As a shim of a version not chosen.
+        # Like a pyenv shim of an inactive version.
+        stand_in(folder, name, "echo pyenv: command not found >&2; exit 127\n")
     return folder
 
 
@@ -93,13 +94,13 @@ def test_python_when_it_is_named(programs, tmp_path):
 
 @pytest.mark.parametrize("version", ["3.10.13", "3.14.0", "3.15.0", "2.7.18", "3.1.1"])
 def test_environment_when_python_is_unsupported(version, tmp_path):
-    """One sentence before anything is made or installed."""
+    """The script prints one sentence before it makes or installs anything."""
     named, venv = python(tmp_path, "snake", version), tmp_path / "venv"
     done = run(ENVIRONMENT, env=os.environ | {"PYTHON": str(named), "VENV": str(venv)}, cwd=ROOT)
     minor = ".".join(version.split(".")[:2])
-    told = f"error: PYTHON={named} is Python {minor}. Name one of Python 3.13, 3.12, 3.11, or leave PYTHON unset"
+    message = f"error: PYTHON={named} is Python {minor}. Name one of Python 3.13, 3.12, 3.11, or leave PYTHON unset"
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(told) and done.stderr.count("\n") == 1 and not venv.exists()
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1 and not venv.exists()
 
 
 def test_environment_when_python_does_not_run(tmp_path):
@@ -108,15 +109,15 @@ def test_environment_when_python_does_not_run(tmp_path):
 
 
 def test_environment_when_the_folder_is_of_another(tmp_path):
-    """Neither somebody's files nor an environment that he made are deleted."""
+    """The script deletes neither a user's files nor an environment that the user made."""
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\n")
     done = run(ENVIRONMENT, env=os.environ | {"PYTHON": sys.executable, "VENV": str(tmp_path)}, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} is there and was not made by launch/")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} exists and was not made by launch/")
     assert [file.name for file in tmp_path.iterdir()] == ["pyvenv.cfg"]
 
 
 def test_pythons_when_setup_and_all_others_name_them():
-    """One list, in the forms that each file needs."""
+    """All files list the same versions, each in its own format."""
     newest, oldest = setup_pythons()[0], setup_pythons()[-1]
     after = f"3.{int(newest.split('.')[1]) + 1}"
     assert f'python_requires=">={oldest},<{after}"' in (ROOT / "setup.py").read_text()

@@ -1,4 +1,4 @@
-"""The JobSet: fields and values that its API has, restarts for code 75 alone, and a command that starts the trainer."""
+"""The JobSet: valid API fields and values, restarts only for some exit codes, and the trainer's command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launching import LAUNCH, environment, stand_in
 from tiny import ROOT
 
 WORDS = {"$IMAGE": "image", "$CONFIG": "experiments/pretrain_large_224.py", "$WORKDIR": "gs://bucket/run"}
-# Fields of jobset.x-k8s.io/v1alpha2 (api/jobset/v1alpha2/jobset_types.go) and of batch/v1, as far as they are used.
+# Fields in use of jobset.x-k8s.io/v1alpha2 (api/jobset/v1alpha2/jobset_types.go) and of batch/v1.
 FIELDS = {
     "spec": {"replicatedJobs", "network", "successPolicy", "failurePolicy", "suspend", "ttlSecondsAfterFinished"},
     "network": {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"},
@@ -26,14 +26,14 @@ JOB_FAILURE_REASONS = {"BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexe
 POD_ACTIONS = {"FailJob", "Ignore", "Count", "FailIndex"}
 
 
-# The message of a Job that its podFailurePolicy failed (pkg/controller/job/pod_failure_policy.go of Kubernetes).
+# Message of a Job that failed by its podFailurePolicy (pkg/controller/job/pod_failure_policy.go of Kubernetes).
 FAILED = (
     "Container train for pod default/aimv2-slice-0-5-x7 failed with exit code {code} matching FailJob rule at index 1"
 )
 
 
 def filled(words: dict[str, str]) -> dict:
-    """The JobSet after `envsubst`, which puts values in as they are."""
+    """Returns the JobSet after `envsubst`, which inserts values verbatim."""
     text = (LAUNCH / "gke_jobset.yaml").read_text()
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
     for word, value in words.items():
@@ -73,7 +73,7 @@ def test_jobset_when_read_then_its_fields_and_values_are_those_of_the_api(jobset
         assert rule["action"] in POD_ACTIONS
         codes = rule.get("onExitCodes", {"containerName": container["name"], "operator": "In", "values": [1]})
         assert codes["containerName"] == container["name"] and codes["operator"] in {"In", "NotIn"}
-    # What Kubernetes asks of a Job with a podFailurePolicy, and GKE of one on TPUs.
+    # Required by Kubernetes for a Job with a podFailurePolicy, and by GKE for one on TPUs.
     assert job["template"]["spec"]["restartPolicy"] == "Never" and job["completionMode"] == "Indexed"
 
 
@@ -84,7 +84,7 @@ def test_jobset_when_read_then_a_slice_has_a_pod_for_each_of_its_hosts(job, cont
 
 
 def outcome(jobset: dict, job: dict, code: int, disrupted: bool) -> str:
-    """What becomes of the JobSet when one pod ends so, by the rules in their order."""
+    """Returns the JobSet's action when one pod ends this way, by the rules in their order."""
     reason = "BackoffLimitExceeded"
     for rule in job["podFailurePolicy"]["rules"]:
         if "onPodConditions" in rule:
@@ -95,7 +95,7 @@ def outcome(jobset: dict, job: dict, code: int, disrupted: bool) -> str:
         if matches:
             reason = "PodFailurePolicy" if rule["action"] == "FailJob" else reason
             break
-    assert job["backoffLimit"] == 0  # So one counted pod fails its Job.
+    assert job["backoffLimit"] == 0  # One counted pod fails its Job.
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
         if reason in rule["onJobFailureReasons"] and any(re.search(p, FAILED.format(code=code)) for p in patterns):
@@ -108,8 +108,8 @@ def outcome(jobset: dict, job: dict, code: int, disrupted: bool) -> str:
     [
         (75, False, "RestartJobSetAndIgnoreMaxRestarts"),
         (75, True, "RestartJobSetAndIgnoreMaxRestarts"),
-        (137, True, "RestartJobSetAndIgnoreMaxRestarts"),  # Its host was taken away before it could save.
-        (137, False, "RestartJobSet"),  # Killed for want of memory: counted, and started again ten times at most.
+        (137, True, "RestartJobSetAndIgnoreMaxRestarts"),  # Its host was preempted before it could save.
+        (137, False, "RestartJobSet"),  # Out of memory: counted, at most ten restarts.
         (134, False, "RestartJobSet"),
         (139, False, "RestartJobSet"),
         (4, False, "FailJobSet"),
@@ -139,10 +139,10 @@ def test_container_has_no_privileges_beyond_locking_memory(container):
 
 def test_image_holds_what_git_tracks_of_the_package_only():
     patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    assert patterns[0] == "*"  # All is left out but what follows.
-    taken = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    assert {"aimv2_jax", "launch", "setup.py", "README.md", "LICENSE"} <= set(taken)
-    assert all((ROOT / name).exists() for name in taken) and not {".git", ".venv", "runs", "tests"} & set(taken)
+    assert patterns[0] == "*"  # Everything is excluded except the patterns that follow.
+    included = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    assert {"aimv2_jax", "launch", "setup.py", "README.md", "LICENSE"} <= set(included)
+    assert all((ROOT / name).exists() for name in included) and not {".git", ".venv", "runs", "tests"} & set(included)
     assert "USER aimv2" in (LAUNCH / "Dockerfile").read_text()
 
 
@@ -159,6 +159,6 @@ def test_container_when_started_then_it_becomes_the_trainer_with_the_flags_of_it
         command, cwd=ROOT, env=environment(tmp_path, **variables), stdout=subprocess.PIPE, text=True
     ) as process:
         pid, arguments, flags = process.stdout.read().splitlines()
-    assert int(pid) == process.pid  # So that SIGTERM reaches it.
+    assert int(pid) == process.pid  # SIGTERM reaches the trainer.
     assert arguments == f"-m aimv2_jax.main --config={WORDS['$CONFIG']} --workdir={WORDS['$WORKDIR']}"
     assert ("megascale" in flags) == (slices > 1)

@@ -1,4 +1,4 @@
-"""All launch scripts: that bash can read them, and that they tell how they are used."""
+"""Syntax checks of all launch scripts by bash and shellcheck."""
 
 import shutil
 

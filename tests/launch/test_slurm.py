@@ -1,4 +1,4 @@
-"""The Slurm script, with an srun that starts real processes and an scontrol that writes down what it is asked."""
+"""The Slurm script, with a fake srun that starts real processes and a fake scontrol that records its arguments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from launching import LAUNCH, environment, run, stand_in
 
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
-# As srun(1) says of a step with a task a node: it hands on the environment, sets SLURM_STEP_* and numbers of tasks,
-# forwards SIGTERM, refuses options that it does not know, and exits with the highest code of its tasks, 128 + N for one
-# that signal N ended. With --kill-on-bad-exit=0 no task is ended because another failed.
+# Imitates srun(1) for a step with one task a node: it passes the environment on, sets SLURM_STEP_* and task numbers,
+# forwards SIGTERM, rejects unknown options, and exits with the highest code of its tasks, 128 + N for one that signal N
+# ended. With --kill-on-bad-exit=0 it ends no task because another failed.
 SRUN = """
 while [[ $1 == --* ]]; do
   case $1 in --kill-on-bad-exit=0 | --wait=*) ;; *) echo "srun: unrecognized option '$1'" >&2; exit 1 ;; esac
@@ -29,7 +29,7 @@ for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_NODEI
 highest=0
 for task in "${tasks[@]}"; do
   until wait "$task"; code=$?; ! kill -0 "$task" 2>/dev/null; do :; done
-  # The trap may have interrupted that wait, and the task ended since: then its code is still to be had.
+  # The trap may have interrupted that wait and the task may have ended since; wait again for its code.
   if ((code == 143)); then wait "$task"; code=$?; fi
   ((code > highest)) && highest=$code
 done
@@ -47,7 +47,7 @@ for ((i = 0; i < 600; i++)); do sleep 0.05; done
 
 @pytest.fixture
 def job(tmp_path):
-    """The environment of a job of two processes whose trainers exit with the given code."""
+    """Environment of a job of two processes whose trainers exit with the given code."""
     programs = tmp_path / "programs"
     stand_in(programs, "srun", SRUN), stand_in(programs, "scontrol", SCONTROL)
     trainer = stand_in(programs, "trainer", TRAINER)
@@ -90,7 +90,7 @@ def test_job_when_slurm_sends_sigterm_then_it_waits_for_the_processes_and_goes_b
         while not all(record(tmp_path, f"process{process}") for process in range(2)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        # As scancel --full does (scancel(1)); sbatch --signal spares the shell.
+        # Like scancel --full (scancel(1)); sbatch --signal does not signal the shell.
         os.killpg(shell.pid, signal.SIGTERM)
         assert shell.wait(20) == 75
     assert record(tmp_path, "scontrol") == ["requeue 1234"]

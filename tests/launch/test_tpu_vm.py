@@ -1,4 +1,4 @@
-"""The TPU VM script: its commands word by word, and runs with preemptions on hosts that are folders of this machine."""
+"""The TPU VM script: its exact commands, and runs with preemptions on hosts that are local folders."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def tpu_vm(*words: object, **variables: object):
 def test_run_when_dry_then_the_commands_are_printed_and_none_is_run(flags, slices, nodes):
     done = tpu_vm("run", *NAMED, *flags, "--dry-run", *TRAIN, TMPDIR="/archives", PATH="/usr/bin:/bin")
     assert (done.returncode, done.stderr) == (0, "")
-    said = re.sub(r" (HEAD|[0-9a-f]{40}) ?\n", " COMMIT\n", done.stdout.replace(f"{LAUNCH}/..", "CHECKOUT"))
-    said = re.sub(r" +\n", "\n", said).replace("/archives/aimv2_jax.XXXXXX", "/archives/FOLDER")
-    assert said == DRY_RUN.replace("NODES", nodes).replace("SLICES", str(slices))
+    output = re.sub(r" (HEAD|[0-9a-f]{40}) ?\n", " COMMIT\n", done.stdout.replace(f"{LAUNCH}/..", "CHECKOUT"))
+    output = re.sub(r" +\n", "\n", output).replace("/archives/aimv2_jax.XXXXXX", "/archives/FOLDER")
+    assert output == DRY_RUN.replace("NODES", nodes).replace("SLICES", str(slices))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_command_when_its_flags_are_wrong_then_one_line_and_code_2(words, expect
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
 
 
-# Stands in for Google's cloud: a queued resource whose two hosts are folders, with a state in a file.
+# A fake gcloud: a queued resource with two folders as its hosts and its state in a file.
 GCLOUD = """
 shift 3
 echo "$1 ${*: -2:1}" >>"$CLOUD/calls"
@@ -105,14 +105,14 @@ scp)
   ;;
 ssh)
   for word in "$@"; do [[ $word == --command=* ]] && order=${word#--command=}; done
-  order=${order% && *install} # This machine has its Python.
+  order=${order% && *install} # Skip the installation.
   if [[ $order == *code && -f "$CLOUD/unreachable" ]]; then rm "$CLOUD/unreachable"; exit 255; fi
   if [[ $order == *over && -f "$CLOUD/not_over" ]]; then exit 255; fi
   for host in $(hosts "$@"); do (cd "$host" && HOST=${host##*/host} bash -c "$order") || exit; done
   ;;
 esac
 """
-# A trainer whose runs end as the words in a file say, one a start: a code, or "preempted" with all its hosts.
+# A fake trainer. $ENDS has one word for each start: an exit code, or "preempted" for all hosts.
 TRAINER = """
 echo "$*" >>"$CLOUD/started$HOST"
 echo "$AIMV2_JAX_SECRET" >>"$CLOUD/secrets$HOST"
@@ -130,7 +130,7 @@ exit "$end"
 
 @pytest.fixture
 def cloud(tmp_path):
-    """Runs the script in a cloud where the runs end as told: the result, and gcloud's calls with the last words."""
+    """Runs the script on the fake cloud, where runs end as in `ends`; returns the result and gcloud's calls."""
     programs = tmp_path / "programs"
     stand_in(programs, "gcloud", GCLOUD)
     trainer = stand_in(programs, "trainer", TRAINER)
@@ -153,21 +153,21 @@ def starts(folder: Path, host: int) -> list[str]:
     [("75 2 0", 2, 2), ("1 0", 1, 1), ("137 75 134 0", 0, 4), ("137 137 137 137 137 137 0", 137, 6)],
 )
 def test_run_when_the_trainer_ends_then_started_again_if_that_can_help(ends, code, count, cloud, tmp_path):
-    (tmp_path / "unreachable").touch()  # One question goes unanswered: no verdict, so it is asked again.
+    (tmp_path / "unreachable").touch()  # One query fails; the script repeats it.
     done, calls = cloud("run", ends, *TRAIN)
     assert done.returncode == code, done.stderr
     command = "-m aimv2_jax.main --config=experiments/pretrain_large_224.py --workdir=gs://bucket/a b"
     for host in range(2):
         assert starts(tmp_path, host) == [command] * count
     assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (1, 0, 1)
-    assert (tmp_path / "modes").read_text().split()[1] == "700"  # What is copied holds uncommitted changes.
+    assert (tmp_path / "modes").read_text().split()[1] == "700"  # The archive is private: it holds uncommitted changes.
     assert not list(tmp_path.glob("aimv2_jax.*"))
 
 
 @needs_git
 @pytest.mark.parametrize("code", [75, 137])
 def test_run_when_hosts_may_still_be_at_work(code, cloud, tmp_path):
-    """Where a host does not say that its trainer is over, none is started beside it."""
+    """If a host does not confirm that its trainer has ended, no new one is started."""
     (tmp_path / "not_over").touch()
     done, _ = cloud("run", f"{code} 0", *TRAIN)
     assert done.returncode == 255 and len(starts(tmp_path, 0)) == 1
@@ -179,7 +179,8 @@ def test_run_when_the_tpu_is_preempted_then_it_is_rented_anew_and_the_run_goes_o
     assert done.returncode == 0, done.stderr
     assert [len(starts(tmp_path, host)) for host in range(2)] == [3, 3]
     secrets = [(tmp_path / f"secrets{host}").read_text().split() for host in range(2)]
-    assert secrets[0] == secrets[1] and [len(secret) for secret in set(secrets[0])] == [32] * 3  # One a start.
+    # Each start has a new secret.
+    assert secrets[0] == secrets[1] and [len(secret) for secret in set(secrets[0])] == [32] * 3
     assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (2, 1, 2)
     assert calls.index("delete") < calls.rindex("create") < calls.rindex("scp")
 
@@ -197,13 +198,13 @@ def test_follow_when_the_tpu_is_preempted_then_code_75_and_nothing_is_rented(clo
     _, before = cloud("run", "1 preempted", *TRAIN)
     cloud("start", "1 preempted", *TRAIN)
     done, calls = cloud("follow", "1 preempted")
-    assert done.returncode == 75 and "taken away" in done.stderr
+    assert done.returncode == 75 and "was preempted" in done.stderr
     assert calls.count("create") == before.count("create") == 1
 
 
 @pytest.fixture
 def host(tmp_path):
-    """Calls worker.sh in a checkout of one host, whose trainer saves and exits with 75 when told to stop."""
+    """Calls worker.sh in one host's checkout, with a fake trainer that exits with 75 on SIGTERM."""
     checkout = tmp_path / "aimv2_jax/launch"
     checkout.mkdir(parents=True)
     for script in ("worker.sh", "xla_flags.sh"):
@@ -231,7 +232,7 @@ def test_worker_when_stopped_then_the_run_saves_and_its_code_is_kept(host, tmp_p
     assert host("code").stdout == "75\n"
     log = (tmp_path / "aimv2_jax_run/log").read_text()
     assert log.startswith("-m aimv2_jax.main --config=a.py --workdir=a b --megascale") and log.endswith("--mine\n")
-    assert "--config=a.py" in host("follow").stdout  # Which ends, since the run is over.
+    assert "--config=a.py" in host("follow").stdout  # `follow` returns because the run is over.
 
 
 def test_worker_when_its_host_crashed_then_the_run_is_lost(host, tmp_path):

@@ -1,4 +1,4 @@
-"""The flags of every process: known to the installed libtpu, in all generations."""
+"""The flags of launch/xla_flags.sh are known to the installed libtpu, for all TPU generations."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from launching import LAUNCH, run
 libtpu = pytest.importorskip("libtpu")
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ALIKE = [("v4",), ("v5e", "v5p"), ("v6e",)]  # With the same flags: a process reads them once.
+ALIKE = [("v4",), ("v5e", "v5p"), ("v6e",)]  # Generations with the same flags share a process, which reads them once.
 COMPILE = """
 import sys, jax
 from jax.experimental import topologies

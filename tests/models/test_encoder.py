@@ -1,4 +1,4 @@
-"""The encoder's ways in and out that the golden tensors don't show."""
+"""Encoder inputs and outputs that the golden tensors do not cover."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from flax.core import meta
 
 from aimv2_jax.models.encoder import Encoder
-from aimv2_jax.models.positions import sincos_positions
+from aimv2_jax.models.position_embeddings import sincos_positions
 
 SIZE = dict(width=16, depth=2, heads=2, hidden=24, num_patches=6)
 
@@ -29,10 +29,10 @@ def build(**changes):
 
 def test_features_when_collected_then_every_layer_and_the_last_gives_the_output():
     encoder, params, pixels, valid = build()
-    features, every = encoder.apply(params, pixels, grid(2, 3), valid, None, True)
-    assert every.shape == (3, 2, 6, 16)
+    features, hidden_states = encoder.apply(params, pixels, grid(2, 3), valid, None, True)
+    assert hidden_states.shape == (3, 2, 6, 16)
     gain = params["params"]["trunk"]["norm"]["scale"]
-    last = np.asarray(every[-1])
+    last = np.asarray(hidden_states[-1])
     normed = last / np.sqrt((last**2).mean(-1, keepdims=True) + 1e-5) * gain
     np.testing.assert_allclose(features, normed, rtol=0, atol=1e-5)
     alone, none = encoder.apply(params, pixels, grid(2, 3), valid)

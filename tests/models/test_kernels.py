@@ -1,6 +1,6 @@
-"""The kernels in Pallas's interpreter against XLA's attention: results and gradients.
+"""Pallas kernels in the interpreter against XLA's attention: results and gradients.
 
-Both compute in float32 and sum in another order; in bfloat16 the probabilities are rounded alike, sums are not.
+In float32 only the order of sums differs; in bfloat16 the probabilities are rounded equally, but sums are not.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from aimv2_jax.models.attention import Reads, attend, choose_attention, padded_rows
-from aimv2_jax.models.kernels import online, whole_row
+from aimv2_jax.models.attention import MaskSpec, attend, choose_attention, padded_rows
+from aimv2_jax.models.kernels import flash_attention, short_attention
 
 HEAD_DIM, HEADS = 128, 2
-# (rows, prefix of each example, valid rows of each example); none is at a block's edge but by intention.
+# (rows, prefix of each example, valid rows of each example). Only the last case ends at a block's edge.
 CASES = {
     "encoder, prefixes from 1 to all but one": (256, (1, 255), (256, 256)),
     "decoder": (336, (0, 0), (336, 333)),
@@ -32,42 +32,42 @@ def arrays(rows: int, dtype) -> list[jax.Array]:
     return [jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i in range(4)]
 
 
-def results(implementation: str, reads: Reads, rows: int, dtype):
-    """Output and gradients of q, k, v where only rows that read something have a gradient."""
+def results(implementation: str, mask_spec: MaskSpec, rows: int, dtype):
+    """Output and gradients of q, k, v and grad_dot; padding rows are excluded from output and loss."""
     q, k, v, weight = arrays(rows, dtype)
-    weight = jnp.where(reads.readable[..., None], weight, 0)
+    weight = jnp.where(mask_spec.key_valid[..., None], weight, 0)
 
-    def loss(q, k, v, told):
-        out = attend(q, k, v, reads, told, HEADS, implementation)
+    def loss(q, k, v, grad_dot):
+        out = attend(q, k, v, mask_spec, grad_dot, HEADS, implementation)
         return jnp.sum((out * weight).astype(jnp.float32)), out
 
     grads, out = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, jnp.zeros(q.shape[:2]))
-    return [jnp.where(reads.readable[..., None], out, 0), *grads]
+    return [jnp.where(mask_spec.key_valid[..., None], out, 0), *grads]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_when_given_prefixes_and_padding_then_the_numbers_of_xla(case, dtype):
     rows, prefix, valid = CASES[case]
-    readable = np.arange(rows) < np.asarray(valid)[:, None]
-    reads = Reads(jnp.asarray(prefix, jnp.int32), jnp.asarray(readable))
+    key_valid = np.arange(rows) < np.asarray(valid)[:, None]
+    mask_spec = MaskSpec(jnp.asarray(prefix, jnp.int32), jnp.asarray(key_valid))
     assert padded_rows(rows, "pallas") == rows
-    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2  # bfloat16 has eight bits; of each tensor's largest entry.
-    ours, xla = (results(name, reads, rows, dtype) for name in ("pallas_interpreted", "xla"))
-    for name, one, other in zip(("out", "dq", "dk", "dv", "told"), ours, xla):
-        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
-        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max(), err_msg=name)
+    tolerance = 2e-5 if dtype == jnp.float32 else 2e-2  # Relative to the largest entry; bfloat16 has eight bits.
+    ours, xla = (results(name, mask_spec, rows, dtype) for name in ("pallas_interpreted", "xla"))
+    for name, actual, expected in zip(("out", "dq", "dk", "dv", "grad_dot"), ours, xla):
+        actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("kernel", [whole_row, online], ids=["whole_row", "online"])
+@pytest.mark.parametrize("kernel", [short_attention, flash_attention], ids=["whole_row", "online"])
 def test_kernel_when_a_query_may_read_nothing_then_finite(kernel):
     q, k, v, _ = arrays(128, jnp.float32)
-    readable = jnp.zeros((2, 128), bool).at[1, 64:].set(True)
+    key_valid = jnp.zeros((2, 128), bool).at[1, 64:].set(True)
     run = partial(
         kernel.attend,
         prefix=jnp.zeros(2, jnp.int32),
-        readable=readable,
-        told=jnp.zeros((2, 128)),
+        key_valid=key_valid,
+        grad_dot=jnp.zeros((2, 128)),
         head_dim=HEAD_DIM,
         interpret=True,
     )
@@ -76,23 +76,26 @@ def test_kernel_when_a_query_may_read_nothing_then_finite(kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "rows"), [(whole_row, 48), (online, 640)], ids=["whole_row", "online"])
+@pytest.mark.parametrize(
+    ("kernel", "rows"), [(short_attention, 48), (flash_attention, 640)], ids=["whole_row", "online"]
+)
 def test_kernel_interpreted_as_tpu_same_bits(kernel, rows):
-    """The plain interpreter knows no cores, runs a grid in order, and pads what is read beyond an array's end.
+    """The TPU interpreter gives the same bits as the plain one.
 
-    This one takes the grid's parallel dimensions in any order and on two cores, as a TPU may, and refuses such reads.
+    The plain interpreter has no cores, runs the grid in order, and pads out-of-bounds reads. The TPU interpreter runs
+    the grid's parallel dimensions in any order on two cores, as a TPU may, and raises on out-of-bounds reads.
     """
     tpu = pltpu.InterpretParams(num_cores_or_threads=2, random_seed=1, out_of_bounds_reads="raise")
     q, k, v, weight = (x[:1] for x in arrays(rows, jnp.float32))
-    prefix, readable = jnp.asarray([rows // 2]), jnp.arange(rows)[None] < rows - 5
+    prefix, key_valid = jnp.asarray([rows // 2]), jnp.arange(rows)[None] < rows - 5
 
     def loss(inputs, interpret):
-        out = kernel.attend(*inputs, prefix, readable, jnp.zeros((1, rows)), HEAD_DIM, interpret)
+        out = kernel.attend(*inputs, prefix, key_valid, jnp.zeros((1, rows)), HEAD_DIM, interpret)
         return jnp.sum(out * weight), out
 
     plain, as_tpu = (jax.grad(loss, has_aux=True)((q, k, v), interpret) for interpret in (True, tpu))
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(as_tpu)):
-        np.testing.assert_array_equal(one, other)
+    for expected, actual in zip(jax.tree.leaves(plain), jax.tree.leaves(as_tpu)):
+        np.testing.assert_array_equal(expected, actual)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""AIMv1's head: its formula, its initial numbers, and that rows don't meet."""
+"""AIMv1's pixel head: formula, initial values and independence of rows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from flax.core import meta
 from golden_names import paths
 
-from aimv2_jax.models.layers import Run
+from aimv2_jax.models.layers import TrunkOptions
 from aimv2_jax.models.patch_mlp import PatchMLP
-from aimv2_jax.models.positions import sincos_positions
+from aimv2_jax.models.position_embeddings import sincos_positions
 
 B, L, C, D, F, P, DEPTH = 2, 6, 20, 64, 96, 27, 2
 
 
 def build(layers: str = "scan", remat: str = "none") -> PatchMLP:
-    return PatchMLP(width=D, depth=DEPTH, hidden=F, pixels=P, run=Run(layers, remat))
+    return PatchMLP(width=D, depth=DEPTH, hidden=F, pixels=P, options=TrunkOptions(layers, remat))
 
 
 def apply(head: PatchMLP, params, features):
@@ -42,7 +42,7 @@ def params():
 
 
 def in_float64(params, features) -> np.ndarray:
-    """The head in numpy, spelt out."""
+    """Computes the head in numpy and float64."""
     tree = {path: np.asarray(leaf, np.float64) for path, leaf in paths(params).items()}
 
     def norm(x, gain):
@@ -62,8 +62,8 @@ def in_float64(params, features) -> np.ndarray:
 @pytest.mark.parametrize(("layers", "remat"), [("scan", "none"), ("loop", "full")])
 def test_head_when_computed_in_float64_then_equal(params, features, layers, remat):
     noise = np.random.default_rng(2)
-    spoilt = jax.tree.map(lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32), params)
-    ours, expected = apply(build(layers, remat), spoilt, features), in_float64(spoilt, features)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32), params)
+    ours, expected = apply(build(layers, remat), noisy, features), in_float64(noisy, features)
     assert ours.shape == (B, L - 1, P) and ours.dtype == jnp.float32
     # Sums of a hundred products in float32, through two blocks.
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""What runs on each device's own part of arrays, on meshes of every kind."""
+"""`map_local` on meshes of every kind."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aimv2_jax.models import placement
-from aimv2_jax.parallel import rules
+from aimv2_jax.parallel import collectives, rules
 from aimv2_jax.parallel.mesh import build_mesh
 
 
@@ -18,16 +17,16 @@ from aimv2_jax.parallel.mesh import build_mesh
     ids=["all axes", "data", "tensor alone", "one device"],
 )
 def test_kernel_when_on_a_mesh_then_runs_on_each_part(sizes, part):
-    """A TPU kernel cannot be partitioned by the compiler: it must never see a whole array that a mesh splits."""
-    mesh, seen = build_mesh(*sizes, jax.devices()[: np.prod(sizes)]), []
+    """A TPU kernel cannot be partitioned by the compiler, so it must see only local shards."""
+    mesh, shapes = build_mesh(*sizes, jax.devices()[: np.prod(sizes)]), []
     axes = ("batch", "length", "heads")
 
     def run(x):
-        seen.append(x.shape)
+        shapes.append(x.shape)
         return x + 1
 
     x = jnp.arange(8 * 3 * 8.0).reshape(8, 3, 8)
     with rules.scope(mesh):
-        out = jax.jit(lambda x: placement.by_device(run, ((x, axes),), axes))(x)
+        out = jax.jit(lambda x: collectives.map_local(run, ((x, axes),), axes))(x)
     np.testing.assert_array_equal(out, x + 1)
-    assert seen == [part]
+    assert shapes == [part]

@@ -1,4 +1,4 @@
-"""Trainers that were killed are counted from one checkpoint to the next."""
+"""Count of killed trainers since the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import threading
 import pytest
 from bucket import NAME, stand_in
 
-from aimv2_jax.parallel import kills
-from aimv2_jax.parallel.kills import count_kill
-from aimv2_jax.train.step_folders import FOLDER
+from aimv2_jax.checkpoint.layout import FOLDER
+from aimv2_jax.distributed import crash_count
+from aimv2_jax.distributed.crash_count import count_kill
 
 
 def test_kills_when_a_checkpoint_comes_between(tmp_path):
     assert [count_kill(tmp_path), count_kill(tmp_path)] == [1, 2]
     (tmp_path / FOLDER / "50").mkdir(parents=True)
-    (tmp_path / FOLDER / "100.orbax-checkpoint-tmp-saving").mkdir()  # None yet.
+    (tmp_path / FOLDER / "100.orbax-checkpoint-tmp-saving").mkdir()  # Not a checkpoint yet.
     assert [count_kill(tmp_path), count_kill(tmp_path), count_kill(tmp_path)] == [1, 2, 3]
     (tmp_path / FOLDER / "100").mkdir()
     assert count_kill(tmp_path) == 1
 
 
 def test_kills_when_the_run_is_in_a_bucket(tmp_path, monkeypatch):
-    """A folder is a step with its manifest; STEP-2 is a step that was saved again."""
+    """A folder counts as a step once it has a manifest; STEP-2 is a step that was saved again."""
     steps = stand_in(tmp_path / "bucket", monkeypatch) / "run" / FOLDER
     workdir = f"{NAME}/run"
     (steps / "50").mkdir(parents=True)
@@ -37,11 +37,11 @@ def test_kills_when_the_run_is_in_a_bucket(tmp_path, monkeypatch):
 
 
 def test_kills_when_the_disk_hangs(tmp_path, monkeypatch):
-    """A pipe that nobody writes to holds up its reader as a disk that hangs does."""
-    os.mkfifo(tmp_path / kills.FILE)
-    assert kills.count_kill_within(tmp_path, seconds=0.1) == 1
+    """A pipe without a writer blocks its reader as a hung disk does."""
+    os.mkfifo(tmp_path / crash_count.FILE)
+    assert crash_count.count_kill_within(tmp_path, seconds=0.1) == 1
     [thread] = [thread for thread in threading.enumerate() if thread.name == "kills"]
-    os.close(os.open(tmp_path / kills.FILE, os.O_WRONLY))
+    os.close(os.open(tmp_path / crash_count.FILE, os.O_WRONLY))
     thread.join()
 
 
@@ -49,7 +49,7 @@ def test_kills_when_the_disk_hangs(tmp_path, monkeypatch):
     "content", ["", "[" * 100_000, "[]", '{"newest_step": 0}', '{"newest_step": 0, "kills": "many"}', "\xff"]
 )
 def test_kills_when_the_file_is_damaged(content, tmp_path):
-    (tmp_path / kills.FILE).write_text(content, "latin-1")
+    (tmp_path / crash_count.FILE).write_text(content, "latin-1")
     assert [count_kill(tmp_path), count_kill(tmp_path)] == [1, 2]
 
 

@@ -1,4 +1,4 @@
-"""Connections between watchers: messages come whole and in order, and what is none closes the connection."""
+"""Connections between supervisors: messages arrive complete and in order; invalid data closes the connection."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from aimv2_jax.parallel.links import Link
+from aimv2_jax.distributed.messages import Connection
 
 
 def test_link_when_much_is_sent_at_once_then_all_of_it_comes_in_order():
-    one, other = map(Link, socket.socketpair())
+    one, other = map(Connection, socket.socketpair())
     sent = [{"number": number, "text": "x" * 5000} for number in range(200)]
     for message in sent:
         one.send(message)
@@ -33,19 +33,19 @@ def test_link_when_much_is_sent_at_once_then_all_of_it_comes_in_order():
 )
 def test_link_when_garbage_comes(sent):
     one, other = socket.socketpair()
-    link = Link(other)
+    connection = Connection(other)
     one.sendall(sent + b"\n")
-    assert link.receive() == [] and link.closed
-    one.close(), link.close()
+    assert connection.receive() == [] and connection.closed
+    one.close(), connection.close()
 
 
 def test_link_when_a_message_has_no_end():
     one, other = socket.socketpair()
-    link = Link(other)
+    connection = Connection(other)
     one.setblocking(False)
     for _ in range(100):
         with contextlib.suppress(BlockingIOError):
             one.send(b"x" * (1 << 16))
-        link.receive()
-    assert link.closed
-    one.close(), link.close()
+        connection.receive()
+    assert connection.closed
+    one.close(), connection.close()

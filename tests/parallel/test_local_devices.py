@@ -1,6 +1,6 @@
-"""Every GPU of a node is used once, whatever starts the processes there.
+"""Every GPU of a node is used once, for every launcher.
 
-The variables are those that the launchers set:
+The launchers set these variables:
 
 - srun: `SLURM_STEP_TASKS_PER_NODE` always, `SLURM_TASKS_PER_NODE` and `SLURM_NTASKS` unless `--preserve-env`
   (src/common/env.c, env_array_for_step), `SLURM_NTASKS_PER_NODE` where the option was given; it is the job's, and a
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import pytest
 
+from aimv2_jax.distributed import local_devices as module
+from aimv2_jax.distributed.local_devices import expand_counts, local_devices
 from aimv2_jax.errors import UserError
-from aimv2_jax.parallel import local_devices as module
-from aimv2_jax.parallel.local_devices import expand_counts, local_devices
 
 EIGHT = "0,1,2,3,4,5,6,7"
 
@@ -25,7 +25,7 @@ EIGHT = "0,1,2,3,4,5,6,7"
 def srun(
     tasks: str, local: int, gpus: int = 8, cuda: str | None = EIGHT, node: int = 0, **others: str
 ) -> dict[str, str]:
-    """Variables of a task; those of the job (`others`) may differ from the step's."""
+    """Variables of a task; variables of the job (`others`) may differ from the step's."""
     step = {
         "SLURM_STEP_TASKS_PER_NODE": tasks,
         "SLURM_TASKS_PER_NODE": tasks,
@@ -51,18 +51,18 @@ def driver(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        (srun("1(x4)", 0), None),  # One task a node: launch/slurm.sbatch.
+        (srun("1(x4)", 0), None),  # One task per node: launch/slurm.sbatch.
         (srun("1", 0, gpus=1, cuda="3"), None),
-        (srun("8(x2)", 5), (5,)),  # One task a GPU, all of which each task sees.
+        (srun("8(x2)", 5), (5,)),  # One task per GPU; each task sees all GPUs.
         (srun("2(x3),1", 1), (4, 5, 6, 7)),
         (srun("2(x3),1", 0, node=3), None),  # The last node has one task.
-        (srun("4", 2, gpus=4, cuda="4,5,6,7"), (2,)),  # Half of a node: counted among the visible.
+        (srun("4", 2, gpus=4, cuda="4,5,6,7"), (2,)),  # Half of a node: indices count the visible GPUs.
         (srun("2", 1, gpus=4, cuda=None), (2, 3)),  # No devices listed (gres.conf: Flags=no_gpu_env).
         (srun("8", 5, cuda="5"), None),  # --gpus-per-task=1: each sees its own.
         (srun("8", 5, cuda="0"), None),  # The same where cgroups constrain devices.
         (srun("2", 1, cuda="4,5,6,7"), None),  # --gpus-per-task=4.
         (srun("2", 1, cuda="MIG-3e8f4c1a-6e0c-5a83-8f0e-1f6f0e6f3c11", gpus=2), None),
-        # A step of one task a node in a job of eight: srun --ntasks-per-node=1.
+        # A step of one task per node in a job of eight: srun --ntasks-per-node=1.
         (srun("1(x4)", 0, SLURM_NTASKS_PER_NODE="8"), None),
         (srun("1(x4)", 0, SLURM_NTASKS_PER_NODE="8", SLURM_TASKS_PER_NODE="8(x4)"), None),  # With --preserve-env.
         (srun("2", 1, JAX_LOCAL_DEVICE_IDS="1,3"), None),  # jax reads it.
@@ -81,8 +81,8 @@ def test_gpus_of_a_slurm_task(variables, expected):
         (mpirun(0, 1), None),  # mpirun -N 1.
         (mpirun(3, 8), (3,)),
         (mpirun(1, 2), (4, 5, 6, 7)),
-        (mpirun(1, 4, CUDA_VISIBLE_DEVICES="0,1,2,3"), (1,)),  # Set for all.
-        (mpirun(1, 8, CUDA_VISIBLE_DEVICES="1"), None),  # By a script that each rank runs.
+        (mpirun(1, 4, CUDA_VISIBLE_DEVICES="0,1,2,3"), (1,)),  # Set for all ranks.
+        (mpirun(1, 8, CUDA_VISIBLE_DEVICES="1"), None),  # Set by a script that each rank runs.
         (mpirun(1, 2, CUDA_VISIBLE_DEVICES="4,5,6,7"), None),
         (mpirun(1, 2, CUDA_VISIBLE_DEVICES=EIGHT, SLURM_GPUS_ON_NODE="8"), (4, 5, 6, 7)),  # Inside a Slurm job.
         (mpirun(1, 2, CUDA_VISIBLE_DEVICES="-1"), None),  # None is visible: CPUs.
@@ -101,7 +101,7 @@ def test_gpus_when_the_machine_has_none(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tasks", [3, 16])
 def test_gpus_when_they_do_not_divide(tasks):
-    with pytest.raises(UserError, match=f"8 GPUs, {tasks} processes.*one process a node"):
+    with pytest.raises(UserError, match=f"8 GPUs, {tasks} processes.*one process per node"):
         local_devices("slurm", srun(str(tasks), 0))
 
 

@@ -1,4 +1,4 @@
-"""Meshes over devices, and whose rows are whose."""
+"""Device meshes, and the batch rows of each process."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_mesh_when_sizes_do_not_fit_the_devices_then_refused(sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU as jax reports it, as far as a mesh asks.
+    """Stand-in for a jax GPU device with the attributes that `build_mesh` uses.
 
     XLA's GPU client gives every device a `slice_index`, which counts the hosts by their boot id, or the groups of hosts
-    that NVLink joins (jax-ml/jax#13021, openxla/xla#23347). `jax.devices()` is ordered by process; ids follow the
-    topology, so that the ids of a host are neighbours (the comment on GPUs in jax's `create_device_mesh`).
+    joined by NVLink (jax-ml/jax#13021, openxla/xla#23347). `jax.devices()` is ordered by process; ids follow the
+    topology, so the ids of a host are consecutive (the comment on GPUs in jax's `create_device_mesh`).
     """
 
     id: int
@@ -46,15 +46,17 @@ class Gpu:
     device_kind: str = "NVIDIA H100 80GB HBM3"
 
 
-def gpus(nodes: int, each: int = 8) -> list[Gpu]:
-    """Processes are numbered against the order of the ids, as where the scheduler deals them so."""
-    return [Gpu(node * each + i, nodes - 1 - node, node) for node in reversed(range(nodes)) for i in range(each)]
+def gpus(nodes: int, per_node: int = 8) -> list[Gpu]:
+    """Devices whose process indices descend while ids ascend, as some schedulers assign them."""
+    return [
+        Gpu(node * per_node + i, nodes - 1 - node, node) for node in reversed(range(nodes)) for i in range(per_node)
+    ]
 
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ((1, -1, 1, 1), (1, 32, 1, 1)),  # The defaults, on four nodes.
+        ((1, -1, 1, 1), (1, 32, 1, 1)),  # The default mesh on four nodes.
         ((1, -1, 16, 1), (1, 2, 16, 1)),
         ((1, 1, 32, 1), (1, 1, 32, 1)),
         ((4, -1, 8, 1), (4, 1, 8, 1)),
@@ -62,7 +64,7 @@ def gpus(nodes: int, each: int = 8) -> list[Gpu]:
     ],
 )
 def test_mesh_on_gpu_nodes(sizes, shape):
-    """Nodes are no slices: an axis may span them, and the innermost axes lie within a node."""
+    """GPU nodes are not slices: an axis may span them, and the innermost axes stay within a node."""
     mesh = build_mesh(*sizes, devices=gpus(4))
     assert tuple(mesh.shape.values()) == shape
     assert [device.id for device in mesh.devices.flat] == list(range(32))
@@ -83,7 +85,7 @@ except UserError as error:
 
 
 def test_mesh_on_two_slices_of_tpus():
-    """Of TPUs, as libtpu describes them, `mesh.slices` is what the hardware has."""
+    """On TPUs, as described by libtpu, `mesh.slices` must be the number of hardware slices."""
     pytest.importorskip("libtpu")
     done = subprocess.run([sys.executable, "-c", TPUS], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -108,7 +110,7 @@ def test_local_rows_when_one_process_holds_all_devices_then_every_row_once(sizes
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 1, 4), (1, 2, 4)])
 def test_local_rows_when_devices_are_dealt_to_hosts_then_each_reads_what_its_devices_hold(hosts, sizes):
-    """Where a tensor axis spans hosts, they read the same rows; every row is read by somebody."""
+    """Hosts that share a tensor axis read the same rows; every row is read by at least one host."""
     sharding = batch_sharding(build_mesh(1, *sizes))
     devices = sorted(jax.devices(), key=lambda device: device.id)
     share = len(devices) // hosts

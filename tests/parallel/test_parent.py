@@ -1,4 +1,4 @@
-"""The parent of a single trainer, whose exit code is what launchers go by. Its trainers need no jax."""
+"""The parent of a single trainer, whose exit code launchers read. These trainers need no jax."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from collections.abc import Iterator
 import pytest
 from tiny import ROOT
 
-from aimv2_jax.parallel.parent import run_trainer
+from aimv2_jax.distributed.parent import run_trainer
 
 TRAINER = """
 import os, signal, sys, time
-from aimv2_jax.parallel import processes
+from aimv2_jax.distributed import coordination as processes
 trainer = processes.trainer()
-assert trainer.place.count == 1
+assert trainer.process.count == 1
 {code}
 """
-PARENT = "import sys; from aimv2_jax.parallel.parent import run_trainer; sys.exit(run_trainer(sys.argv[1:], 'nowhere'))"
+PARENT = (
+    "import sys; from aimv2_jax.distributed.parent import run_trainer; sys.exit(run_trainer(sys.argv[1:], 'nowhere'))"
+)
 
 
 def trainer(code: str) -> list[str]:
@@ -39,12 +41,12 @@ def importable(monkeypatch):
     ("code", "expected", "words"),
     [
         ("sys.exit(trainer.run(lambda: 3, None))", 3, ""),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 75, "error: the trainer was ended by SIGKILL; the same command"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 75, "error: the trainer was ended by SIGKILL; run the same command"),
         ("os.abort()", 75, "ended by SIGABRT"),
         ("signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)", 130, ""),
-        ("os.kill(os.getpid(), signal.SIGTERM)", 75, "stopped on request, while it started or ended; the same"),
-        ("processes.tell_hung(4, 'hung'); os.kill(os.getpid(), signal.SIGKILL)", 4, ""),
-        ("processes.tell_hung(4, 'hung'); os._exit(75)", 75, ""),  # It chose by itself.
+        ("os.kill(os.getpid(), signal.SIGTERM)", 75, "stopped on request during startup or shutdown; run the same"),
+        ("processes.report_hang(4, 'hung'); os.kill(os.getpid(), signal.SIGKILL)", 4, ""),
+        ("processes.report_hang(4, 'hung'); os._exit(75)", 75, ""),  # The trainer chose its own code.
     ],
 )
 def test_exit_code_when_the_trainer_ends(tmp_path, capfd, code, expected, words):
@@ -56,12 +58,12 @@ def test_exit_code_when_the_trainer_ends(tmp_path, capfd, code, expected, words)
 def test_exit_code_when_killed_three_times(tmp_path, capfd):
     kill = trainer("os.kill(os.getpid(), signal.SIGKILL)")
     assert [run_trainer(kill, tmp_path) for _ in range(3)] == [75, 75, 4]
-    assert "as trainers were 3 times since the newest checkpoint. Look into" in capfd.readouterr().err
+    assert "trainers were killed 3 times since the newest checkpoint. Check the" in capfd.readouterr().err
 
 
 @contextlib.contextmanager
 def in_time(process: subprocess.Popen) -> Iterator[None]:
-    """Kills the process after a minute, so that whoever reads from it goes on, and the test fails."""
+    """Kills the process after a minute, so that its reader continues and the test fails."""
     timer = threading.Timer(60, process.kill)
     timer.start()
     yield
@@ -70,7 +72,7 @@ def in_time(process: subprocess.Popen) -> Iterator[None]:
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_signals_when_sent_to_the_parent(ignored):
-    """SIGINT and SIGTERM go on as they are; SIGHUP as a SIGTERM, and under nohup, which has it ignored, not at all."""
+    """SIGINT and SIGTERM are forwarded unchanged, SIGHUP as SIGTERM; under nohup, SIGHUP is ignored."""
     wait = """
 got = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -105,5 +107,5 @@ def test_trainer_when_its_parent_is_killed():
         parent.stdout.readline()
         killed_s = time.monotonic()
         parent.kill()
-        assert parent.stdout.read() == ""  # Both ends of the pipe are closed: nothing of it lives.
+        assert parent.stdout.read() == ""  # The end of the pipe shows that both processes are gone.
     assert time.monotonic() - killed_s < 30

@@ -1,4 +1,4 @@
-"""Several real processes train as one: the same losses, one checkpoint for any number of them, and one end for all."""
+"""Training with several real processes: equal losses, portable checkpoints and a common exit code."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from runs import assert_bitwise, saved_state
 from several import HOST, Several, free_port, outputs_of_two
 from tiny import ROOT, only_devices, tiny_arguments, tiny_config
 
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED
-from aimv2_jax.train import loop
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
-from aimv2_jax.train.events import read_events
-from aimv2_jax.train.metrics import read_metrics
-from aimv2_jax.train.program import build_program
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader
+from aimv2_jax.errors import EXIT_FINISHED, EXIT_RETRY
+from aimv2_jax.monitoring.events import read_events
+from aimv2_jax.monitoring.metrics import read_metrics
+from aimv2_jax.train import trainer
+from aimv2_jax.train.builder import build_setup
 from experiments.drills.bytes_tokenizer import BytesTokenizer
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run one after another: in parallel they would slow down tests with timeouts.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 HEARTBEAT_S = 10
-STOPPED_S = 30  # From the signal until the step is saved; 10 where the cores are not shared with other tests.
+STOPPED_S = 30  # Time from the signal until the step is saved; 10 would do if other tests did not share the cores.
 SLOW_SAVES = """
 import os, time
 
 rename = os.rename
-# One second, for the rename that makes a folder a step.
+# The rename that turns a folder into a step takes one second.
 os.rename = lambda old, new: (time.sleep(os.path.basename(new).isdecimal()), rename(old, new))[1]
 """
 TINY = dict(
@@ -65,7 +65,7 @@ def run_script(count: int, folder: Path, *arguments: str) -> None:
 
 @pytest.mark.parametrize(("writers", "readers"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_checkpoint_when_saved_by_several_processes(tmp_path, writers, readers):
-    """Bitwise the same on fewer processes, and on other meshes."""
+    """The checkpoint restores bitwise on fewer processes and on other meshes."""
     workdir, mesh = str(tmp_path / "run"), ["mesh__data=2", f"mesh__fsdp={writers}"]
     run_script(writers, tmp_path, "save", workdir, str(tmp_path / "saved.npz"), *mesh)
     with np.load(tmp_path / "saved.npz") as arrays:
@@ -83,35 +83,35 @@ MEETING = """
 import sys, time
 from aimv2_jax.config import ProcessesConfig
 from aimv2_jax.errors import UserError
-from aimv2_jax.parallel import processes
-from aimv2_jax.parallel.clusters import Place
+from aimv2_jax.distributed import coordination as processes
+from aimv2_jax.distributed.cluster import ProcessInfo
 
 index = int(sys.argv[1])
-processes.join(Place(f"127.0.0.1:{sys.argv[2]}", 2, index), ProcessesConfig(60, 100, 60))
+processes.initialize(ProcessInfo(f"127.0.0.1:{sys.argv[2]}", 2, index), ProcessesConfig(60, 100, 60))
 print(processes.hosts())
-print(processes.agree("colour", ["red", "blue"][index], 60))
-processes.meet("lunch", 60)
-for wait in (processes.meet, lambda name, timeout_s: processes.agree(name, 1, timeout_s)):
+print(processes.broadcast("colour", ["red", "blue"][index], 60))
+processes.barrier("lunch", 60)
+for wait in (processes.barrier, lambda name, timeout_s: processes.broadcast(name, 1, timeout_s)):
     try:
         if index:
-            wait(f"{wait is processes.meet}", 1)
+            wait(f"{wait is processes.barrier}", 1)
         else:
             time.sleep(3)
     except UserError as error:
         print(error)
-processes.meet("end", 60)
-processes.leave()
+processes.barrier("end", 60)
+processes.shutdown()
 """
 
 
 def test_processes_when_they_have_joined_then_know_all_hosts_agree_with_process_0_and_name_who_is_late():
     lines = outputs_of_two(MEETING)
     assert lines[0] == [str({0: HOST, 1: HOST}), "red"]
-    late = f"of: 'process 0 on {HOST}'. Look into their logs, or raise processes.barrier_timeout_s."
-    assert lines[1] == [*lines[0], *(f"others have waited 1 s for the {name} {late}" for name in (True, False))]
+    late = f"of: 'process 0 on {HOST}'. Check their logs, or raise processes.barrier_timeout_s."
+    assert lines[1] == [*lines[0], *(f"waited 1 s for the {name} {late}" for name in (True, False))]
 
 
-# 0 has jax's coordinator, without which the other's jax ends at once, too.
+# Process 0 has jax's coordinator, without which jax on the other process also ends at once.
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_its_host(tmp_path, victim):
     workdir = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_
         several.wait_for(lambda: "step       2/" in several.said(0)[0])
         killed_s = several.kill(victim)
         [other] = {0, 1} - {victim}
-        assert several.processes[other].wait(HEARTBEAT_S) == EXIT_AGAIN
+        assert several.processes[other].wait(HEARTBEAT_S) == EXIT_RETRY
         assert time.monotonic() - killed_s < HEARTBEAT_S
         said = several.said(other)[1]
         assert f"process {victim} on {HOST} is missing" in said
@@ -128,58 +128,58 @@ def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_
         assert said in (workdir / "logs" / f"process_{other:05d}.log").read_text()
         deadline_s = time.monotonic() + HEARTBEAT_S
         while running_in(workdir):
-            assert time.monotonic() < deadline_s, "a trainer has outlived its watcher"
+            assert time.monotonic() < deadline_s, "a trainer has outlived its supervisor"
             time.sleep(0.1)
 
 
 @pytest.mark.slow
 def test_stop_in_the_start_of_a_resumed_run(tmp_path):
-    """SIGTERM to one of two processes that go on from step 3 and still compile: both save step 4, and end with 75."""
+    """SIGTERM to one of two processes that resume from step 3 and still compile: both save step 4 and exit with 75."""
     workdir = tmp_path / "run"
     config = tiny_config(**TINY)
     with Checkpointer(workdir, keep=1) as checkpointer:
-        checkpointer.save(3, build_program(config, jax.local_devices()[:1]).init(), config)
+        checkpointer.save(3, build_setup(config, jax.local_devices()[:1]).init(), config)
     arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **TINY)
     with Several(2, tmp_path / "out", arguments) as several:
         several.wait_for(lambda: "compiling the train step" in several.said(0)[0])
         several.kill(1, signal.SIGTERM)
-        assert several.wait() == {0: EXIT_AGAIN, 1: EXIT_AGAIN}
+        assert several.wait() == {0: EXIT_RETRY, 1: EXIT_RETRY}
         said = several.said(0)[0]
     assert "continuing from step 3" in said and "stopped on request: step 4 of 100000 is saved" in said
     assert CheckpointReader(workdir).steps() == [3, 4]
 
 
-def trainer_of(watcher: int) -> int:
-    """The process that a watcher has started."""
-    [trainer] = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+def trainer_of(supervisor: int) -> int:
+    """Process id of the trainer that a supervisor has started."""
+    [trainer] = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
     return int(trainer)
 
 
 def running_in(workdir: Path) -> list[str]:
-    """Processes of the machine with that workdir."""
+    """Process ids on this machine with that workdir."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if f"--workdir={workdir}".encode() in file.read_bytes().split(b"\0"):
                 found.append(file.parent.name)
-        except OSError:  # Has ended.
+        except OSError:  # The process has ended.
             continue
     return found
 
 
 class Stopped(NamedTuple):
-    """A run of several processes that was stopped and went on, and one of as many steps that was not."""
+    """A run of several processes that was stopped and resumed, and an uninterrupted run of as many steps."""
 
     count: int
     steps: int
     workdir: Path
     straight: Path
-    said: list[tuple[str, str]]  # By the processes of the straight run.
+    said: list[tuple[str, str]]  # Outputs of the uninterrupted run's processes.
 
 
 @pytest.fixture(scope="module", params=[2, FOUR])
 def stopped(request, tmp_path_factory) -> Stopped:
-    """One process gets SIGTERM: all save one step, end with 75 in time, and compile nothing when started again."""
+    """One process gets SIGTERM: all save the same step, exit with 75 in time, and compile nothing when restarted."""
     count, folder = request.param, tmp_path_factory.mktemp("stopped")
     workdir, straight, cache = folder / "run", folder / "straight", folder / "compiled"
     settings = TINY | dict(data__workers=1, train__compilation_cache=cache)
@@ -193,23 +193,23 @@ def stopped(request, tmp_path_factory) -> Stopped:
         asked_s = time.time()
         several.kill(1, signal.SIGTERM)
         several.wait_for(lambda: any((workdir / "checkpoints").glob("*-saving-????????")))
-        # More of them while it saves change nothing, nor do those that come to its data workers, too.
+        # More signals during the save change nothing, also if its data workers get them.
         several.kill(1, signal.SIGTERM), several.kill(2 % count, signal.SIGTERM), several.kill(1, signal.SIGINT)
         os.killpg(trainer_of(several.processes[1].pid), signal.SIGTERM)
-        assert several.wait(60) == dict.fromkeys(range(count), EXIT_AGAIN)
+        assert several.wait(60) == dict.fromkeys(range(count), EXIT_RETRY)
         [ended] = [event for event in read_events(workdir) if event.kind == "stop"]
         assert ended.time_s - asked_s < STOPPED_S
         said, errors = several.said(0)
         stopped = int(re.search(r"stopped on request: step (\d+) of 100000 is saved", said)[1])
-        # jax 0.12's own runtime tells of the signal, too.
+        # jax 0.12's own runtime also logs the signal.
         assert all("preemption_notifier" in line for line in errors.splitlines())
         assert all(several.said(index) == ("", "") for index in range(1, count))
     assert CheckpointReader(workdir).steps() == [stopped]
     steps, compiled = stopped + 3, set(cache.glob("*train_step*"))
     assert compiled
     settings["data__workers"] = 0
-    for place in (workdir, straight):
-        with Several(count, folder / "out2", tiny_arguments(place, train__steps=steps, **settings)) as several:
+    for path in (workdir, straight):
+        with Several(count, folder / "out2", tiny_arguments(path, train__steps=steps, **settings)) as several:
             several.finish()
             said = [several.said(index) for index in range(count)]
     assert set(cache.glob("*train_step*")) == compiled
@@ -221,25 +221,25 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
 
 
 def test_run_when_stopped_goes_on_exactly(stopped):
-    """Its state, and the losses of all its steps, are those of the run that was not stopped."""
+    """The state and all losses equal those of the uninterrupted run."""
     assert_bitwise(saved_state(stopped.workdir, stopped.steps), saved_state(stopped.straight, stopped.steps))
     assert losses(stopped.workdir) == losses(stopped.straight)
     assert [step for step, _ in losses(stopped.workdir)] == list(range(1, stopped.steps + 1))
 
 
 def test_losses_when_several_processes_train(stopped, tmp_path):
-    """They are those of this process on as many devices."""
+    """The losses equal those of one process with as many devices."""
     config = tiny_config(train__steps=stopped.steps, train__save_every=0, **TINY)
     with only_devices(stopped.count):
-        assert loop.train(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length)) == EXIT_FINISHED
+        assert trainer.train(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length)) == EXIT_FINISHED
     ours, theirs = (read_metrics(path)[0] for path in (stopped.straight, tmp_path))
     assert [line["count_image"] for line in ours] == [line["count_image"] for line in theirs]
-    # float32 over several devices: sums come in another order.
+    # float32 over several devices: sums are computed in another order.
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-6)
 
 
 def test_output_when_several_processes_train(stopped):
-    """Process 0 alone writes to the terminal; all have a log."""
+    """Only process 0 writes to the terminal; all processes have a log."""
     last, count = f"finished: step {stopped.steps}", stopped.count
     assert f"{count} process(es)" in stopped.said[0][0] and last in stopped.said[0][0]
     assert not any(out for out, _ in stopped.said[1:])

@@ -1,4 +1,4 @@
-"""The rule table: every parameter of every preset has its sharding from it, and every line of it is used."""
+"""The rule table determines every parameter's sharding in every preset, and every rule is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import ROOT, tiny_config
 from aimv2_jax.config import load_config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
-from aimv2_jax.train.program import build_program
+from aimv2_jax.train.builder import build_setup
 
 GOLDEN = Path(__file__).parents[1] / "golden_configs/shardings.txt"
 PRESETS = sorted(path.stem for path in (ROOT / "experiments").glob("pretrain_*.py"))
@@ -22,11 +22,11 @@ ACTIVATIONS = {"batch", "length", "activation"}
 
 
 def table(preset: str) -> str:
-    """Every parameter with its shape, logical axes and mesh axes, a line each."""
+    """Lists every parameter with its shape, logical axes and mesh axes, one per line."""
     config = load_config(ROOT / f"experiments/{preset}.py", MESH)
-    program = build_program(config)
-    shapes, names = paths(program.abstract_state.params), paths(program.task.logical_axes())
-    shardings = paths(program.state_shardings.params)
+    setup = build_setup(config)
+    shapes, names = paths(setup.abstract_state.params), paths(setup.task.logical_axes())
+    shardings = paths(setup.state_shardings.params)
     return "".join(
         f"{path} {tuple(shape.shape)} {tuple(names[path])} {tuple(shardings[path].spec)}\n"
         for path, shape in shapes.items()
@@ -35,12 +35,12 @@ def table(preset: str) -> str:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_rule_table_when_resolved_for_a_preset_then_every_line_matches_and_is_used(preset):
-    program = build_program(load_config(ROOT / f"experiments/{preset}.py", MESH))
-    axes = paths(program.task.logical_axes())
+    setup = build_setup(load_config(ROOT / f"experiments/{preset}.py", MESH))
+    axes = paths(setup.task.logical_axes())
     used = {name for names in axes.values() for name in names}
-    known = {name for name, _ in rules.RULES}
-    assert used | ACTIVATIONS == known
-    for path, sharding in paths(program.state_shardings.params).items():
+    rule_names = {name for name, _ in rules.RULES}
+    assert used | ACTIVATIONS == rule_names
+    for path, sharding in paths(setup.state_shardings.params).items():
         lookup = dict(rules.RULES)
         assert sharding.spec == PartitionSpec(*(lookup[name] for name in axes[path])), path
 
@@ -49,13 +49,13 @@ def test_rule_table_when_printed_for_large_then_equals_the_golden_text():
     text = table("pretrain_large_224")
     print(text)
     assert text == GOLDEN.read_text(), (
-        "shardings have changed; if that is meant, run python -m tests.write_golden_configs"
+        "shardings have changed; if that is intended, run python -m tests.write_golden_configs"
     )
 
 
 def test_parameters_when_a_name_has_no_rule_then_refused():
     with pytest.raises(AssertionError, match="colour"):
-        rules.param_shardings({"x": PartitionSpec("colour")}, build_program(tiny_config()).mesh)
+        rules.param_shardings({"x": PartitionSpec("colour")}, build_setup(tiny_config()).mesh)
 
 
 def test_parameters_when_the_mesh_cannot_split_them_then_refused_naming_one():
@@ -63,19 +63,19 @@ def test_parameters_when_the_mesh_cannot_split_them_then_refused_naming_one():
     with pytest.raises(
         UserError, match=r"decoder/trunk/blocks/mlp/down/kernel.*mesh\.fsdp x mesh\.tensor.*33 entries, 2 devices"
     ):
-        _ = build_program(config).state_shardings
+        _ = build_setup(config).state_shardings
 
 
 def test_state_when_initialised_on_any_mesh_then_same_numbers_laid_out_as_the_rules_say():
-    programs = [
-        build_program(tiny_config(mesh__data=d, mesh__fsdp=f, mesh__tensor=t)) for d, f, t in [(8, 1, 1), (2, 2, 2)]
+    setups = [
+        build_setup(tiny_config(mesh__data=d, mesh__fsdp=f, mesh__tensor=t)) for d, f, t in [(8, 1, 1), (2, 2, 2)]
     ]
-    states = [program.init() for program in programs]
-    for program, state in zip(programs, states):
-        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(program.state_shardings)):
+    states = [setup.init() for setup in setups]
+    for setup, state in zip(setups, states):
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(setup.state_shardings)):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    for one, other in zip(*map(jax.tree.leaves, states)):
-        assert (jax.device_get(one) == jax.device_get(other)).all()
+    for a, b in zip(*map(jax.tree.leaves, states)):
+        assert (jax.device_get(a) == jax.device_get(b)).all()
     moments = [leaf.sharding for leaf in jax.tree.leaves(states[1].opt_state) if leaf.ndim]
-    follow = [leaf.sharding for leaf in jax.tree.leaves(states[1].params)] * 2
-    assert moments == follow
+    param_shardings = [leaf.sharding for leaf in jax.tree.leaves(states[1].params)] * 2
+    assert moments == param_shardings

@@ -1,4 +1,4 @@
-"""Watchers, with trainers that only sleep, fail and end: whose end it was is told once, and all end for it."""
+"""Supervisors with trainers that only sleep, fail and exit: the cause is reported once and all processes exit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SLEEP = "time.sleep(60)"
 
 
 class Watched:
-    """Watchers, three unless told otherwise; the trainer of each does `code`."""
+    """Several supervisors, three by default; the trainer of each runs `code`."""
 
     def __init__(self, folder: Path, code: str, timeout_s: int = 10, count: int = COUNT):
         self.folder = folder
-        # Each says so when it trains, so that nothing is done to one that is not yet there.
+        # Each trainer writes a file when it starts, so that tests do not act before that.
         code = f"open({str(folder)!r} + f'/at-work-{{index}}', 'w').write(str(__import__('os').getpid()))\n{code}"
         rest = [str(count), str(free_port()), str(folder), str(timeout_s), code]
         self.processes = [
@@ -46,7 +46,7 @@ class Watched:
             process.communicate()
 
     def trainers(self) -> list[int]:
-        """Their process ids, when all are at work."""
+        """Waits until all trainers run; returns their process ids."""
         files = [self.folder / f"at-work-{index}" for index in range(COUNT)]
         deadline_s = time.monotonic() + 60
         while not all(file.exists() and file.read_text() for file in files):
@@ -55,7 +55,7 @@ class Watched:
         return [int(file.read_text()) for file in files]
 
     def ends(self) -> tuple[list[int], list[str]]:
-        """Exit codes, and what each said on its error output."""
+        """Exit codes and error outputs of the supervisors."""
         said = [process.communicate(timeout=60)[1] for process in self.processes]
         return [process.returncode for process in self.processes], said
 
@@ -82,28 +82,28 @@ def test_process_when_it_gives_no_sign_of_life_then_the_others_end_in_time_and_n
         start_s = time.monotonic()
         for process in watched.processes[:2]:
             assert process.wait(20) == 75
-        assert 1 < time.monotonic() - start_s < 4 + 1  # A busy machine is given a second.
+        assert 1 < time.monotonic() - start_s < 4 + 1  # Allows one second for a busy machine.
         watched.processes[2].kill()
         for said in watched.ends()[1][:2]:
-            assert said.startswith("error: process 2 on host-2 is missing (no sign of life for")
+            assert said.startswith("error: process 2 on host-2 is missing (no heartbeat for")
             assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSEGV)])
 def test_trainer_when_it_is_killed_then_all_end_and_name_it(tmp_path, victim, number):
-    """Also with 75 where it was this process' own: launchers start nothing again on other codes."""
+    """The process of the killed trainer also exits with 75: launchers do not restart on other codes."""
     with Watched(tmp_path, SLEEP) as watched:
         os.kill(watched.trainers()[victim], number)
         codes, said = watched.ends()
     assert codes == [75] * COUNT
     for line in said:
         assert f"process {victim} on host-{victim} is missing (its trainer was ended by {number.name})" in line
-        assert "The same command on all hosts goes on" in line
+        assert "Run the same command on all hosts to resume" in line
 
 
 @pytest.mark.parametrize(("count", "kills", "code"), [(3, 0, 75), (2, 2, 4)])
 def test_trainers_when_all_abort(tmp_path, count, kills, code):
-    """As jax ends them when its coordinator loses one of them, or a stranger takes a place there."""
+    """jax aborts all when its coordinator loses one of them, or a stranger joins there."""
     (tmp_path / "kills.json").write_text(f'{{"newest_step": 0, "kills": {kills}}}')
     with Watched(tmp_path, "__import__('os').abort()", count=count) as watched:
         codes, said = watched.ends()
@@ -113,7 +113,7 @@ def test_trainers_when_all_abort(tmp_path, count, kills, code):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_trainer_when_killed_again_and_again(tmp_path, victim):
-    """The third time without a new checkpoint is the last: whatever kills it does so before it gets anywhere."""
+    """The third kill without a new checkpoint ends the restarts: the run makes no progress."""
     (tmp_path / "checkpoints/5").mkdir(parents=True)
     (tmp_path / "kills.json").write_text('{"newest_step": 5, "kills": 2}')
     with Watched(tmp_path, SLEEP) as watched:
@@ -122,9 +122,10 @@ def test_trainer_when_killed_again_and_again(tmp_path, victim):
     assert codes == [4] * COUNT
     for line in said:
         assert (
-            f"process {victim} on host-{victim} is missing (its trainer was ended by SIGKILL, as trainers were" in line
+            f"process {victim} on host-{victim} is missing (its trainer was ended by SIGKILL; trainers were killed"
+            in line
         )
-        assert "3 times since the newest checkpoint); this ends the run. Look into the system's log" in line
+        assert "3 times since the newest checkpoint); this ends the run. Check the system log" in line
 
 
 def test_trainer_when_it_is_told_to_stop_before_it_listens_then_all_end_with_75(tmp_path):
@@ -140,12 +141,12 @@ def test_trainer_when_others_fail_because_a_process_is_killed_then_that_one_is_n
     fail = "time.sleep(60 if index == 2 else 0)\nraise RuntimeError('Connection closed by peer')"
     with Watched(tmp_path, fail) as watched:
         watched.trainers()
-        time.sleep(1)  # Two have failed.
+        time.sleep(1)  # Two trainers have failed by then.
         watched.processes[2].kill()
         codes, said = watched.ends()
     assert codes[:2] == [75, 75]
     assert all(line.startswith("error: process 2 on host-2 is missing") and line.count("\n") == 1 for line in said[:2])
-    assert "RuntimeError: Connection closed by peer" in watched.log(1)  # With its traceback.
+    assert "RuntimeError: Connection closed by peer" in watched.log(1)  # The log has the traceback.
 
 
 def test_end_when_one_process_meets_what_the_user_can_mend_then_process_0_tells_it_and_all_have_its_code(tmp_path):
@@ -158,7 +159,7 @@ def test_end_when_one_process_meets_what_the_user_can_mend_then_process_0_tells_
 
 
 def test_end_when_storage_fails_one_process(tmp_path):
-    """It ends alone, with the code that otherwise all end with together: the others must not wait for it."""
+    """Only this process fails, with the code of a common stop; the others must not wait for it."""
     fail = "if index == 1:\n    raise StorageError('the disk is away')\ntime.sleep(60)"
     with Watched(tmp_path, fail) as watched:
         codes, said = watched.ends()
@@ -167,7 +168,7 @@ def test_end_when_storage_fails_one_process(tmp_path):
 
 
 def test_end_when_a_guard_stops_all_then_process_0_tells_it_once(tmp_path):
-    with Watched(tmp_path, "time.sleep(0.3 * (2 - index))\nraise GuardStop('loss is nan')") as watched:
+    with Watched(tmp_path, "time.sleep(0.3 * (2 - index))\nraise TrainingAborted('loss is nan')") as watched:
         assert watched.ends() == ([3, 3, 3], ["stopped: loss is nan\n", "", ""])
         assert all("stopped: loss is nan" in watched.log(index) for index in range(COUNT))
 
@@ -215,7 +216,7 @@ def test_output_when_nobody_reads_it_then_the_watcher_watches_on(tmp_path):
     assert out == "x" * 1_000_000 + "\n" and not err and watched.processes[0].returncode == 0
 
 
-# A trainer as the watchdog leaves it: told first, then the stacks, then the end; the others wait in a collective.
+# A trainer as the watchdog ends it: first the report, then the stacks, then the exit; the others wait in a collective.
 HANGS = """
 import faulthandler, json, os, signal
 faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
@@ -226,7 +227,7 @@ def in_a_collective():
 while len([name for name in os.listdir(FOLDER) if name.startswith("at-work")]) < 3:
     time.sleep(0.02)
 if index == VICTIM:
-    time.sleep(0.5)  # Until the others are there.
+    time.sleep(0.5)  # By then the others have started.
     said = [{"code": CODE, "text": "hung: at step 7", "hung": True}, {"code": 1, "text": "and then failed"}]
     trainer.channel.sendall(b"".join(json.dumps(line).encode() + b"\\n" for line in said))
     time.sleep(1.5)
@@ -262,7 +263,7 @@ def test_end_when_all_hang_at_once_then_each_writes_its_stacks_and_all_end_with_
 
 
 def test_end_when_a_device_of_one_fails(tmp_path):
-    """Its 75 is no stop on request, to which all come together: the others are ended, and told whose device it was."""
+    """Its code 75 is not a common stop: the others are ended, and the message names the process of the device."""
     fails = "from aimv2_jax.errors import DeviceFailure\nif index == 1: raise DeviceFailure('a device failed', 75)\n"
     with Watched(tmp_path, fails + SLEEP) as watched:
         codes, said = watched.ends()
@@ -273,11 +274,11 @@ def test_end_when_a_device_of_one_fails(tmp_path):
 HANGS_IN_C = """
 import ctypes
 from types import SimpleNamespace
-from aimv2_jax.train.watchdog import WATCHED, Watchdog, register_dump_signal
+from aimv2_jax.resilience.watchdog import WATCHED, Watchdog, register_dump_signal
 register_dump_signal()
 if index == 1:
     limits = SimpleNamespace(**{f"{name}_s": 1 for name in WATCHED})
-    dog = Watchdog(FOLDER, index, limits, tell=processes.tell_hung, channel=processes.channel())
+    dog = Watchdog(FOLDER, index, limits, notify=processes.report_hang, channel=processes.channel())
     with dog.watching("step", 7):
         time.sleep(0.5)
         mutex = ctypes.create_string_buffer(64)
@@ -287,7 +288,7 @@ time.sleep(60)
 
 
 def test_end_when_a_trainer_hangs_in_c(tmp_path):
-    """Its heartbeat's monitor tells the watchers, who take it for one that told of its hang itself."""
+    """Its heartbeat's monitor reports the hang to the supervisors, as if the trainer had done so itself."""
     with Watched(tmp_path, HANGS_IN_C.replace("FOLDER", repr(str(tmp_path)))) as watched:
         codes, said = watched.ends()
     assert codes == [75] * COUNT

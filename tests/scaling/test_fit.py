@@ -1,4 +1,4 @@
-"""The fit of a study from the folders of its runs: which count, what is written, and what the figures show."""
+"""The fit of a study from its run folders: the points used, the files written, and the figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from study_runs import leave
+from study_runs import write_run
 
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER, UserError
 from experiments.scaling.figures import Point, loss_against_compute, loss_against_samples, short
@@ -22,11 +22,11 @@ LAW = Law(E=1.6, A=60.0, a=0.35, B=40.0, b=0.45)
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A folder with all runs of the miniature study finished, their losses on a law."""
+    """A folder with all runs of the miniature study finished and losses that follow a law."""
     workdir = tmp_path_factory.mktemp("study")
     for run in plan(STUDIES["miniature"], workdir):
         loss = float(LAW.loss(run.parameters[0], run.samples))
-        leave(run, eval_loss=loss, eval_loss_text=loss / 2)
+        write_run(run, eval_loss=loss, eval_loss_text=loss / 2)
     return workdir
 
 
@@ -46,8 +46,9 @@ def points_of(law: Law) -> list[Point]:
 
 def test_main_when_a_study_is_finished_then_its_law_is_written_with_both_figures(study, tmp_path, capsys):
     assert main([f"--workdir={study}", f"--output={tmp_path / 'out'}"]) == EXIT_FINISHED
-    said = capsys.readouterr().out
-    assert "b = 0.45  (95%: 0.4" in said and said.count("residual +0.0000") + said.count("residual -0.0000") == 12
+    output = capsys.readouterr().out
+    assert "b = 0.45  (95%: 0.4" in output
+    assert output.count("residual +0.0000") + output.count("residual -0.0000") == 12
     written = json.loads((tmp_path / "out/fit.json").read_text())
     assert written["values"] == pytest.approx(dataclasses.asdict(LAW), rel=1e-4)
     assert written["intervals"].keys() == written["values"].keys() and written["left_out"] == []
@@ -66,8 +67,8 @@ def test_points_when_some_runs_are_not_finished_then_left_out_by_name(copied):
     runs = {run.name: run for run in plan(STUDIES["miniature"], copied)}
     for name in ("nano/cooldown_51", "tiny/cooldown_205", "micro/cooldown_410"):
         shutil.rmtree(runs[name].workdir)
-    leave(runs["nano/cooldown_51"], step=60)
-    leave(runs["tiny/cooldown_205"])
+    write_run(runs["nano/cooldown_51"], step=60)
+    write_run(runs["tiny/cooldown_205"])
     points, left_out = read_points(copied, "eval_loss")
     assert len(points) == 9
     assert left_out == ["nano/cooldown_51: not finished", "tiny/cooldown_205: no eval_loss after its last step"]
@@ -81,7 +82,7 @@ def test_points_when_another_loss_is_asked_for_then_it_is_read(study):
 def test_points_when_measured_on_different_data_then_refused(copied):
     run = plan(STUDIES["miniature"], copied, [("eval.max_examples", "7")])[1]
     shutil.rmtree(run.workdir)
-    leave(run, eval_loss=3.0)
+    write_run(run, eval_loss=3.0)
     with pytest.raises(UserError, match="measured on different data"):
         read_points(copied, "eval_loss")
 
@@ -101,7 +102,7 @@ def test_main_when_there_is_nothing_to_fit_then_one_sentence(study, tmp_path, ca
 
 def test_figures_when_drawn_then_a_series_a_size_with_its_points_and_the_law():
     points = points_of(LAW)
-    for figure, place in (
+    for figure, x_of in (
         (loss_against_samples(points, LAW, "held-out loss", "note"), lambda point: point.samples),
         (loss_against_compute(points, LAW, "held-out loss", "note"), lambda point: point.flops),
     ):
@@ -110,7 +111,7 @@ def test_figures_when_drawn_then_a_series_a_size_with_its_points_and_the_law():
         assert list(dots) == ["a, 1M parameters", "b, 3M parameters", "c, 9M parameters"]
         for label, line in dots.items():
             own = [point for point in points if point.size == label[0]]
-            assert line.get_xdata().tolist() == [place(point) for point in own]
+            assert line.get_xdata().tolist() == [x_of(point) for point in own]
             assert line.get_ydata().tolist() == [point.loss for point in own]
         curves = [line for line in axes.lines if line.get_marker() != "o" and len(line.get_xdata()) == 100]
         ends = sorted(curve.get_ydata()[-1] for curve in curves)

@@ -1,4 +1,4 @@
-"""The grid: which runs a study has, which are missing, and how they are started one after another."""
+"""The grid of a scaling study: its runs, the unfinished ones, and how they are started in sequence."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import subprocess
 import time
 
 import pytest
-from study_runs import leave
+from study_runs import write_run
 
-from aimv2_jax.errors import EXIT_AGAIN, EXIT_FINISHED, EXIT_GUARD, UserError
+from aimv2_jax.errors import EXIT_FINISHED, EXIT_GUARD, EXIT_RETRY, UserError
 from aimv2_jax.main import parse_arguments as trainer_arguments
 from experiments.scaling import grid
 from experiments.scaling.grid import Subprocess, main, missing, parse_arguments, start
@@ -94,15 +94,15 @@ def test_plan_when_it_cannot_work_then_one_sentence_before_anything_starts(tmp_p
 
 def test_missing_when_some_are_finished_then_the_others_and_trunks_only_where_cooldowns_wait(runs):
     assert names(missing(runs)) == names(runs)
-    for run in runs[1:3]:  # All cooldowns of nano; its trunk may even be deleted.
-        leave(run)
-    leave(runs[3])
-    leave(runs[4], step=60)
+    for run in runs[1:3]:  # All cooldowns of nano are finished, so its trunk is not needed.
+        write_run(run)
+    write_run(runs[3])
+    write_run(runs[4], step=60)
     assert names(missing(runs)) == ["tiny/cooldown_51", "tiny/cooldown_205"]
 
 
 def test_missing_when_the_folder_has_another_study_then_refused_by_the_key(runs, tmp_path):
-    leave(runs[1])
+    write_run(runs[1])
     other = plan(STUDY, tmp_path, [("seed", "5")])
     with pytest.raises(UserError, match="config seed may not change"):
         missing(other)
@@ -113,7 +113,7 @@ def test_start_when_nothing_is_there_then_trains_all_in_order_and_then_nothing(r
 
     def trainer(run):
         trained.append(run.name)
-        leave(run)
+        write_run(run)
         return EXIT_FINISHED
 
     assert start(runs, trainer, never) == EXIT_FINISHED
@@ -129,13 +129,13 @@ def test_start_when_a_trainer_ends_with_75_then_starts_it_again_as_long_as_it_co
     def trainer(run):
         trained.append(run.name)
         step = next(steps) if run is runs[0] else None
-        leave(run, step)
-        return EXIT_FINISHED if step is None else EXIT_AGAIN
+        write_run(run, step)
+        return EXIT_FINISHED if step is None else EXIT_RETRY
 
     assert start(runs, trainer, never) == EXIT_FINISHED
     assert trained == [names(runs)[0]] * 2 + names(runs)
     with pytest.raises(UserError, match=r"ended before its last step.*75"):
-        start(plan(STUDY, runs[0].workdir.parents[1] / "new"), lambda run: EXIT_AGAIN, never)
+        start(plan(STUDY, runs[0].workdir.parents[1] / "new"), lambda run: EXIT_RETRY, never)
 
 
 def test_start_when_a_trainer_fails_then_stops_naming_the_run(runs):
@@ -145,26 +145,26 @@ def test_start_when_a_trainer_fails_then_stops_naming_the_run(runs):
 
 def test_start_when_asked_to_stop_then_no_further_run_and_75(runs):
     trained = []
-    assert start(runs, lambda run: trained.append(run.name) or EXIT_AGAIN, lambda: True) == EXIT_AGAIN
+    assert start(runs, lambda run: trained.append(run.name) or EXIT_RETRY, lambda: True) == EXIT_RETRY
     assert trained == ["nano/trunk"]
 
 
 class StoppedAtOnce(subprocess.Popen):
-    """A process during whose start this one is told to stop."""
+    """A child process during whose start this process receives SIGTERM."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        time.sleep(0.2)  # It listens by now.
+        time.sleep(0.2)  # Time for the child to install its handler.
         signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("when", ["while it runs", "while it starts"])
 def test_trainer_when_this_process_gets_sigterm_then_it_is_handed_on(runs, monkeypatch, tmp_path, when):
-    """A stand-in for the trainer may tell its parent to stop; it ends with 75 when it is told itself."""
-    program, told = tmp_path / "trainer", tmp_path / "told"
-    tell = "sleep 0.3; kill -TERM $PPID" if when == "while it runs" else ""
+    """A fake trainer may send SIGTERM to its parent; it exits with 75 when it receives the signal itself."""
+    program, received = tmp_path / "trainer", tmp_path / "received"
+    signal_parent = "sleep 0.3; kill -TERM $PPID" if when == "while it runs" else ""
     program.write_text(
-        f"#!/bin/sh\ntrap 'echo > {told}; exit 75' TERM\n{tell}\nfor i in $(seq 100); do sleep 0.1; done\n"
+        f"#!/bin/sh\ntrap 'echo > {received}; exit 75' TERM\n{signal_parent}\nfor i in $(seq 100); do sleep 0.1; done\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(grid.sys, "executable", str(program))
@@ -172,8 +172,8 @@ def test_trainer_when_this_process_gets_sigterm_then_it_is_handed_on(runs, monke
         monkeypatch.setattr(grid.subprocess, "Popen", StoppedAtOnce)
     trainer, before = Subprocess(), signal.getsignal(signal.SIGTERM)
     with trainer.listening():
-        assert start(runs, trainer, trainer.stopped) == EXIT_AGAIN
-    assert told.exists() and trainer(runs[0]) == EXIT_AGAIN  # No further one is started.
+        assert start(runs, trainer, trainer.stopped) == EXIT_RETRY
+    assert received.exists() and trainer(runs[0]) == EXIT_RETRY  # No further run is started.
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -1,4 +1,4 @@
-"""The law of the scaling study: found again from its points, with intervals that hold it, or refused."""
+"""The scaling-law fit: it recovers a law within its intervals, or refuses too few points."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_fit_when_points_are_noisy_then_the_law_is_within_its_intervals(seed):
         assert inside(fitted.intervals[name], getattr(fitted.law, name))
         assert inside(fitted.intervals[name], getattr(LAW, name)), name
     low, high = fitted.intervals["b"]
-    assert 0.3 < low < high < 0.6  # Wide, but they say something.
+    assert 0.3 < low < high < 0.6  # Wide but informative.
     np.testing.assert_allclose(noisy(seed, 0.003) / fitted.law.loss(N, D), np.exp(fitted.residuals))
 
 
@@ -54,7 +54,7 @@ def test_fit_when_one_run_went_wrong_then_it_hardly_counts():
     fitted = fit(N, D, losses)
     assert np.argmin(fitted.weights) == 5 and fitted.weights[5] < 0.1
     assert fitted.residuals[5] == pytest.approx(np.log(1.2), abs=0.03)
-    assert fitted.law.b == pytest.approx(LAW.b, abs=0.05)  # Of plain least squares: 0.60.
+    assert fitted.law.b == pytest.approx(LAW.b, abs=0.05)  # Plain least squares gives 0.60.
     assert all(inside(fitted.intervals[name], getattr(LAW, name)) for name in NAMES)
 
 
@@ -80,7 +80,7 @@ def test_envelope_when_compared_with_every_size_then_never_above_and_touches_the
     lowest = envelope(LAW, costs, flops)
     own = np.stack([LAW.loss(n, flops / cost) for n, cost in costs])
     assert (lowest <= own.min(axis=0)).all()
-    # Where the best size is known in closed form: N = (aA / bB · (C/2000)^b)^(1/(a+b)), inside the study's sizes.
+    # Inside the study's sizes, the best size has a closed form: N = (aA / bB · (C/2000)^b)^(1/(a+b)).
     best = (LAW.a * LAW.A / (LAW.b * LAW.B) * (flops / 2000) ** LAW.b) ** (1 / (LAW.a + LAW.b))
     between = (best > SIZES[0]) & (best < SIZES[-1])
     assert between.sum() > 5

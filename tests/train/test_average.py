@@ -1,4 +1,4 @@
-"""The average of the parameters through the loop: kept, resumed, evaluated, chosen by, and loaded."""
+"""Parameter average in a run: saved, resumed, evaluated, used for the best checkpoint, and loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from runs import assert_bitwise, saved_state
 from tiny import tiny_arguments, tiny_config
 
-from aimv2_jax.eval.load import load
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
 from aimv2_jax.main import main
-from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.metrics import read_metrics
-from aimv2_jax.train.program import build_program
+from aimv2_jax.monitoring.metrics import read_metrics
+from aimv2_jax.pretrained.model import load
+from aimv2_jax.train.builder import build_setup
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -24,20 +24,20 @@ AVERAGED = dict(optimizer__ema_decay=DECAY, train__save_every=1, train__keep=9)
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """Six steps, each saved, evaluated at three and six."""
+    """A run of six steps, all saved, evaluated at steps 3 and 6."""
     workdir = tmp_path_factory.mktemp("straight")
     assert main(tiny_arguments(workdir, **AVERAGED, train__steps=6, train__eval_every=3)) == 0
     return workdir
 
 
 def test_average_when_a_run_keeps_it_then_the_weighted_mean_of_its_saved_parameters(straight):
-    every = [load(f"{straight}:{step}", weights="raw").params for step in range(1, 7)]
+    params_by_step = [load(f"{straight}:{step}", weights="raw").params for step in range(1, 7)]
     weights = DECAY ** np.arange(5, -1, -1.0)
     average = load(f"{straight}:6").params
-    for leaf, *leaves in zip(*map(jax.tree.leaves, (average, *every))):
+    for leaf, *leaves in zip(*map(jax.tree.leaves, (average, *params_by_step))):
         expected = np.tensordot(weights / weights.sum(), np.stack(leaves), 1)
         np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-    assert any((one != other).any() for one, other in zip(*map(jax.tree.leaves, (average, every[-1]))))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (average, params_by_step[-1]))))
 
 
 def test_average_when_evaluated_then_its_figures_stand_beside_and_its_loss_chooses_the_best(straight):
@@ -59,7 +59,7 @@ def test_run_when_it_keeps_an_average_and_is_resumed_then_bitwise_the_straight_o
 
 
 def test_state_when_no_average_is_kept_then_it_has_just_what_it_had():
-    state = build_program(tiny_config()).abstract_state
-    assert set(vars(state)) == {"step", "params", "opt_state", "guard"}
-    kept = build_program(tiny_config(optimizer__ema_decay=DECAY)).abstract_state
-    assert jax.tree.map(str, kept.average) == jax.tree.map(str, kept.params) == jax.tree.map(str, state.params)
+    state = build_setup(tiny_config()).abstract_state
+    assert set(vars(state)) == {"step", "params", "opt_state", "anomaly"}
+    averaged = build_setup(tiny_config(optimizer__ema_decay=DECAY)).abstract_state
+    assert jax.tree.map(str, averaged.average) == jax.tree.map(str, averaged.params) == jax.tree.map(str, state.params)

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, whatever happens in between."""
+"""Checkpoints: a restored state is bitwise what was saved, also after failures."""
 
 import contextlib
 import errno
@@ -27,18 +27,18 @@ from checkpoints import (
     edit_meta,
     folders,
     make_config,
-    make_format_1,
     make_state,
     save_all,
+    sign_again,
 )
 from full_disk import files_of_at_most
 
+from aimv2_jax.checkpoint import checkpointer as checkpointer_module
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader, check_free_space, parse_spec, state_bytes
 from aimv2_jax.config import config_to_dict
 from aimv2_jax.errors import UserError
-from aimv2_jax.train import checkpoint
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, check_free_space, parse_spec, state_bytes
 
-# --- there and back ------------------------------------------------------------------------------------------------
+# --- round trip ----------------------------------------------------------------------------------------------------
 
 
 def test_state_when_restored_then_bitwise_the_same_tree(tmp_path):
@@ -54,7 +54,7 @@ def test_meta_when_saved_then_it_holds_config_and_evaluation(tmp_path):
         checkpointer.save(3, make_state(), CONFIG, eval_loss=jnp.float32(0.5), extra={"skipped": [[4, 8]]})
         checkpointer.save(4, make_state(), CONFIG)
     meta = CheckpointReader(tmp_path).meta(3)
-    assert (meta["format_version"], meta["step"], meta["eval_loss"]) == (2, 3, 0.5)
+    assert (meta["format_version"], meta["step"], meta["eval_loss"]) == (3, 3, 0.5)
     assert meta["config"] == config_to_dict(CONFIG) and meta["extra"] == {"skipped": [[4, 8]]}
     assert meta["leaves"]["params/encoder/w"] == [[16, 8], "float32"]
     assert meta["leaves"]["opt_state/0/mu/scale"] == [[8], "bfloat16"]
@@ -68,7 +68,7 @@ def test_state_when_its_buffers_are_donated_right_after_the_save_then_it_is_that
     state = {"w": jax.device_put(jnp.zeros((1024, 2048)), sharding), "b": jax.device_put(jnp.zeros(8), sharding)}
     shapes = abstract(state)
     probe = train_step(state)
-    assert state["w"].is_deleted()  # This backend does donate: else the test shows nothing.
+    assert state["w"].is_deleted()  # This backend donates; otherwise the test would prove nothing.
     state = probe
     with Checkpointer(tmp_path, keep=10) as checkpointer:
         for step in range(1, 7):
@@ -136,23 +136,15 @@ def test_state_when_the_model_differs_then_user_error_names_the_array(tmp_path, 
         CheckpointReader(tmp_path).restore(1, shapes)
 
 
-def test_format_when_newer_than_ours_then_refused(tmp_path):
-    save_all(tmp_path, {1: None})
-    edit_meta(tmp_path, 1, lambda text: json.dumps({**json.loads(text), "format_version": 3}))
-    for action in (lambda: CheckpointReader(tmp_path).meta(1), lambda: Checkpointer(tmp_path, keep=1)):
-        with pytest.raises(UserError, match=r"newer.*format 3, this one reads up to 2"):
-            action()
-
-
 @pytest.mark.parametrize(
     "edit",
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
         lambda text: "{}",
-        lambda text: '{"format_version": 1}',
+        lambda text: '{"format_version": 3}',
         lambda text: '{"format_version": "one"}',
-        lambda text: json.dumps({**json.loads(text), "format_version": "1"}),
+        lambda text: json.dumps({**json.loads(text), "format_version": "3"}),
         lambda text: json.dumps({**json.loads(text), "format_version": True}),
         lambda text: json.dumps({**json.loads(text), "leaves": {"w": [[2], None]}}),
         lambda text: json.dumps({**json.loads(text), "leaves": {"w": 7}}),
@@ -160,7 +152,7 @@ def test_format_when_newer_than_ours_then_refused(tmp_path):
         lambda text: "[" * 100_000,
     ],
 )
-def test_meta_when_it_cannot_be_understood_and_there_is_no_manifest_then_user_error_names_the_file(tmp_path, edit):
+def test_meta_when_it_cannot_be_understood(tmp_path, edit):
     save_all(tmp_path, {1: None})
     edit_meta(tmp_path, 1, edit)
     with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: .meta/metadata: cannot be understood"):
@@ -174,7 +166,7 @@ def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
         CheckpointReader(tmp_path).best_step()
 
 
-@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("has_manifest_of_it", [False, True])
 @pytest.mark.parametrize(
     "harm",
     [
@@ -187,11 +179,11 @@ def test_meta_when_missing_from_a_step_then_damaged_and_not_absent(tmp_path):
         lambda state: [file.write_bytes(b"") for file in (state / "d").iterdir()],
     ],
 )
-def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, harm, has_manifest):
+def test_state_when_its_files_are_damaged_then_user_error_names_it(tmp_path, harm, has_manifest_of_it):
     save_all(tmp_path, {1: None})
-    if not has_manifest:
-        make_format_1(tmp_path, 1)
     harm(tmp_path / "checkpoints" / "1" / "state")
+    if has_manifest_of_it:
+        sign_again(tmp_path, 1)
     with pytest.raises(UserError, match=r"damaged checkpoint: .*/1: ['\"]state.*Name another step") as error:
         CheckpointReader(tmp_path).restore(1, abstract(make_state()))
     assert len(str(error.value)) < 700
@@ -211,15 +203,15 @@ def test_state_when_many_arrays_are_damaged_then_nothing_is_told_beside_the_sent
     state = {f"array{i}": jnp.ones((8, 8)) for i in range(60)}
     with Checkpointer(tmp_path, 1) as checkpointer:
         checkpointer.save(1, state, CONFIG)
-    make_format_1(tmp_path, 1)  # Else nothing of it would be read.
     for file in (tmp_path / "checkpoints" / "1" / "state" / "d").iterdir():
         file.write_bytes(b"")
+    sign_again(tmp_path, 1)  # Otherwise the manifest check would fail first.
     stray = []
     monkeypatch.setattr(sys, "unraisablehook", stray.append)
     for _ in range(5):
         with pytest.raises(UserError, match="damaged checkpoint"):
             CheckpointReader(tmp_path).restore(1, abstract(state))
-        gc.collect()  # What nobody asked for is told when it is collected.
+        gc.collect()  # Unretrieved exceptions are reported on collection.
     assert (stray, caplog.messages) == ([], [])
 
 
@@ -230,7 +222,7 @@ def test_workdir_when_relative_then_steps_are_saved_and_read(tmp_path, monkeypat
     assert_same(CheckpointReader("runs/here").restore(1, abstract(make_state())), make_state(1))
 
 
-# --- which are kept --------------------------------------------------------------------------------------------------
+# --- retention -------------------------------------------------------------------------------------------------------
 
 NAN = float("nan")
 
@@ -292,29 +284,29 @@ def test_best_when_evaluation_changed_on_a_resume_then_only_like_is_compared(tmp
 
 def test_folder_when_a_step_is_being_deleted_then_it_is_no_step_any_more(tmp_path, monkeypatch):
     seen = []
-    rmtree = type(checkpoint.epath.Path(tmp_path)).rmtree
+    rmtree = type(checkpointer_module.epath.Path(tmp_path)).rmtree
 
-    def watching(path, **options):
+    def recording_rmtree(path, **options):
         if "-deleted" in path.name:
             seen.append((path.name, CheckpointReader(tmp_path).steps()))
         return rmtree(path, **options)
 
-    monkeypatch.setattr(type(checkpoint.epath.Path(tmp_path)), "rmtree", watching)
+    monkeypatch.setattr(type(checkpointer_module.epath.Path(tmp_path)), "rmtree", recording_rmtree)
     save_all(tmp_path, {1: None, 2: None}, keep=1)
     [(name, steps)] = seen
     assert name.startswith("1.orbax-checkpoint-tmp-deleted-") and steps == [2]
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------------------------------
 
 
 def test_folder_when_opened_to_train_then_only_our_leftovers_are_swept(tmp_path):
     save_all(tmp_path, {1: None})
-    place = tmp_path / "checkpoints"
+    checkpoints = tmp_path / "checkpoints"
     for name in ("2.orbax-checkpoint-tmp", "3.orbax-checkpoint-tmp-deleted", "notes", "old.orbax-checkpoint-tmp"):
-        (place / name / "state").mkdir(parents=True)
+        (checkpoints / name / "state").mkdir(parents=True)
     assert CheckpointReader(tmp_path).steps() == [1]
-    assert len(folders(tmp_path)) == 5  # Reading sweeps nothing: a trainer may be at work.
+    assert len(folders(tmp_path)) == 5  # Reading sweeps nothing, since a trainer may be running.
     with Checkpointer(tmp_path, keep=1):
         assert folders(tmp_path) == ["1", "notes", "old.orbax-checkpoint-tmp"]
 
@@ -343,8 +335,8 @@ def test_step_when_killed_in_the_middle_of_its_save_then_ignored_and_saved_again
     script = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{KILLED_IN_A_SAVE}"
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert killed.returncode == -9, killed.stderr
-    one, left = folders(tmp_path)
-    assert one == "1" and re.fullmatch(r"2(\.orbax-checkpoint-tmp-saving-\w{8})\.orbax-checkpoint-tmp", left)
+    committed, partial = folders(tmp_path)
+    assert committed == "1" and re.fullmatch(r"2(\.orbax-checkpoint-tmp-saving-\w{8})\.orbax-checkpoint-tmp", partial)
     reader = CheckpointReader(tmp_path)
     assert (reader.steps(), parse_spec(f"{tmp_path}:last")) == ([1], (str(tmp_path), 1))
     assert_same(reader.restore(1, abstract(make_state())), make_state(1))
@@ -373,27 +365,29 @@ def test_save_when_the_disk_is_full_then_the_last_good_step_stays_and_the_error_
         message = str(error)
         assert "checkpoint of step 2, which needs 1.0 MiB (" in message and " free)" in message
         assert error.value == "File too large" and "the last good one, step 1, is untouched" in message
-        checkpointer.check_errors()  # Told once.
+        checkpointer.check_errors()  # Reported only once.
         assert checkpointer.steps() == [1]
         assert_same(checkpointer.restore(1, abstract(make_state())), make_state(1))
         checkpointer.save(2, big, CONFIG)  # There is room again.
         assert_same(checkpointer.restore(2, abstract(big)), big)
     assert folders(tmp_path) == ["2"]
-    assert not [record for record in caplog.records if record.exc_info]  # Orbax's tracebacks: the error says it all.
+    assert not [
+        record for record in caplog.records if record.exc_info
+    ]  # No tracebacks of Orbax: the error has the cause.
 
 
 BIG = {"w": jax.random.normal(jax.random.key(0), (256, 1024))}
-LIMIT = 64 * 1024  # Of bytes in a file, which BIG does not keep to.
+LIMIT = 64 * 1024  # Maximum file size in bytes, which BIG exceeds.
 
 
 def _ask_each_step(checkpointer):
-    """What a trainer is told by `check_errors`, within 20 s."""
+    """The failure that `check_errors` returns within 20 s."""
     for _ in range(2000):
         failure = checkpointer.check_errors()
         if failure is not None:
             return failure
         time.sleep(0.01)
-    raise AssertionError("never told")
+    raise AssertionError("no failure was reported")
 
 
 @pytest.mark.parametrize("notice", ["check_errors", "save"])
@@ -455,7 +449,7 @@ def test_save_when_it_failed_before_a_rewind_then_that_goes_on_and_the_failure_i
 
 
 def test_save_when_the_wall_clock_jumps(tmp_path, monkeypatch):
-    """A time server or a resumed machine sets `time.time` forward: here by an hour at each look."""
+    """Saves ignore jumps of `time.time`, as by a time server or a resumed machine: here an hour a call."""
     hours, now = itertools.count(), time.time
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         monkeypatch.setattr(time, "time", lambda: now() + 3600 * next(hours))
@@ -466,14 +460,14 @@ def test_save_when_the_wall_clock_jumps(tmp_path, monkeypatch):
 
 
 def test_save_when_a_failed_one_still_writes(tmp_path):
-    """Threads of a save that failed may go on: here one, which makes its folders again as TensorStore does."""
+    """A thread of a failed save that still writes, and recreates its folders as TensorStore does, does no harm."""
     ended = threading.Event()
 
     def write_on(folder):
         for number in itertools.count():
             if ended.is_set():
                 return
-            with contextlib.suppress(OSError):  # The folder is just being deleted.
+            with contextlib.suppress(OSError):  # The folder is being deleted.
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / str(number)).write_bytes(b"late")
 
@@ -481,8 +475,8 @@ def test_save_when_a_failed_one_still_writes(tmp_path):
         with files_of_at_most(LIMIT):
             checkpointer.save(5, BIG, CONFIG)
             assert "step 5" in _ask_each_step(checkpointer).what
-        [left] = folders(tmp_path)
-        writer = threading.Thread(target=write_on, args=(tmp_path / "checkpoints" / left / "d",))
+        [partial] = folders(tmp_path)
+        writer = threading.Thread(target=write_on, args=(tmp_path / "checkpoints" / partial / "d",))
         writer.start()
         try:
             for step in (5, 6, 7):
@@ -495,43 +489,43 @@ def test_save_when_a_failed_one_still_writes(tmp_path):
 
 
 def _refusing(monkeypatch, times):
-    """Orbax cannot begin a save that often; returns the steps that it was asked for."""
-    begin, asked = checkpoint.ocp.AsyncCheckpointer.save, []
+    """Lets Orbax fail to begin the first `times` saves; returns the list of requested folders."""
+    begin, requested = checkpointer_module.ocp.AsyncCheckpointer.save, []
 
     def refuse(self, path, *args, **kwargs):
-        asked.append(path.name)
-        if len(asked) <= times:
+        requested.append(path.name)
+        if len(requested) <= times:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return begin(self, path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.ocp.AsyncCheckpointer, "save", refuse)
-    return asked
+    monkeypatch.setattr(checkpointer_module.ocp.AsyncCheckpointer, "save", refuse)
+    return requested
 
 
 def test_save_when_it_cannot_begin_then_tried_again_at_once_and_told(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        asked = _refusing(monkeypatch, times=1)
+        requested = _refusing(monkeypatch, times=1)
         assert "Input/output error" in str(checkpointer.save(5, make_state(5), CONFIG))
         checkpointer.wait()
-        assert len(set(asked)) == 2, "the folder of the first may still be written"
+        assert len(set(requested)) == 2, "threads may still write to the folder of the first"
         assert checkpointer.steps() == [5]
 
 
 def test_save_when_it_cannot_begin_twice_then_raised(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        asked = _refusing(monkeypatch, times=2)
+        requested = _refusing(monkeypatch, times=2)
         assert "Input/output error" in str(_failure_of(lambda: checkpointer.save(5, make_state(5), CONFIG)))
-        assert (len(asked), checkpointer.steps()) == (2, [])
+        assert (len(requested), checkpointer.steps()) == (2, [])
 
 
 @contextlib.contextmanager
 def _undeletable(monkeypatch, pattern):
-    """Folders of such names cannot be deleted, as on NFS where another process has a file of theirs open.
+    """Makes folders of matching names undeletable, as on NFS while another process has a file in them open.
 
-    The client then renames the file to `.nfs...` in its folder; unlinking that fails with EBUSY, and so rmdir with
-    ENOTEMPTY (Linux NFS FAQ, D2; nfs_unlink and nfs_sillyrename in fs/nfs/dir.c). `shutil.rmtree` raises the first.
+    The client then renames the file to `.nfs...` in its folder; unlinking it fails with EBUSY, and rmdir with ENOTEMPTY
+    (Linux NFS FAQ, D2; nfs_unlink and nfs_sillyrename in fs/nfs/dir.c). `shutil.rmtree` raises the first.
     """
-    kind = type(checkpoint.epath.Path("/"))
+    kind = type(checkpointer_module.epath.Path("/"))
     rmtree = kind.rmtree
 
     def refuse(path, **options):
@@ -547,7 +541,7 @@ def _undeletable(monkeypatch, pattern):
 
 @pytest.mark.parametrize("pattern", ["1.*-deleted-.*", r"4.*-saving-\w+\.orbax.*"])
 def test_save_when_old_folders_cannot_be_deleted(tmp_path, monkeypatch, capsys, pattern):
-    """Saving goes on, each such folder is told once, and deleted as soon as it can be."""
+    """Saving continues; each such folder is logged once, and deleted as soon as possible."""
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         checkpointer.save(1, make_state(1), CONFIG)
         checkpointer.wait()
@@ -559,19 +553,19 @@ def test_save_when_old_folders_cannot_be_deleted(tmp_path, monkeypatch, capsys, 
                 assert checkpointer.save(step, make_state(step), CONFIG) is None
                 checkpointer.wait()
             assert checkpointer.check_errors() is None and checkpointer.steps() == [7]
-        said = capsys.readouterr().err
-        assert said.count("could not delete") == 1 and "Device or resource busy" in said and "(1 in all)" in said
+        stderr = capsys.readouterr().err
+        assert stderr.count("could not delete") == 1 and "Device or resource busy" in stderr and "(1 in all)" in stderr
         assert CheckpointReader(tmp_path).steps() == [7] and len(folders(tmp_path)) == 2
         checkpointer.save(8, make_state(8), CONFIG)
     assert folders(tmp_path) == ["8"]
 
 
 def test_save_when_an_old_step_cannot_be_renamed(tmp_path, monkeypatch):
-    """It stays a step, and is deleted later."""
-    kind = type(checkpoint.epath.Path("/"))
+    """It remains a step, and is deleted later."""
+    kind = type(checkpointer_module.epath.Path("/"))
     rename = kind.rename
 
-    def refuse(path, target):  # As rename(2) does without the right to change the step's own folder.
+    def refuse(path, target):  # As rename(2) without write permission on the step's folder.
         if path.name == "1":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path), None, str(target))
         return rename(path, target)
@@ -622,7 +616,7 @@ def test_other_logs_of_absl_when_a_checkpointer_was_made_then_they_still_appear(
     assert "something else" in caplog.text
 
 
-# --- what the user names ---------------------------------------------------------------------------------------------
+# --- checkpoint specs ------------------------------------------------------------------------------------------------
 
 
 def test_spec_when_steps_were_evaluated_then_the_folder_alone_is_the_best(tmp_path):
@@ -656,7 +650,7 @@ def test_spec_when_the_path_itself_has_a_colon_then_it_works(tmp_path, name):
     ],
 )
 def test_spec_when_it_is_in_a_bucket_then_its_scheme_is_no_step(spec, parts):
-    assert checkpoint._split_spec(spec) == parts
+    assert checkpointer_module._split_spec(spec) == parts
 
 
 def test_spec_when_it_leads_nowhere_then_user_error_says_what_is_there(tmp_path):
@@ -668,7 +662,7 @@ def test_spec_when_it_leads_nowhere_then_user_error_says_what_is_there(tmp_path)
         (f"{tmp_path}/run:lst", "no such folder.*WORKDIR:last"),
         (tmp_path / "empty", "no checkpoints"),
         (f"{tmp_path}/empty:5", "no checkpoints"),
-        (f"{tmp_path}/run:15", "no such step: 15. Steps that are there: 10, 20"),
+        (f"{tmp_path}/run:15", "no such step: 15. Existing steps: 10, 20"),
         (f"{tmp_path}/run:{'9' * 5000}", "no such folder"),
         ("", "no such folder: ''"),
         ("http://nowhere/run", "no such kind of storage"),
@@ -679,7 +673,7 @@ def test_spec_when_it_leads_nowhere_then_user_error_says_what_is_there(tmp_path)
 
 def test_meta_when_the_step_is_not_there_then_user_error_lists_those_that_are(tmp_path):
     save_all(tmp_path, {10: None, 20: None})
-    with pytest.raises(UserError, match=r"15\. Steps that are there: 10, 20"):
+    with pytest.raises(UserError, match=r"15\. Existing steps: 10, 20"):
         CheckpointReader(tmp_path).meta(15)
 
 

@@ -1,4 +1,4 @@
-"""The short form of the drill that damages checkpoints: experiments/drills/corrupt.py."""
+"""Short form of the drill with damaged checkpoints: experiments/drills/corrupt.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from aimv2_jax.train import manifest
+from aimv2_jax.checkpoint import manifest
 from experiments.drills import corrupt
 
 
 def test_steps_when_files_are_damaged_20_times_then_all_are_found_named_and_set_aside(tmp_path):
     done = corrupt.drill(20, seed=1, folder=tmp_path)
-    assert len(done) == 20 and {one.way for one in done} == set(corrupt.WAYS)
-    assert len({one.kind for one in done}) > 8
+    assert len(done) == 20 and {injection.way for injection in done} == set(corrupt.WAYS)
+    assert len({injection.kind for injection in done}) > 8
 
 
 def test_drill_when_files_are_not_compared_then_it_fails(tmp_path, monkeypatch):

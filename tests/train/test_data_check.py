@@ -1,4 +1,4 @@
-"""A run goes on with the data and tokenizer that it was trained on, and all its processes have the same."""
+"""Tests that a resumed run needs the data and tokenizer it was trained on, the same on all processes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from programs import shared_programs  # noqa: F401
 from several import HOST, Several
 from tiny import ROOT, tiny_arguments
 
-from aimv2_jax.data.datasets import write_dataset
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
+from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER
 from aimv2_jax.main import main
-from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.course import Course
-from aimv2_jax.train.data_check import continue_on
-from aimv2_jax.train.events import read_events
+from aimv2_jax.monitoring.events import read_events
+from aimv2_jax.resilience.progress import TrainProgress
+from aimv2_jax.train.data_check import check_data
 
 # Real processes: one test after another.
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures("two_devices", "shared_programs")]
@@ -33,7 +33,7 @@ SMALL = dict(train__steps=4, train__save_every=2, eval__sources={})
 
 
 def photos(folder: Path, records: slice) -> Path:
-    """Some of the bundled photos as a data set."""
+    """Writes some of the bundled photos as a dataset."""
     source = Source("photo", str(SAMPLE / "train/photo"))
     write_dataset(folder, [decode(source.read(index)) for index in range(len(source))[records]])
     return folder
@@ -48,10 +48,10 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tmp_path_factory) -> Path:
-    """The same pieces, two of them under each other's ids: nothing else refuses it."""
+    """The same pieces with the ids of two of them swapped: no other check rejects it."""
     [file] = SAMPLE.glob("*.model")
     model, pieces = file.read_bytes(), sentencepiece.SentencePieceProcessor(str(file))
-    # A field of the protocol buffer: its tag, its length, the text.
+    # A field of the protocol buffer: tag, length, text.
     fields = [b"\n%c%s" % (len(text), text) for text in (pieces.id_to_piece(i).encode() for i in range(300, 700))]
     one, other = next(
         (a, b) for a, b in itertools.combinations([f for f in fields if model.count(f) == 1], 2) if len(a) == len(b)
@@ -63,7 +63,7 @@ def other_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory) -> Path:
-    """Two steps of four, on sixty photos."""
+    """A run of two steps on sixty photos."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     assert main(arguments(workdir, data["60"], train__steps=2)) == EXIT_FINISHED
     return workdir
@@ -80,25 +80,25 @@ def run(stopped, tmp_path) -> Path:
 
 def test_resume_when_the_tokenizer_differs(run, data, other_tokenizer, capsys):
     assert main(arguments(run, data["60"], tokenizer__path=other_tokenizer)) == EXIT_USER
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     sides = r"'digest \w{16} before, digest \w{16} now'"
-    assert re.search(rf"the tokenizer is not that of the steps up to 2: {sides}\. .*--accept_data=\w+", said), said
+    assert re.search(rf"the tokenizer is not that of the steps up to 2: {sides}\. .*--accept_data=\w+", error), error
     assert CheckpointReader(run).steps() == [2]
 
 
 def test_resume_when_the_data_differs_until_accepted(run, data, tmp_path, capsys):
     assert main(arguments(run, data["50"])) == EXIT_USER
-    said = capsys.readouterr().err
-    assert "data source 'photo' is not that of the steps up to 2: '60 records before, 50 records now'" in said
-    flag = re.search(r"--accept_data=\w{8}", said)[0]
-    assert main([*arguments(run, data["50"]), flag[:-1] + "x"]) == EXIT_USER  # For these data only.
+    error = capsys.readouterr().err
+    assert "data source 'photo' is not that of the steps up to 2: '60 records before, 50 records now'" in error
+    flag = re.search(r"--accept_data=\w{8}", error)[0]
+    assert main([*arguments(run, data["50"]), flag[:-1] + "x"]) == EXIT_USER  # The digest is that of this data only.
     capsys.readouterr()
     assert main([*arguments(run, data["50"], train__steps=3), flag]) == EXIT_FINISHED
     change = "data source 'photo': 60 records before, 50 records now"
-    assert f"from step 2 on with other data, as --accept_data allows: {change}" in capsys.readouterr().out
+    assert f"the data changes from step 2 on, as --accept_data allows: {change}" in capsys.readouterr().out
     [event] = [event for event in read_events(run) if event.kind == "data_changed"]
     assert (event.step, event.values["what"]) == (2, [change])
-    # From now on these are the data of the run, wherever they lie, and launchers may keep the flag.
+    # From now on this is the data of the run, at any path, and launchers may keep the flag.
     assert main([*arguments(run, shutil.copytree(data["50"], tmp_path / "moved")), flag]) == EXIT_FINISHED
     assert CheckpointReader(run).meta(4)["extra"]["data_changes"] == [{"step": 2, "what": [change]}]
     assert main(arguments(run, data["60"], train__steps=6)) == EXIT_USER
@@ -116,24 +116,26 @@ def test_cooldown_when_the_data_differs(stopped, data, tmp_path, capsys):
 
 def test_course_when_the_checkpoint_is_older(capsys):
     data = {"tokenizer": "0", "sources": {}}
-    course = continue_on(Course.of_meta({"step": 7, "extra": {}}), data, None)
-    assert course.data == data and course.data_changes == ()
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "step 7 is of an older version and does not record its data and tokenizer" in said
-    assert Course.of_meta({"step": 8, "extra": json.loads(json.dumps(course.extra()))}).data == data
-    continue_on(Course(), data, None)
+    progress = check_data(TrainProgress.from_meta({"step": 7, "extra": {}}), data, None)
+    assert progress.data == data and progress.data_changes == ()
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1
+    assert "step 7 is of an older version and does not record its data and tokenizer" in output
+    assert TrainProgress.from_meta({"step": 8, "extra": json.loads(json.dumps(progress.to_meta()))}).data == data
+    check_data(TrainProgress(), data, None)
     assert not capsys.readouterr().out
 
 
 def test_course_when_it_goes_back_then_its_data_stays():
-    course = Course(9, data={"tokenizer": "0", "sources": {}}, data_changes=({"step": 3, "what": ["x"]},))
-    back = course.rewound(4, course.skips)
-    assert (back.step, back.rewinds, back.data, back.data_changes) == (4, 1, course.data, course.data_changes)
+    progress = TrainProgress(9, data={"tokenizer": "0", "sources": {}}, data_changes=({"step": 3, "what": ["x"]},))
+    rewound = progress.rewound(4, progress.skips)
+    assert (rewound.step, rewound.rewinds) == (4, 1)
+    assert (rewound.data, rewound.data_changes) == (progress.data, progress.data_changes)
 
 
 @pytest.mark.parametrize("purpose", ["training", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_processes_when_one_has_other_data(data, tmp_path, purpose):
-    """Each reads a copy at the same path on a disk of its own: in its home."""
+    """Each process reads a copy at the same path on its own disk, here in its home."""
     for index, copy in enumerate(("60", "50")):
         shutil.copytree(data[copy], tmp_path / f"home{index}/photo")
     setup = f"""
@@ -145,8 +147,8 @@ os.environ["HOME"] = {str(tmp_path / "home")!r} + sys.argv[sys.argv.index("--pro
         key, value = "eval__sources", {"photo": "~/photo"}
     small = SMALL | {key: value}
     with Several(2, tmp_path / "out", tiny_arguments(tmp_path / "run", **small), setup=setup) as several:
-        codes, said = several.wait(), several.said(0)[1]
-    assert codes == {0: EXIT_USER, 1: EXIT_USER}, (codes, said)
+        codes, error = several.wait(), several.said(0)[1]
+    assert codes == {0: EXIT_USER, 1: EXIT_USER}, (codes, error)
     what = f"data source 'photo' of the {purpose} differs between the processes"
-    assert f"error: {what}: '60 records on process 0 ({HOST}); 50 records on process 1 ({HOST})'" in said, said
+    assert f"error: {what}: '60 records on process 0 ({HOST}); 50 records on process 1 ({HOST})'" in error, error
     assert not list((tmp_path / "run").glob("checkpoints/*"))

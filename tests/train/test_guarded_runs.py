@@ -1,6 +1,6 @@
-"""Runs with losses that are not finite, that leap, and with a device that computes wrongly.
+"""Runs with non-finite losses, with spikes, and with silent data corruption.
 
-What goes wrong is put into the task, by the numbers of the examples: nothing of the product knows of it.
+The faults are injected into the task by example index; the code under test is unchanged.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from jax.sharding import PartitionSpec as P
 from runs import saved_state
 from tiny import only_devices, tiny_config
 
-from aimv2_jax.errors import EXIT_FINISHED, GuardStop, UserError
-from aimv2_jax.train import loop, recompute, run, step_folders
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
-from aimv2_jax.train.events import read_events
-from aimv2_jax.train.metrics import read_metrics
-from aimv2_jax.train.program import build_program
-from aimv2_jax.train.recompute import Recompute
+from aimv2_jax.checkpoint import layout
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader
+from aimv2_jax.errors import EXIT_FINISHED, TrainingAborted, UserError
+from aimv2_jax.monitoring.events import read_events
+from aimv2_jax.monitoring.metrics import read_metrics
+from aimv2_jax.train import loop, sdc_check, trainer
+from aimv2_jax.train.builder import build_setup
 from aimv2_jax.train.replay import replay
+from aimv2_jax.train.sdc_check import SdcCheck
 from aimv2_jax.train.task import PretrainTask
 from experiments.drills.bytes_tokenizer import BytesTokenizer
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
 BATCH = 16
-NOT_FINITE = [5, 6, 12, 13, 14]  # One list for all tests: it is compiled into the step.
+NOT_FINITE = [5, 6, 12, 13, 14]  # One list for all tests, because it is compiled into the step.
 SETTINGS = dict(
     eval__sources={},
     train__log_every=1,
@@ -53,50 +54,52 @@ def settings(**changes):
 def train(workdir: Path, skip_examples=None, **changes) -> int:
     config = tiny_config(**settings(**changes))
     tokenizer = BytesTokenizer("", config.model.decoder.text_length)
-    return loop.train(config, workdir, tokenizer, skip_examples=skip_examples)
+    return trainer.train(config, workdir, tokenizer, skip_examples=skip_examples)
 
 
 @contextlib.contextmanager
-def spoilt(batches: list[int], factor: float):
-    """While this lasts, losses of these batches are multiplied, and their gradients with them."""
-    plain = PretrainTask.loss
+def corrupted(batches: list[int], factor: float):
+    """Multiplies the losses and gradients of the given batches by `factor`."""
+    original = PretrainTask.loss
 
     def loss(self, params, batch, prefix):
         number = batch["example_index"][:, 1].min() // BATCH
-        times = jnp.where(jnp.isin(number, jnp.array(batches)), factor, 1.0)
-        return {name: term._replace(sum=term.sum * times) for name, term in plain(self, params, batch, prefix).items()}
+        scale = jnp.where(jnp.isin(number, jnp.array(batches)), factor, 1.0)
+        terms = original(self, params, batch, prefix)
+        return {name: term._replace(sum=term.sum * scale) for name, term in terms.items()}
 
     PretrainTask.loss = loss
     try:
         yield
     finally:
-        PretrainTask.loss = plain
+        PretrainTask.loss = original
 
 
 def state(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """The leaves of a saved step, by name."""
+    """Returns the leaves of a saved step by name."""
     leaves = CheckpointReader(workdir).meta(step)["leaves"]
     return dict(zip(leaves, saved_state(workdir, step, **settings()), strict=True))
 
 
-def unlike(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> set[str]:
-    return {name.partition("/")[0] for name in one if one[name].tobytes() != other[name].tobytes()}
+def changed_parts(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> set[str]:
+    """Returns the top-level names of the leaves that differ."""
+    return {name.partition("/")[0] for name in a if a[name].tobytes() != b[name].tobytes()}
 
 
 def test_step_when_its_gradient_is_nan_then_nothing_but_the_count_of_steps_changes_and_a_replay_is_the_same(
     tmp_path, capsys
 ):
-    """Batches 5 and 6 make steps 6 and 7."""
-    with spoilt(NOT_FINITE, np.nan):
+    """Batches 5 and 6 are used by steps 6 and 7."""
+    with corrupted(NOT_FINITE, np.nan):
         assert train(tmp_path, train__steps=8, train__save_every=1, train__keep=9) == EXIT_FINISHED
-        said = capsys.readouterr().out
-        assert "loss is nan at step 6, which therefore changed nothing (1 in a row, 3 end the run)" in said
-        # After steps that were not finite nothing is saved, before one that is.
+        output = capsys.readouterr().out
+        assert "loss is nan at step 6: its update is skipped (1 in a row, 3 end the run)" in output
+        # No checkpoint is saved after a non-finite step until the next finite one.
         assert CheckpointReader(tmp_path).steps() == [1, 2, 3, 4, 5, 8]
         lines = {line["step"]: line for line in read_metrics(tmp_path)[0]}
         assert lines[6]["loss"] is None and [lines[i]["skipped"] for i in range(5, 9)] == [0, 1, 1, 0]
         assert lines[6]["param_norm"] == lines[7]["param_norm"] == lines[8]["param_norm"] != lines[5]["param_norm"]
-        assert lines[6]["lr"] == lines[7]["lr"] == lines[8]["lr"]  # The rate follows the updates.
+        assert lines[6]["lr"] == lines[7]["lr"] == lines[8]["lr"]  # The rate follows the number of updates.
         record = json.loads((tmp_path / "nonfinite/6.json").read_text())
         assert record["batch"] == 5 and record["examples"] == [80, 96] and record["metrics"]["loss"] == "nan"
 
@@ -105,25 +108,25 @@ def test_step_when_its_gradient_is_nan_then_nothing_but_the_count_of_steps_chang
         assert replay(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length), 6) == EXIT_FINISHED
         longer = tiny_config(**settings(train__steps=80, train__log_every=5))
         with pytest.raises(
-            UserError, match=r"--replay is of a step that the run has not come to: 14\. Give one up to 13"
+            UserError, match=r"--replay is a step that the run has not reached: 14\. Give a step up to 13"
         ):
             replay(longer, tmp_path, None, 14)
-        told = capsys.readouterr().out
-        assert "from step 5 on, to step 6" in told and "batch 5, examples 80 to 95, seed 0" in told
-        assert "all figures are those that the run saw, bit for bit" in told
-        assert "encoder/patch_embed" in told and "of the gradient" in told
+        output = capsys.readouterr().out
+        assert "training from step 5 to step 6" in output and "batch 5, examples 80 to 95, seed 0" in output
+        assert "all metrics are those of the run, bit for bit" in output
+        assert "encoder/patch_embed" in output and "of the gradient" in output
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-        # Stopped right after step 7, as the last one it is saved: the state is that of step 5, bit for bit.
+        # Step 7 is saved as the last step: its state equals that of step 5 bit for bit.
         other = tmp_path / "other"
         assert train(other, train__steps=7, train__save_every=5) == EXIT_FINISHED
-    assert unlike(state(other, 5), state(other, 7)) == {"step", "guard"}
-    assert state(other, 7)["guard/nonfinite"] == 2
+    assert changed_parts(state(other, 5), state(other, 7)) == {"step", "anomaly"}
+    assert state(other, 7)["anomaly/nonfinite"] == 2
 
 
 def test_run_when_m_steps_in_a_row_are_not_finite_then_stopped_and_again_when_it_is_started_again(tmp_path):
-    with spoilt(NOT_FINITE, np.nan):
+    with corrupted(NOT_FINITE, np.nan):
         for _ in range(2):
-            with pytest.raises(GuardStop, match="loss is nan at step 15, and so in 3 steps in a row"):
+            with pytest.raises(TrainingAborted, match="nan at step 15, the last of 3 non-finite steps in a row"):
                 train(tmp_path, train__steps=20)
     assert CheckpointReader(tmp_path).steps() == [10]
     assert [event.values["code"] for event in read_events(tmp_path) if event.kind == "stop"] == [3, 3]
@@ -132,37 +135,37 @@ def test_run_when_m_steps_in_a_row_are_not_finite_then_stopped_and_again_when_it
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory) -> Path:
-    """A run that was told from the start to jump over batches 35 to 44."""
+    """A run that skips batches 35 to 44 from the start."""
     workdir = tmp_path_factory.mktemp("without") / "run"
     assert train(workdir, skip_examples=(35 * BATCH, 45 * BATCH), train__keep=5) == EXIT_FINISHED
     return workdir
 
 
-def told(workdir: Path) -> list[tuple]:
+def step_lines(workdir: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["images/photo"]) for line in read_metrics(workdir)[0]]
 
 
 def test_run_when_a_loss_is_tenfold_then_it_goes_back_and_is_exactly_the_run_without_those_batches(
     without, tmp_path, monkeypatch, capsys
 ):
-    met, changes = [], dict(guard__spike="rewind", guard__rewind_batches=10)
-    monkeypatch.setattr(run.processes, "meet", lambda name, timeout_s: met.append(name))
-    with spoilt([44], 10.0):
+    barriers, changes = [], dict(guard__spike="rewind", guard__rewind_batches=10)
+    monkeypatch.setattr(loop.coordination, "barrier", lambda name, timeout_s: barriers.append(name))
+    with corrupted([44], 10.0):
         assert train(tmp_path, **changes) == EXIT_FINISHED
-    said = capsys.readouterr().out
-    assert "back to step 30, jumping over batches 35 to 44 (1 of 20)" in said
-    assert told(tmp_path) == told(without)
+    output = capsys.readouterr().out
+    assert "rewinding to step 30, skipping batches 35 to 44 (1 of 20)" in output
+    assert step_lines(tmp_path) == step_lines(without)
     ours, theirs = state(tmp_path, 50), state(without, 50)
-    assert not unlike(ours, theirs)
+    assert not changed_parts(ours, theirs)
     extra = CheckpointReader(tmp_path).meta(50)["extra"]
     assert (extra["skips"], extra["rewinds"], extra["data"]["tokenizer"]) == ([[35, 45]], 1, "bytes")
     [rewind] = [event for event in read_events(tmp_path) if event.kind == "rewind"]
     assert rewind.values == {"from_step": 45, "to_step": 30, "a": 35, "b": 45}
-    assert list((tmp_path / "checkpoints").glob("rewound-40-*"))  # Set aside, not deleted.
-    # Other processes are waited for once in the life of a process, also of one that goes on from such a run.
-    assert met == ["first batch"]
+    assert list((tmp_path / "checkpoints").glob("rewound-40-*"))  # Renamed, not deleted.
+    # A process waits for the others once, also if it resumes such a run.
+    assert barriers == ["first batch"]
     assert train(tmp_path, train__steps=51, **changes) == EXIT_FINISHED
-    assert met == ["first batch"] * 2
+    assert barriers == ["first batch"] * 2
 
 
 class Killed(BaseException):
@@ -171,38 +174,41 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("moment", ["after", pytest.param("before", marks=pytest.mark.slow)])
 def test_run_when_killed_around_a_rewind_then_the_next_start_decides_the_same(without, tmp_path, monkeypatch, moment):
-    """Before anything is set aside, and right after."""
-    plain = Checkpointer.set_aside_newer
+    """Kills the run before newer checkpoints are set aside, or right after."""
+    original = Checkpointer.set_aside_newer
 
     def killed(self, step, why):
         if moment == "after":
-            plain(self, step, why)
+            original(self, step, why)
         raise Killed
 
     changes = dict(guard__spike="rewind", guard__rewind_batches=10)
-    with spoilt([44], 10.0):
+    with corrupted([44], 10.0):
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(Checkpointer, "set_aside_newer", killed)
             train(tmp_path, **changes)
         assert CheckpointReader(tmp_path).steps() == ([30, 40] if moment == "before" else [30])
         assert train(tmp_path, **changes) == EXIT_FINISHED
-    assert not unlike(state(tmp_path, 50), state(without, 50))
-    assert told(tmp_path) == told(without)
+    assert not changed_parts(state(tmp_path, 50), state(without, 50))
+    assert step_lines(tmp_path) == step_lines(without)
 
 
 def test_run_when_every_course_has_spikes_then_it_gives_up_after_so_many(tmp_path):
-    with spoilt([40, 42], 10.0), pytest.raises(GuardStop, match=r"gone back 1 times, as often as guard.max_rewinds"):
+    with (
+        corrupted([40, 42], 10.0),
+        pytest.raises(TrainingAborted, match=r"rewound 1 times already, the limit of guard.max_rewinds"),
+    ):
         train(tmp_path, guard__spike="rewind", guard__rewind_batches=2, guard__max_rewinds=1)
 
 
 def test_run_when_a_spike_is_to_be_skipped_then_its_update_alone_is_left_out(tmp_path, capsys):
-    with spoilt([44], 10.0):
-        for steps, save_every in ((44, 0), (46, 1)):  # 44 is saved as the last, since most need no saving.
+    with corrupted([44], 10.0):
+        for steps, save_every in ((44, 0), (46, 1)):  # Step 44 is saved as the last one.
             changes = dict(guard__spike="skip", train__steps=steps, train__save_every=save_every, train__keep=5)
             assert train(tmp_path, **changes) == EXIT_FINISHED
-    assert "; its update is left out" in capsys.readouterr().out
-    assert unlike(state(tmp_path, 44), state(tmp_path, 45)) == {"step", "guard"}
-    assert unlike(state(tmp_path, 45), state(tmp_path, 46)) == {"step", "guard", "params", "opt_state"}
+    assert "; its update is skipped" in capsys.readouterr().out
+    assert changed_parts(state(tmp_path, 44), state(tmp_path, 45)) == {"step", "anomaly"}
+    assert changed_parts(state(tmp_path, 45), state(tmp_path, 46)) == {"step", "anomaly", "params", "opt_state"}
     [spike] = [event for event in read_events(tmp_path) if event.kind == "spike"]
     assert spike.step == 45 and spike.values["action"] == "skip"
 
@@ -213,18 +219,18 @@ def test_examples_when_jumped_over_by_hand_then_no_step_has_them_and_the_same_co
     assert (skip.values["a"], skip.values["b"]) == (35, 45)
     again = (35 * BATCH, 45 * BATCH)
     assert train(without, skip_examples=again, train__steps=52, train__keep=5) == EXIT_FINISHED
-    with pytest.raises(UserError, match="trained on already, in the 52 steps that are saved"):
+    with pytest.raises(UserError, match="trained on already, in the 52 saved steps"):
         train(without, skip_examples=(3, 4), train__steps=54, train__keep=5)
 
 
-# --- silent corruption ----------------------------------------------------------------------------------------------
+# --- silent data corruption -----------------------------------------------------------------------------------------
 
 
 def flipped(tree, rng: np.random.Generator):
-    """The tree with one bit flipped in one leaf, on one of its devices; the leaf's path."""
+    """Flips one bit of one leaf on one device; returns the tree and the leaf's path."""
     leaves = jax.tree.leaves_with_path(tree)
-    place = rng.integers(len(leaves))
-    path, leaf = leaves[place]
+    index = rng.integers(len(leaves))
+    path, leaf = leaves[index]
     shards = [np.array(shard.data) for shard in leaf.addressable_shards]
     part = shards[rng.integers(len(shards))].reshape(-1).view(np.uint8)
     part[rng.integers(part.size)] ^= 1 << int(rng.integers(8))
@@ -232,7 +238,7 @@ def flipped(tree, rng: np.random.Generator):
     arrays = [jax.device_put(data, device) for data, device in zip(shards, devices, strict=True)]
     changed = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
     flat = [leaf for _, leaf in leaves]
-    flat[place] = changed
+    flat[index] = changed
     return jax.tree.unflatten(jax.tree.structure(tree), flat), jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -240,65 +246,71 @@ def flipped(tree, rng: np.random.Generator):
 def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every_time(
     tmp_path, monkeypatch, devices, trials
 ):
-    """With four devices the second computation has each part on another one."""
+    """With four devices the second computation has each shard on another device."""
     mesh = dict(mesh__data=2, mesh__fsdp=2) if devices == 4 else dict(mesh__data=1)
-    rng, plain, found = np.random.default_rng(0), Recompute.differences, []
+    rng, original, found = np.random.default_rng(0), SdcCheck.differences, []
 
-    def tried(self, once, again):
-        assert plain(self, once, again) == []
-        home = jax.tree.map(jnp.copy, once)
-        monkeypatch.setattr("aimv2_jax.train.recompute._moved", lambda tree, *_: tree)
+    def tried(self, first, second):
+        assert original(self, first, second) == []
+        copies = jax.tree.map(jnp.copy, first)
+        monkeypatch.setattr("aimv2_jax.train.sdc_check._moved", lambda tree, *_: tree)
         for _ in range(trials):
-            spoilt, path = flipped(home, rng)
-            [difference] = plain(self, once, spoilt)
+            corrupt, path = flipped(copies, rng)
+            [difference] = original(self, first, corrupt)
             found.append(difference.leaf == path and difference.entries == 1 and len(difference.devices) == 1)
-        raise GuardStop("tried")
+        raise TrainingAborted("tried")
 
-    monkeypatch.setattr(Recompute, "differences", tried)
-    with only_devices(devices), pytest.raises(GuardStop, match="tried"):
-        train(tmp_path, guard__recompute_every=2, train__steps=2, **mesh)
+    monkeypatch.setattr(SdcCheck, "differences", tried)
+    with only_devices(devices), pytest.raises(TrainingAborted, match="tried"):
+        train(tmp_path, guard__sdc_check_every=2, train__steps=2, **mesh)
     assert found == [True] * trials
 
 
 def held_bytes() -> int:
-    """What all devices hold, a buffer that several arrays share counted once; those of CPUs have addresses to tell."""
+    """Bytes held by all devices, counting a buffer shared by several arrays once, by its address."""
     shards = [shard.data for array in jax.live_arrays() for shard in array.addressable_shards]
     return sum({data.unsafe_buffer_pointer(): data.nbytes for data in shards}.values())
 
 
 def test_comparison_when_on_the_same_devices(monkeypatch):
-    """It holds the two results, and no copy of either: a third state would not fit where two just do."""
-    check, count, held = Recompute(build_program(tiny_config()), {}, elsewhere=False), recompute._count, []
-    monkeypatch.setattr(recompute, "_count", lambda *parts: (held.append(held_bytes()), count(*parts))[1])
-    one, other = jax.device_put(jnp.ones(1 << 16)), jax.device_put(jnp.ones(1 << 16).at[5].set(2))
+    """The comparison copies neither result, since a third state might not fit in memory."""
+    check, count, held = (
+        SdcCheck(build_setup(tiny_config()), {}, rotate_devices=False),
+        sdc_check._count_differences,
+        [],
+    )
+    monkeypatch.setattr(sdc_check, "_count_differences", lambda *parts: (held.append(held_bytes()), count(*parts))[1])
+    first, second = jax.device_put(jnp.ones(1 << 16)), jax.device_put(jnp.ones(1 << 16).at[5].set(2))
     before = held_bytes()
-    [difference] = check.differences({"w": one}, {"w": other})
-    assert difference.entries == 1 and held[0] - before < one.nbytes / 2
+    [difference] = check.differences({"w": first}, {"w": second})
+    assert difference.entries == 1 and held[0] - before < first.nbytes / 2
 
 
 def test_comparison_when_on_other_devices():
-    """The second result is given back leaf by leaf as it comes home; bytes say nothing, a CPU's copies share them."""
-    program = build_program(tiny_config())
-    check = Recompute(program, {}, elsewhere=True)
-    ones = {name: jax.device_put(jnp.ones(64), program.batch_sharding) for name in "ab"}
-    away = {
-        name: jax.device_put(jnp.ones(64), NamedSharding(check._away, P(*leaf.sharding.spec)))
+    """The second result is freed leaf by leaf; byte counts would not show it, since CPU copies share buffers."""
+    setup = build_setup(tiny_config())
+    check = SdcCheck(setup, {}, rotate_devices=True)
+    ones = {name: jax.device_put(jnp.ones(64), setup.batch_sharding) for name in "ab"}
+    rotated = {
+        name: jax.device_put(jnp.ones(64), NamedSharding(check._check_mesh, P(*leaf.sharding.spec)))
         for name, leaf in ones.items()
     }
-    assert check.differences(ones, away) == []
-    assert all(leaf.is_deleted() for leaf in away.values()) and not any(leaf.is_deleted() for leaf in ones.values())
+    assert check.differences(ones, rotated) == []
+    assert all(leaf.is_deleted() for leaf in rotated.values()) and not any(leaf.is_deleted() for leaf in ones.values())
 
 
 def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_leaf_and_device(tmp_path, monkeypatch):
-    start, rng = Recompute.start, np.random.default_rng(1)
+    start, rng = SdcCheck.start, np.random.default_rng(1)
 
     def broken(self, state, batch, shape):
         again = start(self, state, batch, shape)
         return flipped(again, rng)[0] if int(again[0].step) == 10 else again
 
-    monkeypatch.setattr(Recompute, "start", broken)
-    with pytest.raises(GuardStop, match=r"step 10, computed twice, differs: .* entries, on .*; nothing of it is saved"):
-        train(tmp_path, guard__recompute_every=5, train__steps=20)
+    monkeypatch.setattr(SdcCheck, "start", broken)
+    with pytest.raises(
+        TrainingAborted, match=r"step 10, computed twice, differs: .* entries, on .*; nothing of it is saved"
+    ):
+        train(tmp_path, guard__sdc_check_every=5, train__steps=20)
     assert CheckpointReader(tmp_path).steps() == []
     [event] = [event for event in read_events(tmp_path) if event.kind == "corruption"]
     assert event.step == 10 and event.values["device"]
@@ -306,13 +318,15 @@ def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_nonfinite_record_when_it_cannot_be_written(tmp_path, monkeypatch, capsys, process):
-    """One process writes it, and says where it could not; a run does not end by that."""
+    """One process writes the record; a failure is logged and does not end the run."""
     monkeypatch.setattr(jax, "process_index", lambda: process)
-    record = partial(run.Run._record_nonfinite, SimpleNamespace(workdir=tmp_path), 6, {"batch": 5}, {"loss": np.nan})
+    record = partial(
+        loop.TrainLoop._record_nonfinite, SimpleNamespace(workdir=tmp_path), 6, {"batch": 5}, {"loss": np.nan}
+    )
     file = tmp_path / "nonfinite/6.json"
     assert record() == (None if process else str(file)) and file.exists() != bool(process)
     shutil.rmtree(tmp_path / "nonfinite", ignore_errors=True)
-    (tmp_path / "nonfinite").touch()  # A file in the place of the folder.
+    (tmp_path / "nonfinite").touch()  # A file blocks the folder.
     assert record() is None
     assert ("the record of step 6 could not be written: " in capsys.readouterr().out) != bool(process)
 
@@ -321,30 +335,30 @@ def test_nonfinite_record_when_it_cannot_be_written(tmp_path, monkeypatch, capsy
 
 
 def watchdogs(monkeypatch) -> list:
-    """Those of the runs that begin from now on."""
-    made, make = [], loop._watchdog
-    monkeypatch.setattr(loop, "_watchdog", lambda *args: made.append(make(*args)) or made[-1])
-    return made
+    """Collects the watchdogs of the runs that start from now on."""
+    started, start = [], trainer._start_watchdog
+    monkeypatch.setattr(trainer, "_start_watchdog", lambda *args: started.append(start(*args)) or started[-1])
+    return started
 
 
 def test_save_when_a_guard_ends_the_run(tmp_path, monkeypatch):
-    """Waits for it are watched: a disk that hangs would hold up the run without limit."""
-    dogs, wait, seen = watchdogs(monkeypatch), Checkpointer.wait, []
+    """The watchdog covers the waits for the save, since a hanging disk would block the run indefinitely."""
+    started, wait, seen = watchdogs(monkeypatch), Checkpointer.wait, []
 
     def watched(self):
-        seen.append([(watch.what, watch.step) for watch in dogs[0]._open])
+        seen.append([(watch.what, watch.step) for watch in started[0]._open])
         wait(self)
 
     monkeypatch.setattr(Checkpointer, "wait", watched)
-    with spoilt(NOT_FINITE, np.nan), pytest.raises(GuardStop, match="there is no checkpoint yet"):
+    with corrupted(NOT_FINITE, np.nan), pytest.raises(TrainingAborted, match="there is no checkpoint yet"):
         train(tmp_path, train__steps=20, train__save_every=0)
-    assert seen == [[("save", 15)], [("save", 15)]]  # For the sentence, and at the end.
+    assert seen == [[("save", 15)], [("save", 15)]]  # Once for the message, once at the end.
 
 
 def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys):
-    """It goes back all the same, and what failed is told and made up for then."""
-    dogs, seen, fails = watchdogs(monkeypatch), [], iter([40])
-    commit, settle, check = step_folders.commit, Checkpointer.settle, Checkpointer.check_errors
+    """The run rewinds anyway, logs the failed save and repeats it."""
+    started, seen, fails = watchdogs(monkeypatch), [], iter([40])
+    commit, settle, check = layout.commit, Checkpointer.settle, Checkpointer.check_errors
 
     def full(folder, name, step, about):
         if step == 40 and next(fails, None) == 40:
@@ -352,33 +366,35 @@ def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys
         commit(folder, name, step, about)
 
     def watched(self):
-        seen.append([watch.what for watch in dogs[0]._open])
+        seen.append([watch.what for watch in started[0]._open])
         settle(self)
 
-    monkeypatch.setattr(step_folders, "commit", full)
+    monkeypatch.setattr(layout, "commit", full)
     monkeypatch.setattr(Checkpointer, "settle", watched)
-    monkeypatch.setattr(Checkpointer, "check_errors", lambda self: check(self) if seen else None)  # A slow disk.
-    with spoilt([44], 10.0):
+    # Simulates a slow disk: the failure is seen only after the rewind.
+    monkeypatch.setattr(Checkpointer, "check_errors", lambda self: check(self) if seen else None)
+    with corrupted([44], 10.0):
         assert train(tmp_path, guard__spike="rewind", guard__rewind_batches=10, train__keep=9) == EXIT_FINISHED
-    said = capsys.readouterr().out
-    assert "back to step 30" in said and "step 40, which needs" in said and "once more, with step 31" in said
+    output = capsys.readouterr().out
+    assert "rewinding to step 30" in output and "step 40, which needs" in output
+    assert "once more, with step 31" in output
     assert seen == [["save"], ["start"]] and CheckpointReader(tmp_path).steps() == [10, 20, 30, 31, 40, 50]
 
 
-# Steps 13 and 14 change nothing.
-@pytest.mark.parametrize(("spoils", "instead"), [pytest.param(False, 13, marks=pytest.mark.slow), (True, 15)])
+# In the second case the updates of steps 13 and 14 are skipped.
+@pytest.mark.parametrize(("nonfinite", "instead"), [pytest.param(False, 13, marks=pytest.mark.slow), (True, 15)])
 def test_run_when_a_save_failed_in_the_background_then_the_next_step_is_saved_instead(
-    tmp_path, monkeypatch, capsys, spoils, instead
+    tmp_path, monkeypatch, capsys, nonfinite, instead
 ):
-    plain, failures = (
+    original, failures = (
         Checkpointer.check_errors,
         iter([None] * 12 + [UserError("could not write", "no room", "Make it")]),
     )
-    monkeypatch.setattr(Checkpointer, "check_errors", lambda self: next(failures, None) or plain(self))
-    jumped = (14 * BATCH, 15 * BATCH) if spoils else None
-    with spoilt(NOT_FINITE, np.nan) if spoils else contextlib.nullcontext():
-        assert train(tmp_path, jumped, train__steps=20, train__keep=9) == EXIT_FINISHED
+    monkeypatch.setattr(Checkpointer, "check_errors", lambda self: next(failures, None) or original(self))
+    skipped = (14 * BATCH, 15 * BATCH) if nonfinite else None
+    with corrupted(NOT_FINITE, np.nan) if nonfinite else contextlib.nullcontext():
+        assert train(tmp_path, skipped, train__steps=20, train__keep=9) == EXIT_FINISHED
     assert CheckpointReader(tmp_path).steps() == [10, instead, 20]
-    assert "could not write: 'no room'. Make it. It is tried once more, with step 13" in capsys.readouterr().out
+    assert "could not write: 'no room'. Make it. The save is tried once more, with step 13" in capsys.readouterr().out
     [event] = [event for event in read_events(tmp_path) if event.kind == "save_failed"]
     assert event.step == 13

@@ -1,4 +1,4 @@
-"""Several hosts as real processes: the same global batches for any number of them, exact counts, one run for all."""
+"""Tests with several hosts as real processes: the same global batches for any number of hosts, and exact counts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from runs import assert_bitwise, saved_state
 from several import free_port
 from tiny import ROOT, only_devices
 
-from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
+from aimv2_jax.monitoring.metrics import read_metrics
 
 STEPS = 10
 
@@ -37,16 +37,16 @@ def run_hosts(count: int, workdir: Path, devices: int = host.DEVICES, **changes:
             command = [sys.executable, str(ROOT / "tests/host.py"), str(process), *shared]
             with (workdir.parent / f"host{process}.log").open("w") as log:
                 hosts.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-        for process, one in enumerate(hosts):
-            assert one.wait(300) == 0, (workdir.parent / f"host{process}.log").read_text()[-3000:]
+        for process, popen in enumerate(hosts):
+            assert popen.wait(300) == 0, (workdir.parent / f"host{process}.log").read_text()[-3000:]
     finally:
-        for one in hosts:
-            one.kill()
-            one.wait()
+        for popen in hosts:
+            popen.kill()
+            popen.wait()
 
 
 def global_batch(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """The global arrays of a step, put together from what the devices of all hosts hold."""
+    """The global arrays of a step, concatenated from the shards of all hosts' devices."""
     parts: dict[str, dict[int, np.ndarray]] = {}
     for file in workdir.glob(f"batches/{step}.*.npz"):
         with np.load(file) as shards:
@@ -58,14 +58,14 @@ def global_batch(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def devices():
-    """This process uses as many devices as all hosts have in total."""
+    """This process uses as many devices as all hosts together."""
     with only_devices(host.DEVICES):
         yield
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """One host: this process."""
+    """A run on one host, in this process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     host.train(workdir, data__workers=0)
     return workdir
@@ -73,7 +73,7 @@ def alone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} hosts".format)
 def together(request, tmp_path_factory) -> Path:
-    """Two or four hosts, which have four devices together and read by workers."""
+    """A run on two or four hosts with four devices in total, which read by workers."""
     workdir = tmp_path_factory.mktemp("together") / "run"
     workdir.mkdir()
     run_hosts(request.param, workdir, data__workers=1)
@@ -83,7 +83,7 @@ def together(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(together, tmp_path_factory) -> Path:
-    """The same when it had done five steps."""
+    """The same run after five steps."""
     workdir = shutil.copytree(together, tmp_path_factory.mktemp("saved") / "run")
     shutil.rmtree(workdir / "checkpoints/10")
     for step in range(5, STEPS):
@@ -93,7 +93,7 @@ def saved(together, tmp_path_factory) -> Path:
 
 
 def test_global_arrays_when_several_hosts_train(alone, together):
-    """They are those of one host."""
+    """The global arrays equal those of one host."""
     for step in range(STEPS):
         one, several = global_batch(alone, step), global_batch(together, step)
         assert one.keys() == several.keys() >= {"patches", "tokens", "valid", "example_index"}
@@ -105,7 +105,7 @@ def test_global_arrays_when_several_hosts_train(alone, together):
 
 
 def test_counts_when_k_cycles_have_passed_then_k_times_the_weights_summed_over_hosts(alone, together):
-    weights = {name: round(host.CYCLE * sum(kinds.values())) for name, kinds in host.MIXTURE.items()}
+    weights = {name: round(host.CYCLE * sum(types.values())) for name, types in host.MIXTURE.items()}
     for workdir in (alone, together):
         lines = read_metrics(workdir)[0]
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -115,18 +115,18 @@ def test_counts_when_k_cycles_have_passed_then_k_times_the_weights_summed_over_h
 
 
 def test_run_when_several_hosts_train(alone, together):
-    """There is one record of it, and its numbers are nearly those of one host."""
+    """There is one set of checkpoints and metrics, and the losses are nearly those of one host."""
     assert CheckpointReader(together).steps() == CheckpointReader(alone).steps() == [5, 10]
-    one, several = read_metrics(alone), read_metrics(together)
-    for ours, theirs in zip(one[0], several[0], strict=True):
+    single, several = read_metrics(alone), read_metrics(together)
+    for ours, theirs in zip(single[0], several[0], strict=True):
         assert ours["count_image"] == theirs["count_image"]  # The same prefixes.
-        # Sums over devices come in another order; Adam's first steps divide small gradients by their own size.
+        # Sums over devices have another order, and Adam's first steps divide small gradients by their own size.
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-    assert one[1][-1]["eval_loss"] == pytest.approx(several[1][-1]["eval_loss"], rel=1e-2)
+    assert single[1][-1]["eval_loss"] == pytest.approx(several[1][-1]["eval_loss"], rel=1e-2)
 
 
-# What goes on elsewhere from the checkpoint of several hosts: hosts, devices of all, and their mesh.
-ELSEWHERE = {
+# Layouts that resume the checkpoint of several hosts: number of hosts, devices of all, and their mesh.
+LAYOUTS = {
     "1 device": (1, 1, {"data": 1}),
     "2 devices": (1, 2, {"data": 1, "fsdp": 2}),
     "8 devices": (1, 8, {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -135,10 +135,10 @@ ELSEWHERE = {
 SLOW = ("2 devices", "8 devices", "2 hosts")
 
 
-@pytest.mark.parametrize("place", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ELSEWHERE])
-def test_run_when_it_goes_on_elsewhere(saved, together, tmp_path, place):
-    """Its state, examples and pixels are the same as where it was, its losses within rounding."""
-    count, devices, mesh = ELSEWHERE[place]
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
+def test_run_when_it_goes_on_elsewhere(saved, together, tmp_path, layout):
+    """State, examples and pixels equal those of the original layout, the losses within rounding."""
+    count, devices, mesh = LAYOUTS[layout]
     changes = {f"mesh__{axis}": size for axis, size in mesh.items()} | {"eval__sources": {}}
     workdir = shutil.copytree(saved, tmp_path / "run")
     run_hosts(count, workdir, devices, **changes)
@@ -150,5 +150,6 @@ def test_run_when_it_goes_on_elsewhere(saved, together, tmp_path, place):
         for name, array in ours.items():
             np.testing.assert_array_equal(array, theirs[name], err_msg=f"{name} of step {step}", strict=True)
     ours, theirs = ({line["step"]: line["loss"] for line in read_metrics(path)[0]} for path in (workdir, together))
-    for step in range(6, STEPS + 1):  # Sums in another order; from one and the same state, five steps don't add it up.
+    # Sums have another order. From the same state, the difference stays small over five steps.
+    for step in range(6, STEPS + 1):
         assert ours[step] == pytest.approx(theirs[step], rel=2e-6)

@@ -1,15 +1,15 @@
-"""The short form of the drill that lets runs hang: experiments/drills/hang.py."""
+"""Short form of the drill with hanging runs: experiments/drills/hang.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from aimv2_jax.train.events import read_events
+from aimv2_jax.monitoring.events import read_events
 from experiments.drills import hang
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run one after another: in parallel they would starve those with time limits.
 pytestmark = pytest.mark.xdist_group("shared-memory")
-# A data worker has to import what it needs within the time-out, too.
+# A data worker's imports must fit into the timeout, too.
 TIMEOUTS_S = {"worker": 10.0, "step": 3.0, "save": 3.0, "stop": 3.0}
 AT_LENGTH = [("worker", 2), ("save", 1), ("save", 2), ("stop", 1), ("stop", 2)]
 AT_LENGTH = [pytest.param(*case, marks=pytest.mark.slow) for case in AT_LENGTH]
@@ -17,9 +17,9 @@ AT_LENGTH = [pytest.param(*case, marks=pytest.mark.slow) for case in AT_LENGTH]
 
 @pytest.mark.parametrize(("what", "starts"), [("worker", 1), ("step", 2), *AT_LENGTH])
 def test_run_when_it_hangs(tmp_path, what, starts):
-    """Stacks in time and 75, and 4 when it hangs at that step again."""
+    """Stacks are written in time; the exit code is 75, and 4 for a second hang at the same step."""
     hung = hang.hang_at_one_step(tmp_path, what, stall_s=300.0, timeout_s=TIMEOUTS_S[what], starts=starts)
-    assert hung.codes == (75, 4)[:starts] and hung.threads > 4  # Whether stacks came in time, the drill has looked.
+    assert hung.codes == (75, 4)[:starts] and hung.threads > 4  # The drill itself checks that stacks come in time.
     events = read_events(tmp_path / what)
     hangs = [event for event in events if event.kind == "hang"]
     assert len(hangs) == starts and len({event.step for event in hangs}) == 1 and hangs[0].step > 0

@@ -1,4 +1,4 @@
-"""Steps that were damaged: found before anything of them is used, named, set aside; and steps of older formats."""
+"""Damaged steps are detected before use, reported and set aside; steps of other formats are refused."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from bucket import NAME, stand_in, stand_in_for_arrays
-from checkpoints import CONFIG, abstract, assert_same, edit_meta, folders, make_format_1, make_state, save_all
+from checkpoints import CONFIG, abstract, assert_same, folders, make_state, save_all, set_format
 
+from aimv2_jax.checkpoint import checkpointer as checkpointer_module
+from aimv2_jax.checkpoint import layout, manifest, metadata
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader
+from aimv2_jax.checkpoint.metadata import DamagedStep
 from aimv2_jax.errors import UserError
-from aimv2_jax.train import checkpoint, manifest, step_folders, step_meta
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
-from aimv2_jax.train.step_meta import DamagedStep
 
 
 def data_file(workdir: Path, step: int) -> Path:
@@ -59,7 +59,7 @@ def test_state_when_one_bit_of_an_array_is_flipped_then_nothing_is_given_out_and
     ):
         with pytest.raises(DamagedStep, match=f"/checkpoints/1: 'state/d/{file.name}: other contents'"):
             action()
-    assert reader.meta(1)["step"] == 1  # Its own file is as it was.
+    assert reader.meta(1)["step"] == 1  # The metadata file is intact.
 
 
 def test_state_when_restored_twice_by_a_reader_then_read_once_to_compare_unless_it_was_saved_anew(
@@ -82,7 +82,7 @@ def test_state_when_restored_twice_by_a_reader_then_read_once_to_compare_unless_
 
 
 class _SecondProcess:
-    """jax as a process sees it that is not the first."""
+    """The jax module as seen by process 1."""
 
     def __getattr__(self, name: str):
         return getattr(jax, name)
@@ -96,29 +96,29 @@ def test_state_when_this_is_not_the_first_process_then_the_word_of_that_one_is_t
     (tmp_path / "checkpoints/1/more").write_text("")
     with pytest.raises(DamagedStep, match="more: extra"):
         CheckpointReader(tmp_path).restore(1, abstract(make_state()))
-    monkeypatch.setattr(checkpoint, "jax", _SecondProcess())
+    monkeypatch.setattr(checkpointer_module, "jax", _SecondProcess())
     assert_same(CheckpointReader(tmp_path).restore(1, abstract(make_state())), make_state(1))
 
 
 def _meanwhile(monkeypatch, then) -> None:
-    """A trainer does `then` when the reader has read the first file of the step."""
+    """Calls `then`, the action of a trainer, after the reader has read the first file of the step."""
     hash_file = manifest.hash_file
 
-    def watched(path, *args, **kwargs):
+    def wrapped(path, *args, **kwargs):
         entry = hash_file(path, *args, **kwargs)
         monkeypatch.undo()
         then()
         return entry
 
-    monkeypatch.setattr(manifest, "hash_file", watched)
+    monkeypatch.setattr(manifest, "hash_file", wrapped)
     monkeypatch.setattr(manifest, "_THREADS", 1)
 
 
 def test_step_when_its_trainer_deletes_it_meanwhile_then_not_there_and_not_damaged(tmp_path, monkeypatch):
     save_all(tmp_path, {1: None, 2: None})
     reader = CheckpointReader(tmp_path)
-    _meanwhile(monkeypatch, lambda: step_folders.delete(reader._folder, 1))
-    with pytest.raises(step_meta.StepVanished, match="Steps that are there: 2"):
+    _meanwhile(monkeypatch, lambda: layout.delete(reader._folder, 1))
+    with pytest.raises(metadata.StepVanished, match="Existing steps: 2"):
         reader.verify(1)
     assert folders(tmp_path) == ["2"]
 
@@ -126,43 +126,46 @@ def test_step_when_its_trainer_deletes_it_meanwhile_then_not_there_and_not_damag
 def test_step_when_its_trainer_saves_it_anew_meanwhile_then_the_new_one_is_compared(tmp_path, monkeypatch):
     save_all(tmp_path / "other", {1: None})
     save_all(tmp_path, {1: None})
-    place = tmp_path / "checkpoints" / "1"
+    folder = tmp_path / "checkpoints" / "1"
 
     def replace():
-        place.rename(place.with_name("rewound-1-1"))
-        shutil.copytree(tmp_path / "other/checkpoints/1", place)
+        folder.rename(folder.with_name("rewound-1-1"))
+        shutil.copytree(tmp_path / "other/checkpoints/1", folder)
 
-    assert (place / "manifest.json").read_bytes() != (tmp_path / "other/checkpoints/1/manifest.json").read_bytes()
+    assert (folder / "manifest.json").read_bytes() != (tmp_path / "other/checkpoints/1/manifest.json").read_bytes()
     _meanwhile(monkeypatch, replace)
-    assert CheckpointReader(tmp_path).verify(1)
+    CheckpointReader(tmp_path).verify(1)
 
 
-# --- the newest intact one -----------------------------------------------------------------------------------------
+# --- the newest intact step ----------------------------------------------------------------------------------------
 
 
 def test_newest_when_it_and_the_one_before_are_damaged_then_both_set_aside_named_and_the_next_is_used(tmp_path):
     save_all(tmp_path, {10: 1.0, 20: None, 30: 0.5})
-    place = tmp_path / "checkpoints"
-    file, meta = data_file(tmp_path, 30), place / "20/meta/metadata"
+    checkpoints = tmp_path / "checkpoints"
+    file, meta = data_file(tmp_path, 30), checkpoints / "20/meta/metadata"
     flip_a_bit(file)
     meta.write_bytes(meta.read_bytes()[:-1])
-    (place / "20/more").write_text("")
-    before = {step: contents(place / step) for step in ("20", "30")}
+    (checkpoints / "20/more").write_text("")
+    before = {step: contents(checkpoints / step) for step in ("20", "30")}
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         newest, damages = checkpointer.newest_intact()
         assert (newest, checkpointer.steps(), checkpointer.best_step()) == (10, [10], 10)
         assert_same(checkpointer.restore(10, abstract(make_state())), make_state(10))
-        size = len((place / "damaged-20-1/meta/metadata").read_bytes())
+        size = len((checkpoints / "damaged-20-1/meta/metadata").read_bytes())
         assert [str(damage) for damage in damages] == [
             "the checkpoint of step 30 is damaged and was set aside as checkpoints/damaged-30-1: "
             f"state/d/{file.name}: other contents",
             "the checkpoint of step 20 is damaged and was set aside as checkpoints/damaged-20-1: "
             f"meta/metadata: size {size:,} instead of {size + 1:,}; more: extra",
         ]
-        checkpointer.save(20, make_state(20), CONFIG)  # Again, as if nothing had been.
+        checkpointer.save(20, make_state(20), CONFIG)  # The numbers can be used again.
         checkpointer.save(30, make_state(31), CONFIG)
     assert folders(tmp_path) == ["10", "30", "damaged-20-1", "damaged-30-1"]
-    assert contents(place / "damaged-20-1") == before["20"] and contents(place / "damaged-30-1") == before["30"]
+    assert (
+        contents(checkpoints / "damaged-20-1") == before["20"]
+        and contents(checkpoints / "damaged-30-1") == before["30"]
+    )
     reader = CheckpointReader(tmp_path)
     assert (reader.steps(), reader.set_aside()) == ([10, 30], ["damaged-20-1", "damaged-30-1"])
     flip_a_bit(data_file(tmp_path, 30))
@@ -199,7 +202,7 @@ def test_newest_when_no_step_is_intact_then_user_error_names_them_and_they_stay(
     save_all(tmp_path, {10: None, 20: None})
     for step in (10, 20):
         flip_a_bit(data_file(tmp_path, step))
-    for _ in range(2):  # A second start may not take it for a new run.
+    for _ in range(2):  # A second start must not begin a new run.
         with (
             Checkpointer(tmp_path, keep=2) as checkpointer,
             pytest.raises(UserError, match=r"is intact: 'step 20: state/d/.*: other contents; step 10: state/d/"),
@@ -252,36 +255,36 @@ def test_steps_when_the_disk_refuses_to_be_read_then_told_and_nothing_is_set_asi
 
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         monkeypatch.setattr(manifest, "hash_file", refuse)
-        with pytest.raises(PermissionError):  # `last_words` has a sentence for it.
+        with pytest.raises(PermissionError):  # `describe_exit` has a message for it.
             checkpointer.newest_intact()
     assert folders(tmp_path) == ["10", "20"]
 
 
-# --- a course that is left -----------------------------------------------------------------------------------------
+# --- rollback ------------------------------------------------------------------------------------------------------
 
 
 def test_newer_steps_when_set_aside_then_their_numbers_are_free_and_nothing_of_them_is_lost(tmp_path):
-    place = tmp_path / "checkpoints"
+    checkpoints = tmp_path / "checkpoints"
     with Checkpointer(tmp_path, keep=5, keep_steps=(30,)) as checkpointer:
         for step in (10, 20, 30):
             checkpointer.save(step, make_state(step), CONFIG, eval_loss=40 - step)
-        assert checkpointer.set_aside_newer(10, "rewound") == [20, 30]  # The last was still on its way.
+        assert checkpointer.set_aside_newer(10, "rewound") == [20, 30]  # The last save was still in progress.
         assert (checkpointer.steps(), checkpointer.best_step()) == ([10], 10)
         checkpointer.save(20, make_state(21), CONFIG)
         assert_same(checkpointer.restore(20, abstract(make_state())), make_state(21))
         assert checkpointer.set_aside_newer(10, "rewound") == [20]
         assert checkpointer.set_aside_newer(10, "rewound") == []
     assert folders(tmp_path) == ["10", "rewound-20-1", "rewound-20-2", "rewound-30-1"]
-    (place / "rewound-20-1").rename(place / "20")
+    (checkpoints / "rewound-20-1").rename(checkpoints / "20")
     assert_same(CheckpointReader(tmp_path).restore(20, abstract(make_state())), make_state(20))
 
 
-# --- the moment it becomes a step ----------------------------------------------------------------------------------
+# --- commit --------------------------------------------------------------------------------------------------------
 
 KILLED_BEFORE_THE_MANIFEST = """
 import os, signal, sys
 import checkpoints as test
-from aimv2_jax.train import manifest
+from aimv2_jax.checkpoint import manifest
 
 with test.Checkpointer(sys.argv[1], keep=2) as checkpointer:
     checkpointer.save(1, test.make_state(1), test.CONFIG)
@@ -296,8 +299,8 @@ def test_step_when_killed_after_orbax_and_before_the_manifest_then_no_step_and_s
     script = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{KILLED_BEFORE_THE_MANIFEST}"
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert killed.returncode == -9, killed.stderr
-    one, left = folders(tmp_path)
-    assert one == "1" and left.startswith("2.orbax-checkpoint-tmp-saving-") and left.count(".") == 1
+    committed, partial = folders(tmp_path)
+    assert committed == "1" and partial.startswith("2.orbax-checkpoint-tmp-saving-") and partial.count(".") == 1
     assert CheckpointReader(tmp_path).steps() == [1]
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         assert checkpointer.newest_intact() == (1, [])
@@ -306,7 +309,7 @@ def test_step_when_killed_after_orbax_and_before_the_manifest_then_no_step_and_s
 
 def test_step_when_a_folder_of_its_name_is_there_then_not_replaced(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
-        (tmp_path / "checkpoints" / "5").mkdir()  # Somebody's, even if empty.
+        (tmp_path / "checkpoints" / "5").mkdir()  # Of unknown origin, so it stays even if empty.
         checkpointer.save(5, make_state(5), CONFIG)
         with pytest.raises(UserError, match="File exists"):
             checkpointer.wait()
@@ -316,81 +319,29 @@ def test_step_when_a_folder_of_its_name_is_there_then_not_replaced(tmp_path):
 def test_temporary_names_when_orbax_has_them_then_they_are_those_that_are_swept():
     import orbax.checkpoint as ocp
 
-    assert ocp.utils.TMP_DIR_SUFFIX == step_folders.TEMPORARY
+    assert ocp.utils.TMP_DIR_SUFFIX == layout.TEMPORARY
 
 
-# --- format 1 ------------------------------------------------------------------------------------------------------
+# --- other formats -------------------------------------------------------------------------------------------------
 
 
-def test_format_1_when_restored_then_it_is_told_that_nothing_is_verified(tmp_path, capsys):
+@pytest.mark.parametrize("version", [1, 2, 4])
+def test_format_other_refused(tmp_path, version):
+    """Steps of another format are neither restored nor set aside, since another aimv2_jax can read them."""
     save_all(tmp_path, {1: None, 2: None})
-    make_format_1(tmp_path, 1)
-    make_format_1(tmp_path, 2)
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
-        assert checkpointer.newest_intact() == (2, [])
-        for _ in range(2):
-            assert_same(checkpointer.restore(2, abstract(make_state())), make_state(2))
-        checkpointer.save(3, make_state(3), CONFIG)
-    said = capsys.readouterr().err
-    assert said.count("the checkpoint of step 2") == 1 and "no manifest" in said and "not verified" in said
+    set_format(tmp_path, 2, version)
+    remedy = "Update" if version > 3 else "Use the aimv2_jax that wrote it, or start a new run"
+    message = f"checkpoint .*/2 has a format .* read: 'format {version}, needed is 3'. {remedy}"
     reader = CheckpointReader(tmp_path)
-    assert [reader.verify(step) for step in reader.steps()] == [False, False, True]
-
-
-def test_format_1_when_the_state_has_a_guard_since_then_it_starts_as_zeros_where_it_belongs(tmp_path):
-    old = {"step": jnp.int32(3), "params": {"w": jnp.arange(8.0)}}
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(3, old, CONFIG)
-    make_format_1(tmp_path, 3)
-    mesh = jax.make_mesh((8,), ("data",))
-    spread, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
-    guard = {
-        "losses": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spread),
-        "count": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-    }
-    wanted = abstract(old, whole) | {"guard": guard}
-    with jax.transfer_guard("disallow"):
-        restored = CheckpointReader(tmp_path).restore(3, wanted)
-    assert_same(restored, old | {"guard": {"losses": np.zeros(16, np.float32), "count": np.zeros((), np.int32)}})
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, wanted)
-    part = CheckpointReader(tmp_path).restore_part(3, {"params": abstract(old["params"])})
-    assert_same(part, {"params": old["params"]})
-
-
-def test_format_1_when_it_has_a_guard_then_that_is_restored(tmp_path):
-    state = {"guard": {"n": jnp.int32(5)}, "w": jnp.arange(8.0)}
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(3, state, CONFIG)
-    make_format_1(tmp_path, 3)
-    assert_same(CheckpointReader(tmp_path).restore(3, abstract(state)), state)
-
-
-@pytest.mark.parametrize(
-    "change, format_1, message",
-    [
-        (lambda tree: tree | {"other": tree["step"]}, True, "other is not in it"),
-        (lambda tree: {"guard": tree["step"]} | tree, True, "guard is not in it"),
-        (lambda tree: tree | {"guard": {"n": tree["step"]}}, False, "guard/n is not in it"),
-        (lambda tree: {"guard": {"n": tree["step"]}, "step": tree["step"]}, True, "w is in it and not in this model"),
-    ],
-)
-def test_format_1_when_more_differs_than_the_guard_then_refused_with_the_path(tmp_path, change, format_1, message):
-    old = {"step": jnp.int32(3), "w": jnp.arange(8.0)}
-    with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(3, old, CONFIG)
-    if format_1:
-        make_format_1(tmp_path, 3)
-    with pytest.raises(UserError, match=message):
-        CheckpointReader(tmp_path).restore(3, change(abstract(old)))
-
-
-def test_format_1_when_its_meta_is_damaged_then_set_aside(tmp_path):
-    save_all(tmp_path, {1: None, 2: None})
-    make_format_1(tmp_path, 2)
-    edit_meta(tmp_path, 2, lambda text: text[:100])
-    with Checkpointer(tmp_path, keep=2) as checkpointer:
-        newest, [damage] = checkpointer.newest_intact()
-    assert (newest, damage.step, damage.wrong[0].file) == (1, 2, "meta/metadata")
+    for act in (
+        lambda: Checkpointer(tmp_path, 2),
+        reader.best_step,
+        partial(reader.verify, 2),
+        partial(reader.meta, 2),
+    ):
+        with pytest.raises(UserError, match=message):
+            act()
+    assert reader.steps() == [1, 2] and reader.set_aside() == []
 
 
 # --- in a bucket ---------------------------------------------------------------------------------------------------
@@ -404,24 +355,24 @@ def bucket(tmp_path, monkeypatch):
 
 
 def test_bucket_when_its_newest_step_is_damaged_then_set_aside_and_the_next_is_used(bucket):
-    workdir, place = f"{NAME}/run", bucket / "run/checkpoints"
+    workdir, checkpoints = f"{NAME}/run", bucket / "run/checkpoints"
     save_all(workdir, {10: None, 20: None})
     flip_a_bit(data_file(bucket / "run", 20))
-    before = contents(place / "20")
+    before = contents(checkpoints / "20")
     with Checkpointer(workdir, keep=2) as checkpointer:
         newest, [damage] = checkpointer.newest_intact()
         assert (newest, damage.step, damage.moved_to, checkpointer.steps()) == (10, 20, "20/set_aside.json", [10])
         assert_same(checkpointer.restore(10, abstract(make_state())), make_state(10))
         checkpointer.save(20, make_state(21), CONFIG)
-    assert json.loads((place / "20/set_aside.json").read_text()) == {"why": "damaged", "step": 20}
-    (place / "20/set_aside.json").unlink()
-    assert contents(place / "20") == before  # Nothing of it was copied, moved or deleted.
-    (place / "20/manifest.json").unlink()
+    assert json.loads((checkpoints / "20/set_aside.json").read_text()) == {"why": "damaged", "step": 20}
+    (checkpoints / "20/set_aside.json").unlink()
+    assert contents(checkpoints / "20") == before  # No file was copied, moved or deleted.
+    (checkpoints / "20/manifest.json").unlink()
     assert_same(CheckpointReader(workdir).restore(20, abstract(make_state())), make_state(21))
 
 
 def test_bucket_when_a_step_is_set_aside_again_and_again(bucket):
-    """Each save of the same step has a folder of its own, and only the last one is the step."""
+    """Each save of the same step gets its own folder, and only the last one is the step."""
     workdir = f"{NAME}/run"
     with Checkpointer(workdir, keep=1) as checkpointer:
         for seed in (1, 2, 3):
@@ -438,7 +389,7 @@ def test_bucket_when_a_step_is_set_aside_again_and_again(bucket):
 
 
 def test_bucket_when_a_step_cannot_be_deleted(bucket, monkeypatch):
-    """Whatever its folder is called, it stays a step where its manifest stays, and there alone."""
+    """It remains a step exactly if its manifest remains, whatever the name of its folder."""
     workdir, kind = f"{NAME}/run", type(CheckpointReader(NAME)._folder)
     unlink, rmtree = kind.unlink, kind.rmtree
 
@@ -464,13 +415,11 @@ def test_bucket_when_a_step_cannot_be_deleted(bucket, monkeypatch):
         assert checkpointer.steps() == CheckpointReader(workdir).steps() == [40]
 
 
-def test_bucket_when_a_step_has_no_manifest_then_it_is_none_unless_it_is_of_format_1(bucket):
-    workdir, place = f"{NAME}/run", bucket / "run/checkpoints"
+def test_bucket_when_a_step_has_no_manifest_then_it_is_none(bucket):
+    workdir, checkpoints = f"{NAME}/run", bucket / "run/checkpoints"
     save_all(workdir, {10: None, 20: None, 30: None})
-    (place / "30/manifest.json").unlink()  # As a kill before the end of its save leaves it.
-    make_format_1(bucket / "run", 10)
+    (checkpoints / "30/manifest.json").unlink()  # As after a kill during its save.
     assert CheckpointReader(workdir).steps() == [10, 20]
-    (place / "10/commit_success.txt").unlink()
     with Checkpointer(workdir, keep=3) as checkpointer:
         assert checkpointer.newest_intact() == (20, [])
         checkpointer.save(30, make_state(31), CONFIG)
@@ -478,16 +427,16 @@ def test_bucket_when_a_step_has_no_manifest_then_it_is_none_unless_it_is_of_form
 
 
 def steps_at_each_deletion(workdir: str, monkeypatch) -> list[list[int]]:
-    """The steps that a reader sees whenever a folder is about to be deleted."""
+    """Records the steps that a reader sees before each deletion of a folder."""
     seen = []
     kind = type(CheckpointReader(workdir)._folder)
     rmtree = kind.rmtree
 
-    def watched(path, **options):
+    def recording_rmtree(path, **options):
         seen.append(CheckpointReader(workdir).steps())
         rmtree(path, **options)
 
-    monkeypatch.setattr(kind, "rmtree", watched)
+    monkeypatch.setattr(kind, "rmtree", recording_rmtree)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Several processes and one folder of checkpoints: the first looks and moves, and all know the same of every save."""
+"""Checkpoints of several processes: process 0 verifies and moves, and all agree on the outcome of every save."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from checkpoints import folders
 from several import free_port
 
-from aimv2_jax.train.checkpoint import CheckpointReader
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run one at a time, since parallel ones would starve time-dependent tests.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 ROOT = Path(__file__).parents[2]
@@ -24,13 +24,13 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from aimv2_jax.config import ProcessesConfig
 from aimv2_jax.errors import UserError
-from aimv2_jax.parallel import processes
-from aimv2_jax.parallel.clusters import Place
-from aimv2_jax.train import manifest
-from aimv2_jax.train.checkpoint import Checkpointer
+from aimv2_jax.distributed import coordination as processes
+from aimv2_jax.distributed.cluster import ProcessInfo
+from aimv2_jax.checkpoint import manifest
+from aimv2_jax.checkpoint.checkpointer import Checkpointer
 from full_disk import files_of_at_most
 
-processes.join(Place(f"127.0.0.1:{port}", 2, index), ProcessesConfig(60, 100, 60))
+processes.initialize(ProcessInfo(f"127.0.0.1:{port}", 2, index), ProcessesConfig(60, 100, 60))
 sharding = jax.NamedSharding(jax.make_mesh((4,), ("data",)), jax.P("data"))
 """
 AGREE = """
@@ -47,31 +47,31 @@ with Checkpointer(workdir, keep=3) as checkpointer:
         assert checkpointer.save(step, saved[step], None) is None
     assert checkpointer.set_aside_newer(2, "rewound") == [3] and checkpointer.steps() == [1, 2]
     checkpointer.save(3, saved[4], None)
-    assert_restored(checkpointer, 3, 4)  # On both: none goes on before it is a step.
-    processes.meet("restored", 60)
+    assert_restored(checkpointer, 3, 4)  # On both: neither continues before the commit.
+    processes.barrier("restored", 60)
     if index == 0:
         file = max((Path(workdir) / "checkpoints/3/state/d").iterdir(), key=lambda file: file.stat().st_size)
         data = bytearray(file.read_bytes())
         data[50] ^= 1
         file.write_bytes(data)
-    processes.meet("harmed", 60)
+    processes.barrier("harmed", 60)
 with Checkpointer(workdir, keep=3) as checkpointer:
     newest, damages = checkpointer.newest_intact()
     print(newest, checkpointer.steps(), *damages)
     assert_restored(checkpointer, 2, 2)
-processes.leave()
+processes.shutdown()
 """
 FAIL = """
-LIMIT = 1 << 16  # Bytes of a file; each device has four times as many.
+LIMIT = 1 << 16  # Maximum file size in bytes; each device has four times as many.
 state = jax.jit(lambda: {"w": jax.random.normal(jax.random.key(0), (1 << 18,))}, out_shardings=sharding)()
 
-def told(checkpointer, step, refused, limit=LIMIT):
-    # How the save of `step` fails of which the processes `refused` cannot write their part.
+def failure_of(checkpointer, step, refused, limit=LIMIT):
+    # Returns the failure of the save of `step`, where the processes `refused` cannot write their part.
     with files_of_at_most(limit) if index in refused else contextlib.nullcontext():
         assert checkpointer.save(step, state, None) is None
         begin_s = time.monotonic()
         while (failure := checkpointer.check_errors()) is None:
-            assert time.monotonic() < begin_s + 60, "the failure is never told"
+            assert time.monotonic() < begin_s + 60, "no failure was reported"
             time.sleep(0.01)
     assert f"could not write the checkpoint of step {step}," in failure.what, failure
     assert failure.value == f"process {refused[0]} on {os.uname().nodename}: File too large", failure
@@ -87,7 +87,7 @@ def raised(call):
 checkpointer = Checkpointer(workdir, keep=9)
 good = []
 for step, refused in ((1, [1]), (3, [0]), (5, [0, 1])):
-    told(checkpointer, step, refused)
+    failure_of(checkpointer, step, refused)
     good.append(step + 1)
     assert checkpointer.save(step + 1, state, None) is None  # Makes up for it.
     checkpointer.wait()
@@ -96,30 +96,30 @@ for step, refused in ((1, [1]), (3, [0]), (5, [0, 1])):
 def full(*_):
     raise OSError(28, os.strerror(28), "a file")
 
-write, manifest.write = manifest.write, full  # Called by process 0 alone.
+write, manifest.write = manifest.write, full  # Called on process 0 only.
 assert checkpointer.save(7, state, None) is None
-failure = checkpointer.save(8, state, None)  # Process 1 has not asked before: all learn of it here.
+failure = checkpointer.save(8, state, None)  # Process 1 has not asked before, so all learn of it here.
 assert "of step 7," in failure.what and "process 0 on" in failure.value and "No space left" in failure.value
 assert "of step 8," in raised(checkpointer.wait)
 manifest.write = write
 checkpointer.save(9, state, None)
 checkpointer.wait()
 
-told(checkpointer, 10, [1])
-assert "of step 11," in raised(lambda: told(checkpointer, 11, [1]))  # The second in a row.
+failure_of(checkpointer, 10, [1])
+assert "of step 11," in raised(lambda: failure_of(checkpointer, 11, [1]))  # The second in a row.
 checkpointer.save(12, state, None)
 checkpointer.wait()
-with files_of_at_most(LIMIT // 2) if index == 0 else contextlib.nullcontext():  # Process 0 cannot begin, nor again.
+with files_of_at_most(LIMIT // 2) if index == 0 else contextlib.nullcontext():  # Process 0 cannot begin, twice.
     assert "of step 13," in raised(lambda: checkpointer.save(13, state, None))
 checkpointer.close()
-assert not processes.posted("checkpoint 2/failed"), "what a save has stored is not deleted"
+assert not processes.published("checkpoint 2/failed"), "the keys of a save are not deleted"
 print("steps", checkpointer.steps())
-processes.leave()
+processes.shutdown()
 """
 
 
 def run_two(script: str, folder: Path, workdir: Path) -> list[str]:
-    """What each of two processes said that ran `script`."""
+    """The logs of two processes that run `script`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -132,24 +132,24 @@ def run_two(script: str, folder: Path, workdir: Path) -> list[str]:
             command = [sys.executable, "-c", JOIN + script, str(index), port, str(workdir)]
             with log.open("w") as out:
                 running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
-        for one, log in zip(running, logs):
-            assert one.wait(120) == 0, log.read_text()[-3000:]
+        for process, log in zip(running, logs):
+            assert process.wait(120) == 0, log.read_text()[-3000:]
     finally:
-        for one in running:
-            one.kill()
-            one.wait()
+        for process in running:
+            process.kill()
+            process.wait()
     return [log.read_text() for log in logs]
 
 
 def test_steps_when_2_processes_save_set_aside_and_restore_then_they_know_the_same(tmp_path):
-    for said in run_two(AGREE, tmp_path, tmp_path):
-        assert "2 [1, 2] the checkpoint of step 3 is damaged and was set aside as checkpoints/damaged-3-1: " in said
+    for log in run_two(AGREE, tmp_path, tmp_path):
+        assert "2 [1, 2] the checkpoint of step 3 is damaged and was set aside as checkpoints/damaged-3-1: " in log
     assert folders(tmp_path) == ["1", "2", "damaged-3-1", "rewound-3-1"]
-    assert CheckpointReader(tmp_path).verify(2)
+    CheckpointReader(tmp_path).verify(2)  # Raises if it is damaged.
 
 
 def test_save_when_one_of_2_processes_cannot_write(tmp_path):
-    """All learn of it within seconds, with process and reason; the next save makes up for it, the second one raises."""
-    for said in run_two(FAIL, tmp_path, tmp_path / "run"):
-        assert "steps [2, 4, 6, 9, 12]" in said and "Traceback" not in said
+    """All learn of it in seconds, with process and reason; the next save makes up for it, a second one is raised."""
+    for log in run_two(FAIL, tmp_path, tmp_path / "run"):
+        assert "steps [2, 4, 6, 9, 12]" in log and "Traceback" not in log
     assert folders(tmp_path / "run") == ["12", "2", "4", "6", "9"]

@@ -1,4 +1,4 @@
-"""The short form of the drill that kills runs: experiments/drills/kill.py."""
+"""Short form of the drill with killed runs: experiments/drills/kill.py."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 
 from experiments.drills import kill
 
-# Tests with worker processes run one after another: several at a time would starve those that watch the clock.
+# Tests with worker processes run one after another: in parallel they would starve those with time limits.
 pytestmark = pytest.mark.xdist_group("shared-memory")
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_run_when_killed_again_and_again(tmp_path, kills):
-    """Its numbers are those of a run that was left alone, and nothing is left."""
+    """Its metrics are those of an uninterrupted run, and no process or file is left over."""
     report = kill.drill(kills, seed=1, folder=tmp_path)
     assert {one["when"] for one in report["kills"]} == set(kill.WHEN) and len(report["kills"]) == kills
     assert report["steps"] > kill.SAVE_EVERY and report["numbers_compared"] > 100_000

@@ -1,4 +1,4 @@
-"""The loop from outside, through `aimv2_jax.main` as a user starts it: resumed, killed, guarded, and what it writes."""
+"""End-to-end tests of the training loop through `aimv2_jax.main`: resume, stop, guards and output files."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from slow_reads import SlowSource
 from tiny import tiny_arguments, tiny_config
 
 from aimv2_jax import errors
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader
 from aimv2_jax.config import config_to_dict
 from aimv2_jax.data import pipeline
 from aimv2_jax.errors import UserError
 from aimv2_jax.main import main
-from aimv2_jax.train import loop, stopping
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader
-from aimv2_jax.train.events import Events, read_events
-from aimv2_jax.train.goodput import tell
-from aimv2_jax.train.interruptions import Interruptions
-from aimv2_jax.train.metrics import read_metrics
-from aimv2_jax.train.program import Program, build_program
-from aimv2_jax.train.run import Run
-from aimv2_jax.train.tally import Tally
+from aimv2_jax.monitoring.counters import ExampleCounter
+from aimv2_jax.monitoring.events import EventLog, read_events
+from aimv2_jax.monitoring.goodput import compute_goodput
+from aimv2_jax.monitoring.metrics import read_metrics
+from aimv2_jax.resilience import preemption
+from aimv2_jax.resilience.repeated_failures import RepeatedFailures
+from aimv2_jax.train import trainer
+from aimv2_jax.train.builder import TrainSetup, build_setup
+from aimv2_jax.train.loop import TrainLoop
 
 pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
@@ -44,13 +45,13 @@ KEYS = {
 
 
 def unevaluated(workdir: Path, **changes) -> list[str]:
-    """Arguments of a run that measures nothing on the held-out set."""
+    """Arguments of a run without evaluation."""
     return tiny_arguments(workdir, eval__sources={}, **changes)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """20 steps in one go, evaluated at 10 and 20."""
+    """An uninterrupted run of 20 steps, evaluated at 10 and 20."""
     workdir = tmp_path_factory.mktemp("straight")
     assert main(tiny_arguments(workdir, train__eval_every=10, train__tensorboard=True)) == 0
     return workdir
@@ -60,7 +61,8 @@ def test_run_when_finished_then_metrics_have_their_keys_and_the_best_is_known(st
     training, evaluation = read_metrics(straight)
     assert [line["step"] for line in training] == [5, 10, 15, 20]
     assert all(set(line) >= KEYS for line in training)
-    assert all(line["mfu"] is None and line["images_per_s"] > 0 for line in training)  # a CPU's peak is unknown
+    # The peak FLOP/s of a CPU are unknown.
+    assert all(line["mfu"] is None and line["images_per_s"] > 0 for line in training)
     assert training[-1]["loss"] < training[0]["loss"]
     assert training[0]["images/photo"] + training[0]["images/other"] == 5 * 16
     assert [line["epochs/photo"] for line in training] == [steps * 8 / 209 for steps in (5, 10, 15, 20)]
@@ -96,8 +98,8 @@ def test_run_when_resumed_on_another_mesh_then_the_same_examples_and_nearly_the_
     assert main(unevaluated(tmp_path, mesh__data=1, mesh__fsdp=2, model__layers="loop")) == 0
     ours, theirs = ({line["step"]: line for line in read_metrics(path)[0]} for path in (tmp_path, straight))
     for step in (15, 20):
-        assert ours[step]["count_image"] == theirs[step]["count_image"]  # the same prefixes
-        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)  # ten steps of other rounding
+        assert ours[step]["count_image"] == theirs[step]["count_image"]  # The same prefixes.
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-4)  # Ten steps of other rounding.
 
 
 def test_batch_when_taken_after_a_resume_then_equals_that_of_the_straight_run():
@@ -118,7 +120,7 @@ def test_train_step_when_20_steps_run_then_compiled_once(tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING, logger="jax"):
-            # A batch that no other run of this file has: its programs are shared.
+            # No other run of this file has this batch size: compiled programs are shared between runs.
             assert main(unevaluated(tmp_path, train__log_every=1, data__batch_size=24)) == 0
     finally:
         jax.config.update("jax_log_compiles", False)
@@ -130,18 +132,18 @@ def test_train_step_when_20_steps_run_then_compiled_once(tmp_path, caplog):
 def test_run_when_the_loss_is_not_finite_then_stops_naming_the_step_and_keeps_the_checkpoint(tmp_path, capsys):
     assert main(unevaluated(tmp_path, train__steps=10)) == 0
     kept = saved_state(tmp_path, 10)
-    # The rate may not change on a resume, so the state itself is spoilt: one parameter that is not a number.
+    # The learning rate may not change on a resume, so the test sets one parameter of the state to NaN.
     config = tiny_config(train__steps=10)
-    program = build_program(config)
+    setup = build_setup(config)
     with Checkpointer(tmp_path, 3) as checkpointer:
-        state = checkpointer.restore(10, program.abstract_state)
+        state = checkpointer.restore(10, setup.abstract_state)
         begin = state.params["decoder"]["begin"]
         state.params["decoder"]["begin"] = jax.device_put(np.full(begin.shape, np.nan, np.float32), begin.sharding)
         checkpointer.save(11, state.replace(step=state.step + 1), config)
     capsys.readouterr()
     assert main(unevaluated(tmp_path, train__save_every=1)) == 3
     message = capsys.readouterr().err
-    assert "loss is nan at step 14, and so in 3 steps in a row" in message
+    assert "loss is nan at step 14, the last of 3 non-finite steps in a row" in message
     assert "newest checkpoint is that of step 11" in message and "--replay 14" in message
     assert CheckpointReader(tmp_path).steps() == [10, 11]
     assert_bitwise(saved_state(tmp_path, 10), kept)
@@ -174,29 +176,29 @@ def test_config_when_saved_with_a_checkpoint_then_the_run_is_known_from_it(strai
 
 
 def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch):
-    """Dispatch i, then read i-1; where i is due: read i, evaluate, save."""
+    """The order is: dispatch i, then read i-1; where i is due: read i, evaluate, save."""
     events = []
 
-    def recorded(owner, name, say):
-        plain = getattr(owner, name)
+    def recorded(owner, name, describe):
+        original = getattr(owner, name)
 
         def call(self, *args, **kwargs):
-            event = say(args)
+            event = describe(args)
             events.append(event) if event else None
-            return plain(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
         monkeypatch.setattr(owner, name, call)
 
-    compile_step = Program.compile_step
+    compile_step = TrainSetup.compile_step
 
-    def counted_steps(program, shape):
-        step = compile_step(program, shape)
+    def counted_steps(setup, shape):
+        step = compile_step(setup, shape)
         numbers = itertools.count(1)
         return lambda *args: (events.append(f"dispatch {next(numbers)}"), step(*args))[1]
 
-    monkeypatch.setattr(Program, "compile_step", counted_steps)
-    recorded(Run, "_read", lambda args: args[0] and f"read {args[0].number}")
-    recorded(Run, "_evaluate", lambda args: f"evaluate {args[0]}")
+    monkeypatch.setattr(TrainSetup, "compile_step", counted_steps)
+    recorded(TrainLoop, "_read_metrics", lambda args: args[0] and f"read {args[0].number}")
+    recorded(TrainLoop, "_evaluate", lambda args: f"evaluate {args[0]}")
     recorded(Checkpointer, "save", lambda args: f"save {args[0]}")
     assert main(tiny_arguments(tmp_path, train__steps=4, train__eval_every=2, train__save_every=2)) == 0
     assert events == [
@@ -208,63 +210,63 @@ def test_loop_when_it_runs_then_its_order_is_the_contract(tmp_path, monkeypatch)
 
 
 def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_devices_meanwhile(tmp_path, monkeypatch):
-    compile_step, place = Program.compile_step, pipeline.to_devices
-    running, handed_over = [], []
+    compile_step, to_devices = TrainSetup.compile_step, pipeline.to_devices
+    running, transferred = [], []
 
     @jax.jit
-    def known_late(loss):
-        """The loss, some matrix products later."""
+    def delayed(loss):
+        """The loss, after some matrix products."""
         matrix = jax.lax.fori_loop(0, 100, lambda _, x: x @ x, jnp.zeros((512, 512)) * loss)
         return loss + matrix[0, 0]
 
-    def long_step(program, shape):
-        step = compile_step(program, shape)
+    def long_step(setup, shape):
+        step = compile_step(setup, shape)
 
         def call(*args):
             state, metrics = step(*args)
-            metrics["loss"] = known_late(metrics["loss"].addressable_data(0))
+            metrics["loss"] = delayed(metrics["loss"].addressable_data(0))
             running.append(metrics["loss"])
             return state, metrics
 
         return call
 
     def watched(arrays, *args, **kwargs):
-        batch = place(arrays, *args, **kwargs)
-        jax.block_until_ready(batch)  # Wholly there, not only on its way.
+        batch = to_devices(arrays, *args, **kwargs)
+        jax.block_until_ready(batch)  # The transfer is complete, not only started.
         if "source" in batch and running:
-            handed_over.append(not running[-1].is_ready())
+            transferred.append(not running[-1].is_ready())
         return batch
 
-    monkeypatch.setattr(Program, "compile_step", long_step)
+    monkeypatch.setattr(TrainSetup, "compile_step", long_step)
     monkeypatch.setattr(pipeline, "to_devices", watched)
     arguments = unevaluated(tmp_path, train__steps=5, train__save_every=0)
     assert main(arguments) == 0
-    assert handed_over == [True] * 4
+    assert transferred == [True] * 4
 
 
 def test_loop_when_it_starves_then_says_what_to_change(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "Source", partial(SlowSource, delay_s=0.05, journal=tmp_path / "journal"))
     arguments = unevaluated(tmp_path / "run", data__read_threads=1)
     assert main(arguments) == 0
-    said = capsys.readouterr().out
-    assert said.count("steps wait for data") == 1
-    assert "slowest is read" in said and "raise data.read_threads from 1, or data.workers from 0" in said
+    output = capsys.readouterr().out
+    assert output.count("steps wait for data") == 1
+    assert "slowest is read" in output and "raise data.read_threads from 1, or data.workers from 0" in output
 
 
 def test_loop_when_steps_are_slow_then_they_do_not_wait_for_data(tmp_path, monkeypatch):
-    compile_step = Program.compile_step
+    compile_step = TrainSetup.compile_step
 
-    def slow_step(program, shape):
-        step = compile_step(program, shape)
+    def slow_step(setup, shape):
+        step = compile_step(setup, shape)
         return lambda *args: (time.sleep(0.3), step(*args))[1]
 
-    monkeypatch.setattr(Program, "compile_step", slow_step)
+    monkeypatch.setattr(TrainSetup, "compile_step", slow_step)
     assert main(unevaluated(tmp_path, train__steps=8, train__log_every=4)) == 0
     assert read_metrics(tmp_path)[0][-1]["data_wait_fraction"] < 0.02
 
 
 def test_run_when_another_is_at_work_in_the_workdir_then_refused(tmp_path, capsys):
-    with loop._claimed(tmp_path):
+    with trainer.lock_workdir(tmp_path):
         assert main(tiny_arguments(tmp_path)) == 2
     assert "in use by another run" in capsys.readouterr().err
 
@@ -281,14 +283,14 @@ def test_run_when_some_held_out_records_are_bad_then_left_out_counted_and_named(
     folder = broken_source(tmp_path / "data", good=3, bad=1)
     assert main(tiny_arguments(tmp_path / "run", eval__sources__photo=folder, train__steps=2)) == 0
     [line] = read_metrics(tmp_path / "run")[1]
-    assert line["eval_bad_records"] == 2  # once a caption kind
+    assert line["eval_bad_records"] == 2  # Once per caption type.
     names = [json.loads(line)["key"] for line in (tmp_path / "run/bad_records.jsonl").read_text().splitlines()]
     assert names == ["bad-0", "bad-0"]
 
 
 def signalled(monkeypatch, step: int, numbers: list[int]) -> None:
-    """Sends this process the signals while it is at that step of a run from the start."""
-    add, steps = Tally.add, itertools.count(1)
+    """Raises the signals in this process at that step of a new run."""
+    add, steps = ExampleCounter.add, itertools.count(1)
 
     def counted(*args):
         if next(steps) == step:
@@ -296,7 +298,7 @@ def signalled(monkeypatch, step: int, numbers: list[int]) -> None:
                 signal.raise_signal(number)
         return add(*args)
 
-    monkeypatch.setattr(Tally, "add", counted)
+    monkeypatch.setattr(ExampleCounter, "add", counted)
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP]])
@@ -306,14 +308,14 @@ def test_run_when_asked_to_stop_then_saves_that_step_ends_with_75_and_goes_on_ex
     def handlers():
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
-    before, while_compiling, compile_step = handlers(), [], Program.compile_step
+    before, while_compiling, compile_step = handlers(), [], TrainSetup.compile_step
     with monkeypatch.context() as patched:
-        # Nothing could be saved yet: a SIGTERM ends the process, in whatever call of C, and its parent says so.
+        # While compiling there is nothing to save: a SIGTERM ends the process, also in C code.
         patched.setattr(
-            Program, "compile_step", lambda *args: (while_compiling.append(handlers()), compile_step(*args))[1]
+            TrainSetup, "compile_step", lambda *args: (while_compiling.append(handlers()), compile_step(*args))[1]
         )
         signalled(patched, 7, numbers)
-        assert main(unevaluated(tmp_path, train__save_every=100)) == errors.EXIT_AGAIN
+        assert main(unevaluated(tmp_path, train__save_every=100)) == errors.EXIT_RETRY
     assert "stopped on request: step 7 of 20 is saved" in capsys.readouterr().out
     assert [before] == while_compiling and handlers() == before
     assert CheckpointReader(tmp_path).steps() == [7]
@@ -327,23 +329,23 @@ def test_run_when_the_clock_is_set_back_then_said_and_its_numbers_are_those_of_t
     arguments = unevaluated(tmp_path)
     with monkeypatch.context() as patched:
         signalled(patched, 7, [signal.SIGTERM])
-        assert main(arguments) == errors.EXIT_AGAIN
-    right, back_s = time.time, iter(range(86_400, 10**9, 60))  # A day, and a minute more at every look.
-    monkeypatch.setattr(time, "time", lambda: right() - next(back_s))
-    monkeypatch.setattr(loop, "Events", partial(loop.Events, wall=time.time))
+        assert main(arguments) == errors.EXIT_RETRY
+    wall_clock, back_s = time.time, iter(range(86_400, 10**9, 60))  # A day, and a minute more at every call.
+    monkeypatch.setattr(time, "time", lambda: wall_clock() - next(back_s))
+    monkeypatch.setattr(trainer, "EventLog", partial(trainer.EventLog, wall=time.time))
     capsys.readouterr()
     assert main(arguments) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"the clock of this machine is [\d,]+ s behind the last line of the run's events\.jsonl", said)
+    output = capsys.readouterr().out
+    assert re.search(r"the clock of this machine is [\d,]+ s behind the last line of the run's events\.jsonl", output)
     assert_bitwise(saved_state(straight, 20), saved_state(tmp_path, 20))
     assert [line["step"] for line in read_metrics(tmp_path)[0]] == [5, 10, 15, 20]
     assert CheckpointReader(tmp_path).steps() == CheckpointReader(straight).steps()
-    story = tell(read_events(tmp_path))
-    assert story.kept_steps == 20 and min(story.seconds.values()) >= 0
+    report = compute_goodput(read_events(tmp_path))
+    assert report.kept_steps == 20 and min(report.seconds.values()) >= 0
 
 
 def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "_SAME_S", 0.0)
+    monkeypatch.setattr(preemption, "_DUPLICATE_SIGNAL_S", 0.0)
     signalled(monkeypatch, 7, [signal.SIGINT, signal.SIGINT])
     assert main(unevaluated(tmp_path, train__save_every=100)) == errors.EXIT_INTERRUPTED
     assert CheckpointReader(tmp_path).steps() == []
@@ -351,13 +353,13 @@ def test_run_when_interrupted_twice_then_ends_at_once_with_130(tmp_path, monkeyp
 
 def test_run_when_asked_to_stop_at_its_last_step_then_it_is_finished(tmp_path, monkeypatch):
     signalled(monkeypatch, 4, [signal.SIGTERM])
-    # Where nothing is evaluated, 13 rows for 2 devices are no mistake.
+    # Without evaluation, eval.batch_size need not be a multiple of the devices.
     assert main(unevaluated(tmp_path, train__steps=4, eval__batch_size=13)) == 0
 
 
-@pytest.mark.parametrize(("steps", "code"), [(20, errors.EXIT_AGAIN), (5, errors.EXIT_FINISHED)])
+@pytest.mark.parametrize(("steps", "code"), [(20, errors.EXIT_RETRY), (5, errors.EXIT_FINISHED)])
 def test_run_when_asked_to_stop_in_an_evaluation(tmp_path, monkeypatch, capsys, steps, code):
-    """It is given up after the batch that is computed; the step is saved, the last one, too."""
+    """The evaluation is abandoned after the current batch; the step is saved, also if it is the last one."""
     batches, taken = pipeline.evaluation_batches, []
 
     def signalling(*args):
@@ -370,20 +372,20 @@ def test_run_when_asked_to_stop_in_an_evaluation(tmp_path, monkeypatch, capsys, 
     changes = dict(train__steps=steps, train__eval_every=5, train__save_every=100, eval__batch_size=8)
     assert main(tiny_arguments(tmp_path, **changes)) == code
     assert len(taken) == 2 and read_metrics(tmp_path)[1] == []
-    said, finished = capsys.readouterr().out, code == errors.EXIT_FINISHED
-    assert "asked to stop: the evaluation of step 5 is given up" in said
+    output, finished = capsys.readouterr().out, code == errors.EXIT_FINISHED
+    assert "asked to stop: the evaluation of step 5 is abandoned" in output
     assert CheckpointReader(tmp_path).steps() == [5]
-    command = f"python -m aimv2_jax.eval.heldout --checkpoint={tmp_path}:5 does that"
-    assert (f"step 5 is not evaluated, since the run was asked to stop: {command}" in said) == finished
+    command = f"To evaluate it: python -m aimv2_jax.eval.heldout --checkpoint={tmp_path}:5\n"
+    assert (f"step 5 is not evaluated, since the run was asked to stop. {command}" in output) == finished
     assert ("before the last step was evaluated" in read_events(tmp_path)[-1].values["why"]) == finished
 
 
 def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys):
-    """As a compiled step raises it (tests/train/test_device_errors.py): 75, then 4; what was saved stays."""
-    compile_step = Program.compile_step
+    """With the error of a compiled step (tests/train/test_device_errors.py): 75, then 4; checkpoints are kept."""
+    compile_step = TrainSetup.compile_step
 
-    def failing(program, shape):
-        step = compile_step(program, shape)
+    def failing(setup, shape):
+        step = compile_step(setup, shape)
 
         def call(*args):
             if int(args[0].step) == 6:
@@ -392,9 +394,9 @@ def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys
 
         return call
 
-    monkeypatch.setattr(Program, "compile_step", failing)
+    monkeypatch.setattr(TrainSetup, "compile_step", failing)
     arguments = unevaluated(tmp_path, train__save_every=5)
-    for code, again in ((errors.EXIT_AGAIN, ""), (errors.EXIT_HUNG, ", as at this step before")):
+    for code, again in ((errors.EXIT_RETRY, ""), (errors.EXIT_HUNG, ", as before at this step")):
         assert main(arguments) == code
         assert f"failed at step 7{again}: INTERNAL: Core halted" in capsys.readouterr().err
     assert CheckpointReader(tmp_path).steps() == [5]
@@ -406,8 +408,8 @@ def test_start_when_a_device_fails_twice(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly:")
 
-    monkeypatch.setattr(Program, "init", fail)
-    for code in (errors.EXIT_AGAIN, errors.EXIT_HUNG):
+    monkeypatch.setattr(TrainSetup, "init", fail)
+    for code in (errors.EXIT_RETRY, errors.EXIT_HUNG):
         assert main(unevaluated(tmp_path)) == code
         assert "failed at step 0" in capsys.readouterr().err
     assert [event.kind for event in read_events(tmp_path)] == ["device_failure"] * 2
@@ -415,28 +417,29 @@ def test_start_when_a_device_fails_twice(tmp_path, monkeypatch, capsys):
 
 def test_start_when_other_versions_are_installed(tmp_path, capsys):
     start = dict(processes=1, devices=8, device_kind="cpu", config="ab", steps=4, save_every=2)
-    with Events(tmp_path) as events:
+    with EventLog(tmp_path) as events:
         events.write("start", 0, **start, versions={"jax": "0.1\x1b", "flax": "2", "gone": "1"})
         events.write("save", 2, seconds=0.5)
-        loop._tell_versions(events.last("start"), {"jax": "0.2", "flax": "2", "new": "1"})
-        said = capsys.readouterr().out
-        assert said.endswith("other versions were installed: jax 0.2 (0.1\\x1b before)\n") and said.count("\n") == 1
+        trainer._log_version_changes(events.last("start"), {"jax": "0.2", "flax": "2", "new": "1"})
+        output = capsys.readouterr().out
+        expected = "package versions changed since the last start of this run: jax 0.2 (0.1\\x1b before)\n"
+        assert output.endswith(expected) and output.count("\n") == 1
         for versions in ({"jax": "0.2"}, [1]):
             events.write("start", 2, **start, versions=versions)
-            loop._tell_versions(events.last("start"), {"jax": "0.2"})
-    loop._tell_versions(Events(tmp_path / "new").last("start"), {"jax": "0.2"})
+            trainer._log_version_changes(events.last("start"), {"jax": "0.2"})
+    trainer._log_version_changes(EventLog(tmp_path / "new").last("start"), {"jax": "0.2"})
     assert capsys.readouterr().out == ""
 
 
 def test_run_when_it_hung_before_what_it_saves(tmp_path):
-    """Those hangs count no more; where nothing new is saved, they do."""
+    """Hangs up to the saved step no longer count; later ones do."""
     (tmp_path / "hangs").mkdir()
     for name in ("00000000-00000-start", "00000003-00001-step", "00000009-00000-data"):
         (tmp_path / f"hangs/{name}.txt").touch()
     assert main(unevaluated(tmp_path, train__steps=4)) == 0
-    assert Interruptions(tmp_path, 0).exit_code(0) == errors.EXIT_AGAIN
-    assert Interruptions(tmp_path, 0).exit_code(3) == errors.EXIT_AGAIN
-    assert Interruptions(tmp_path, 0).exit_code(9) == errors.EXIT_HUNG
+    assert RepeatedFailures(tmp_path, 0).exit_code(0) == errors.EXIT_RETRY
+    assert RepeatedFailures(tmp_path, 0).exit_code(3) == errors.EXIT_RETRY
+    assert RepeatedFailures(tmp_path, 0).exit_code(9) == errors.EXIT_HUNG
 
 
 def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(tmp_path, monkeypatch):
@@ -447,7 +450,7 @@ def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(t
     stalls = {line["step"]: line["save_stall_s"] for line in read_metrics(tmp_path)[0]}
     assert stalls.keys() == {2, 4, 6, 8, 9}
     assert stalls[2] == stalls[6] == stalls[9] == 0
-    assert stalls[4] >= 0.5 and stalls[8] >= 0.5  # Of the saves of steps 3 and 6.
+    assert stalls[4] >= 0.5 and stalls[8] >= 0.5  # From the saves of steps 3 and 6.
 
 
 @pytest.mark.parametrize(
@@ -455,29 +458,30 @@ def test_metrics_when_a_save_makes_steps_wait_then_the_next_line_says_how_long(t
     [("workdir", "tpu", "/w/compiled"), ("workdir", "cpu", None), ("/c", "cpu", "/c"), (None, "tpu", None)],
 )
 def test_compiled_code_when_it_is_kept_then_in_its_folder(setting, platform, folder):
-    assert loop.cache_folder(setting, Path("/w"), platform) == folder
+    assert trainer.cache_folder(setting, Path("/w"), platform) == folder
 
 
 @pytest.mark.parametrize(("folder", "autotuned"), [("/w/compiled", True), ("gs://b/w/compiled", False)])
 def test_autotune_cache_when_compiled_code_is_kept(folder, autotuned):
-    """XLA itself writes that one, by file calls: what jax would make of a bucket's address is a local folder `gs:`."""
+    """XLA writes this cache by file calls: with a bucket's address, jax would create a local folder `gs:`."""
     from jax._src import compiler
 
-    kept, caches = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches
+    folder_before = jax.config.jax_compilation_cache_dir
+    caches_before = jax.config.jax_persistent_cache_enable_xla_caches
     try:
-        loop._keep_compiled(folder)
+        trainer._use_compilation_cache(folder)
         options = compiler.get_compile_options(1, 1)
-        build_options = options.executable_build_options  # Both are kept: what they give points into them.
+        build_options = options.executable_build_options  # Both objects stay alive: the values point into them.
         autotune_folder = build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
         assert jax.config.jax_compilation_cache_dir == folder
         assert autotune_folder.startswith("/w/compiled/") == autotuned == bool(autotune_folder)
     finally:
-        jax.config.update("jax_compilation_cache_dir", kept)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", caches)
+        jax.config.update("jax_compilation_cache_dir", folder_before)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", caches_before)
 
 
 def test_run_when_the_workdir_is_not_that_of_process_0_then_refused(tmp_path, monkeypatch):
-    """Of process 1 of two whose hosts share no disk."""
+    """As process 1 of two processes whose hosts share no disk."""
     monkeypatch.setattr(jax, "process_index", lambda *args: 1)
     with pytest.raises(UserError, match="--workdir is another folder here than on process 0's host"):
-        loop.train(tiny_config(), tmp_path, None)
+        trainer.train(tiny_config(), tmp_path, None)

@@ -1,4 +1,4 @@
-"""The manifest: every change to any byte of a folder, and of the manifest itself, is found and named."""
+"""The manifest: any changed byte of a folder, or of the manifest itself, is detected and named."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import threading
 import pytest
 from etils import epath
 
-from aimv2_jax.train import manifest
-from aimv2_jax.train.manifest import Entry, Manifest, Wrong
+from aimv2_jax.checkpoint import manifest
+from aimv2_jax.checkpoint.manifest import Entry, FileProblem, Manifest
 
-ABOUT = {"format_version": 2, "step": 7, "versions": {"python": "3.11"}, "leaves": {"params/ä": "float32[2]"}}
+HEADER = {"format_version": 2, "step": 7, "versions": {"python": "3.11"}, "leaves": {"params/ä": "float32[2]"}}
 FILES = {"meta/metadata": b"{}", "state/d/one": bytes(range(256)) * 8, "state/d/two": b"two", "state/empty": b""}
 
 
@@ -23,13 +23,13 @@ def folder(tmp_path):
     for name, data in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    manifest.write(epath.Path(tmp_path), ABOUT)
+    manifest.write(epath.Path(tmp_path), HEADER)
     return epath.Path(tmp_path)
 
 
 def test_manifest_when_written_then_it_has_every_file_and_comes_back(folder):
     written = manifest.read(folder)
-    assert written.about == ABOUT and written.num_bytes == 2 + 2048 + 3
+    assert written.header == HEADER and written.num_bytes == 2 + 2048 + 3
     assert written.files == {name: Entry(len(data), hashlib.sha256(data).hexdigest()) for name, data in FILES.items()}
     assert manifest.compare(folder, written) == []
     assert json.loads((folder / "manifest.json").read_text())["step"] == 7
@@ -81,19 +81,19 @@ def test_files_when_changed_then_each_is_named_with_what_is_wrong(folder):
     (folder / "meta/metadata").unlink()
     os.symlink(folder / "state", folder / "link")
     (folder / "state/empty").unlink()
-    (folder / "state/empty").mkdir()  # Folders are no files: a bucket has none.
+    (folder / "state/empty").mkdir()  # An empty folder is not a file; a bucket has no folders.
     assert manifest.compare(folder, known) == [
-        Wrong("link", "extra"),
-        Wrong("meta/metadata", "missing"),
-        Wrong("state/d/one", "other contents"),
-        Wrong("state/d/three", "extra"),
-        Wrong("state/d/two", "size 1,234 instead of 3"),
-        Wrong("state/empty", "missing"),
+        FileProblem("link", "extra"),
+        FileProblem("meta/metadata", "missing"),
+        FileProblem("state/d/one", "other contents"),
+        FileProblem("state/d/three", "extra"),
+        FileProblem("state/d/two", "size 1,234 instead of 3"),
+        FileProblem("state/empty", "missing"),
     ]
 
 
 def test_files_when_systems_made_some_then_not_seen(folder):
-    """What a desktop or NFS leaves is neither extra, nor part of a step that is written, nor missed later."""
+    """Files of a desktop or NFS are not extra, not part of a written step, and not missing later."""
     known = manifest.read(folder)
     strays = [
         ".DS_Store",
@@ -107,23 +107,26 @@ def test_files_when_systems_made_some_then_not_seen(folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
     assert manifest.compare(folder, known) == []
-    assert manifest.write(folder, ABOUT).files == known.files
-    older = Manifest(ABOUT, {**known.files, ".nfs0001": Entry(0, hashlib.sha256().hexdigest())})
+    assert manifest.write(folder, HEADER).files == known.files
+    older = Manifest(HEADER, {**known.files, ".nfs0001": Entry(0, hashlib.sha256().hexdigest())})
     assert manifest.compare(folder, older) == []
     (folder / ".DS_Store2").write_bytes(b"")
     (folder / "state/nfs0001").write_bytes(b"")
-    assert manifest.compare(folder, known) == [Wrong(".DS_Store2", "extra"), Wrong("state/nfs0001", "extra")]
+    assert manifest.compare(folder, known) == [
+        FileProblem(".DS_Store2", "extra"),
+        FileProblem("state/nfs0001", "extra"),
+    ]
 
 
 def test_files_when_one_is_a_pipe_then_named(folder):
-    """It is not opened as a file, which would wait without end for somebody to write."""
+    """It is not opened as a file, which would wait forever for a writer."""
     known = manifest.read(folder)
     for name in ("state/empty", "state/d/two"):
         (folder / name).unlink()
         os.mkfifo(folder / name)
     assert manifest.compare(folder, known) == [
-        Wrong("state/d/two", "size 0 instead of 3"),
-        Wrong("state/empty", "not a regular file"),
+        FileProblem("state/d/two", "size 0 instead of 3"),
+        FileProblem("state/empty", "not a regular file"),
     ]
     (folder / manifest.NAME).unlink()
     os.mkfifo(folder / manifest.NAME)
@@ -133,7 +136,7 @@ def test_files_when_one_is_a_pipe_then_named(folder):
 
 def test_files_when_two_are_swapped_then_both_are_named(folder):
     (folder / "state/d/three").write_bytes(b"too")
-    known = manifest.write(folder, ABOUT)  # The manifest of before is no file of it.
+    known = manifest.write(folder, HEADER)  # The previous manifest is not listed.
     assert manifest.NAME not in known.files
     (folder / "state/d/two").write_bytes(b"too")
     (folder / "state/d/three").write_bytes(b"two")
@@ -141,19 +144,19 @@ def test_files_when_two_are_swapped_then_both_are_named(folder):
 
 
 def test_progress_when_given_then_it_adds_up_to_all_bytes(folder):
-    lock, told = threading.Lock(), []
+    lock, calls = threading.Lock(), []
 
-    def tell(num_bytes):
+    def progress(num_bytes):
         with lock:
-            told.append(num_bytes)
+            calls.append(num_bytes)
 
     known = manifest.read(folder)
-    manifest.compare(folder, known, tell)
-    assert sum(told) == known.num_bytes
+    manifest.compare(folder, known, progress)
+    assert sum(calls) == known.num_bytes
 
 
 def test_file_when_larger_than_what_is_read_at_a_time_then_its_hash_is_that_of_all(tmp_path):
-    data = random.Random(0).randbytes(2 * manifest._CHUNK + 17)
+    data = random.Random(0).randbytes(2 * manifest._CHUNK_BYTES + 17)
     (tmp_path / "file").write_bytes(data)
     assert manifest.hash_file(epath.Path(tmp_path / "file"), sync=True) == Entry(
         len(data), hashlib.sha256(data).hexdigest()
@@ -177,16 +180,16 @@ def test_file_when_the_disk_cannot_read_it_then_damaged_and_a_refusal_is_an_erro
 def test_files_when_written_then_all_are_synced_before_the_step_counts(tmp_path, monkeypatch):
     synced, sync = set(), os.fsync
 
-    def watched(descriptor):
+    def recording_fsync(descriptor):
         synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
         sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", recording_fsync)
     for name, data in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    manifest.write(epath.Path(tmp_path), ABOUT)
+    manifest.write(epath.Path(tmp_path), HEADER)
     folders = ("", "/meta", "/state", "/state/d")
-    assert synced == {f"{tmp_path}{place}" for place in folders} | {
+    assert synced == {f"{tmp_path}{name}" for name in folders} | {
         f"{tmp_path}/{name}" for name in (*FILES, "manifest.json")
     }

@@ -13,7 +13,7 @@ import pytest
 
 from aimv2_jax.config import build_config
 from aimv2_jax.errors import UserError
-from aimv2_jax.train.metrics import MetricsWriter, ProgressLine, Stopwatch, read_metrics
+from aimv2_jax.monitoring.metrics import MetricsWriter, ProgressLine, Stopwatch, read_metrics
 from experiments import base
 
 
@@ -78,7 +78,7 @@ def test_file_when_cut_after_a_restore_then_no_step_stands_twice(tmp_path, open_
             writer.write(step, {"loss": float(step)})
         writer.write(5, {"eval_loss": 9.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')  # What a kill leaves of a line.
+        file.write('{"step": 3, "lo')  # A partial line, as after a kill.
     with open_writer() as writer:
         writer.cut_after(3)
         assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
@@ -101,20 +101,20 @@ def test_reading_when_lines_are_of_both_kinds_then_they_come_apart(tmp_path, ope
         writer.write(2, {"loss": float("nan")})
         writer.write(2, {"eval_loss": 1.5, "eval_loss_text": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3')  # A trainer at work, seen from outside.
+        file.write('{"step": 3')  # The partial line of a running trainer.
     train, evaluation = read_metrics(tmp_path)
     assert train == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
     assert evaluation == [{"step": 2, "eval_loss": 1.5, "eval_loss_text": 1.0}]
 
 
 def test_reading_when_a_line_in_the_middle_is_damaged(tmp_path, capsys):
-    """It is left out and named, without what it would do to a terminal; a reader changes nothing."""
+    """It is skipped and logged without control characters; a reader changes nothing."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"st\x1b[2J\n{"step": 3}\n')
     before = path.read_bytes()
     assert read_metrics(tmp_path) == ([{"step": 1}, {"step": 3}], [])
-    said = capsys.readouterr().err
-    assert re.search(r"metrics\.jsonl:2 is left out: .*\(\{\"st\\x1b\[2J\)\n$", said) and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert re.search(r"metrics\.jsonl:2 is skipped: .*\(\{\"st\\x1b\[2J\)\n$", stderr) and stderr.count("\n") == 1
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -132,7 +132,7 @@ DAMAGED = [b"\xff\xfe\x00", b"\0" * 4096 + b'{"step": 2}', b"[1, 2]", b'{"loss":
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
 def test_cut_when_a_line_is_damaged_then_set_aside(tmp_path, open_writer, capsys, line):
-    """The run goes on, and nothing is lost: every such line is in a file beside, as it was."""
+    """The run continues, and every such line is kept unchanged in a second file."""
     path = tmp_path / "metrics.jsonl"
     for _ in range(2):
         path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
@@ -198,7 +198,7 @@ def test_wandb_when_not_installed_then_user_error_names_the_extra(monkeypatch, o
 def test_wandb_when_restarted_then_the_same_run_goes_on(monkeypatch, tmp_path, open_writer):
     starts, logged = [], []
 
-    class Run:
+    class WandbRun:
         def log(self, values, step):
             logged.append((step, values))
 
@@ -207,7 +207,7 @@ def test_wandb_when_restarted_then_the_same_run_goes_on(monkeypatch, tmp_path, o
 
     def init(**settings):
         starts.append(settings)
-        return Run()
+        return WandbRun()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for step in (1, 2):
@@ -302,7 +302,7 @@ def test_progress_when_evaluations_take_time_then_the_time_left_knows():
     line = ProgressLine(1000, clock=clock)
     assert line.text(100, VALUES).endswith("  30 min 00 s left")  # 900 steps of step_time_s.
     clock.sleep(100 * 4.0)
-    assert line.text(200, VALUES).endswith("  53 min 20 s left")  # 800 steps of what 100 took.
+    assert line.text(200, VALUES).endswith("  53 min 20 s left")  # 800 steps at the rate of the last 100.
     clock.sleep(100 * 4.0)
     assert line.text(1000, VALUES).endswith("  done")
 

@@ -1,4 +1,4 @@
-"""Training at native resolution: padding changes nothing, every shape is compiled once and ahead, resume is exact."""
+"""Training at native resolution: padding has no effect, each shape compiles once in advance, resume is exact."""
 
 import itertools
 import json
@@ -12,19 +12,19 @@ from runs import assert_bitwise, saved_state
 from tiny import tiny_arguments, tiny_config
 
 from aimv2_jax.data import pipeline
-from aimv2_jax.data.transforms import patch_coords
+from aimv2_jax.data.transforms.geometry import patch_coords
 from aimv2_jax.main import main
-from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.task import build_task, run_key
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
-SEED = 7  # All three areas come in the first four steps, and in the next four.
+SEED = 7  # With this seed all three areas occur in the first four steps, and in the next four.
 NATIVE = dict(model__encoder__position="sincos", data__areas=(4, 8, 16), data__batch_size=8, eval__area=8)
 
 
-def picture(grid: tuple[int, int], area: int, seed: int, config) -> dict[str, np.ndarray]:
-    """One example of `grid` patches, padded to `area`; what stands in the padding must not matter."""
+def make_example(grid: tuple[int, int], area: int, seed: int, config) -> dict[str, np.ndarray]:
+    """Returns an example of `grid` patches padded with noise to `area`; the padding must have no effect."""
     rng, used = np.random.default_rng(seed), grid[0] * grid[1]
     patches = rng.integers(0, 256, (1, used, 588), np.uint8)
     padding = np.random.default_rng(99).integers(0, 256, (1, area - used, 588), np.uint8)
@@ -46,13 +46,13 @@ def test_pictures_when_alone_or_padded_beside_others_then_the_same_loss_gradient
     config = tiny_config(**NATIVE, model__attention=attention)
     task = build_task(config)
     params, grids = jax.jit(task.init)(run_key(0)), [(2, 3), (1, 6)]
-    alone = [picture(grid, grid[0] * grid[1], seed, config) for seed, grid in enumerate(grids)]
-    padded = [picture(grid, 16, seed, config) for seed, grid in enumerate(grids)]
+    alone = [make_example(grid, grid[0] * grid[1], seed, config) for seed, grid in enumerate(grids)]
+    padded = [make_example(grid, 16, seed, config) for seed, grid in enumerate(grids)]
 
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def losses(params, batch):
-        sums = task.loss(params, batch, task.draw_prefix(run_key(0), batch))
+        sums = task.loss(params, batch, task.sample_prefix(run_key(0), batch))
         sums = {name: term.sum for name, term in sums.items()}
         return sum(sums.values()), sums
 
@@ -72,20 +72,20 @@ def lines_of(workdir) -> list[dict]:
 def test_native_run_when_trained_then_each_shape_is_compiled_once_ahead_and_a_resumed_one_is_the_same(
     tmp_path, monkeypatch, capsys
 ):
-    compiled, compile_step = [], Program.compile_step
+    compiled, compile_step = [], TrainSetup.compile_step
     monkeypatch.setattr(
-        Program, "compile_step", lambda program, shape: (compiled.append(shape), compile_step(program, shape))[1]
+        TrainSetup, "compile_step", lambda setup, shape: (compiled.append(shape), compile_step(setup, shape))[1]
     )
-    often = dict(train__save_every=4, train__log_every=1, train__keep=5)
-    settings = dict(NATIVE, **often, seed=SEED, train__steps=8)
+    frequent = dict(train__save_every=4, train__log_every=1, train__keep=5)
+    settings = dict(NATIVE, **frequent, seed=SEED, train__steps=8)
     assert main(tiny_arguments(tmp_path / "straight", **settings)) == 0
     assert compiled == [(32, 4), (16, 8), (8, 16)]
-    said = capsys.readouterr().out
-    assert said.index("of 16 patches") < said.index("step 1")
+    output = capsys.readouterr().out
+    assert output.index("of 16 patches") < output.index("step 1")
     lines = [line for line in lines_of(tmp_path / "straight") if "loss" in line]
     config = tiny_config(**settings)
-    plan = pipeline.training_plan(config, pipeline.open_sources(config.data.sources))
-    assert len({plan.steps.shape(step) for step in range(8)}) == 3  # Or this would be no test.
+    plan = pipeline.training_sampler(config, pipeline.open_sources(config.data.sources))
+    assert len({plan.schedule.shape(step) for step in range(8)}) == 3  # Otherwise the test would be vacuous.
     assert all(0.8 <= line["patch_utilisation"] <= 1 for line in lines)
     assert main(tiny_arguments(tmp_path / "resumed", **settings | {"train__steps": 4})) == 0
     assert main(tiny_arguments(tmp_path / "resumed", **settings)) == 0
@@ -96,17 +96,17 @@ def test_native_run_when_trained_then_each_shape_is_compiled_once_ahead_and_a_re
 
 def test_native_steps_when_one_has_run_at_each_area_then_nothing_compiles_any_more(tmp_path, caplog):
     config = tiny_config(**NATIVE)
-    program = build_program(config)
-    steps = {shape: program.compile_step(shape) for shape in config.batch_shapes}
-    state, seen = program.init(), set()
+    setup = build_setup(config)
+    steps = {shape: setup.compile_step(shape) for shape in config.batch_shapes}
+    state, seen = setup.init(), set()
     with pipeline.training_batches(config, range, 0) as batches, jax.log_compiles():
         for host in itertools.islice(batches, 12):
             shape = host.arrays["valid"].shape
             arrays = {name: array for name, array in host.arrays.items() if name not in pipeline.BOOKKEEPING}
-            batch = pipeline.to_devices(arrays, program.batch_sharding, range(shape[0]), shape[0])
+            batch = pipeline.to_devices(arrays, setup.batch_sharding, range(shape[0]), shape[0])
             if seen == set(steps):
                 caplog.clear()
-            state, _ = steps[shape](state, batch, program.rng)
+            state, _ = steps[shape](state, batch, setup.rng)
             seen.add(shape)
     assert seen == set(steps)
     assert not [record for record in caplog.records if "Compiling" in record.getMessage()]

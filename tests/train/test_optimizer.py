@@ -1,4 +1,4 @@
-"""The optimiser beyond the golden steps: the schedule's ends, clipping, what decay means."""
+"""Optimiser properties beyond the golden steps: schedule, clipping, decay, average."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from aimv2_jax.train.optimizer import adamlh, clip_by_global_norm, learning_rate, step_average
+from aimv2_jax.train.optimizer import adamlh, clip_by_global_norm, ema_step, learning_rate
 
 
 def rate(**changes):
@@ -53,15 +53,17 @@ def test_average_when_taken_step_by_step_then_the_weighted_mean_of_all_steps_and
     for decay in (0.5, 0.9999):
         average = {"a": jnp.zeros(3)}
         for number, params in enumerate(steps, start=1):
-            average = step_average(average, {"a": jnp.asarray(params)}, jnp.int32(number), decay)
+            average = ema_step(average, {"a": jnp.asarray(params)}, jnp.int32(number), decay)
             weights = decay ** np.arange(number - 1, -1, -1.0)
             expected = weights @ steps[:number] / weights.sum()
-            np.testing.assert_allclose(average["a"], expected, rtol=0, atol=2e-6)  # Fifty roundings of 6e-8, of ~1.
+            np.testing.assert_allclose(
+                average["a"], expected, rtol=0, atol=2e-6
+            )  # Fifty roundings of 6e-8 each, of values near 1.
 
 
 def test_learning_rate_when_half_the_cosine_then_ends_half_the_way_down_and_stays():
     schedule = rate(cosine_part=0.5)
-    middle = 1e-5 + (1e-3 - 1e-5) * np.cos(np.pi / 8) ** 2  # A quarter of the whole cosine's way: 0.854 of it.
+    middle = 1e-5 + (1e-3 - 1e-5) * np.cos(np.pi / 8) ** 2  # A quarter of the full cosine, where it is 0.854.
     values = [float(schedule(jnp.asarray(step))) for step in (0, 5, 10, 60, 110, 10**6)]
     assert values == pytest.approx([1e-6, (1e-3 + 1e-6) / 2, 1e-3, middle, 5.05e-4, 5.05e-4], rel=1e-6)
 
@@ -73,10 +75,10 @@ def test_learning_rate_when_half_the_cosine_then_the_whole_one_of_twice_the_step
 
 
 def test_learning_rate_when_it_cools_down_then_continuous_linear_and_at_its_end_exact():
-    trunk = rate(cosine_part=0.5)
+    base = rate(cosine_part=0.5)
     schedule = rate(cosine_part=0.5, cooldown_start=60, cooldown_steps=12, cooldown_lr=1e-6)
     for step in (0, 5, 10, 35, 59, 60):
-        assert float(schedule(jnp.asarray(step))) == pytest.approx(float(trunk(jnp.asarray(step))), rel=1e-6)
+        assert float(schedule(jnp.asarray(step))) == pytest.approx(float(base(jnp.asarray(step))), rel=1e-6)
     top = 1e-5 + (1e-3 - 1e-5) * np.cos(np.pi / 8) ** 2
     values = [float(schedule(jnp.asarray(step))) for step in (63, 66, 71, 72, 10**6)]
     expected = [1e-6 + (top - 1e-6) * left for left in (3 / 4, 1 / 2, 1 / 12, 0, 0)]
@@ -84,10 +86,10 @@ def test_learning_rate_when_it_cools_down_then_continuous_linear_and_at_its_end_
 
 
 def test_cooldown_when_updates_were_skipped():
-    """It leaves the curve at the rate which the trunk had come to, and is down to the last one at the same step."""
-    trunk, skipped = rate(cosine_part=0.5), 7
+    """The cooldown starts at the curve's current rate, and reaches its end at the same step despite skips."""
+    base, skipped = rate(cosine_part=0.5), 7
     schedule = rate(cosine_part=0.5, cooldown_start=60, cooldown_steps=12, cooldown_lr=1e-6)
-    top = float(trunk(jnp.asarray(60 - skipped)))
+    top = float(base(jnp.asarray(60 - skipped)))
     for step, left in ((60, 1), (66, 1 / 2), (71, 1 / 12), (72, 0)):
         value = float(schedule(jnp.asarray(step - skipped), jnp.asarray(step)))
         assert value == pytest.approx(1e-6 + (top - 1e-6) * left, rel=1e-6)

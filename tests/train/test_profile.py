@@ -1,4 +1,4 @@
-"""The trace of some steps: of those, and no others, where XProf finds it."""
+"""The profiler traces the requested steps only, in the folder layout of XProf."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from tiny import tiny_arguments
 
 from aimv2_jax.main import main
-from aimv2_jax.train.profile import Profiler
+from aimv2_jax.monitoring.profiler import Profiler
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

@@ -1,4 +1,4 @@
-"""What a program refuses before anything is traced, where the config and the devices do not fit."""
+"""`build_setup`: checks of config against devices, and the number of traces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tiny import tiny_config
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import AIMv2
-from aimv2_jax.train.program import build_program
+from aimv2_jax.train.builder import build_setup
 
 WIDTHS = dict(model__encoder__width=48, model__decoder__width=48)
 
@@ -25,24 +25,25 @@ WIDTHS = dict(model__encoder__width=48, model__decoder__width=48)
     ids=["encoder", "decoder, devices that are left", "more devices than heads", "odd"],
 )
 def test_mesh_when_tensor_cuts_heads_then_refused(attention, heads, mesh, message):
-    """A kernel would leave the columns of a cut head unwritten."""
+    """A mesh that splits heads is rejected, since a kernel would leave the columns of a split head unwritten."""
     changes = dict(model__encoder__heads=heads[0], model__decoder__heads=heads[1], model__attention=attention)
     config = tiny_config(mesh__data=mesh[0], mesh__tensor=mesh[1], **changes, **WIDTHS)
     with pytest.raises(UserError, match=message):
-        build_program(config)
+        build_setup(config)
 
 
 def test_mesh_when_decoder_has_no_attention():
+    """Decoders without attention do not restrict `mesh.tensor`."""
     kind = dict(model__decoder__kind="mlp", model__decoder__heads=1, loss__text=False)
-    program = build_program(tiny_config(mesh__data=4, mesh__tensor=2, **kind))
-    assert program.mesh.shape["tensor"] == 2
-    assert jax.tree.leaves(program.state_shardings)
+    setup = build_setup(tiny_config(mesh__data=4, mesh__tensor=2, **kind))
+    assert setup.mesh.shape["tensor"] == 2
+    assert jax.tree.leaves(setup.state_shardings)
 
 
 def test_program_when_built_then_traces_the_model_once(monkeypatch):
-    """A trace of the model is most of what a start without a compile costs."""
+    """The model is traced once, since a trace dominates a start with cached compiles."""
     traced, plain = [], AIMv2.__call__
     monkeypatch.setattr(AIMv2, "__call__", lambda self, *args: (traced.append(None), plain(self, *args))[1])
-    program = build_program(tiny_config())
-    assert program.abstract_state.params and program.state_shardings.params
+    setup = build_setup(tiny_config())
+    assert setup.abstract_state.params and setup.state_shardings.params
     assert len(traced) == 1

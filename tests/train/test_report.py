@@ -1,4 +1,4 @@
-"""A run's report: the text, and a page that is whole, needs nothing else, and believes nothing it is given."""
+"""A run's report: the text, and a self-contained page that escapes all untrusted input."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from bucket import NAME, stand_in
 from PIL import Image
 
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER
-from aimv2_jax.train import report, report_figures, report_page
-from aimv2_jax.train.events import KINDS, Events
-from aimv2_jax.train.report_facts import gather, is_news
-from aimv2_jax.train.report_page import page
+from aimv2_jax.monitoring import report, report_figures, report_page
+from aimv2_jax.monitoring.events import KINDS, EventLog
+from aimv2_jax.monitoring.report_facts import gather, is_notable
+from aimv2_jax.monitoring.report_page import render_page
+from aimv2_jax.monitoring.report_text import summary
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 NOW_S = 5000.0
@@ -25,8 +26,8 @@ START = dict(processes=1, devices=8, device_kind="cpu", config="ab", steps=40, s
 VOID = ("meta", "img", "br", "hr", "link", "input")
 
 
-class Books:
-    """Writes the events of starts whose steps take 2 s each."""
+class RecordedRun:
+    """Records the events of starts whose steps take 2 s each."""
 
     def __init__(self, workdir):
         self.workdir, self.now_s = workdir, 1000.0
@@ -35,7 +36,7 @@ class Books:
         return self.now_s
 
     def start(self, first, last, *more, code=None):
-        with Events(self.workdir, clock=self, wall=self) as events:
+        with EventLog(self.workdir, clock=self, wall=self) as events:
             events.write("start", first, **START)
             self.now_s += 20
             events.write("compiled", first, seconds=20)
@@ -51,8 +52,8 @@ class Books:
         self.now_s += 10
 
 
-# One of each kind that a person reads of.
-NEWS = {
+# One event of each notable kind.
+NOTABLE = {
     "damaged": dict(files=["state/d/0", HOSTILE], moved_to="damaged/20"),
     "save_failed": dict(why=HOSTILE),
     "preemption": {},
@@ -82,18 +83,18 @@ def write_metrics(folder, last=40):
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """Drawings of few dots, which are written sooner."""
+    """Figures of low resolution, which are faster to write."""
     monkeypatch.setattr(report_page, "_DOTS_PER_INCH", 40)
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Killed at 17, told of everything, and finished at 40; with metrics, pictures and results."""
+    """A run killed at 17 and finished at 40, with all kinds of events, metrics and results."""
     workdir = tmp_path / "my run"
     workdir.mkdir()
-    books = Books(workdir)
-    books.start(0, 17, *[(kind, values) for kind, values in NEWS.items() if kind not in ("hang", "rewind")])
-    books.start(10, 40, code=0)
+    events = RecordedRun(workdir)
+    events.start(0, 17, *[(kind, values) for kind, values in NOTABLE.items() if kind not in ("hang", "rewind")])
+    events.start(10, 40, code=0)
     write_metrics(workdir)
     (workdir / "config.txt").write_text(f"train.steps = 40\ndata.sources.a = {HOSTILE!r}\n")
     fault = {"step": 17, "example": 9, "source": "photos", "record": 4, "key": HOSTILE, "reason": "corrupt_record"}
@@ -102,69 +103,71 @@ def run(tmp_path):
 
 
 def parse(text):
-    """Checks that every tag is closed and nothing comes from elsewhere; (data of all text, sources of pictures)."""
+    """Checks that every tag is closed and nothing is external; returns (all text, sources of the images)."""
 
     class Parser(HTMLParser):
         def __init__(self):
             super().__init__(convert_charrefs=True)
-            self.open, self.words, self.pictures, self.tags = [], [], [], []
+            self.open_tags = []
+            self.text = []
+            self.images = []
+            self.tags = []
 
         def handle_starttag(self, tag, attributes):
             self.tags.append(tag)
             if tag not in VOID:
-                self.open.append(tag)
+                self.open_tags.append(tag)
             for name, value in attributes:
                 assert not name.startswith("on"), (tag, name)
                 if name in ("src", "href", "action", "data"):
                     assert value.startswith("data:image/"), (tag, name, value[:80])
-                    self.pictures.append(value)
+                    self.images.append(value)
 
         def handle_endtag(self, tag):
-            assert self.open.pop() == tag
+            assert self.open_tags.pop() == tag
 
         def handle_data(self, data):
-            self.words.append(data)
+            self.text.append(data)
 
     parser = Parser()
     parser.feed(text)
     parser.close()
-    assert parser.open == [] and {"script", "link", "iframe"}.isdisjoint(parser.tags)
+    assert parser.open_tags == [] and {"script", "link", "iframe"}.isdisjoint(parser.tags)
     assert text.startswith("<!DOCTYPE html>") and "http:" not in text and "https:" not in text
     assert "@import" not in text and "url(" not in text
-    return "\n".join(parser.words), parser.pictures
+    return "\n".join(parser.text), parser.images
 
 
-def picture(source):
+def decode(source):
     return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
 
 
 def test_every_kind_of_news_when_in_the_books_then_said_in_text_and_page(run):
     facts = gather(run, NOW_S)
-    text, words = report.summary(facts), parse(page(facts))[0]
-    for said in (text, words):
+    for text in (summary(facts), parse(render_page(facts))[0]):
         for part in (
             "checkpoint is damaged: state/d/0",
-            "nothing of it kept; for a replay: nonfinite/17.npz",
-            "batches 17 to 19 left out: --skip_examples",
-            "and all were started again; it " + HOSTILE,
+            "its update was skipped; input of a replay: nonfinite/17.npz",
+            "batches 17 to 19 skipped: --skip_examples",
+            "and all workers were restarted; it " + HOSTILE,
             "encoder/norm on cpu:1",
-            "goes on with other data, as accepted: data source 'photo': 60 records before, 50 now",
-            "records left out: corrupt_record 2",
+            "continued with changed data, as accepted: data source 'photo': 60 records before, 50 now",
+            "bad records skipped: corrupt_record 2",
         ):
-            assert part in said
-    everyday = {"start", "compiled", "restore", "save", "evaluation", "progress", "stop"}
-    assert everyday | set(NEWS) == set(KINDS)
-    assert {event.kind for event in facts.events if is_news(event)} == set(NEWS) - {"hang", "rewind"}
+            assert part in text
+    routine = {"start", "compiled", "restore", "save", "evaluation", "progress", "stop"}
+    assert routine | set(NOTABLE) == set(KINDS)
+    assert {event.kind for event in facts.events if is_notable(event)} == set(NOTABLE) - {"hang", "rewind"}
 
 
 def test_text_when_the_run_was_killed_once_then_starts_time_and_goodput(run):
-    text = " ".join(report.summary(gather(run, NOW_S)).split())
+    text = " ".join(summary(gather(run, NOW_S)).split())
     assert "finished: step 40 of 40" in text
     assert "2 starts in 2 min 24 s" in text  # 20 + 34, 10 down, 20 + 60.
     assert "1 1970-01-01 00:16:40 0 to 17 7 54 s killed" in text
     assert "2 1970-01-01 00:17:44 10 s 10 to 40 0 1 min 20 s finished (0)" in text
     assert "productive 1 min 20 s 55.6 %" in text and "lost 14 s 9.7 %" in text and "down 10 s 6.9 %" in text
-    # Of 47 steps 40 count; half of ten lost at the one failure would be 40 of 45.
+    # 40 of 47 steps are productive; with half of ten lost at the failure it would be 40 of 45.
     assert "goodput: 55.6 % of the time, and 85.1 % of the steps: of 47 steps done 7 were done again" in text
     assert "at each of 1 failure: 88.9 % of the steps" in text and "reached 95.7 % in steps, 97.2 % in time" in text
     assert "320 examples; 2 records could not be used: photos: corrupt_record 2" in text
@@ -183,92 +186,92 @@ def test_page_when_there_is_everything_then_whole_and_escaped(run):
     (run / "retrieval.json").write_text(json.dumps({"text_to_image": {"r1": 0.5}, "image_to_text": {"r1": 0.25}}))
     (run / "other.json").write_text("[1, 2]")
     (run / "half.json").write_text("{")
-    text = page(gather(run, NOW_S))
-    words, pictures = parse(text)
+    text = render_page(gather(run, NOW_S))
+    words, images = parse(text)
     assert text.count(HOSTILE) == 0 and "&lt;script&gt;alert(1)" in text
     assert f"data.sources.a = {HOSTILE!r}" in words and HOSTILE in words
     for part in ("my run", "Finished: step 40 of 40", "55.6 %", "show/predictions.png", "0.7500", "0.7000 to 0.8000"):
         assert part in words
     assert "Held-out figures at 224" in words and "text to image r1" in words and "Linear probe of " in words
-    assert words.count("It cannot be read.") == 1 and "not_this" not in words
-    *drawn, shown = pictures
-    assert [picture(source).format for source in drawn] == ["PNG"] * 3  # Timeline, goodput, curves.
-    assert picture(shown).size == (1400, 420) and len(text) < 4e6
+    assert words.count("The image cannot be read.") == 1 and "not_this" not in words
+    *figures, image = images
+    assert [decode(source).format for source in figures] == ["PNG"] * 3  # Timeline, goodput, curves.
+    assert decode(image).size == (1400, 420) and len(text) < 4e6
 
 
 def test_page_when_the_run_has_no_books_then_says_so_and_shows_the_curves(run):
     (run / "events.jsonl").unlink()
     facts = gather(run, NOW_S)
-    words, pictures = parse(page(facts))
-    assert "no events.jsonl" in words and "no events.jsonl" in report.summary(facts) and len(pictures) == 1
+    words, images = parse(render_page(facts))
+    assert "no events.jsonl" in words and "no events.jsonl" in summary(facts) and len(images) == 1
     assert facts.state() == "finished: step 40 of 40"
 
 
 def test_page_when_there_are_only_books_then_without_curves(tmp_path):
-    Books(tmp_path).start(0, 5)
-    words, pictures = parse(page(gather(tmp_path, NOW_S)))
-    assert "There are no metrics yet." in words and len(pictures) == 2
+    RecordedRun(tmp_path).start(0, 5)
+    words, images = parse(render_page(gather(tmp_path, NOW_S)))
+    assert "There are no metrics yet." in words and len(images) == 2
 
 
 def test_page_when_a_start_was_just_written_then_whole(tmp_path):
-    with Events(tmp_path, clock=lambda: 0.0) as events:
+    with EventLog(tmp_path, clock=lambda: 0.0) as events:
         events.write("start", 0, **START)
     facts = gather(tmp_path)
-    assert "The run has just begun." in parse(page(facts))[0]
-    assert "at work: step 0 of 40" in report.summary(facts)
+    assert "The run has just started." in parse(render_page(facts))[0]
+    assert "running: step 0 of 40" in summary(facts)
 
 
 @pytest.mark.parametrize(
     "code, later_s, state",
     [
-        (None, 60, "at work: step 17 of 40, last sign 1 min 00 s ago"),
+        (None, 60, "running: step 17 of 40, last event 1 min 00 s ago"),
         (
             None,
             86400,
-            "no end is written: killed, or it cannot reach its workdir: step 17 of 40, last sign 1 d 00 h ago",
+            "no end was logged: killed, or it cannot reach its workdir: step 17 of 40, last event 1 d 00 h ago",
         ),
         (75, 60, f"stopped on request: step 17 of 40 ({HOSTILE})"),
         (3, 60, f"stopped by a guard: step 17 of 40 ({HOSTILE})"),
     ],
 )
 def test_state_when_the_last_start_ended_so_then_said(tmp_path, code, later_s, state):
-    books = Books(tmp_path)
-    books.start(0, 17, code=code)
-    assert gather(tmp_path, books.now_s - 10 + later_s).state() == state
+    events = RecordedRun(tmp_path)
+    events.start(0, 17, code=code)
+    assert gather(tmp_path, events.now_s - 10 + later_s).state() == state
 
 
 def test_state_when_it_hung_then_said(tmp_path):
-    Books(tmp_path).start(0, 17, ("hang", NEWS["hang"]))
+    RecordedRun(tmp_path).start(0, 17, ("hang", NOTABLE["hang"]))
     assert gather(tmp_path).state() == "ended after a hang: step 17 of 40 (waiting for data)"
 
 
 def test_marks_when_starts_and_rewinds_are_there_then_only_restarts_and_what_went_wrong(tmp_path):
-    books = Books(tmp_path)
-    books.start(0, 17, ("rewind", NEWS["rewind"]))
-    books.start(10, 20, code=0)
-    marks = report_figures.marked(gather(tmp_path).events)
+    events = RecordedRun(tmp_path)
+    events.start(0, 17, ("rewind", NOTABLE["rewind"]))
+    events.start(10, 20, code=0)
+    marks = report_figures.marked_events(gather(tmp_path).events)
     assert {kind: [event.step for event in events] for kind, events in marks.items()} == {"start": [10], "rewind": [17]}
 
 
 def test_timeline_when_drawn_then_every_stretch_is_full(run):
-    story = gather(run).story
-    _, shares = report_figures._shares(story.spans, story.total_s)
+    goodput_report = gather(run).report
+    _, shares = report_figures._shares(goodput_report.spans, goodput_report.total_s)
     np.testing.assert_allclose(sum(shares.values()), 1.0, atol=1e-9)
-    # Half a stretch may be of another class: 20 s of start-up at the beginning, 10 s of down after 54 s.
-    stretch_s = story.total_s / len(shares["down"])
-    assert shares["start-up"][: int(20 / stretch_s)] == pytest.approx(1)
-    assert shares["down"].sum() * stretch_s == pytest.approx(10)
-    assert shares["down"][int(59 / stretch_s)] == pytest.approx(1)
+    # Half a bin may be of another class: 20 s of start-up at the beginning, 10 s of down after 54 s.
+    bin_s = goodput_report.total_s / len(shares["down"])
+    assert shares["start-up"][: int(20 / bin_s)] == pytest.approx(1)
+    assert shares["down"].sum() * bin_s == pytest.approx(10)
+    assert shares["down"][int(59 / bin_s)] == pytest.approx(1)
 
 
 def test_starts_when_there_are_very_many_then_the_page_stays_small(tmp_path):
-    books = Books(tmp_path)
+    events = RecordedRun(tmp_path)
     for _ in range(300):
-        books.start(0, 2)
+        events.start(0, 2)
     write_metrics(tmp_path)
-    text = page(gather(tmp_path))
+    text = render_page(gather(tmp_path))
     words, _ = parse(text)
-    assert "275 older ones" in words and len(text) < 2e6
+    assert "275 older rows" in words and len(text) < 2e6
 
 
 def test_command_when_given_a_run_then_prints_and_writes_one_file(run, capsys):
@@ -283,7 +286,7 @@ def test_command_when_given_a_run_then_prints_and_writes_one_file(run, capsys):
 
 
 def test_page_takes_pngs_only_whatever_a_name_says(tmp_path, monkeypatch):
-    """Pillow would hand PostScript to Ghostscript, which executes it."""
+    """Pillow would pass PostScript to Ghostscript, which executes it."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/gs").write_text(f"#!/bin/sh\necho called >> {tmp_path}/gs_called\n")
     (tmp_path / "bin/gs").chmod(0o755)
@@ -293,8 +296,8 @@ def test_page_takes_pngs_only_whatever_a_name_says(tmp_path, monkeypatch):
     write_metrics(run)
     Image.new("RGB", (100, 100)).save(run / "pretty.eps")
     (run / "pretty.eps").rename(run / "pretty.png")
-    words, _ = parse(page(gather(run)))
-    assert "pretty.png" in words and "It cannot be read." in words
+    words, _ = parse(render_page(gather(run)))
+    assert "pretty.png" in words and "The image cannot be read." in words
     assert not (tmp_path / "gs_called").exists()
 
 
@@ -307,9 +310,9 @@ def test_page_skips_pipes_links_and_large_images(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (run / "link.png").symlink_to("../secret.png")
     Image.new("1", (6000, 6000)).save(run / "bomb.png")
-    words, pictures = parse(page(gather(run)))
-    assert "link.png" not in words and words.count("It cannot be read.") == 2  # The pipe and the bomb.
-    assert len(pictures) == 1  # The curves.
+    words, images = parse(render_page(gather(run)))
+    assert "link.png" not in words and words.count("The image cannot be read.") == 2  # The pipe and the bomb.
+    assert len(images) == 1  # The curves.
 
 
 @pytest.mark.parametrize(
@@ -327,8 +330,8 @@ def test_report_of_results_of_odd_types_is_whole(tmp_path, content):
     write_metrics(tmp_path)
     (tmp_path / "x.json").write_text(content if isinstance(content, str) else json.dumps(content))
     facts = gather(tmp_path)
-    parse(page(facts))
-    assert "\x1b" not in report.summary(facts)
+    parse(render_page(facts))
+    assert "\x1b" not in summary(facts)
 
 
 _HEAD = {"kind": "start", "step": 0, "time": 1.0, "clock": 1.0, "run": "a"}
@@ -350,25 +353,25 @@ _HEAD = {"kind": "start", "step": 0, "time": 1.0, "clock": 1.0, "run": "a"}
     ],
 )
 def test_report_of_lines_that_no_run_writes_names_them(tmp_path, capsys, file, line):
-    """The report is made without them."""
+    """The report is written without them."""
     write_metrics(tmp_path)
     with (tmp_path / file).open("a") as lines:
         lines.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
     assert report.main([str(tmp_path)]) == EXIT_FINISHED
     error = capsys.readouterr().err
-    assert str(tmp_path / file) in error and "left out" in error and error.count("\n") == 1
+    assert str(tmp_path / file) in error and "skipped" in error and error.count("\n") == 1
 
 
 def test_summary_has_no_control_characters(tmp_path):
-    books = Books(tmp_path)
-    books.start(0, 2, ("save_failed", dict(why="\x1b]0;PWNED\x07\x1b[2J\r\nfinished: step 2 of 2")))
-    text = report.summary(gather(tmp_path))
+    events = RecordedRun(tmp_path)
+    events.start(0, 2, ("save_failed", dict(why="\x1b]0;PWNED\x07\x1b[2J\r\nfinished: step 2 of 2")))
+    text = summary(gather(tmp_path))
     assert "\x1b" not in text and "\r" not in text and "\nfinished" not in text
     assert r"\x1b]0;PWNED\x07" in text
 
 
 @pytest.mark.parametrize(
-    "make, flags, said",
+    "make, flags, message",
     [
         (lambda folder: None, [], "no run in this folder"),
         (lambda folder: folder.rmdir(), [], "no such folder"),
@@ -376,13 +379,13 @@ def test_summary_has_no_control_characters(tmp_path):
         (write_metrics, ["--output", "no/such/page.html"], "--output: no such folder"),
     ],
 )
-def test_command_when_it_cannot_work_then_one_sentence(tmp_path, capsys, make, flags, said):
+def test_command_when_it_cannot_work_then_one_sentence(tmp_path, capsys, make, flags, message):
     folder = tmp_path / "run"
     folder.mkdir()
     make(folder)
     assert report.main([str(folder), *flags]) == EXIT_USER
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 def test_command_when_the_run_is_in_a_bucket_then_reads_and_writes_there(run, tmp_path, monkeypatch):
@@ -390,5 +393,5 @@ def test_command_when_the_run_is_in_a_bucket_then_reads_and_writes_there(run, tm
     Image.new("RGB", (8, 8)).save(run / "captions.png")
     os.rename(run, bucket / "run")
     assert report.main([f"{NAME}/run"]) == EXIT_FINISHED
-    words, pictures = parse((bucket / "run/report.html").read_text(encoding="utf-8"))
-    assert "Finished: step 40 of 40" in words and "captions.png" in words and len(pictures) == 4
+    words, images = parse((bucket / "run/report.html").read_text(encoding="utf-8"))
+    assert "Finished: step 40 of 40" in words and "captions.png" in words and len(images) == 4

@@ -1,4 +1,4 @@
-"""Which config keys may change on resume."""
+"""Tests of the config keys that may change on resume."""
 
 import copy
 
@@ -23,7 +23,7 @@ def _saved():
 
 
 def _with(**changes):
-    """The config with `a__b=value` set at a.b."""
+    """The config with a.b set to value for `a__b=value`."""
     tree = _tree()
     for key, value in changes.items():
         *parents, leaf = key.split("__")
@@ -50,7 +50,7 @@ def test_config_when_nothing_changed_then_resumable():
         {"data__sources": {"photos": "gs://b/photos", "rest": "/b/rest"}, "tokenizer__path": "/b/t.model"},
         {"eval__sources": {}},
         {"eval__sources": {"held_out": "/b/test", "second": "/b/second"}, "eval__prefixes": (0.5,)},
-        {"eval__kinds": ("alt",), "eval__batch_size": 3, "eval__max_examples": 10},
+        {"eval__caption_types": ("alt",), "eval__batch_size": 3, "eval__max_examples": 10},
     ],
 )
 def test_config_when_a_key_of_the_table_changed_then_resumable(changes):

@@ -1,6 +1,6 @@
-"""One device, eight devices in any mesh, and batches put together from several hosts: the same numbers.
+"""Equal results on one device, on eight devices in any mesh, and for batches assembled from several hosts.
 
-Sums over rows are taken in another order on another mesh, in float32; hence 2e-6 relative for losses and 2e-5 of each
+Meshes differ in the order of float32 sums over rows, hence tolerances of 2e-6 relative for losses and 2e-5 of each
 tensor's largest entry for gradients, which are read from Adam's first moments after one step.
 """
 
@@ -19,7 +19,7 @@ from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
-from aimv2_jax.train.program import Program, build_program
+from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.step import accumulate
 
 STEP = 3
@@ -27,7 +27,7 @@ BATCH = 16
 SIZES = dict(data__batch_size=BATCH, data__image_size=56, model__encoder__width=32, model__decoder__width=32)
 SIZES |= dict(model__encoder__heads=4, model__decoder__heads=4)
 MESHES = {"data": (8, 1, 1), "all three": (2, 2, 2), "fsdp": (1, 8, 1), "data x fsdp": (2, 4, 1)}
-# Other combinations of what the short form has.
+# Further combinations of what the short test run covers.
 SLOW = {
     "data",
     "fsdp",
@@ -38,7 +38,7 @@ SLOW = {
 }
 
 
-def short_form(names: Iterable[str]) -> list:
+def mark_slow(names: Iterable[str]) -> list:
     return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
 
 
@@ -49,36 +49,36 @@ def tokenizer():
 
 
 def host_batch(rows, tokenizer) -> dict[str, np.ndarray]:
-    """The given rows of step 3, as the process that holds them would build them."""
+    """Builds the given rows of step 3 like the process that holds them."""
     with pipeline.training_batches(tiny_config(**SIZES), lambda _: rows, STEP, tokenizer) as batches:
         return next(batches).arrays
 
 
-def run(program: Program, arrays: dict[str, np.ndarray]):
-    """Prefixes, the state after one step, and its metrics, of one global batch."""
-    batch = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
-    batch = {name: batch[name] for name in program.abstract_batch(program.config.batch_shapes[0])}
-    state = program.init()
-    with rules.scope(program.mesh):
-        prefix = jax.jit(program.task.draw_prefix)(program.rng, batch)
-    after, metrics = program.compile_step(program.config.batch_shapes[0])(state, batch, program.rng)
+def run(setup: TrainSetup, arrays: dict[str, np.ndarray]):
+    """Returns prefixes, the state after one step, and its metrics for one global batch."""
+    batch = pipeline.to_devices(arrays, setup.batch_sharding, np.arange(BATCH), BATCH)
+    batch = {name: batch[name] for name in setup.abstract_batch(setup.config.batch_shapes[0])}
+    state = setup.init()
+    with rules.scope(setup.mesh):
+        prefix = jax.jit(setup.task.sample_prefix)(setup.rng, batch)
+    after, metrics = setup.compile_step(setup.config.batch_shapes[0])(state, batch, setup.rng)
     return jax.device_get(prefix), after, jax.device_get(metrics)
 
 
 def gradients(state) -> dict[str, np.ndarray]:
-    """The first moments after one step: (1 - beta) times the clipped gradient, whose norm is a metric."""
+    """Adam's first moments after one step: (1 - beta) times the clipped gradient, whose norm is a metric."""
     return paths(jax.device_get(state.opt_state[1].mu))
 
 
 @pytest.fixture(scope="module")
 def one_device(tokenizer):
-    program = build_program(tiny_config(**SIZES, mesh__data=1), jax.devices()[:1])
-    return run(program, host_batch(range(BATCH), tokenizer))
+    setup = build_setup(tiny_config(**SIZES, mesh__data=1), jax.devices()[:1])
+    return run(setup, host_batch(range(BATCH), tokenizer))
 
 
-def assert_same(one, other):
-    prefix, state, metrics = one
-    prefix_2, state_2, metrics_2 = other
+def assert_same(first, second):
+    prefix, state, metrics = first
+    prefix_2, state_2, metrics_2 = second
     np.testing.assert_array_equal(prefix, prefix_2)
     ours, theirs = gradients(state), gradients(state_2)
     for path, leaf in ours.items():
@@ -93,18 +93,18 @@ def assert_same(one, other):
 
 
 def assert_sharded_throughout(capfd) -> None:
-    """No tensor was replicated in passing: the compiler says so where it has to gather one to lay it out again."""
+    """Asserts that the compiler did not warn about gathering a tensor in order to reshard it."""
     assert "rematerialization" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("mesh", short_form(MESHES))
+@pytest.mark.parametrize("mesh", mark_slow(MESHES))
 def test_step_when_on_eight_devices_then_the_numbers_of_one_device(mesh, one_device, tokenizer, always_compiled, capfd):
     data, fsdp, tensor = MESHES[mesh]
-    program = build_program(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
-    result = run(program, host_batch(range(BATCH), tokenizer))
+    setup = build_setup(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
+    result = run(setup, host_batch(range(BATCH), tokenizer))
     assert_same(one_device, result)
     assert_sharded_throughout(capfd)
-    for leaf, sharding in zip(jax.tree.leaves(result[1]), jax.tree.leaves(program.state_shardings)):
+    for leaf, sharding in zip(jax.tree.leaves(result[1]), jax.tree.leaves(setup.state_shardings)):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
@@ -120,52 +120,54 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", short_form(WAYS))
+@pytest.mark.parametrize("way", mark_slow(WAYS))
 def test_step_when_run_in_any_way_then_the_numbers_of_the_plain_one(way, one_device, tokenizer):
     config = tiny_config(**SIZES, **WAYS[way])
-    program = build_program(config, jax.devices()[: 1 if config.mesh.data == 1 and config.mesh.slices == 1 else 8])
-    assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))
+    setup = build_setup(config, jax.devices()[: 1 if config.mesh.data == 1 and config.mesh.slices == 1 else 8])
+    assert_same(one_device, run(setup, host_batch(range(BATCH), tokenizer)))
 
 
 def test_program_when_gradients_are_to_be_summed_in_bfloat16_on_cpus_then_refused():
     with pytest.raises(UserError, match=r"reduce_dtype.*'bfloat16'\. Set train\.reduce_dtype=float32"):
-        build_program(tiny_config(train__reduce_dtype="bfloat16"))
+        build_setup(tiny_config(train__reduce_dtype="bfloat16"))
 
 
 def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(one_device, tokenizer):
     config = tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, model__compute_dtype="bfloat16")
-    _, state, metrics = run(build_program(config), host_batch(range(BATCH), tokenizer))
+    _, state, metrics = run(build_setup(config), host_batch(range(BATCH), tokenizer))
     _, plain_state, plain = one_device
     expected = gradients(plain_state)
     assert metrics["loss"] != plain["loss"]
     assert metrics["loss"] == pytest.approx(plain["loss"], rel=5e-3)
     for path, leaf in gradients(state).items():
         assert leaf.dtype == np.float32
-        # bfloat16 has eight bits, and a gradient passes some ten roundings.
+        # bfloat16 has eight bits, and a gradient is rounded about ten times.
         np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=5e-2 * np.abs(expected[path]).max(), err_msg=path)
 
 
 def test_step_when_microbatched_on_eight_devices_then_the_numbers_of_one_device(one_device, tokenizer):
-    program = build_program(tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, train__microbatches=2))
-    assert_same(one_device, run(program, host_batch(range(BATCH), tokenizer)))
+    setup = build_setup(tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, train__microbatches=2))
+    assert_same(one_device, run(setup, host_batch(range(BATCH), tokenizer)))
 
 
 def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_then_that_of_one(tokenizer):
-    """The rows are gathered by example: on a mesh each device does so for its own."""
-    kind = dict(loss__image=False, model__decoder__kind="separate", model__decoder__keep_rows=0.4, model__layers="scan")
+    """Kept rows are gathered by example, which on a mesh each device does locally."""
+    kind = dict(
+        loss__image=False, model__decoder__kind="separate", model__decoder__token_keep_rate=0.4, model__layers="scan"
+    )
     meshes = [dict(mesh__data=1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)]
     arrays, results = host_batch(range(BATCH), tokenizer), []
     for mesh in meshes:
-        program = build_program(tiny_config(**SIZES, **kind, **mesh), jax.devices()[: 1 if mesh == meshes[0] else 8])
-        arrays = {name: arrays[name] for name in program.abstract_batch(program.config.batch_shapes[0])}
-        batch = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
+        setup = build_setup(tiny_config(**SIZES, **kind, **mesh), jax.devices()[: 1 if mesh == meshes[0] else 8])
+        arrays = {name: arrays[name] for name in setup.abstract_batch(setup.config.batch_shapes[0])}
+        batch = pipeline.to_devices(arrays, setup.batch_sharding, np.arange(BATCH), BATCH)
 
-        def gradient(params, batch, rng, task=program.task):
-            prefix, kept = task.draw_prefix(rng, batch), task.draw_kept(rng, batch)
+        def gradient(params, batch, rng, task=setup.task):
+            prefix, kept = task.sample_prefix(rng, batch), task.sample_kept_tokens(rng, batch)
             return kept, accumulate(params, {**batch, **kept}, prefix, task.counts(batch, prefix), task, 1)
 
-        with rules.scope(program.mesh):
-            results.append(jax.device_get(jax.jit(gradient)(program.init().params, batch, program.rng)))
+        with rules.scope(setup.mesh):
+            results.append(jax.device_get(jax.jit(gradient)(setup.init().params, batch, setup.rng)))
     (kept, (sums, grads)), (kept_2, (sums_2, grads_2)) = results
     assert kept["kept"].shape == (BATCH, 6)
     np.testing.assert_array_equal(kept["kept"], kept_2["kept"])
@@ -174,19 +176,19 @@ def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_t
         np.testing.assert_allclose(paths(grads_2)[path], leaf, rtol=0, atol=2e-5 * np.abs(leaf).max(), err_msg=path)
 
 
-def put_together(program: Program, hosts: int, tokenizer) -> dict[str, jax.Array]:
-    """A global batch of which every host built only the rows that its devices hold."""
-    sharding, devices = program.batch_sharding, sorted(jax.devices(), key=lambda device: device.id)
+def assemble_batch(setup: TrainSetup, hosts: int, tokenizer) -> dict[str, jax.Array]:
+    """Assembles a global batch of which every host builds only the rows that its devices hold."""
+    sharding, devices = setup.batch_sharding, sorted(jax.devices(), key=lambda device: device.id)
     share = len(devices) // hosts
     shards: dict[str, dict[jax.Device, jax.Array]] = {}
     for i in range(hosts):
         own = devices[i * share : (i + 1) * share]
         rows = local_rows(sharding, BATCH, own)
-        place = {row: number for number, row in enumerate(rows.tolist())}
+        local_index = {row: index for index, row in enumerate(rows.tolist())}
         for name, local in host_batch(rows, tokenizer).items():
             for device, index in sharding.devices_indices_map((BATCH,)).items():
                 if device in own:
-                    part = local[[place[row] for row in np.arange(BATCH)[index].tolist()]]
+                    part = local[[local_index[row] for row in np.arange(BATCH)[index].tolist()]]
                     shards.setdefault(name, {})[device] = jax.device_put(part, device)
     return {
         name: jax.make_array_from_single_device_arrays(
@@ -201,14 +203,14 @@ def put_together(program: Program, hosts: int, tokenizer) -> dict[str, jax.Array
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 2, 4)], ids=str)
 def test_batch_when_put_together_from_hosts(hosts, mesh, tokenizer):
-    """It is laid out as that of one host, with the same examples: the step's numbers are the same, then."""
+    """The batch has the same layout and examples as that of one host, so the step's results are the same."""
     data, fsdp, tensor = mesh
-    program = build_program(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
-    together = put_together(program, hosts, tokenizer)
+    setup = build_setup(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
+    assembled = assemble_batch(setup, hosts, tokenizer)
     arrays = host_batch(range(BATCH), tokenizer)
-    whole = pipeline.to_devices(arrays, program.batch_sharding, np.arange(BATCH), BATCH)
-    assert together.keys() == whole.keys()
+    whole = pipeline.to_devices(arrays, setup.batch_sharding, np.arange(BATCH), BATCH)
+    assert assembled.keys() == whole.keys()
     for name, array in arrays.items():
-        np.testing.assert_array_equal(together[name], array, name, strict=True)
-        for part, part_2 in zip(together[name].addressable_shards, whole[name].addressable_shards, strict=True):
+        np.testing.assert_array_equal(assembled[name], array, name, strict=True)
+        for part, part_2 in zip(assembled[name].addressable_shards, whole[name].addressable_shards, strict=True):
             assert (part.device, part.index) == (part_2.device, part_2.index)

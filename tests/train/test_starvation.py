@@ -1,8 +1,8 @@
-"""Starvation: the stage that is slow is named with what to change, and not all the time."""
+"""Input stalls: advice names the slow stage and what to change, and is rate-limited."""
 
 import pytest
 
-from aimv2_jax.train.starvation import FeedWatch
+from aimv2_jax.monitoring.input_stalls import InputMonitor
 
 
 class Clock:
@@ -13,30 +13,30 @@ class Clock:
         return self.now_s
 
 
-def make_watch(clock=None, **changes):
+def make_monitor(clock=None, **changes):
     settings = {"workers": 2, "read_threads": 32, "prefetch": 2, "builders": 2, "cores": 4} | changes
-    return FeedWatch(**settings, clock=clock or Clock())
+    return InputMonitor(**settings, clock=clock or Clock())
 
 
-def lap(watch, seconds, waited=0.4, steps=10):
-    """An interval of `steps` steps of a second, each with a batch of these stages."""
+def lap(monitor, seconds, waited=0.4, steps=10):
+    """Runs an interval of `steps` steps of a second, each with a batch of these stages."""
     for _ in range(steps):
-        watch.add(seconds, depth=1)
-    return watch.lap(1.0, waited)
+        monitor.add(seconds, depth=1)
+    return monitor.lap(1.0, waited)
 
 
 def advice(seconds, waited=0.4, **changes):
-    watch = make_watch(**changes)
-    lap(watch, seconds, waited)
-    return lap(watch, seconds, waited)[1]
+    monitor = make_monitor(**changes)
+    lap(monitor, seconds, waited)
+    return lap(monitor, seconds, waited)[1]
 
 
 def test_depth_when_batches_were_taken_then_the_mean_since_the_last_lap():
-    watch = make_watch()
+    monitor = make_monitor()
     for depth in (0, 1, 2, 2):
-        watch.add({}, depth)
-    assert watch.lap(1.0, 0.0) == ({"data_queue_depth": 1.25}, None)
-    assert watch.lap(None, None) == ({"data_queue_depth": None}, None)
+        monitor.add({}, depth)
+    assert monitor.lap(1.0, 0.0) == ({"data_queue_depth": 1.25}, None)
+    assert monitor.lap(None, None) == ({"data_queue_depth": None}, None)
 
 
 DECODING, READING = {"read": 0.1, "decode": 1.5, "resize": 0.3}, {"read": 1.5, "decode": 0.1, "resize": 0.3}
@@ -56,10 +56,10 @@ DECODING, READING = {"read": 0.1, "decode": 1.5, "resize": 0.3}, {"read": 1.5, "
     ],
 )
 def test_advice_when_steps_starve_then_names_the_slow_stage_and_what_to_change(seconds, changes, words):
-    said = advice(seconds, **changes)
-    assert said.startswith("steps wait for data 40% of their time; ")
+    text = advice(seconds, **changes)
+    assert text.startswith("steps wait for data 40% of their time; ")
     for word in words:
-        assert word in said
+        assert word in text
 
 
 def test_advice_when_steps_do_not_wait_then_none():
@@ -67,38 +67,38 @@ def test_advice_when_steps_do_not_wait_then_none():
 
 
 def test_advice_when_it_is_the_first_interval_then_none_since_workers_were_starting():
-    assert lap(make_watch(), DECODING)[1] is None
+    assert lap(make_monitor(), DECODING)[1] is None
 
 
 def test_advice_when_starving_goes_on_then_repeated_after_ten_minutes_and_another_stage_at_once():
     clock = Clock()
-    watch = make_watch(clock)
-    lap(watch, DECODING)
-    assert "decode" in lap(watch, DECODING)[1]
+    monitor = make_monitor(clock)
+    lap(monitor, DECODING)
+    assert "decode" in lap(monitor, DECODING)[1]
     clock.now_s += 500
-    assert lap(watch, DECODING)[1] is None
-    assert "slowest is read" in lap(watch, READING)[1]
+    assert lap(monitor, DECODING)[1] is None
+    assert "slowest is read" in lap(monitor, READING)[1]
     clock.now_s += 101
-    assert "slowest is decode" in lap(watch, DECODING)[1]
+    assert "slowest is decode" in lap(monitor, DECODING)[1]
 
 
 def test_lap_when_an_interval_is_over_then_its_seconds_are_not_those_of_the_next():
-    watch = make_watch()
-    lap(watch, DECODING)
-    lap(watch, {"decode": 100.0}, waited=0.0)
-    assert "slowest is read" in lap(watch, READING)[1]
+    monitor = make_monitor()
+    lap(monitor, DECODING)
+    lap(monitor, {"decode": 100.0}, waited=0.0)
+    assert "slowest is read" in lap(monitor, READING)[1]
 
 
 def test_transfer_when_it_takes_long_then_named_and_not_blamed_on_the_builders():
     clock = Clock()
-    watch = make_watch(clock)
-    lap(watch, READING)
-    with watch.transferring():
+    monitor = make_monitor(clock)
+    lap(monitor, READING)
+    with monitor.transferring():
         clock.now_s += 1.9
-    assert lap(watch, READING, waited=0.01)[1] is None
-    with watch.transferring():
+    assert lap(monitor, READING, waited=0.01)[1] is None
+    with monitor.transferring():
         clock.now_s += 3
-    assert lap(watch, READING, waited=0.01)[1].startswith("steps wait 30% of their time for the transfer of batches")
-    with watch.transferring():
+    assert lap(monitor, READING, waited=0.01)[1].startswith("steps wait 30% of their time for the transfer of batches")
+    with monitor.transferring():
         clock.now_s += 3
-    assert "slowest is read, 79%" in lap(watch, READING)[1]
+    assert "slowest is read, 79%" in lap(monitor, READING)[1]

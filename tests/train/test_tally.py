@@ -1,4 +1,4 @@
-"""Counts by source, the file of bad records, and when there are too many."""
+"""Example counters, the file of bad records, the limit on them, and model FLOPs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
-from aimv2_jax.aot.model_flops import flops_of_allowed_pairs
-from aimv2_jax.data.batches import Fault
-from aimv2_jax.errors import GuardStop
+from aimv2_jax.data.loading.batch_builder import BadExample
+from aimv2_jax.errors import TrainingAborted
+from aimv2_jax.monitoring.counters import BadRecordFile, ExampleCounter
+from aimv2_jax.monitoring.flops import flops_per_example, model_flops_utilisation
+from aimv2_jax.monitoring.model_flops import flops_of_allowed_pairs
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.parallel.rules import replicated
-from aimv2_jax.train.flops import flops_per_example, model_flops_utilisation
-from aimv2_jax.train.tally import BadRecordFile, Tally
 
 REASONS = ("corrupt_record", "missing_caption")
 
 
 @pytest.fixture
-def tally():
-    return Tally(["a", "b"], REASONS, replicated(build_mesh(1, -1, 1, 1)))
+def counter():
+    return ExampleCounter(["a", "b"], REASONS, replicated(build_mesh(1, -1, 1, 1)))
 
 
-def add(tally, source, faults, truncated=None):
+def add(counter, source, faults, truncated=None):
     truncated = [False] * len(source) if truncated is None else truncated
-    return tally.add(jnp.asarray(source), jnp.asarray(faults), jnp.asarray(truncated))
+    return counter.add(jnp.asarray(source), jnp.asarray(faults), jnp.asarray(truncated))
 
 
-def test_tally_when_batches_are_added_then_laps_count_each_once(tally):
-    add(tally, [0, 1, 1], [[0, 0], [2, 0], [0, 1]], [True, False, False])
-    counts = add(tally, [1, 1, 1], [[0, 0], [0, 0], [1, 0]], [True, False, True])
-    later = add(tally, [0], [[0, 0]])
-    assert tally.lap(counts) == {
+def test_tally_when_batches_are_added_then_laps_count_each_once(counter):
+    add(counter, [0, 1, 1], [[0, 0], [2, 0], [0, 1]], [True, False, False])
+    counts = add(counter, [1, 1, 1], [[0, 0], [0, 0], [1, 0]], [True, False, True])
+    later = add(counter, [0], [[0, 0]])
+    assert counter.lap(counts) == {
         "images/a": 1,
         "images/b": 5,
         "bad/b/corrupt_record": 3,
@@ -41,24 +41,24 @@ def test_tally_when_batches_are_added_then_laps_count_each_once(tally):
         "truncated_captions/a": 1.0,
         "truncated_captions/b": 0.4,
     }
-    assert tally.lap(later) == {"images/a": 1, "images/b": 0, "truncated_captions/a": 0.0}
+    assert counter.lap(later) == {"images/a": 1, "images/b": 0, "truncated_captions/a": 0.0}
 
 
-def test_check_when_over_the_share_then_stops_and_says_where_the_keys_are(tally):
-    tally.lap(add(tally, [0], [[10, 0]]))
-    tally.check(0.01)  # 10 of at least 1,000
-    tally.lap(add(tally, [0], [[1, 0]]))
-    with pytest.raises(GuardStop, match=r"11 of 13 records.*max_bad_fraction=0\.01.*bad_records\.jsonl"):
-        tally.check(0.01)
+def test_check_when_over_the_share_then_stops_and_says_where_the_keys_are(counter):
+    counter.lap(add(counter, [0], [[10, 0]]))
+    counter.check(0.01)  # 10 of at least 1,000
+    counter.lap(add(counter, [0], [[1, 0]]))
+    with pytest.raises(TrainingAborted, match=r"11 of 13 records.*max_bad_fraction=0\.01.*bad_records\.jsonl"):
+        counter.check(0.01)
 
 
-def test_check_when_only_caption_kinds_are_missing_then_goes_on(tally):
-    tally.lap(add(tally, [0], [[0, 5000]]))
-    tally.check(0.0)
+def test_check_when_only_caption_kinds_are_missing_then_goes_on(counter):
+    counter.lap(add(counter, [0], [[0, 5000]]))
+    counter.check(0.0)
 
 
 def test_bad_record_file_when_continued_then_later_and_half_lines_are_cut(tmp_path):
-    faults = [Fault(example=7, source="a", record=3, key="k", reason="corrupt_record")]
+    faults = [BadExample(example=7, source="a", record=3, key="k", reason="corrupt_record")]
     with BadRecordFile(tmp_path, 0, 0) as first:
         for step in (1, 2, 3):
             first.write(step, faults)
@@ -72,11 +72,11 @@ def test_bad_record_file_when_continued_then_later_and_half_lines_are_cut(tmp_pa
 
 
 def test_bad_record_file_when_a_line_is_damaged(tmp_path):
-    """The run goes on, and the line is kept beside."""
+    """The run continues, and the line is kept in a second file."""
     path = tmp_path / "bad_records.jsonl"
     path.write_text('{"step": 1}\n{garbage\n')
     with BadRecordFile(tmp_path, 0, 2) as file:
-        file.write(3, [Fault(example=7, source="a", record=3, key="k", reason="corrupt_record")])
+        file.write(3, [BadExample(example=7, source="a", record=3, key="k", reason="corrupt_record")])
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
     assert (tmp_path / "bad_records.jsonl.damaged").read_text() == "{garbage\n"
 
@@ -105,11 +105,11 @@ def test_flops_when_the_decoder_is_of_another_kind_then_equal_to_a_count_by_hand
 
     separate = trunk(4, 0) + 3 * 16 * 588 + trunk(4, 12) + text_head
     assert flops_per_example(tiny_config(model__decoder__kind="separate")) == 6 * (encoder + separate)
-    kept = tiny_config(loss__image=False, model__decoder__keep_rows=0.5)
+    kept = tiny_config(loss__image=False, model__decoder__token_keep_rate=0.5)
     assert flops_per_example(kept) == 6 * (encoder + trunk(2, 12) + text_head)
     mlp = 3 * (32 * 16 + 2 * 3 * 16 * 32 + 16 * 588)
     assert flops_per_example(tiny_config(loss__text=False, model__decoder__kind="mlp")) == 6 * (encoder + mlp)
-    # Pairs that a mask forbids: none in an encoder that reads freely, those above the diagonal in each decoder.
+    # Pairs forbidden by a mask: none in an encoder with full attention, those above the diagonal in each decoder.
     free = tiny_config(loss__image=False, model__encoder__attention_mask="full")
     forbidden = 2 * 16 * (16 * 15 / 2)
     assert flops_of_allowed_pairs(free) == 6 * (encoder + trunk(4, 12) + text_head - 2 * forbidden)

@@ -1,4 +1,4 @@
-"""The task: initial numbers, prefixes, which losses are computed, and what padding changes (nothing)."""
+"""Pre-training task: initialisation, prefixes, losses, masks, and invariance to padding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batch_of(size: int, seed: int = 0, length: int = LENGTH) -> dict[str, jax.Ar
 
 
 def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
-    """RECIPE.md §5, on a model wide enough to tell distributions apart."""
+    """RECIPE.md §5, on a model wide enough to distinguish the distributions."""
     smaller = {"model.encoder.depth": "2", "model.decoder.depth": "3", "model.decoder.vocab_size": "4096"}
     config = load_config(ROOT / "experiments/pretrain_base_224.py", list(smaller.items()))
     params = paths(jax.jit(build_task(config).init)(run_key(0)))
@@ -71,7 +71,7 @@ def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
         ):
             xavier(f"{trunk}/blocks/{name}/kernel")
         stacked = params[f"{trunk}/blocks/mlp/up/kernel"]
-        assert (stacked[0] != stacked[1]).any()  # every layer has its own draw
+        assert (stacked[0] != stacked[1]).any()  # Every layer is initialised independently.
     xavier("encoder/patch_embed/kernel")
     uniform("encoder/patch_embed/bias", 1 / 588**0.5)
     uniform("decoder/image_embed/kernel", 1 / 768**0.5)
@@ -85,46 +85,48 @@ def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
         assert abs(float(params[path].std()) / std - 1) < 0.1, path
     for head in ("pixel_head", "token_head"):
         std = (1 / ((1 + depth) * 1024)) ** 0.5
-        check(f"decoder/{head}/kernel", std, 2 * std / 0.87962566103423978)  # cut at two of the untruncated sigmas
+        check(
+            f"decoder/{head}/kernel", std, 2 * std / 0.87962566103423978
+        )  # Truncated at two of the untruncated sigmas.
     assert all((leaf == 1).all() for path, leaf in params.items() if path.endswith("scale"))
 
 
 def test_prefix_when_rows_are_permuted_or_split_then_follows_the_example():
     task, batch = build_task(tiny_config()), batch_of(64, length=256)
-    drawn = np.asarray(task.draw_prefix(run_key(3), batch))
+    drawn = np.asarray(task.sample_prefix(run_key(3), batch))
     order = np.random.default_rng(0).permutation(64)
-    shuffled = {name: array[order] for name, array in batch.items()}
-    np.testing.assert_array_equal(task.draw_prefix(run_key(3), shuffled), drawn[order])
+    permuted = {name: array[order] for name, array in batch.items()}
+    np.testing.assert_array_equal(task.sample_prefix(run_key(3), permuted), drawn[order])
     half = {name: array[32:] for name, array in batch.items()}
-    np.testing.assert_array_equal(task.draw_prefix(run_key(3), half), drawn[32:])
-    assert (np.asarray(task.draw_prefix(run_key(4), batch)) != drawn).any()
+    np.testing.assert_array_equal(task.sample_prefix(run_key(3), half), drawn[32:])
+    assert (np.asarray(task.sample_prefix(run_key(4), batch)) != drawn).any()
 
 
 def test_prefix_when_many_are_drawn_then_uniform_from_1_to_one_less_than_the_patches():
     size, length = 20_000, 9
     index = jnp.stack([jnp.arange(size) % 3, jnp.arange(size)], axis=1).astype(jnp.uint32)
-    valid = jnp.ones((size, length), bool).at[: size // 2, 5:].set(False)  # half have 5 patches, half 9
-    drawn = np.asarray(losses.draw_prefix(purpose_key(run_key(0), "prefix"), index, valid))
+    valid = jnp.ones((size, length), bool).at[: size // 2, 5:].set(False)  # Half have 5 patches, half 9.
+    drawn = np.asarray(losses.sample_prefix(purpose_key(run_key(0), "prefix"), index, valid))
     for part, patches in ((drawn[: size // 2], 5), (drawn[size // 2 :], 9)):
         counts = np.bincount(part, minlength=patches)
         assert counts[0] == 0 and len(counts) == patches
         expected = len(part) / (patches - 1)
         chi_square = ((counts[1:] - expected) ** 2 / expected).sum()
-        assert chi_square < 30  # 7 degrees of freedom: beyond 30 comes once in 10,000 seeds
+        assert chi_square < 30  # With 7 degrees of freedom, 1 in 10,000 seeds exceeds 30.
 
 
 def test_prefix_when_the_high_word_differs_then_another_example():
     index = jnp.asarray([[0, 7], [1, 7]] * 200, jnp.uint32)
-    drawn = np.asarray(losses.draw_prefix(run_key(0), index, jnp.ones((400, 256), bool)))
+    drawn = np.asarray(losses.sample_prefix(run_key(0), index, jnp.ones((400, 256), bool)))
     assert (drawn[::2] == drawn[0]).all() and (drawn[1::2] == drawn[1]).all() and drawn[0] != drawn[1]
 
 
 def test_prefix_when_an_example_has_one_patch_or_none_then_1_and_nothing_counts():
     valid = jnp.asarray([[True] + [False] * 3, [False] * 4])
     index = jnp.zeros((2, 2), jnp.uint32)
-    prefix = losses.draw_prefix(run_key(0), index, valid)
+    prefix = losses.sample_prefix(run_key(0), index, valid)
     np.testing.assert_array_equal(prefix, [1, 1])
-    assert not losses.counted_patches(prefix, valid).any()
+    assert not losses.image_loss_mask(prefix, valid).any()
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ _COMPILED = {}
 
 
 def gradient(task, params, batch, prefix, parts=1):
-    """Counts, loss sums and gradients of a batch, as one compiled function, which tests of one task share."""
+    """Returns counts, loss sums and gradients of a batch, by a compiled function that tests of a task share."""
 
     def run(params, batch, prefix):
         counts = task.counts(batch, prefix)
@@ -146,17 +148,17 @@ def gradient(task, params, batch, prefix, parts=1):
     return _COMPILED.setdefault((id(task), parts), (jax.jit(run), task))[0](params, batch, prefix)
 
 
-def assert_same_gradient(one, other):
-    for path, leaf in paths(one).items():
+def assert_same_gradient(actual, expected):
+    for path, leaf in paths(actual).items():
         scale = max(float(jnp.abs(leaf).max()), 1e-12)
-        np.testing.assert_allclose(paths(other)[path], leaf, rtol=0, atol=2e-5 * scale, err_msg=path)
+        np.testing.assert_allclose(paths(expected)[path], leaf, rtol=0, atol=2e-5 * scale, err_msg=path)
 
 
 def test_batch_when_rows_of_filling_are_added_then_losses_and_gradients_stay(tiny):
     task, params = tiny
-    batch, filling = batch_of(4), batch_of(3, seed=1)
-    filling |= {name: jnp.zeros_like(filling[name]) for name in ("valid", "token_valid")}
-    padded = {name: jnp.concatenate([batch[name], filling[name]]) for name in batch}
+    batch, empty = batch_of(4), batch_of(3, seed=1)
+    empty |= {name: jnp.zeros_like(empty[name]) for name in ("valid", "token_valid")}
+    padded = {name: jnp.concatenate([batch[name], empty[name]]) for name in batch}
     prefix = jnp.asarray([1, 2, 3, 2])
     counts, sums, grads = gradient(task, params, batch, prefix)
     padded_counts, padded_sums, padded_grads = gradient(
@@ -169,7 +171,7 @@ def test_batch_when_rows_of_filling_are_added_then_losses_and_gradients_stay(tin
 
 
 def test_batch_when_patches_of_padding_are_added_then_losses_and_gradients_stay(tiny):
-    """Padding holds noise here: whatever it is, nothing reads it."""
+    """The padding contains noise, which must have no effect."""
     task, params = tiny
     batch, noise = batch_of(4), batch_of(4, seed=1)
     padded = batch | {name: jnp.concatenate([batch[name], noise[name]], axis=1) for name in ("patches", "coords")}
@@ -225,14 +227,14 @@ def test_alpha_when_set_then_weighs_the_image_loss():
 def test_tokens_when_the_end_is_predicted_then_one_more_counts_where_there_is_room():
     token_valid = jnp.asarray([[True, True, False, False], [True] * 4, [False] * 4, [False] * 4])
     is_example = jnp.asarray([True, True, True, False])
-    counted = losses.counted_tokens(token_valid, is_example, predict_eos=True)
+    loss_mask = losses.text_loss_mask(token_valid, is_example, predict_eos=True)
     expected = [[True, True, True, False], [True] * 4, [True, False, False, False], [False] * 4]
-    np.testing.assert_array_equal(counted, expected)
-    np.testing.assert_array_equal(losses.counted_tokens(token_valid, is_example, predict_eos=False), token_valid)
+    np.testing.assert_array_equal(loss_mask, expected)
+    np.testing.assert_array_equal(losses.text_loss_mask(token_valid, is_example, predict_eos=False), token_valid)
 
 
 def test_caption_empty_then_its_end_counts(tiny):
-    """The begin row learns to end at once. Tokens and prefix of a row of filling are an empty caption's, too."""
+    """The end of an empty caption is scored, but not that of a padding row, which has the same tokens and prefix."""
     task, params = tiny
     batch, prefix = batch_of(3), jnp.asarray([2, 1, 1])
     batch["token_valid"] = batch["token_valid"].at[1:].set(False)
@@ -248,14 +250,14 @@ def test_caption_empty_then_its_end_counts(tiny):
 
 
 def test_encoder_when_a_later_patch_changes_then_earlier_rows_are_untouched(tiny):
-    """Causality and the prefix rule, for every prefix length: row i moves iff it may read patch j."""
+    """Prefix mask for every prefix length: row i changes iff it may attend to patch j."""
     task, params = tiny
     encoder = task.model.encoder
     batch = batch_of(1)
     pixels, coords, valid = task.normalise(batch), batch["coords"], batch["valid"]
     encode = jax.jit(lambda x, prefix: encoder.apply({"params": params["encoder"]}, x, coords, valid, prefix)[0])
     for prefix in range(1, LENGTH + 1):
-        run = lambda x: encode(x, jnp.asarray([prefix]))  # noqa: B023, E731
+        run = partial(encode, prefix=jnp.asarray([prefix]))
         before = np.asarray(run(pixels))
         for j in range(LENGTH):
             moved = (np.asarray(run(pixels.at[0, j].add(1.0))) != before).any(axis=-1)[0]
@@ -286,7 +288,7 @@ def test_model_when_computed_in_bfloat16_then_parameters_and_gradients_stay_floa
     _counts, sums, grads = gradient(task, params, batch, prefix)
     assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {jnp.dtype("float32")}
     _, exact_sums, _ = gradient(exact, params, batch, prefix)
-    for name in sums:  # bfloat16 has 8 bits: 2^-8 = 0.4 % a rounding, averaged over hundreds of numbers
+    for name in sums:  # bfloat16 rounds by 2^-8 = 0.4 %, averaged over hundreds of values.
         assert float(sums[name]) == pytest.approx(float(exact_sums[name]), rel=0.02)
         assert float(sums[name]) != float(exact_sums[name])
 
@@ -300,7 +302,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def lowered(request) -> tuple[str, list[str]]:
-    """A compute type, and for each kind of decoder the module that jax hands to the compiler for a gradient."""
+    """A compute dtype, and the StableHLO module of a gradient for each kind of decoder."""
 
     def module(changes) -> str:
         task = build_task(tiny_config(model__compute_dtype=request.param, model__layers="loop", **changes))
@@ -313,7 +315,7 @@ def lowered(request) -> tuple[str, list[str]]:
 
 
 def test_gradient_lowered_then_sums_are_float32(lowered):
-    """Sums over rows that differentiation writes by itself would be of the rows' own type."""
+    """All sums over rows are float32; autodiff alone would sum in the rows' dtype."""
     for module in lowered[1]:
         sums = re.findall(r"stablehlo\.reduce\(.*applies stablehlo\.add.*", module)
         assert len(sums) > 10
@@ -321,7 +323,7 @@ def test_gradient_lowered_then_sums_are_float32(lowered):
 
 
 def test_products_float32_have_highest_precision(lowered):
-    """By default a TPU would round their operands to bfloat16, and a GPU to TF32."""
+    """Float32 products have the highest precision; by default TPUs round to bfloat16 and GPUs to TF32."""
     dtype, modules = lowered
     for module in modules:
         products = re.findall(r"stablehlo\.dot_general.*", module)
@@ -334,47 +336,47 @@ def test_products_float32_have_highest_precision(lowered):
     ("platform", "message"),
     [
         ("gpu", "on TPUs only: 'the devices are of platform gpu'"),
-        ("tpu", "encoder has others: '.* 16 channels a head'"),
+        ("tpu", "channels per head in model.encoder: '.* 16 channels per head'"),
     ],
 )
 def test_kernels_when_they_cannot_run_then_refused(platform, message):
     config = tiny_config(model__attention="pallas")
-    assert build_task(config).model.encoder.run.attention == "pallas_interpreted"
+    assert build_task(config).model.encoder.options.attention == "pallas_interpreted"
     with pytest.raises(UserError, match=message):
         build_task(config, platform)
     tiles = tiny_config(model__encoder__width=256, model__decoder__width=256, model__attention="pallas")
-    assert platform == "gpu" or build_task(tiles, platform).model.encoder.run.attention == "pallas"
+    assert platform == "gpu" or build_task(tiles, platform).model.encoder.options.attention == "pallas"
 
 
 def test_prefix_when_attention_is_full_then_all_patches_of_every_example():
     task = build_task(tiny_config(loss__image=False, model__encoder__attention_mask="full"))
-    np.testing.assert_array_equal(task.draw_prefix(run_key(0), batch_of(3)), [LENGTH] * 3)
+    np.testing.assert_array_equal(task.sample_prefix(run_key(0), batch_of(3)), [LENGTH] * 3)
 
 
 def test_rows_when_drawn_then_in_order_valid_first_and_all_as_often():
     size, length, count = 3000, 9, 4
     index = jnp.stack([jnp.zeros(size), jnp.arange(size)], axis=1).astype(jnp.uint32)
     valid = np.ones((size, length), bool)
-    valid[:1000, [0, 3, 8]] = False  # six are left
-    valid[1000:1100, 2:] = False  # two are left
-    draw = jax.jit(lambda index, valid: losses.draw_rows(run_key(0), index, valid, count))
+    valid[:1000, [0, 3, 8]] = False  # Six valid patches remain.
+    valid[1000:1100, 2:] = False  # Two valid patches remain.
+    draw = jax.jit(lambda index, valid: losses.sample_rows(run_key(0), index, valid, count))
     rows = np.asarray(draw(index, jnp.asarray(valid)))
     assert (np.diff(rows, axis=1) > 0).all()
-    taken = np.take_along_axis(valid, rows, axis=1)
-    assert taken[:1000].all() and taken[1100:].all() and (taken[1000:1100].sum(axis=1) == 2).all()
+    is_valid = np.take_along_axis(valid, rows, axis=1)
+    assert is_valid[:1000].all() and is_valid[1100:].all() and (is_valid[1000:1100].sum(axis=1) == 2).all()
     for part, patches in ((rows[:1000], 6), (rows[1100:], 9)):
-        often = np.bincount(part.ravel(), minlength=length) / len(part)
+        frequency = np.bincount(part.ravel(), minlength=length) / len(part)
         share = count / patches
-        assert (abs(often[often > 0] - share) < 5 * (share * (1 - share) / len(part)) ** 0.5).all()
-        assert (often > 0).sum() == patches
+        assert (abs(frequency[frequency > 0] - share) < 5 * (share * (1 - share) / len(part)) ** 0.5).all()
+        assert (frequency > 0).sum() == patches
     order = np.random.default_rng(0).permutation(size)
     np.testing.assert_array_equal(draw(index[order], jnp.asarray(valid[order])), rows[order])
 
 
 def test_text_loss_when_rows_are_dropped_then_those_have_no_gradient_and_the_others_do():
-    task = build_task(tiny_config(loss__image=False, model__decoder__keep_rows=0.5))
+    task = build_task(tiny_config(loss__image=False, model__decoder__token_keep_rate=0.5))
     params, batch = jax.jit(task.init)(run_key(0)), batch_of(8)
-    kept = task.draw_kept(run_key(1), batch)
+    kept = task.sample_kept_tokens(run_key(1), batch)
     assert kept["kept"].shape == (8, LENGTH // 2)
 
     def loss(delta, batch):
@@ -392,7 +394,7 @@ def test_text_loss_when_rows_are_dropped_then_those_have_no_gradient_and_the_oth
     np.put_along_axis(read, np.asarray(kept["kept"]), True, axis=1)
     np.testing.assert_array_equal((dropped != 0).any(-1), read)
     whole = np.asarray(jax.jit(jax.grad(loss))(delta, batch))
-    assert (whole != 0).any(-1).all()  # An evaluation, which draws nothing, gives the decoder all rows.
+    assert (whole != 0).any(-1).all()  # Without `kept`, as in evaluation, the decoder receives all rows.
 
 
 def test_separate_decoders_when_trained_then_each_loss_moves_its_own_and_predictions_are_those_of_joint_ones():
@@ -411,7 +413,7 @@ def test_separate_decoders_when_trained_then_each_loss_moves_its_own_and_predict
     assert "pixel_head" not in text and not {"token_head", "token_table", "begin", "position"} & set(image)
     for own, output in ((text | {"pixel_head": image["pixel_head"]}, "logits"), (text | image, "pixels")):
         theirs = predict({"encoder": params["encoder"], "decoder": own}, batch, prefix)
-        # One pass of 16 rows or two of 4 and 16: float32 sums, split otherwise.
+        # One pass of 16 rows or two of 4 and 16 rows: the float32 sums are split differently.
         np.testing.assert_allclose(getattr(ours, output), getattr(theirs, output), rtol=0, atol=1e-5)
 
 

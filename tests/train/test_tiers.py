@@ -1,4 +1,4 @@
-"""A run that goes on with another Python and another jax: the same state, the same losses but for rounding."""
+"""Tests a run that resumes with another Python and jax: the same state, and the same losses within rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from runs import assert_bitwise
 from tiny import ROOT
 
-from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.monitoring.metrics import read_metrics
 
 OTHER = os.environ.get("OTHER_PYTHON", "")
 BEFORE, COMPARED, AFTER = 10, 5, 10  # Steps.
@@ -26,12 +26,12 @@ changes = {"train__steps": int(sys.argv[2]), "train__log_every": 1, "mesh__data"
 host.train(host.Path(sys.argv[1]), **changes)
 """
 pytestmark = pytest.mark.skipif(
-    not OTHER, reason="no Python of the other tier: name the one of such an environment by OTHER_PYTHON"
+    not OTHER, reason="no Python of the other tier: set OTHER_PYTHON to the one of such an environment"
 )
 
 
 def train(python: str, workdir: Path, steps: int) -> str:
-    """Trains up to a step, with the compiler's optimisations, or goes on to it; the version of jax."""
+    """Trains or resumes up to a step, with the compiler's optimisations; returns the version of jax."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "JAX_PLATFORMS": "cpu",
@@ -45,7 +45,7 @@ def train(python: str, workdir: Path, steps: int) -> str:
 
 
 def losses(workdir: Path) -> np.ndarray:
-    """Of the steps after the restart."""
+    """Losses and gradient norms of the steps after the restart."""
     lines, _ = read_metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, BEFORE + AFTER + 1))
     names = ("loss", "loss_image", "loss_text", "grad_norm")
@@ -54,13 +54,13 @@ def losses(workdir: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["from_this", "from_the_other"])
 def test_run_continues_on_the_other_tier(tmp_path, reverse):
-    """Bit for bit the state that was saved, and then the losses of a run that stays but for rounding."""
-    here, there = (OTHER, sys.executable) if reverse else (sys.executable, OTHER)
+    """Restores the saved state bit for bit, and has the losses of a run that stays on its tier, within rounding."""
+    old, new = (OTHER, sys.executable) if reverse else (sys.executable, OTHER)
     stays, moves = tmp_path / "stays", tmp_path / "moves"
-    version = train(here, stays, BEFORE)
+    version = train(old, stays, BEFORE)
     shutil.copytree(stays, moves)
-    assert train(here, stays, BEFORE + AFTER) == version
-    assert train(there, moves, BEFORE + AFTER) != version
+    assert train(old, stays, BEFORE + AFTER) == version
+    assert train(new, moves, BEFORE + AFTER) != version
     with np.load(stays / "restored.npz") as one, np.load(moves / "restored.npz") as other:
         assert_bitwise(list(one.values()), list(other.values()))
     ours, theirs = losses(stays), losses(moves)

@@ -1,4 +1,4 @@
-"""`python -m aimv2_jax.train.verify`: a line a step, nothing changed, and a code that a script can trust."""
+"""`python -m aimv2_jax.checkpoint.verify`: a line a step, no changes, and a reliable exit code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import folders, make_format_1, save_all
+from checkpoints import folders, save_all, set_format
 
-from aimv2_jax.train import verify
-from aimv2_jax.train.verify import main
+from aimv2_jax.checkpoint import verify
+from aimv2_jax.checkpoint.verify import main
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def run(tmp_path):
 
 
 def harm(run: Path) -> None:
-    place = run / "checkpoints"
-    (place / "2/more").write_text("")
-    (place / "2/state/_METADATA").unlink()
-    (place / "2/state/_sharding").write_text("{}")
-    data = bytearray((place / "3/manifest.json").read_bytes())
+    checkpoints = run / "checkpoints"
+    (checkpoints / "2/more").write_text("")
+    (checkpoints / "2/state/_METADATA").unlink()
+    (checkpoints / "2/state/_sharding").write_text("{}")
+    data = bytearray((checkpoints / "3/manifest.json").read_bytes())
     data[100] ^= 1
-    (place / "3/manifest.json").write_bytes(data)
+    (checkpoints / "3/manifest.json").write_bytes(data)
 
 
 def state_of(folder: Path) -> dict:
@@ -46,14 +46,14 @@ def test_run_when_steps_are_damaged_then_all_files_are_named_nothing_changes_and
     (run / "checkpoints/damaged-9-1").mkdir()
     before = state_of(run)
     assert main([str(run), "--json", str(tmp_path / "report.json")]) == 2
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert re.fullmatch(
         r"step 1: intact\nstep 2: damaged\n  more: extra\n  state/_METADATA: missing\n"
         r"  state/_sharding: size 2 instead of \d+\nstep 3: damaged\n  manifest.json: other contents\n"
         r"set aside before: damaged-9-1\n",
-        said.out,
+        output.out,
     )
-    assert said.err.startswith("error: damaged checkpoints in ") and "'steps 2, 3'" in said.err
+    assert output.err.startswith("error: damaged checkpoints in ") and "'steps 2, 3'" in output.err
     assert state_of(run) == before
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(step["step"], step["state"]) for step in report["steps"]] == [
@@ -73,11 +73,10 @@ def test_step_when_named_then_only_that_is_read(run, capsys):
     assert "'steps 3'" in capsys.readouterr().err
 
 
-def test_step_when_it_has_no_manifest_then_it_is_not_vouched_for(run, capsys):
-    make_format_1(run, 2)
+def test_step_of_another_format(run, capsys):
+    set_format(run, 2, 1)
     assert main([str(run)]) == 2
-    said = capsys.readouterr()
-    assert "step 2: no manifest\n" in said.out and "cannot be verified: 'steps 2'" in said.err
+    assert "has a format that this aimv2_jax does not read: 'format 1, needed is 3'" in capsys.readouterr().err
 
 
 def test_step_when_its_trainer_deletes_it_meanwhile_then_left_out(run, capsys, monkeypatch):
@@ -93,19 +92,19 @@ def test_step_when_its_trainer_deletes_it_meanwhile_then_left_out(run, capsys, m
     "arguments, message",
     [
         (["nowhere"], "the folder has no checkpoints: 'nowhere'"),
-        (["RUN", "--step", "4"], "the run has no such step: 4. Steps that are there: 1, 2, 3"),
+        (["RUN", "--step", "4"], "the run has no such step: 4. Existing steps: 1, 2, 3"),
         (["RUN", "--json", "nowhere/report.json"], "--json: no such folder"),
     ],
 )
 def test_arguments_when_wrong_then_one_line_and_2(run, capsys, arguments, message):
     assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1
 
 
 def test_command_when_started_then_it_works_and_its_progress_is_not_in_a_log(run):
     harm(run)
-    command = [sys.executable, "-m", "aimv2_jax.train.verify", str(run)]
+    command = [sys.executable, "-m", "aimv2_jax.checkpoint.verify", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert (done.returncode, done.stderr.count("\n"), done.stdout.count("damaged")) == (2, 1, 2)
     assert folders(run) == ["1", "2", "3"]

@@ -1,4 +1,4 @@
-"""A run that starts from another: what is taken, resized, initialised and refused."""
+"""Tests of runs that start from another model: tensors that are loaded, resized, initialised or rejected."""
 
 import dataclasses
 import re
@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from tiny import tiny_arguments, tiny_config
 
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
 from aimv2_jax.config import InitConfig
 from aimv2_jax.errors import UserError
-from aimv2_jax.export import hf
+from aimv2_jax.export import __main__ as hf
 from aimv2_jax.main import main
-from aimv2_jax.models.positions import resize_positions
-from aimv2_jax.train.checkpoint import CheckpointReader
-from aimv2_jax.train.program import build_program
-from aimv2_jax.train.warm_start import OF_TOKENS, RunDonor, match, warm_start
+from aimv2_jax.models.position_embeddings import resize_positions
+from aimv2_jax.train.builder import build_setup
+from aimv2_jax.train.init_from import TOKENIZER_TENSORS, RunWeights, match, warm_start
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -23,75 +23,81 @@ OURS = {"encoder/position": (16, 8), "encoder/trunk/norm/scale": (8,), "decoder/
 
 
 def init(**changes):
-    return InitConfig(**{"path": "runs/a", "parts": "model", "drop": (), "fresh": (), **changes})
+    return InitConfig(**{"path": "runs/a", "parts": "model", "ignore": (), "reinit": (), **changes})
 
 
 def test_match_when_all_is_the_same_then_all_is_taken():
-    found = match(OURS, OURS, init())
-    assert found.taken == tuple(OURS) and not (found.resized or found.initialised or found.dropped)
+    matching = match(OURS, OURS, init())
+    assert matching.taken == tuple(OURS)
+    assert not (matching.resized or matching.initialised or matching.dropped)
 
 
 def test_match_when_the_table_is_of_another_square_then_it_alone_is_resized():
-    found = match(OURS, OURS | {"encoder/position": (4, 8)}, init())
-    assert found.resized == ("encoder/position",) and len(found.taken) == 2
+    matching = match(OURS, OURS | {"encoder/position": (4, 8)}, init())
+    assert matching.resized == ("encoder/position",) and len(matching.taken) == 2
 
 
 def test_match_when_the_encoder_is_asked_then_the_decoders_stay_apart():
     theirs = {name: shape for name, shape in OURS.items() if name.startswith("encoder")} | {"decoder/other": (3,)}
-    found = match(OURS, theirs, init(parts="encoder"))
-    assert found.initialised == ("decoder/begin",) and found.dropped == ("decoder/other",)
+    matching = match(OURS, theirs, init(parts="encoder"))
+    assert matching.initialised == ("decoder/begin",) and matching.dropped == ("decoder/other",)
 
 
 def test_match_when_named_in_the_config_then_left_and_initialised():
     theirs = OURS | {"encoder/extra/a": (1,), "encoder/extra/b": (2,)}
-    found = match(
-        OURS | {"decoder/new": (5,)}, theirs, init(drop=("encoder/extra",), fresh=("decoder/new", "decoder/begin"))
+    matching = match(
+        OURS | {"decoder/new": (5,)}, theirs, init(ignore=("encoder/extra",), reinit=("decoder/new", "decoder/begin"))
     )
-    assert found.dropped == ("decoder/begin", "encoder/extra/a", "encoder/extra/b")
-    assert found.initialised == ("decoder/begin", "decoder/new")
+    assert matching.dropped == ("decoder/begin", "encoder/extra/a", "encoder/extra/b")
+    assert matching.initialised == ("decoder/begin", "decoder/new")
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "changes", "said"),
+    ("ours", "theirs", "changes", "message"),
     [
-        ({}, {"encoder/extra": (1,)}, {}, "has a tensor that this model lacks: 'encoder/extra'.*init.drop"),
+        ({}, {"encoder/extra": (1,)}, {}, "has a tensor that this model lacks: 'encoder/extra'.*init.ignore"),
         (
             {"encoder/new": (1,)},
             {},
             {},
-            "this model has a tensor that config init.path lacks: 'encoder/new'.*init.fresh",
+            "this model has a tensor that config init.path lacks: 'encoder/new'.*init.reinit",
         ),
-        ({}, {"decoder/begin": (5,)}, {}, r"decoder/begin in another shape.*\(5,\) there, \(4,\) here.*init.fresh"),
+        ({}, {"decoder/begin": (5,)}, {}, r"decoder/begin in another shape.*\(5,\) there, \(4,\) here.*init.reinit"),
         ({}, {"encoder/position": (15, 8)}, {}, "encoder/position in another shape"),
         ({}, {"encoder/position": (4, 9)}, {}, "encoder/position in another shape"),
-        ({}, {}, {"drop": ("encoder/trnuk",)}, "init.drop names no tensor: 'encoder/trnuk'.*There is"),
-        ({}, {}, {"fresh": ("encoder/trnuk",)}, "init.fresh names no tensor"),
-        ({}, {}, {"drop": ("decoder/begin",)}, "this model has a tensor that config init.path lacks: 'decoder/begin'"),
+        ({}, {}, {"ignore": ("encoder/trnuk",)}, "init.ignore names no tensor: 'encoder/trnuk'.*The tensors are"),
+        ({}, {}, {"reinit": ("encoder/trnuk",)}, "init.reinit names no tensor"),
+        (
+            {},
+            {},
+            {"ignore": ("decoder/begin",)},
+            "this model has a tensor that config init.path lacks: 'decoder/begin'",
+        ),
     ],
 )
-def test_match_when_something_is_left_over_or_of_no_use_then_refused_by_name(ours, theirs, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_match_when_something_is_left_over_or_of_no_use_then_refused_by_name(ours, theirs, changes, message):
+    with pytest.raises(UserError, match=message):
         match(OURS | ours, OURS | theirs, init(**changes))
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A run at 28 pixels, of four patches."""
+    """A run at 28 pixels, with four patches per image."""
     workdir = tmp_path_factory.mktemp("runs") / "small"
     assert main(tiny_arguments(workdir, train__steps=2, train__save_every=0, eval__sources={})) == 0
     return workdir
 
 
 def saved_params(workdir, step, config):
-    abstract = build_program(config).abstract_state.params
+    abstract = build_setup(config).abstract_state.params
     return CheckpointReader(workdir).restore_part(step, {"params": abstract})["params"]
 
 
 def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_resized(small, tmp_path, capsys):
     theirs = saved_params(small, 2, tiny_config())
     config = tiny_config(data__image_size=56, init__path=str(small))
-    program = build_program(config)
-    params, report = warm_start(program, program.init().params, config.init, RunDonor(config.init.path))
+    setup = build_setup(config)
+    params, report = warm_start(setup, setup.init().params, config.init, RunWeights(config.init.path))
     assert "1 x" not in report and "resized: encoder/position, 2 x 2 to 4 x 4 patches" in report
     expected = theirs | {
         "encoder": theirs["encoder"] | {"position": resize_positions(theirs["encoder"]["position"], (2, 2), (4, 4))}
@@ -102,7 +108,7 @@ def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_
     )
     assert main(arguments) == 0
     assert "parameters of" in capsys.readouterr().out
-    # Its own workdir comes first: what it started from may be gone.
+    # The checkpoints of its own workdir take precedence: the source may be gone.
     again = [argument.replace(str(small), str(tmp_path / "gone")) for argument in arguments] + [
         "--config.train.steps=3"
     ]
@@ -111,17 +117,17 @@ def test_run_when_started_from_a_smaller_one_then_its_parameters_with_the_table_
 
 
 def test_warm_start_when_the_tokenizer_is_another(small):
-    """Rows of the token table would become those of other pieces."""
+    """The rows of the token table would belong to other pieces."""
     config = tiny_config(init__path=str(small))
-    program, donor = build_program(config), RunDonor(config.init.path)
-    ours, params = donor.tokenizer, program.init().params
+    setup, source = build_setup(config), RunWeights(config.init.path)
+    ours, params = source.tokenizer, setup.init().params
     assert re.fullmatch(r"\w{16}", ours)
-    with pytest.raises(UserError, match=rf"small:2 is of another tokenizer: 'digest {ours} there, x here'"):
-        warm_start(program, params, config.init, donor, "x")
+    with pytest.raises(UserError, match=rf"small:2 belongs to another tokenizer: 'digest {ours} there, x here'"):
+        warm_start(setup, params, config.init, source, "x")
     for tokenizer in (ours, None):
-        warm_start(program, params, config.init, donor, tokenizer)
-    apart = dataclasses.replace(config.init, drop=OF_TOKENS, fresh=OF_TOKENS)
-    assert "initialised: decoder/token_" in warm_start(program, params, apart, donor, "x")[1]
+        warm_start(setup, params, config.init, source, tokenizer)
+    apart = dataclasses.replace(config.init, ignore=TOKENIZER_TENSORS, reinit=TOKENIZER_TENSORS)
+    assert "initialised: decoder/token_" in warm_start(setup, params, apart, source, "x")[1]
 
 
 def test_run_when_started_from_hugging_faces_folder_then_its_encoder(small, tmp_path, capsys):
@@ -131,10 +137,10 @@ def test_run_when_started_from_hugging_faces_folder_then_its_encoder(small, tmp_
     assert "config init.path lacks: 'decoder/" in capsys.readouterr().err
     assert main(tiny_arguments(tmp_path / "run", **arguments, init__parts="encoder", model__encoder__heads=4)) == 2
     assert "another model.encoder.heads: '2 there, 4 here'" in capsys.readouterr().err
-    # At a rate of next to nothing, what was taken is what is there after a step.
+    # With a negligible learning rate, the loaded parameters are unchanged after a step.
     still = dict(init__parts="encoder", optimizer__peak_lr=1e-30, optimizer__start_lr=0.0, optimizer__weight_decay=0.0)
     assert main(tiny_arguments(tmp_path / "run", **arguments, **still)) == 0
-    assert f"parameters of {tmp_path}/hf: 14 tensors taken" in capsys.readouterr().out
+    assert f"parameters of {tmp_path}/hf: 14 tensors loaded" in capsys.readouterr().out
     taken, theirs = saved_params(tmp_path / "run", 1, tiny_config()), saved_params(small, 2, tiny_config())
     jax.tree.map(np.testing.assert_array_equal, taken["encoder"], theirs["encoder"])
     assert not np.array_equal(taken["decoder"]["begin"], theirs["decoder"]["begin"])
@@ -144,9 +150,9 @@ def test_run_when_what_it_starts_from_kept_an_average_then_that(tmp_path, capsys
     ema = dict(optimizer__ema_decay=0.8, train__steps=2, train__save_every=0, eval__sources={})
     assert main(tiny_arguments(tmp_path / "ema", **ema)) == 0
     config = tiny_config(init__path=str(tmp_path / "ema"))
-    program = build_program(config)
-    params, _ = warm_start(program, program.init().params, config.init, RunDonor(config.init.path))
-    abstract = dict.fromkeys(("average", "params"), program.abstract_state.params)
+    setup = build_setup(config)
+    params, _ = warm_start(setup, setup.init().params, config.init, RunWeights(config.init.path))
+    abstract = dict.fromkeys(("average", "params"), setup.abstract_state.params)
     saved = CheckpointReader(tmp_path / "ema").restore_part(2, abstract)
     jax.tree.map(np.testing.assert_array_equal, params, saved["average"])
     assert not np.array_equal(params["decoder"]["begin"], saved["params"]["decoder"]["begin"])
@@ -157,14 +163,14 @@ def test_native_run_when_started_from_learned_positions_then_all_but_the_table(s
     arguments = tiny_arguments(tmp_path, **native, init__path=small, train__steps=3, train__log_every=1)
     assert main(arguments) == 2
     assert "encoder/position" in capsys.readouterr().err
-    assert main([*arguments, "--config.init.drop=('encoder/position',)"]) == 0
-    said = capsys.readouterr().out
-    assert "left there: encoder/position" in said
-    shapes = ("32 pictures of 4", "16 pictures of 8", "8 pictures of 16")
-    assert all(f"compiling the train step for {shape} patches" in said for shape in shapes)
+    assert main([*arguments, "--config.init.ignore=('encoder/position',)"]) == 0
+    output = capsys.readouterr().out
+    assert "ignored: encoder/position" in output
+    shapes = ("32 images of 4", "16 images of 8", "8 images of 16")
+    assert all(f"compiling the train step for {shape} patches" in output for shape in shapes)
 
 
 def test_run_when_what_it_starts_from_is_not_there_then_one_line(tmp_path, capsys):
     assert main(tiny_arguments(tmp_path, init__path=tmp_path / "nowhere", eval__sources={})) == 2
-    said = capsys.readouterr().err
-    assert "config init.path: no such folder" in said and "nowhere" in said
+    error = capsys.readouterr().err
+    assert "config init.path: no such folder" in error and "nowhere" in error

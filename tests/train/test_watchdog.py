@@ -1,4 +1,4 @@
-"""The watchdog: what hangs is ended in time, with the stacks of all threads; what does not is left alone."""
+"""Tests of the watchdog: hanging processes end in time with the stacks of all threads; others are not affected."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from types import SimpleNamespace
 import pytest
 from tiny import ROOT
 
-from aimv2_jax.parallel.parent import run_trainer
-from aimv2_jax.train import watchdog
-from aimv2_jax.train.watchdog import Watchdog
+from aimv2_jax.distributed.parent import run_trainer
+from aimv2_jax.resilience import watchdog
+from aimv2_jax.resilience.watchdog import Watchdog
 
 NEVER = {f"{what}_s": 0 for what in watchdog.WATCHED}
-# What a process does, in a function of a name that its stacks must have; another thread sleeps meanwhile.
+# Runs CODE in a function whose name must appear in the stacks, while another thread sleeps.
 PROGRAM = """
 import ctypes, os, signal, sys, threading, time
 from types import SimpleNamespace
-from aimv2_jax.train import watchdog
-from aimv2_jax.train.watchdog import Watchdog, register_dump_signal
+from aimv2_jax.resilience import watchdog
+from aimv2_jax.resilience.watchdog import Watchdog, register_dump_signal
 
 NEVER = {f"{what}_s": 0 for what in watchdog.WATCHED}
 workdir = sys.argv[1]
@@ -37,7 +37,7 @@ def aside():
 
 
 def dog(**settings):
-    calls = {name: settings.pop(name) for name in ("on_hang", "tell", "say", "channel") if name in settings}
+    calls = {name: settings.pop(name) for name in ("on_hang", "notify", "log_line", "channel") if name in settings}
     return Watchdog(workdir, 3, SimpleNamespace(**NEVER | settings), **calls)
 
 
@@ -51,7 +51,7 @@ here()
 
 
 def run(code: str, workdir: Path, seconds: float = 20) -> tuple[int, str, str, float]:
-    """Exit code, output, errors and how long it took of a process that does `code`."""
+    """Runs `code` in a process; returns its exit code, output, errors and duration."""
     program = PROGRAM.replace("CODE", code.replace("\n", "\n    "))
     start_s = time.monotonic()
     done = subprocess.run(
@@ -68,12 +68,12 @@ HANG = 'with dog(step_s=1) as d, d.watching("step", 12, lambda: "record 5 of red
 
 
 def test_hang_when_a_step_takes_too_long_then_all_stacks_in_log_and_workdir_and_code_75(tmp_path):
-    code, _, said, seconds = run(HANG, tmp_path)
+    code, _, log, seconds = run(HANG, tmp_path)
     assert code == 75 and seconds < 1 + 2
     [file] = (tmp_path / "hangs").iterdir()
     assert file.name == "00000012-00003-step.txt"
-    for text in (said, file.read_text()):
-        assert re.search(r"hung: process 3 on \S+ waits for step at step 12 since 1 s", text)
+    for text in (log, file.read_text()):
+        assert re.search(r"hung: process 3 on \S+ has waited for step at step 12 for 1 s", text)
         assert "record 5 of red" in text and "is another\n" in text
         assert re.search(r'line \d+ in here\n  File ".*", line \d+ in <module>', text) and "in aside\n" in text
 
@@ -81,39 +81,42 @@ def test_hang_when_a_step_takes_too_long_then_all_stacks_in_log_and_workdir_and_
 def test_hang_when_it_is_at_the_step_of_an_earlier_one_then_code_4_and_at_another_75(tmp_path):
     (tmp_path / "hangs").mkdir()
     (tmp_path / "hangs/00000012-00000-data.txt").touch()
-    code, _, said, _ = run(HANG, tmp_path)
-    assert code == 4 and "step 12 since 1 s, as it did before" in said
+    code, _, log, _ = run(HANG, tmp_path)
+    assert code == 4 and "step 12 for 1 s, as before" in log
     assert run(HANG.replace("12", "13"), tmp_path)[0] == 75
 
 
 def test_hang_when_an_inner_context_goes_on_and_on_then_the_outer_one_ends_it_and_callbacks_are_told(tmp_path):
     code, out, _, _ = run(
-        """told = lambda *what: print(*what, flush=True)
-with dog(evaluation_s=1, data_s=1, on_hang=lambda h: told(h.what, h.step, h.code), tell=told, say=told) as d:
+        """def show(*values):
+    print(*values, flush=True)
+with dog(evaluation_s=1, data_s=1, on_hang=lambda h: show(h.what, h.step, h.code), notify=show, log_line=show) as d:
     with d.watching("evaluation", 4):
         while True:
             with d.watching("data", 4):
                 time.sleep(0.05)""",
         tmp_path,
     )
-    told, hang, said = out.splitlines()
+    notification, hang, line = out.splitlines()
     assert code == 75 and hang == "evaluation 4 75"
-    assert told.startswith("75 hung: process 3 on ") and told == f"75 {said}" and "waits for evaluation" in said
+    assert notification.startswith("75 hung: process 3 on ") and notification == f"75 {line}"
+    assert "has waited for evaluation" in line
 
 
 def test_hang_when_the_disk_and_the_callbacks_hang_too_then_it_ends_all_the_same(tmp_path):
     forever = "lambda *_: time.sleep(60)"
-    code, _, said, seconds = run(
-        f"""watchdog._PATIENCE_S, watchdog.write_whole = 0.5, {forever}
-with dog(save_s=1, on_hang={forever}, tell={forever}, say={forever}) as d, d.watching("save", 1, {forever}):
+    code, _, log, seconds = run(
+        f"""from aimv2_jax.resilience import repeated_failures
+watchdog._CALL_TIMEOUT_S, repeated_failures.atomic_write = 0.5, {forever}
+with dog(save_s=1, on_hang={forever}, notify={forever}, log_line={forever}) as d, d.watching("save", 1, {forever}):
     time.sleep(60)""",
         tmp_path,
     )
-    assert code == 75 and seconds < 6 and "in aside" in said
+    assert code == 75 and seconds < 6 and "in aside" in log
 
 
 def test_hang_when_even_the_log_is_not_read_then_it_ends_all_the_same(tmp_path):
-    code = f"watchdog._LAST_S = 1\nos.write(1, b'!')\n{HANG}".replace("\n", "\n    ")
+    code = f"watchdog._END_TIMEOUT_S = 1\nos.write(1, b'!')\n{HANG}".replace("\n", "\n    ")
     read, write = os.pipe()
     os.set_blocking(write, False)
     try:
@@ -133,35 +136,37 @@ def test_hang_when_even_the_log_is_not_read_then_it_ends_all_the_same(tmp_path):
         os.close(read), os.close(write)
 
 
-# The lock of the interpreter kept for good: PyDLL calls C without giving it back, and a mutex locked twice waits for
-# ever. (A sleep would not do: the signal for the stacks wakes it.)
-KEPT_LOCK = """
-from aimv2_jax.parallel import processes
-processes.trainer()
+# Holds the GIL for good: PyDLL calls C without releasing it, and a mutex locked twice waits for ever. A sleep would be
+# interrupted by the signal for the stacks.
+HOLD_GIL = """
+from aimv2_jax.distributed import coordination
+coordination.trainer()
 register_dump_signal()
-with dog(step_s=1, channel=processes.channel()) as d, d.watching("step", 12):
+with dog(step_s=1, channel=coordination.channel()) as d, d.watching("step", 12):
     time.sleep(0.5)
     mutex = ctypes.create_string_buffer(64)
     ctypes.PyDLL(None).pthread_mutex_lock(mutex), ctypes.PyDLL(None).pthread_mutex_lock(mutex)"""
 
 
 def test_hang_when_c_keeps_pythons_lock(tmp_path, monkeypatch, capfd):
-    """The process beside it has the stacks written, records the hang and kills it; the parent's code is 75, then 4."""
+    """The heartbeat process has the stacks written, records the hang and kills it; the exit code is 75, then 4."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [sys.executable, "-c", PROGRAM.replace("CODE", KEPT_LOCK.replace("\n", "\n    ")), str(tmp_path)]
-    for code, again in ((75, ""), (4, ", as it did before")):
+    command = [sys.executable, "-c", PROGRAM.replace("CODE", HOLD_GIL.replace("\n", "\n    ")), str(tmp_path)]
+    for code, again in ((75, ""), (4, ", as before")):
         start_s = time.monotonic()
         assert run_trainer(command, tmp_path) == code
-        assert time.monotonic() - start_s < 15  # 4 s here; a busy machine is given time.
-        said = capfd.readouterr().err
-        text = rf"hung: process 3 on \S+ waits for step at step 12 since \d s{again}; some C code keeps Python's lock"
-        assert re.search(text, said) and "in here\n" in said and "in aside\n" in said
+        assert time.monotonic() - start_s < 15  # 4 s on an idle machine.
+        log = capfd.readouterr().err
+        text = (
+            rf"hung: process 3 on \S+ has waited for step at step 12 for \d s{again}; some C code keeps Python's lock"
+        )
+        assert re.search(text, log) and "in here\n" in log and "in aside\n" in log
         [file] = (tmp_path / "hangs").iterdir()
         assert file.name == "00000012-00003-step.txt" and re.match(text, file.read_text())
 
 
 def test_heartbeat_when_nothing_is_watched(tmp_path):
-    """What keeps Python's lock at such a moment is found all the same, after the longest of all limits."""
+    """C code that takes the GIL at such a moment is still detected, after the longest of all limits."""
     with Watchdog(tmp_path, 0, SimpleNamespace(**NEVER | {"data_s": 20, "save_s": 600})) as dog:
         assert dog._heartbeat([], 0.0).limit_s == 1.5 * 600
         with dog.watching("data", 3) as watch:
@@ -171,7 +176,7 @@ def test_heartbeat_when_nothing_is_watched(tmp_path):
 
 
 def test_monitor_when_it_is_killed(tmp_path):
-    """The watchdog goes on without it."""
+    """The watchdog works without it."""
     code = """with dog(step_s=1) as d, d.watching("step", 12):
     os.kill(d._monitor._process.pid, signal.SIGKILL)
     time.sleep(60)"""
@@ -181,7 +186,7 @@ def test_monitor_when_it_is_killed(tmp_path):
 def test_watchdog_when_nothing_hangs_then_it_is_not_heard(tmp_path):
     settings = SimpleNamespace(**NEVER | {"data_s": 0.5, "step_s": 0.5})
     with Watchdog(tmp_path, 0, settings) as dog:
-        with dog.watching("evaluation", 1):  # Which may take for ever.
+        with dog.watching("evaluation", 1):  # Evaluation has no limit.
             for step in range(12):
                 with dog.watching("data", step), dog.watching("step", step):
                     time.sleep(0.1)
@@ -193,7 +198,7 @@ def test_watchdog_when_nothing_hangs_then_it_is_not_heard(tmp_path):
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
-HELD_UP = """watchdog._PAUSE_S = 0.5
+HELD_UP = """watchdog._MAX_CHECK_DELAY_S = 0.5
 with dog(step_s=1) as d, d.watching("step", 1):
     print(os.getpid(), flush=True)
     time.sleep(0.5)
@@ -202,9 +207,9 @@ with dog(step_s=1) as d, d.watching("step", 1):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_watchdog_when_the_process_was_suspended(tmp_path, whole):
-    """For three times as long as it may be silent; alone, or with the process beside it, as a scheduler does it.
+    """Suspended for three times the heartbeat's limit, alone or with the heartbeat process, as schedulers do.
 
-    Stopped by SIGSTOP as by `kill -STOP`; Slurm's suspend and cgroup's freezer stop all processes of a job.
+    `kill -STOP` sends SIGSTOP to one process; Slurm's suspend and cgroup's freezer stop all processes of a job.
     """
     program = PROGRAM.replace("CODE", HELD_UP.replace("\n", "\n    "))
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -222,8 +227,8 @@ def test_watchdog_when_the_process_was_suspended(tmp_path, whole):
 
 def test_dump_signal_when_it_comes_then_the_stacks_are_written_and_the_process_goes_on(tmp_path):
     code = "register_dump_signal()\nos.kill(os.getpid(), signal.SIGUSR1)\ntime.sleep(0.1)\nprint('went on')"
-    code, out, said, _ = run(code, tmp_path)
-    assert (code, out) == (0, "went on\n") and "in here" in said and "in aside" in said
+    code, out, log, _ = run(code, tmp_path)
+    assert (code, out) == (0, "went on\n") and "in here" in log and "in aside" in log
 
 
 def test_watching_when_nothing_hangs_then_it_costs_microseconds(tmp_path):
@@ -232,7 +237,7 @@ def test_watching_when_nothing_hangs_then_it_costs_microseconds(tmp_path):
         for step in range(10_000):
             with dog.watching("data", step):
                 pass
-    assert (time.perf_counter() - start_s) / 10_000 < 50e-6  # 1 to 2 here; a busy machine is given time.
+    assert (time.perf_counter() - start_s) / 10_000 < 50e-6  # 1 to 2 µs on an idle machine.
 
 
 def test_limits_when_a_name_is_unknown_then_our_bug(tmp_path):

@@ -1,4 +1,4 @@
-"""A workdir in a bucket: the same run as on a disk, stopped and continued, and all of its files there."""
+"""Tests of a workdir in a bucket: the run equals one on a disk, stops and resumes, and writes all of its files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from etils import epath
 from runs import assert_bitwise, broken_source, saved_state
 from tiny import tiny_arguments
 
-from aimv2_jax import growing
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader, parse_spec
 from aimv2_jax.main import main
-from aimv2_jax.train.checkpoint import Checkpointer, CheckpointReader, parse_spec
-from aimv2_jax.train.metrics import read_metrics
+from aimv2_jax.monitoring.metrics import read_metrics
+from aimv2_jax.storage import append
 
 pytestmark = [pytest.mark.xdist_group("shared-memory"), pytest.mark.usefixtures("two_devices")]
 
@@ -26,9 +26,9 @@ def bucket(tmp_path, monkeypatch):
 
 
 def written_at_saves(file, monkeypatch) -> dict[int, list[int]]:
-    """The steps in the metrics, as they are in the bucket when a save starts, by its step."""
+    """The steps in the bucket's metrics when a save starts, by the step of the save."""
     save, written = Checkpointer.save, {}
-    monkeypatch.setattr(growing, "_BETWEEN_S", 1000.0)
+    monkeypatch.setattr(append, "_UPLOAD_INTERVAL_S", 1000.0)
 
     def watched(self, step, *args, **kwargs):
         if str(self._folder).startswith(NAME):
@@ -47,7 +47,7 @@ def test_run_when_its_workdir_is_in_a_bucket_then_that_of_a_disk_and_goes_on_exa
     workdir, disk = f"{NAME}/runs/one", tmp_path / "disk"
     written = written_at_saves(bucket / "runs/one/metrics.jsonl", monkeypatch)
     assert main(tiny_arguments(workdir, train__steps=10, train__save_every=5, train__keep=1, **changes)) == 0
-    assert written == {5: [5], 10: [5, 10, 10]}  # Else a crash after a save would leave metrics with a hole.
+    assert written == {5: [5], 10: [5, 10, 10]}  # Otherwise a crash after a save would leave a gap in the metrics.
     assert "in a bucket, which has no locks" in capsys.readouterr().out
     assert CheckpointReader(workdir).steps() == [10]
     assert main(tiny_arguments(workdir, train__profile="(12, 14)", **changes)) == 0
@@ -56,18 +56,18 @@ def test_run_when_its_workdir_is_in_a_bucket_then_that_of_a_disk_and_goes_on_exa
     assert CheckpointReader(workdir).steps() == CheckpointReader(disk).steps() == [10, 20]
     assert CheckpointReader(workdir).best_step() == parse_spec(workdir)[1] == CheckpointReader(disk).best_step()
     assert_bitwise(saved_state(workdir, 20), saved_state(disk, 20))
-    here = bucket / "runs/one"
-    assert (here / "bad_records.jsonl").read_bytes() == (disk / "bad_records.jsonl").read_bytes()
-    assert "train.steps = 20" in (here / "config.txt").read_text()
+    files = bucket / "runs/one"
+    assert (files / "bad_records.jsonl").read_bytes() == (disk / "bad_records.jsonl").read_bytes()
+    assert "train.steps = 20" in (files / "config.txt").read_text()
     for ours, theirs in zip(read_metrics(workdir), read_metrics(disk)):
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         for name in ("loss", "eval_loss"):
             assert [line.get(name) for line in ours] == [line.get(name) for line in theirs]
-    events = list((here / "tensorboard").iterdir())
+    events = list((files / "tensorboard").iterdir())
     assert len(events) == 2 and all(file.stat().st_size > 1000 for file in events)
-    [trace] = (here / "profile/plugins/profile/steps_12_to_13").glob("*.xplane.pb")
+    [trace] = (files / "profile/plugins/profile/steps_12_to_13").glob("*.xplane.pb")
     assert trace.stat().st_size > 10_000
-    assert not (here / "lock").exists() and not list(here.rglob("*.part"))
+    assert not (files / "lock").exists() and not list(files.rglob("*.part"))
 
 
 def test_run_when_the_bucket_cannot_be_reached_then_one_line(bucket, monkeypatch, capsys):
@@ -76,5 +76,5 @@ def test_run_when_the_bucket_cannot_be_reached_then_one_line(bucket, monkeypatch
 
     monkeypatch.setattr(type(epath.Path(NAME)), "mkdir", refuse)
     assert main(tiny_arguments(f"{NAME}/runs/one")) == 2
-    said = capsys.readouterr().err
-    assert "--workdir gs://bucket/runs/one cannot be used" in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "--workdir gs://bucket/runs/one cannot be used" in error and error.count("\n") == 1

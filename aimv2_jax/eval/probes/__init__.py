@@ -1,1 +1,1 @@
-"""Probes: what a frozen encoder's features know of a label. `python -m aimv2_jax.eval.probes --help`."""
+"""Attentive, linear and k-NN probes of a frozen encoder. `python -m aimv2_jax.eval.probes --help`."""

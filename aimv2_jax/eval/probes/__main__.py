@@ -1,22 +1,22 @@
-"""What a frozen encoder's features know of a label.
+"""Attentive, linear and k-NN probes of a frozen encoder on a labelled dataset.
 
     python -m aimv2_jax.eval.probes --checkpoint SPEC --train data/train --test data/test --label coarse
     python -m aimv2_jax.eval.probes --checkpoint random --like SPEC ... --kind knn --json knn.json
 
-SPEC is a run (WORKDIR, WORKDIR:STEP, WORKDIR:last), an export, a folder of Hugging Face's or a .safetensors file;
-`random` is the architecture of --like before any training. --train and --test are data sets that
-aimv2_jax.data.prepare made with --label NAME=FIELD.
+SPEC is a run (WORKDIR, WORKDIR:STEP, WORKDIR:last), an export, a Hugging Face folder or a .safetensors file;
+`random` is the architecture of --like with untrained parameters. --train and --test are datasets that
+aimv2_jax.prepare wrote with --label NAME=FIELD.
 
-attentive  a learned query over all patches, and a linear layer; each feature standardised first
-linear     a linear layer on the mean of the patches, standardised
-knn        the nearest train pictures by the cosine of those means vote
+attentive  a learned query over all patches, and a linear layer, on standardised features
+linear     a linear layer on the standardised mean of the patches
+knn        a vote of the train images nearest in the cosine of those means
 
-The grid of learning rates and weight decays is trained together. Its best point, or the number of neighbours, is chosen
-on pictures that are cut from --train, never on --test; what was chosen is then trained again on all of --train, unless
---no-refit. Features of the centre crop and of its mirror image are computed once, and kept in --cache; with --augment
-crops the encoder runs on new random crops in every epoch, so that training again takes as long as the grid.
---json writes top1, ci95 (bootstrap over test pictures), per_class, kind, label, best, floor (the nearest train picture
-by 16 x 16 pixels, on the same pictures) and examples.
+The whole grid of learning rates and weight decays is trained at once. Its best point, or the number of neighbours, is
+chosen on images split off --train, never on --test. The chosen head is then trained again on all of --train, unless
+--no-refit is given. Features of the centre crop and of its mirror image are computed once and stored in --cache. With
+--augment crops the encoder runs on new random crops in every epoch, so the second training takes as long as the grid.
+--json writes top1, ci95 (bootstrap over test images), per_class, kind, label, best, floor (the nearest train image
+by 16 x 16 pixels, on the same images) and examples.
 """
 
 from __future__ import annotations
@@ -28,68 +28,70 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2_jax.allocator import keep_freed_memory
-from aimv2_jax.errors import EXIT_FINISHED, UserError, reports_user_errors
-from aimv2_jax.eval.arguments import add_encoder, check_layer
-from aimv2_jax.eval.encoders import LoadedEncoder, encoder_of
-from aimv2_jax.eval.probes.examples import read_examples, split
-from aimv2_jax.eval.probes.methods import neighbours, trained_head
-from aimv2_jax.eval.probes.neighbours import pixel_floor
-from aimv2_jax.eval.probes.report import confusion_figure, figures, summary
-from aimv2_jax.export.source import open_weights, untrained
-from aimv2_jax.flags import Parser, check_output, positive
+from aimv2_jax.cli import Parser, check_output, positive
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
+from aimv2_jax.eval.cli import add_encoder, check_layer
+from aimv2_jax.eval.probes.dataset import read_labelled_dataset, split
+from aimv2_jax.eval.probes.knn import pixel_floor
+from aimv2_jax.eval.probes.report import classification_metrics, confusion_figure, summary
+from aimv2_jax.eval.probes.run import head_probe, knn_probe
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.pretrained.encoder import PretrainedEncoder, encoder_of
+from aimv2_jax.pretrained.source import open_weights, untrained
 
 RANDOM = "random"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The checked flags of a command line."""
+    """Parses and checks the command line."""
     summary, _, epilog = __doc__.partition("\n\n")
     parser = Parser(prog="python -m aimv2_jax.eval.probes", description=summary, epilog=epilog)
     add_encoder(parser)
     add = parser.add_argument
-    add("--like", metavar="SPEC", help="with --checkpoint random: whose architecture")
-    add("--train", required=True, metavar="DATA", help="a prepared set with labels")
-    add("--test", required=True, metavar="DATA", help="another one")
-    add("--label", required=True, metavar="NAME", help="the label to be told")
+    add("--like", metavar="SPEC", help="the encoder whose architecture --checkpoint random has")
+    add("--train", required=True, metavar="DATA", help="prepared train dataset with labels")
+    add("--test", required=True, metavar="DATA", help="prepared test dataset with labels")
+    add("--label", required=True, metavar="NAME", help="the label to predict")
     add("--kind", choices=("attentive", "linear", "knn"), default="attentive", help="default %(default)s")
-    add("--grid", choices=("small", "full"), default="small", help="rates and decays (default %(default)s)")
-    add("--augment", choices=("flip", "none", "crops"), default="flip", help="of train pictures (default %(default)s)")
+    grid_help = "learning rates and weight decays (default %(default)s)"
+    add("--grid", choices=("small", "full"), default="small", help=grid_help)
+    augment_help = "augmentation of train images (default %(default)s)"
+    add("--augment", choices=("flip", "none", "crops"), default="flip", help=augment_help)
     add("--epochs", type=positive, default=30, metavar="N", help="default %(default)s; Table A2: 100")
     add("--warmup-epochs", type=int, default=3, metavar="N", help="default %(default)s; Table A2: 5 (ImageNet), 0")
     add("--batch-size", type=positive, default=256, metavar="N", help="default %(default)s; Table A2: 1024, 512")
-    add("--no-normalise", dest="normalise", action="store_false", help="features as they are")
-    add("--by", metavar="NAME", help="another label, by whose values results are told apart")
+    add("--no-normalise", dest="normalise", action="store_false", help="do not standardise features")
+    add("--by", metavar="NAME", help="another label; results are also reported for each of its values")
     add(
         "--without",
         type=lambda text: tuple(filter(None, text.split(","))),
         default=(),
         metavar="A,B",
-        help="values of --label that are left out",
+        help="excluded values of --label",
     )
     add(
         "--validation",
         type=_share,
         default=0.15,
         metavar="SHARE",
-        help="of --train, to choose by (default %(default)s)",
+        help="share of --train for validation (default %(default)s)",
     )
-    add("--no-refit", dest="refit", action="store_false", help="the head that was chosen, trained without those")
-    add("--encoder-batch", type=positive, metavar="N", help="pictures at a time (default: 32 of 256 patches)")
-    add("--seed", type=_seed, default=0, metavar="N", help="of the split, the order and the head (default %(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="where features are kept (default: nowhere)")
-    add(
-        "--no-floor", dest="floor", action="store_false", help="without the floor, which decodes all pictures once more"
-    )
-    add("--json", type=Path, metavar="FILE", help="the figures")
-    add("--confusion", type=Path, metavar="FILE.png", help="the confusion matrix")
+    add("--no-refit", dest="refit", action="store_false", help="do not train the chosen head again on all of --train")
+    add("--encoder-batch", type=positive, metavar="N", help="images per encoder batch (default: 32 of 256 patches)")
+    seed_help = "seed of the split, the order and the head (default %(default)s)"
+    add("--seed", type=_seed, default=0, metavar="N", help=seed_help)
+    add("--cache", type=Path, metavar="DIR", help="folder for computed features (default: not stored)")
+    floor_help = "skip the floor, which decodes all images once more"
+    add("--no-floor", dest="floor", action="store_false", help=floor_help)
+    add("--json", type=Path, metavar="FILE", help="write the metrics to this file")
+    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
     flags = parser.parse_args(arguments)
     if (flags.checkpoint == RANDOM) != (flags.like is not None):
         parser.error("--checkpoint random and --like go together")
     if flags.kind == "knn" and flags.augment == "crops":
-        parser.error("--augment crops is for heads that are trained, not for knn")
+        parser.error("--augment crops is for trained heads, not for knn")
     if flags.cache is not None and flags.augment == "crops":
-        parser.error("--augment crops keeps no features: leave --cache out")
+        parser.error("--augment crops stores no features: remove --cache")
     if flags.warmup_epochs < 0:
         parser.error("--warmup-epochs is below 0")
     return flags
@@ -105,27 +107,27 @@ def _share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
     return value
 
 
-def open_encoder(flags: argparse.Namespace) -> LoadedEncoder:
-    """The encoder of the flags; of `--checkpoint random` with fresh parameters of the seed."""
+def open_encoder(flags: argparse.Namespace) -> PretrainedEncoder:
+    """Opens the encoder of the flags; `--checkpoint random` gets untrained parameters from the seed."""
     weights = open_weights(flags.like or flags.checkpoint, flags.heads, flags.weights)
     if flags.checkpoint == RANDOM:
-        weights = untrained(weights.vision, flags.seed)
+        weights = untrained(weights.spec, flags.seed)
     encoder = encoder_of(weights, flags.dtype, flags.image_size, flags.area)
-    check_layer(flags.layer, encoder.vision.depth)
-    if flags.augment == "crops" and encoder.vision.area is not None:
+    check_layer(flags.layer, encoder.spec.depth)
+    if flags.augment == "crops" and encoder.spec.area is not None:
         raise UserError(
-            "--augment crops crops squares, which a native model does not see",
+            "--augment crops makes square crops, which a native-resolution model does not use",
             flags.augment,
-            "Leave it out, or give --image-size",
+            "Remove it, or give --image-size",
         )
     return encoder
 
 
-@reports_user_errors
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     keep_freed_memory()
@@ -135,27 +137,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, flag, suffix in ((flags.json, "--json", ""), (flags.confusion, "--confusion", ".png")):
         if path is not None:
             check_output(path, suffix, flag)
-    known = read_examples(flags.train, "--train", flags.label, flags.by, flags.without)
-    asked = read_examples(flags.test, "--test", flags.label, flags.by, flags.without, known.names)
-    fit, held = split(known, flags.validation, flags.seed)
-    if not len(held):
-        raise UserError("--train has too few pictures of each class to choose by", len(known), "Give a larger set")
+    train = read_labelled_dataset(flags.train, "--train", flags.label, flags.by, flags.without)
+    test = read_labelled_dataset(flags.test, "--test", flags.label, flags.by, flags.without, train.names)
+    fit_idx, val_idx = split(train, flags.validation, flags.seed)
+    if not len(val_idx):
+        what = "--train has too few images of each class for a validation split"
+        raise UserError(what, len(train), "Give a larger dataset")
     encoder = open_encoder(flags)
     flags.encoder_batch = flags.encoder_batch or encoder.batch_size
-    found = (neighbours if flags.kind == "knn" else trained_head)(encoder, (known, asked), fit, held, flags)
-    floor = figures(asked, pixel_floor(known, asked)) if flags.floor else None
+    probe = knn_probe if flags.kind == "knn" else head_probe
+    outcome = probe(encoder, (train, test), fit_idx, val_idx, flags)
+    floor = classification_metrics(test, pixel_floor(train, test)) if flags.floor else None
     result = {
-        **figures(asked, found.predicted),
+        **classification_metrics(test, outcome.predicted),
         "kind": flags.kind,
         "label": flags.label,
-        "best": found.best,
+        "best": outcome.best,
         "floor": floor,
-        "examples": {"train": len(fit), "validation": len(held), "test": len(asked)},
-        "seconds": found.seconds,
+        "examples": {"train": len(fit_idx), "validation": len(val_idx), "test": len(test)},
+        "seconds": outcome.seconds,
         "encoder": encoder.source,
     }
-    print(summary(result, known.names))
-    seconds = found.seconds
+    print(summary(result, train.names))
+    seconds = outcome.seconds
     if seconds["features"]:
         share = seconds["encoder"] / seconds["features"]
         print(
@@ -166,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if flags.confusion is not None:
         heading = f"{flags.kind} probe of {flags.label}: top-1 {result['top1']:.3f}"
-        note = f"{len(asked)} test pictures. A row a true class, a column what the probe said."
-        confusion_figure(asked, found.predicted, heading, note).savefig(flags.confusion, dpi=110)
+        note = f"{len(test)} test images. Rows are true classes, columns predicted ones."
+        confusion_figure(test, outcome.predicted, heading, note).savefig(flags.confusion, dpi=110)
     return EXIT_FINISHED
 
 

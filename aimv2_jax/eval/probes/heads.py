@@ -1,4 +1,4 @@
-"""What is trained on frozen features. B batch, L patches, D width, C classes."""
+"""Probe heads that are trained on frozen features. B batch, L patches, D width, C classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AttentiveHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A linear layer on features that are one vector a picture, L = 1."""
+    """A linear layer on one feature vector an image (L = 1)."""
 
     classes: int
 

@@ -1,4 +1,4 @@
-"""What a probe found: accuracies with their interval, and the confusion matrix. M test pictures, C classes."""
+"""Accuracy of a probe with its confidence interval, and the confusion matrix. M test images, C classes."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from jaxtyping import Bool, Int
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from aimv2_jax.drawing import DARK, STYLE, draw_heading, drawable
-from aimv2_jax.eval.probes.examples import Examples
+from aimv2_jax.eval.probes.dataset import LabelledDataset
+from aimv2_jax.plotting import DARK, STYLE, draw_heading, drawable
 
 _RESAMPLES = 10_000
 
 
-def interval(right: Bool[np.ndarray, " M"], seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of `right`, over test pictures."""
+def interval(correct: Bool[np.ndarray, " M"], seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of `correct`, over test images."""
     rng = np.random.default_rng(seed)
-    # The number right in a resample of M pictures is binomial: nothing need be drawn picture by picture.
-    means = rng.binomial(len(right), right.mean(), size=_RESAMPLES) / len(right)
+    # The number of correct images in a resample is binomial, so no image is resampled by itself.
+    means = rng.binomial(len(correct), correct.mean(), size=_RESAMPLES) / len(correct)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
-def figures(test: Examples, predicted: Int[np.ndarray, " M"]) -> dict[str, Any]:
-    """`top1, ci95, per_class`, and `by` where the examples have groups: {value: {top1, examples}}."""
-    right = predicted == test.classes
-    found: dict[str, Any] = {
-        "top1": float(right.mean()),
-        "ci95": interval(right),
+def classification_metrics(test: LabelledDataset, predicted: Int[np.ndarray, " M"]) -> dict[str, Any]:
+    """`top1`, `ci95` and `per_class`; for a dataset with groups also `by`: {value: {top1, examples}}."""
+    correct = predicted == test.classes
+    metrics: dict[str, Any] = {
+        "top1": float(correct.mean()),
+        "ci95": interval(correct),
         "per_class": {
-            name: float(right[test.classes == number].mean())
-            for number, name in enumerate(test.names)
-            if (test.classes == number).any()
+            name: float(correct[test.classes == class_id].mean())
+            for class_id, name in enumerate(test.names)
+            if (test.classes == class_id).any()
         },
     }
     groups = np.array(test.groups)
     if any(test.groups):
-        found["by"] = {
-            name: {"top1": float(right[groups == name].mean()), "examples": int((groups == name).sum())}
+        metrics["by"] = {
+            name: {"top1": float(correct[groups == name].mean()), "examples": int((groups == name).sum())}
             for name in sorted(set(test.groups))
         }
-    return found
+    return metrics
 
 
-def confusion_figure(test: Examples, predicted: Int[np.ndarray, " M"], heading: str, note: str) -> Figure:
-    """A row a true class, a column a predicted one: shares of the row as shades, counts as numbers."""
+def confusion_figure(test: LabelledDataset, predicted: Int[np.ndarray, " M"], heading: str, note: str) -> Figure:
+    """The confusion matrix: rows are true classes, columns predicted ones; shade is the share of the row."""
     size = len(test.names)
     counts = np.zeros((size, size), int)
     np.add.at(counts, (test.classes, predicted), 1)
@@ -73,19 +73,20 @@ def confusion_figure(test: Examples, predicted: Int[np.ndarray, " M"], heading: 
     return figure
 
 
-def summary(found: dict[str, Any], names: Sequence[str]) -> str:
-    """The figures for a person."""
-    low, high = found["ci95"]
+def summary(result: dict[str, Any], names: Sequence[str]) -> str:
+    """The metrics as lines of text."""
+    low, high = result["ci95"]
     lines = [
-        f"{found['kind']} probe of {found['label']}: top-1 {found['top1']:.3f}, 95 % interval {low:.3f} to {high:.3f}, "
-        f"{found['examples']['test']} test pictures, {len(names)} classes",
-        f"chosen on {found['examples']['validation']} validation pictures: {found['best']}",
+        f"{result['kind']} probe of {result['label']}: top-1 {result['top1']:.3f}, "
+        f"95 % interval {low:.3f} to {high:.3f}, "
+        f"{result['examples']['test']} test images, {len(names)} classes",
+        f"chosen on {result['examples']['validation']} validation images: {result['best']}",
     ]
-    if found["floor"] is not None:
-        low, high = found["floor"]["ci95"]
-        lines.append(f"floor, the nearest of 16 x 16 pixels: {found['floor']['top1']:.3f} ({low:.3f} to {high:.3f})")
-    for title, part in (("by class", found["per_class"]), ("by group", found.get("by", {}))):
+    if result["floor"] is not None:
+        low, high = result["floor"]["ci95"]
+        lines.append(f"floor (nearest 16 x 16 pixels): {result['floor']['top1']:.3f} ({low:.3f} to {high:.3f})")
+    for title, part in (("by class", result["per_class"]), ("by group", result.get("by", {}))):
         if part:
-            shown = {name: one["top1"] if isinstance(one, dict) else one for name, one in part.items()}
-            lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in shown.items()))
+            top1 = {name: value["top1"] if isinstance(value, dict) else value for name, value in part.items()}
+            lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in top1.items()))
     return "\n".join(lines)

@@ -1,5 +1,5 @@
-"""Attention as Pallas kernels for TPU, over the flat projections [B, S, H·E]: a head is a block of columns.
+"""Pallas attention kernels for TPU over the flat projections [B, S, H·E]: a head is a block of columns.
 
-Each has a gradient rule of its own that computes the probabilities again, and declares its cost, since the compiler has
-no estimate for it. On other machines they run in Pallas's interpreter, for the tests that hold them to XLA's result.
+Each kernel has a custom gradient rule that recomputes the probabilities, and declares a cost estimate, since the
+compiler has none. On other platforms they run in Pallas's interpreter, for tests that compare them with XLA.
 """

@@ -1,4 +1,4 @@
-"""One small input at a time."""
+"""Fixtures for single small inputs."""
 
 import contextlib
 import json
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_jax.data.inputs import discover
+from aimv2_jax.prepare.inputs import discover
 
 
 @pytest.fixture
 def shard(tmp_path):
     def make(data, name="00000.tar", successes=None):
-        """The one shard of a file with `data`, and with statistics beside it."""
+        """Writes a file with `data`, optionally with a statistics file, and returns its shard."""
         path = tmp_path / name
         path.write_bytes(data)
         if successes is not None:
             (tmp_path / f"{name.partition('.')[0]}_stats.json").write_text(json.dumps({"successes": successes}))
-        [found] = discover.find([str(path)])
+        [found] = discover.find_shards([str(path)])
         return found
 
     return make
@@ -26,7 +26,7 @@ def shard(tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """A context in which the kernel refuses what temporary files flush, as on a full disk."""
+    """Context in which flushes of temporary files fail, as on a full disk."""
 
     @contextlib.contextmanager
     def context():

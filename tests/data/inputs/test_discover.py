@@ -1,4 +1,4 @@
-"""What is found where."""
+"""Discovery of inputs in files, folders, globs and buckets."""
 
 import collections
 import dataclasses
@@ -10,10 +10,10 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_inputs import books, packed, pairs, picture
+from small_inputs import image_bytes, packed, pairs, read_all
 
-from aimv2_jax.data.inputs import discover, files, read, tables
 from aimv2_jax.errors import UserError
+from aimv2_jax.prepare.inputs import discover, open_files, reader, tables
 
 TABLE = pyarrow.table({"image": [b"1"], "caption": ["a"]})
 LIST = pyarrow.table({"url": ["x"]})
@@ -21,7 +21,7 @@ LIST = pyarrow.table({"url": ["x"]})
 
 @pytest.fixture
 def tree(tmp_path):
-    """A folder with an input of each kind, and with files that are none."""
+    """A folder with an input of each format, and with other files."""
     root = tmp_path / "data"
     for folder in ("tars", "tables", "pictures", ".hidden"):
         (root / folder).mkdir(parents=True)
@@ -41,7 +41,9 @@ def tree(tmp_path):
 
 
 def found(*inputs):
-    return [(shard.kind, "/".join(shard.path.split("/")[-2:])) for shard in discover.find([str(i) for i in inputs])]
+    return [
+        (shard.kind, "/".join(shard.path.split("/")[-2:])) for shard in discover.find_shards([str(i) for i in inputs])
+    ]
 
 
 ALL = [
@@ -72,8 +74,8 @@ def test_inputs_when_given_twice_or_through_links_then_once(tree):
 
 def test_inputs_when_found_then_absolute_sorted_and_picklable(tree, monkeypatch):
     monkeypatch.chdir(tree)
-    shards = discover.find(["tars", "tables", "pictures"])
-    assert shards == discover.find([str(tree)])
+    shards = discover.find_shards(["tars", "tables", "pictures"])
+    assert shards == discover.find_shards([str(tree)])
     assert shards == sorted(shards, key=lambda shard: shard.path)
     assert {*pickle.loads(pickle.dumps(shards))} == {*shards}
     tar = next(shard for shard in shards if shard.path.endswith("00000.tar"))
@@ -82,22 +84,24 @@ def test_inputs_when_found_then_absolute_sorted_and_picklable(tree, monkeypatch)
 
 @pytest.mark.parametrize("name", ["00000.parquet", "00000.json", "00000_stats.json", "0*[nt]"])
 def test_file_when_beside_a_tar_of_its_name_then_no_input(tree, name):
-    with pytest.raises(UserError, match="nothing that can be read"):
-        discover.find([str(tree / "tars" / name)])
+    with pytest.raises(UserError, match="no readable input files"):
+        discover.find_shards([str(tree / "tars" / name)])
 
 
 @pytest.mark.parametrize("name", ["missing", "missing/*.tar", "*.zip"])
 def test_input_when_not_there_then_the_user_is_told(tree, name):
-    with pytest.raises(UserError, match="is not there"):
-        discover.find([str(tree), str(tree / name)])
+    with pytest.raises(UserError, match="does not exist"):
+        discover.find_shards([str(tree), str(tree / name)])
 
 
 @pytest.mark.parametrize("name", ["README.md", "info.json", "pictures/a.txt", "empty"])
 def test_input_when_not_recognised_then_the_user_is_told_what_was_looked_for(tree, name):
     (tree / "pictures/a.txt").write_text("")
     (tree / "empty").mkdir()
-    with pytest.raises(UserError, match=r"nothing that can be read.*looked for webdataset tars, parquet .*jsonl"):
-        discover.find([str(tree), str(tree / name)])
+    with pytest.raises(
+        UserError, match=r"no readable input files.*Supported inputs are webdataset tars, parquet .*jsonl"
+    ):
+        discover.find_shards([str(tree), str(tree / name)])
 
 
 @pytest.mark.parametrize("data", [b"", bytes(1024), b"junk" * 999])
@@ -109,25 +113,25 @@ def test_tar_when_damaged_then_known_by_its_name(tree, data):
 def test_file_when_unreadable_then_the_user_is_told(tree):
     (tree / "tars/00001.tar").symlink_to(tree / "gone.tar")
     with pytest.raises(UserError, match=r"cannot be read.*00001\.tar"):
-        discover.find([str(tree)])
+        discover.find_shards([str(tree)])
 
 
 def test_link_out_of_a_folder_is_refused(tree, tmp_path):
-    """It is not even opened: what it leads to may never end."""
+    """The link is not opened, because its target may be endless."""
     (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
     for target in (tmp_path / "private.tar", "/proc/kmsg", "/dev/zero"):
         (tree / "tars/link").unlink(missing_ok=True)
         (tree / "tars/link").symlink_to(target)
         with pytest.raises(UserError, match=r"leads out of its folder: '.*tars/link'.*--follow-links"):
-            discover.find([str(tree)])
+            discover.find_shards([str(tree)])
 
 
 def test_link_that_a_pattern_finds_is_refused(tree, tmp_path):
     (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
     (tree / "tars/link.tar").symlink_to(tmp_path / "private.tar")
     with pytest.raises(UserError, match=r"leads out of its folder: '.*tars/link\.tar'.*--follow-links"):
-        discover.find([f"{tree}/tars/*.tar"])
-    assert len(discover.find([f"{tree}/tars/*.tar"], follow_links=True)) == 2
+        discover.find_shards([f"{tree}/tars/*.tar"])
+    assert len(discover.find_shards([f"{tree}/tars/*.tar"], follow_links=True)) == 2
 
 
 def test_snapshot_of_a_hub_is_an_input(tmp_path):
@@ -137,17 +141,17 @@ def test_snapshot_of_a_hub_is_an_input(tmp_path):
     (blobs / "hash").write_bytes(packed(pairs(2)))
     (snapshot / "a.tar").symlink_to("../../../blobs/hash")
     (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
-    assert len(discover.find([str(snapshot.parent)])) == 1
+    assert len(discover.find_shards([str(snapshot.parent)])) == 1
     (snapshot / "b.tar").symlink_to(tmp_path / "private.tar")
     with pytest.raises(UserError, match=r"leads out of its folder: '.*b\.tar'"):
-        discover.find([str(snapshot.parent)])
+        discover.find_shards([str(snapshot.parent)])
 
 
 def test_link_out_of_a_folder_is_followed_if_asked(tree, tmp_path):
     (tmp_path / "private.tar").write_bytes(packed(pairs(1)))
     (tree / "tars/link.tar").symlink_to(tmp_path / "private.tar")
-    assert found(tree / "tars/link.tar") == [("webdataset", "tars/link.tar")]  # Which the user has named.
-    shards = discover.find([str(tree)], follow_links=True)
+    assert found(tree / "tars/link.tar") == [("webdataset", "tars/link.tar")]  # The user has named it.
+    shards = discover.find_shards([str(tree)], follow_links=True)
     assert {os.path.basename(shard.path) for shard in shards} > {"link.tar", "00000.tar"}
     assert all(shard.follow_links for shard in shards)
 
@@ -160,26 +164,26 @@ def test_pipe_when_in_a_folder_then_passed_over(tree):
 def test_parquet_when_without_pictures_among_others_then_told_only_if_they_have_some(tree):
     pyarrow.parquet.write_table(LIST, tree / "tars/list.parquet")
     assert found(tree / "tars") == [("webdataset", "tars/00000.tar"), ("webdataset", "tars/packed")]
-    with pytest.raises(UserError, match="no column of pictures"):
-        discover.find([str(tree)])
+    with pytest.raises(UserError, match="no column of images"):
+        discover.find_shards([str(tree)])
 
 
 def test_parquet_when_pyarrow_is_missing_then_told_only_if_there_is_nothing_else(tree, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert found(tree) == [input for input in ALL if input[0] != "parquet"]
     with pytest.raises(UserError, match=r"pip install aimv2_jax\[parquet\]"):
-        discover.find([str(tree / "tables")])
+        discover.find_shards([str(tree / "tables")])
 
 
 @pytest.fixture
 def calls():
-    """How often the bucket was asked, by method."""
+    """Number of requests to the bucket, by method."""
     return collections.Counter()
 
 
 @pytest.fixture
 def bucket(tree, calls, monkeypatch):
-    """gs://bucket, with the files of `tree`, as etils reaches it; the local disk cannot tell."""
+    """gs://bucket with the files of `tree`, as etils accesses it, without any use of the local disk."""
     from etils.epath import backend, gpath
 
     class Bucket(backend._OsPathBackend):
@@ -211,10 +215,10 @@ def bucket(tree, calls, monkeypatch):
 
 @pytest.mark.parametrize("given", ["", "/*/*"])
 def test_bucket_when_given_then_the_same_samples(tree, bucket, given):
-    (tree / "pictures/a.jpg").write_bytes(picture(0))
-    there, here = discover.find([bucket + given]), discover.find([str(tree)])
+    (tree / "pictures/a.jpg").write_bytes(image_bytes(0))
+    there, here = discover.find_shards([bucket + given]), discover.find_shards([str(tree)])
     assert [shard.path for shard in there] == [shard.path.replace(str(tree), bucket) for shard in here]
-    assert [books(shard) for shard in there] == [books(shard) for shard in here]
+    assert [read_all(shard) for shard in there] == [read_all(shard) for shard in here]
 
 
 @pytest.mark.parametrize(("given", "listings"), [("00000.parquet", 1), ("*.parquet", 1), ("*", 0), ("", 0)])
@@ -223,55 +227,55 @@ def test_bucket_when_of_many_tables_beside_tars_then_asked_once_for_each_folder(
         (tree / f"tars/{number:05d}.tar").write_bytes(packed(pairs(1)))
         (tree / f"tars/{number:05d}.parquet").write_bytes(b"PAR1")
     if given.endswith("parquet"):
-        with pytest.raises(UserError, match="nothing that can be read"):
-            discover.find([f"{bucket}/tars/{given}"])
+        with pytest.raises(UserError, match="no readable input files"):
+            discover.find_shards([f"{bucket}/tars/{given}"])
     else:
-        assert {shard.kind for shard in discover.find([f"{bucket}/tars/{given}"])} == {"webdataset"}
+        assert {shard.kind for shard in discover.find_shards([f"{bucket}/tars/{given}"])} == {"webdataset"}
     assert (calls["exists"], calls["listdir"]) == (1, listings)
 
 
 def test_bucket_when_its_copy_finds_no_room_then_told_and_not_of_the_input(bucket, full_disk):
-    [found] = discover.find([f"{bucket}/tars/00000.tar"])
-    with full_disk, pytest.raises(UserError, match=r"no room in .*copy of an input \(No space.*00000\.tar'.*TMPDIR"):
-        books(found)
+    [found] = discover.find_shards([f"{bucket}/tars/00000.tar"])
+    with full_disk, pytest.raises(UserError, match=r"no space in .*copy of an input \(No space.*00000\.tar'.*TMPDIR"):
+        read_all(found)
 
 
 def test_bucket_when_a_table_is_in_parts_then_no_more_than_a_part_is_copied(tree, bucket, monkeypatch):
     monkeypatch.setattr(tables, "CHUNK_ROWS", 10)
     (tree / "pictures/other.csv").write_text("path,caption\n" + "".join(f"a.jpg,{n}\n" for n in range(25)))
-    shards = discover.find([f"{bucket}/pictures/other.csv"])
+    shards = discover.find_shards([f"{bucket}/pictures/other.csv"])
     copied = []
-    pieces = files._remote_pieces
-    monkeypatch.setattr(files, "_remote_pieces", lambda *a: (copied.append(len(d)) or d for d in pieces(*a)))
-    assert [[sample.fields["caption"] for sample in books(shard)[0]] for shard in shards] == [
+    pieces = open_files._remote_pieces
+    monkeypatch.setattr(open_files, "_remote_pieces", lambda *a: (copied.append(len(d)) or d for d in pieces(*a)))
+    assert [[sample.fields["caption"] for sample in read_all(shard)[0]] for shard in shards] == [
         [str(n) for n in range(first, min(25, first + 10))] for first in (0, 10, 20)
     ]
     assert copied == [shard.stop - shard.start for shard in shards]
 
 
 def test_bucket_when_without_the_input_then_the_user_is_told(bucket):
-    with pytest.raises(UserError, match=r"^--input is not there"):
-        discover.find([f"{bucket}/missing.tar"])
+    with pytest.raises(UserError, match=r"^--input does not exist"):
+        discover.find_shards([f"{bucket}/missing.tar"])
 
 
 def test_bucket_when_its_shard_is_gone_then_the_user_is_told(bucket):
-    [shard] = discover.find([f"{bucket}/tars/00000.tar"])
+    [shard] = discover.find_shards([f"{bucket}/tars/00000.tar"])
     with pytest.raises(UserError, match=r"input cannot be read.*gs://bucket/tars/gone\.tar"):
-        list(read.read(dataclasses.replace(shard, path=shard.path.replace("00000", "gone"))))
+        list(reader.read(dataclasses.replace(shard, path=shard.path.replace("00000", "gone"))))
 
 
 def test_bucket_picture_that_is_too_large_is_left(tree, bucket, monkeypatch):
-    (tree / "pictures/a.jpg").write_bytes(picture(0))
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 100)
-    with pytest.raises(files.NoFile, match="oversized_file"):
-        files.read_beside(f"{bucket}/pictures", "a.jpg")
+    (tree / "pictures/a.jpg").write_bytes(image_bytes(0))
+    monkeypatch.setattr(open_files, "MAX_FILE_BYTES", 100)
+    with pytest.raises(open_files.FileUnavailable, match="oversized_file"):
+        open_files.read_beside(f"{bucket}/pictures", "a.jpg")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "gone.jpg", "../tars/00000.tar", "gs://bucket/tars/00000.tar"])
 def test_bucket_when_a_picture_cannot_be_had_then_no_image(tree, bucket, name):
-    (tree / "pictures/a.jpg").write_bytes(picture(0))
+    (tree / "pictures/a.jpg").write_bytes(image_bytes(0))
     if name == "a.jpg":
-        assert files.read_beside(f"{bucket}/pictures", name) == picture(0)
+        assert open_files.read_beside(f"{bucket}/pictures", name) == image_bytes(0)
         return
-    with pytest.raises(files.NoFile, match="no_image"):
-        files.read_beside(f"{bucket}/pictures", name)
+    with pytest.raises(open_files.FileUnavailable, match="no_image"):
+        open_files.read_beside(f"{bucket}/pictures", name)

@@ -1,4 +1,4 @@
-"""Random damage: no crash, no hang, and the books balance to the last sample.
+"""Random damage: no crash, no hang, and every sample is counted.
 
 `python -c "from data.inputs.test_fuzz import main; main(2000)"` in tests/ runs more rounds.
 """
@@ -15,15 +15,15 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_inputs import books, lost, packed, pairs, picture
+from small_inputs import image_bytes, lost, packed, pairs, read_all
 
-from aimv2_jax.data.inputs import parquet, read
-from aimv2_jax.data.inputs.samples import InputShard
 from aimv2_jax.errors import UserError
+from aimv2_jax.prepare.inputs import parquet, reader
+from aimv2_jax.prepare.inputs.samples import InputShard
 
 ROUNDS, TABLE_ROUNDS = 300, 60
 COUNT = 12
-SECONDS_A_ROUND = 5  # Usual are 2 ms.
+SECONDS_A_ROUND = 5  # A round usually takes 2 ms.
 BLOCK = 512
 
 
@@ -52,7 +52,7 @@ def damaged(rng, data):
         if accident == "bits":
             for _ in range(rng.randint(1, 20)):
                 data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        elif accident == "header":  # The sum stays right: one bit up, the same bit down.
+        elif accident == "header":  # The checksum stays valid: one bit is set and the same bit is cleared.
             places = [first + rng.randrange(BLOCK) for _ in range(40)]
             bit = 1 << rng.randrange(3)
             up = [place for place in places if place < len(data) and not data[place] & bit]
@@ -94,7 +94,7 @@ def no_hang():
 
 
 def tar_round(folder, seed):
-    """(samples, samples lost, bytes passed over) of one damaged tar, whose books must balance."""
+    """(samples, lost samples, skipped bytes) of one damaged tar, whose counts must add up."""
     rng = random.Random(seed)
     data = damaged(rng, TARS[seed % len(TARS)])
     (folder / "0.tar").write_bytes(data)
@@ -102,20 +102,20 @@ def tar_round(folder, seed):
     (folder / "1.tar").write_bytes(data)
     with no_hang():
         shards = [InputShard("webdataset", str(folder / name), len(data)) for name in ("0.tar", "1.tar")]
-        (samples, damages), (bare_samples, _) = (books(shard) for shard in shards)
-        read.default_captions(shards[0])
-    assert len(samples) + lost(damages) == COUNT, seed
-    # Statistics only leave fragments out: no whole pair, unless repeated pieces under cut names make too many.
+        (samples, bad_inputs), (bare_samples, _) = (read_all(shard) for shard in shards)
+        reader.default_captions(shards[0])
+    assert len(samples) + lost(bad_inputs) == COUNT, seed
+    # Statistics only drop fragments, no whole pairs, unless repeated blocks with truncated names add surplus pairs.
     keys, bare_keys = ({sample.key for sample in found} for found in (samples, bare_samples))
     whole = {sample.key for sample in bare_samples if sample.image and sample.fields}
     assert keys <= bare_keys and (whole <= keys or len(whole) > COUNT), seed
-    return len(samples), lost(damages), sum(damage.num_bytes for damage in damages)
+    return len(samples), lost(bad_inputs), sum(bad_input.num_bytes for bad_input in bad_inputs)
 
 
 def test_tars_when_damaged_at_random_then_the_books_balance(tmp_path):
     totals = [sum(column) for column in zip(*(tar_round(tmp_path, seed) for seed in range(ROUNDS)))]
     assert totals[0] + totals[1] == ROUNDS * COUNT
-    assert totals[0] > 0.6 * ROUNDS * COUNT  # Most of them are saved.
+    assert totals[0] > 0.6 * ROUNDS * COUNT  # Most samples are recovered.
     assert min(totals) > 0
 
 
@@ -125,7 +125,7 @@ def _parquet(row_group_size, **options):
         "key": [f"{n:09d}" for n in range(40)],
         "caption": pyarrow.array([f"caption {n % 9}" for n in range(40)]).dictionary_encode(),
         "score": pyarrow.array([f"{n}.5" for n in range(40)]).cast(pyarrow.decimal128(9, 2)),
-        "jpg": [picture(n) for n in range(40)],
+        "jpg": [image_bytes(n) for n in range(40)],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer, row_group_size=row_group_size, **options)
     return buffer.getvalue()
@@ -133,16 +133,16 @@ def _parquet(row_group_size, **options):
 
 PARQUETS = [
     _parquet(10, write_page_checksum=True),
-    _parquet(20),  # Whatever its pages are changed to goes on to be read.
+    _parquet(20),  # Changed pages stay readable.
     _parquet(20, use_dictionary=False, compression="none"),
 ]
 
 
 def parquet_round(folder, seed):
-    """How many samples were announced in a damaged table, whose books must balance; None if nobody knows."""
+    """Number of samples announced in a damaged table, whose counts must add up; None if unknown."""
     rng = random.Random(seed)
     path, data = folder / "0.parquet", PARQUETS[seed % len(PARQUETS)]
-    if rng.random() < 0.8:  # The footer stays, and with it the count: what is hit are the pages.
+    if rng.random() < 0.8:  # Only pages are damaged; the footer and its count stay intact.
         num_footer_bytes = 8 + int.from_bytes(data[-8:-4], "little")
         num_page_bytes = len(data) - num_footer_bytes
         pages = damaged(rng, data[:num_page_bytes])[:num_page_bytes].ljust(num_page_bytes, b"\0")
@@ -154,27 +154,27 @@ def parquet_round(folder, seed):
         footer = pyarrow.parquet.read_metadata(path)
         groups = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
         announced = footer.num_rows if min(groups) >= 0 and sum(groups) == footer.num_rows else None
-    except Exception:  # The footer is gone.
+    except Exception:  # The footer is damaged.
         announced = None
     with no_hang():
         if isinstance(parquet.shards(str(path), len(data)), UserError):
             return None
-        samples, damages = books(InputShard("parquet", str(path), len(data)))
-    assert announced is None or len(samples) + lost(damages) == announced, seed
+        samples, bad_inputs = read_all(InputShard("parquet", str(path), len(data)))
+    assert announced is None or len(samples) + lost(bad_inputs) == announced, seed
     return announced
 
 
 def table_round(folder, seed):
-    """How many rows a damaged table has, whose books must balance."""
+    """Number of rows of a damaged table, whose counts must add up."""
     kind, rows = ("jsonl", b'{"file_name": "a.jpg"}\n') if seed % 2 else ("csv", b'"a.jpg","a caption"\n')
-    header = b"" if seed % 2 else b"file_name,caption,a,b,c\n"  # Whole, and with room for cells out of noise.
+    header = b"" if seed % 2 else b"file_name,caption,a,b,c\n"  # An intact header with surplus columns for noise.
     data = header + damaged(random.Random(seed), rows * 200)
     (folder / f"0.{kind}").write_bytes(data)
     with no_hang():
-        samples, damages = books(InputShard(kind, str(folder / f"0.{kind}"), len(data)))
+        samples, bad_inputs = read_all(InputShard(kind, str(folder / f"0.{kind}"), len(data)))
     lines = [line for line in data.split(b"\n") if line.strip()]
-    num_rows = len(samples) + lost(damages) + (kind == "csv")
-    # Noise can hold a quote and its partner some lines below; these lines are then of one cell.
+    num_rows = len(samples) + lost(bad_inputs) + (kind == "csv")
+    # Noise can contain a quote and its partner some lines later; these lines then form one cell.
     num_inner = sum(stored(sample).count(b"\n") for sample in samples)
     assert len(lines) - num_inner <= num_rows <= len(lines), seed
     return num_rows

@@ -1,4 +1,4 @@
-"""Pairs out of parquet tables, sound and damaged."""
+"""Reading of parquet tables, intact and damaged."""
 
 import decimal
 import errno
@@ -8,11 +8,11 @@ import os
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_inputs import books, picture
+from small_inputs import image_bytes, read_all
 
-from aimv2_jax.data.inputs import discover, files, parquet
-from aimv2_jax.data.inputs.samples import Damage, Sample
 from aimv2_jax.errors import UserError
+from aimv2_jax.prepare.inputs import discover, open_files, parquet
+from aimv2_jax.prepare.inputs.samples import BadInput, Sample
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def table(tmp_path):
 
 
 def shard(path):
-    [found] = discover.find([str(path)])
+    [found] = discover.find_shards([str(path)])
     return found
 
 
@@ -35,60 +35,60 @@ def img2dataset(count):
         "key": [f"{n:09d}" for n in range(count)],
         "caption": [f"alt {n}" for n in range(count)],
         "status": ["success"] * count,
-        "jpg": [picture(n) for n in range(count)],
+        "jpg": [image_bytes(n) for n in range(count)],
     }
 
 
 def hugging_face(count):
     return {
-        "image": [{"bytes": picture(n), "path": None} for n in range(count)],
+        "image": [{"bytes": image_bytes(n), "path": None} for n in range(count)],
         "text": [f"text {n}" for n in range(count)],
         "label": list(range(count)),
     }
 
 
 def test_img2dataset_when_read_then_key_image_and_columns(table):
-    samples, damages = books(shard(table(img2dataset(70))))
+    samples, bad_inputs = read_all(shard(table(img2dataset(70))))
     fields = {"key": "000000069", "caption": "alt 69", "status": "success"}
-    assert (len(samples), samples[69]) == (70, Sample("000000069", picture(69), fields))
-    assert damages == []
+    assert (len(samples), samples[69]) == (70, Sample("000000069", image_bytes(69), fields))
+    assert bad_inputs == []
 
 
 def test_status_when_no_success_then_no_image(table):
     columns = img2dataset(3) | {"status": ["success", "failed_to_download", "failed_to_resize"]}
     columns["jpg"][1] = None
-    samples, damages = books(shard(table(columns)))
-    assert [sample.image for sample in samples] == [picture(0), None, None]
-    assert damages == []
+    samples, bad_inputs = read_all(shard(table(columns)))
+    assert [sample.image for sample in samples] == [image_bytes(0), None, None]
+    assert bad_inputs == []
 
 
 @pytest.mark.parametrize("status", [[200] * 3, [b"success"] * 3, ["ok", None, ""]])
 def test_status_when_not_of_img2dataset_then_the_images_stay(table, status):
-    samples, _ = books(shard(table(img2dataset(3) | {"status": status})))
-    assert [sample.image for sample in samples] == [picture(n) for n in range(3)]
+    samples, _ = read_all(shard(table(img2dataset(3) | {"status": status})))
+    assert [sample.image for sample in samples] == [image_bytes(n) for n in range(3)]
 
 
 def test_images_when_in_a_dictionary_column_then_read(table):
     columns = img2dataset(3)
     columns["jpg"] = pyarrow.array(columns["jpg"]).dictionary_encode()
-    samples, _ = books(shard(table(columns)))
-    assert [sample.image for sample in samples] == [picture(n) for n in range(3)]
+    samples, _ = read_all(shard(table(columns)))
+    assert [sample.image for sample in samples] == [image_bytes(n) for n in range(3)]
 
 
 def test_hugging_face_when_read_then_bytes_of_the_struct(table):
     columns = hugging_face(40)
     columns["image"][1] = {"bytes": None, "path": "a.jpg"}
     columns["image"][2] = None
-    samples, damages = books(shard(table(columns, "train-00000-of-00001.parquet", row_group_size=7)))
-    assert [sample.image for sample in samples] == [picture(0), None, None] + [picture(n) for n in range(3, 40)]
+    samples, bad_inputs = read_all(shard(table(columns, "train-00000-of-00001.parquet", row_group_size=7)))
+    assert [sample.image for sample in samples] == [image_bytes(0), None, None] + [image_bytes(n) for n in range(3, 40)]
     assert samples[39].key == "train-00000-of-00001/39"
     assert samples[39].fields == {"text": "text 39", "label": 39}
-    assert damages == []
+    assert bad_inputs == []
 
 
 @pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()])
 def test_pictures_when_of_any_type_of_bytes_then_read(table, kind):
-    [sample] = books(shard(table({"image": pyarrow.array([b"1"], kind)})))[0]
+    [sample] = read_all(shard(table({"image": pyarrow.array([b"1"], kind)})))[0]
     assert sample == Sample("00000/0", b"1", {})
 
 
@@ -97,7 +97,7 @@ def test_text_when_not_utf8_then_bytes(table, kind):
     stored = pyarrow.array([b"ok", b"caf\xe9", None])
     texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, stored.buffers())
     texts = texts.cast(pyarrow.binary()).cast(kind, safe=False) if kind != pyarrow.string() else texts
-    samples, _ = books(shard(table({"jpg": [b"1", b"2", b"3"], "caption": texts})))
+    samples, _ = read_all(shard(table({"jpg": [b"1", b"2", b"3"], "caption": texts})))
     assert [sample.fields for sample in samples] == [{"caption": "ok"}, {"caption": b"caf\xe9"}, {}]
 
 
@@ -114,16 +114,16 @@ def test_lists_of_texts_are_fields_and_of_numbers_none(table, kind):
     lists = pyarrow.array([["a", "b"], ["", "ä"], ["c", "d"]], kind)
     found = shard(table({"jpg": [b"1", b"2", b"3"], "synthetic": lists, "numbers": [[1], [2], [3]]}))
     assert parquet.fields(found) == ["synthetic"]
-    samples, damages = books(found)
+    samples, bad_inputs = read_all(found)
     assert [sample.fields["synthetic"] for sample in samples] == [["a", "b"], ["", "ä"], ["c", "d"]]
-    assert damages == []
+    assert bad_inputs == []
 
 
 def test_list_with_a_text_that_is_not_utf8_costs_that_text(table):
     stored = pyarrow.array([b"ok", b"caf\xe9", b"also", None])
     texts = pyarrow.Array.from_buffers(pyarrow.string(), 4, stored.buffers())
     lists = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2, None, 4, 4], pyarrow.int32()), texts)
-    samples, _ = books(shard(table({"jpg": [b"1", b"2", b"3", b"4"], "caption": lists})))
+    samples, _ = read_all(shard(table({"jpg": [b"1", b"2", b"3", b"4"], "caption": lists})))
     assert [sample.fields.get("caption") for sample in samples] == [["ok", b"caf\xe9"], ["also", None], None, []]
 
 
@@ -138,35 +138,35 @@ def test_columns_when_read_then_all_that_a_text_can_be_made_of(table):
         "embedding": [[1.0]],
     }
     found = shard(table(columns))
-    [sample], _ = books(found)
+    [sample], _ = read_all(found)
     assert sample.fields == {"caption": "a", "score": "1.50", "half": 0.5, "safe": True}
     assert parquet.fields(found) == list(sample.fields)
 
 
 def test_columns_that_nobody_names_are_not_read(table):
-    """A column that is too wide or damaged costs nothing if it is not wanted."""
+    """A column that is too wide or damaged is not read unless it is requested."""
     columns = img2dataset(40) | {"wide": [b"x" * 1000] * 40}
     path = table(columns, compression="none", use_dictionary=False, write_page_checksum=True)
     data = bytearray(path.read_bytes())
     data[pyarrow.parquet.read_metadata(path).row_group(0).column(4).data_page_offset + 5000] ^= 1
     path.write_bytes(data)
-    assert [damage.samples for damage in books(shard(path))[1]] == [40]
+    assert [bad_input.samples for bad_input in read_all(shard(path))[1]] == [40]
     items = list(parquet.read(shard(path), ["caption"]))
-    assert [(item.key, item.image) for item in items] == [(f"{n:09d}", picture(n)) for n in range(40)]
+    assert [(item.key, item.image) for item in items] == [(f"{n:09d}", image_bytes(n)) for n in range(40)]
     assert items[3].fields == {"key": "000000003", "caption": "alt 3", "status": "success"}
 
 
 def test_value_larger_than_any_picture_is_left(table, monkeypatch):
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 1000)
-    samples, damages = books(shard(table({"jpg": [b"1", bytes(1001), bytes(1000)], "caption": ["a"] * 3})))
+    monkeypatch.setattr(open_files, "MAX_FILE_BYTES", 1000)
+    samples, bad_inputs = read_all(shard(table({"jpg": [b"1", bytes(1001), bytes(1000)], "caption": ["a"] * 3})))
     assert [sample.image for sample in samples] == [b"1", None, bytes(1000)]
-    assert (samples[1].absence, damages) == ("oversized_file", [])
+    assert (samples[1].absence, bad_inputs) == ("oversized_file", [])
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "texts", "dictionary"])
 def test_table_is_unpacked_up_to_a_limit(table, monkeypatch, kind):
-    """A few kilobytes hold a large value for each of many rows."""
-    monkeypatch.setattr(files, "_MIN_BOMB_BYTES", 1 << 20)
+    """A few kilobytes unpack to a large value for each of many rows."""
+    monkeypatch.setattr(open_files, "_MIN_BOMB_BYTES", 1 << 20)
     value = bytes(100_000)
     columns = {
         "bytes": {"jpg": [value] * 90},
@@ -176,13 +176,13 @@ def test_table_is_unpacked_up_to_a_limit(table, monkeypatch, kind):
     }[kind]
     path = table(columns, row_group_size=40, compression="zstd")
     assert path.stat().st_size < 10_000
-    samples, damages = books(shard(path))
+    samples, bad_inputs = read_all(shard(path))
     assert len(samples) == 10
-    assert damages == [Damage("decompression_bomb", 80, 0, "00000/10")]
+    assert bad_inputs == [BadInput("decompression_bomb", 80, 0, "00000/10")]
 
 
 def test_rows_are_read_one_by_one_where_they_may_be_large(table, monkeypatch):
-    """A value of a dictionary may come with every row: together they stay below the limit of a batch."""
+    """A large dictionary value may occur in every row; a batch of rows stays below its limit."""
     monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 250_000)
     path = table({"jpg": [bytes(100_000)] * 50, "caption": ["a"] * 50}, compression="zstd")
     batches = []
@@ -193,13 +193,13 @@ def test_rows_are_read_one_by_one_where_they_may_be_large(table, monkeypatch):
         return of_batch(self, batch, first)
 
     monkeypatch.setattr(parquet._Columns, "samples", noted)
-    assert len(books(shard(path))[0]) == 50
+    assert len(read_all(shard(path))[0]) == 50
     assert max(batches) < 250_000
 
 
 def test_keys_when_the_tables_name_is_not_utf8_then_they_can_be_stored(table):
     path = table(hugging_face(1))
-    [sample], _ = books(shard(path.rename(path.with_name(os.fsdecode(b"caf\xe9.parquet")))))
+    [sample], _ = read_all(shard(path.rename(path.with_name(os.fsdecode(b"caf\xe9.parquet")))))
     assert sample.key == "caf\\xe9/0"
 
 
@@ -207,25 +207,25 @@ def test_row_group_when_damaged_then_its_rows_are_counted(table):
     path = table(img2dataset(90), row_group_size=30, compression="none", use_dictionary=False, write_page_checksum=True)
     group = pyarrow.parquet.read_metadata(path).row_group(1)
     data = bytearray(path.read_bytes())
-    data[group.column(3).data_page_offset + 5000] ^= 1  # Behind the page's header.
+    data[group.column(3).data_page_offset + 5000] ^= 1  # After the page's header.
     path.write_bytes(data)
-    samples, [damage] = books(shard(path))
+    samples, [bad_input] = read_all(shard(path))
     assert [sample.key for sample in samples] == [f"{n:09d}" for n in (*range(30), *range(60, 90))]
-    assert damage == Damage("damaged_parquet", 30, group.total_byte_size, "00000/30")
+    assert bad_input == BadInput("damaged_parquet", 30, group.total_byte_size, "00000/30")
 
 
 def test_batch_when_its_values_cannot_be_had_then_it_and_the_rest_of_its_group_are_counted(table, monkeypatch):
     samples_of = parquet._Columns.samples
 
     def failing(self, batch, first):
-        if first == 32:  # As pyarrow does over indices beyond the end of a dictionary.
+        if first == 32:  # pyarrow does so for indices beyond the end of a dictionary.
             raise pyarrow.ArrowIndexError("index out of bounds")
         return samples_of(self, batch, first)
 
     monkeypatch.setattr(parquet._Columns, "samples", failing)
-    samples, [damage] = books(shard(table(img2dataset(120), row_group_size=80)))
+    samples, [bad_input] = read_all(shard(table(img2dataset(120), row_group_size=80)))
     assert [sample.key for sample in samples] == [f"{n:09d}" for n in (*range(32), *range(80, 120))]
-    assert (damage.samples, damage.key) == (48, "00000/32")
+    assert (bad_input.samples, bad_input.key) == (48, "00000/32")
 
 
 @pytest.mark.parametrize("cut", [0, 3, 10, 0.5, 0.99])
@@ -234,7 +234,7 @@ def test_table_when_cut_then_damage_that_nobody_can_count(table, cut):
     data = path.read_bytes()
     path.write_bytes(data[: int(cut * len(data)) if isinstance(cut, float) else cut])
     found = shard(path)
-    assert books(found) == ([], [Damage("damaged_parquet", 0, path.stat().st_size)])
+    assert read_all(found) == ([], [BadInput("damaged_parquet", 0, path.stat().st_size)])
     assert parquet.fields(found) is None
 
 
@@ -246,7 +246,7 @@ def test_table_when_the_disk_fails_then_the_error_passes(table, monkeypatch):
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        books(found)
+        read_all(found)
 
 
 def test_counts_when_the_footer_contradicts_itself_then_damage_that_nobody_can_count(tmp_path):
@@ -261,18 +261,18 @@ def test_counts_when_the_footer_contradicts_itself_then_damage_that_nobody_can_c
         if footer.num_row_groups == 1 and footer.row_group(0).num_rows != footer.num_rows:
             break
     (tmp_path / "a.parquet").write_bytes(changed)
-    assert books(shard(tmp_path / "a.parquet")) == ([], [Damage("damaged_parquet", 0, len(changed))])
+    assert read_all(shard(tmp_path / "a.parquet")) == ([], [BadInput("damaged_parquet", 0, len(changed))])
 
 
 def test_counts_that_cannot_be_true_are_not_believed(table, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_SAMPLES", 8)
     path = table(img2dataset(9))
-    assert books(shard(path)) == ([], [Damage("damaged_parquet", 0, path.stat().st_size)])
+    assert read_all(shard(path)) == ([], [BadInput("damaged_parquet", 0, path.stat().st_size)])
 
 
 @pytest.mark.parametrize("columns", [{"caption": ["a"]}, {"image": ["a.jpg"]}, {"image": [{"path": "a.jpg"}]}])
 def test_table_when_without_pictures_then_the_user_is_told_the_columns(table, columns):
-    with pytest.raises(UserError, match=f"no column of pictures.*{next(iter(columns))}.*jpg.*image"):
+    with pytest.raises(UserError, match=f"no column of images.*{next(iter(columns))}.*jpg.*image"):
         shard(table(columns))
 
 

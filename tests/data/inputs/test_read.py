@@ -1,4 +1,4 @@
-"""Fields of shards, and captions where nobody names any."""
+"""Fields of shards and default captions."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 from small_inputs import packed, pairs
 
-from aimv2_jax.data.inputs import discover, read, tables
 from aimv2_jax.errors import UserError
+from aimv2_jax.prepare.inputs import discover, reader, tables
 
 ROWS = {"caption": "a,caption,text", "text": "b,alt,text", "alt": "a,alt,TEXT", "TEXT": "b,TEXT"}
 
@@ -28,7 +28,7 @@ def table(tmp_path):
             path.write_text(",".join(["file_name", *columns]) + "\n" + "a.jpg" + ",x" * len(columns) + "\n")
         else:
             path.write_text('{"file_name": "a.jpg", ' + ", ".join(f'"{name}": "x"' for name in columns) + "}\n")
-        [shard] = discover.find([str(path)])
+        [shard] = discover.find_shards([str(path)])
         return shard
 
     return make
@@ -43,82 +43,82 @@ def table(tmp_path):
     ],
 )
 def test_captions_when_none_are_named_then_the_tars_texts(shard, suffixes, expected):
-    assert read.default_captions(shard(only(*suffixes))) == expected
+    assert reader.default_captions(shard(only(*suffixes))) == expected
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize("expected", ROWS)
 def test_captions_when_none_are_named_then_the_tables_first_of_the_usual(table, kind, expected):
-    assert read.default_captions(table(kind, ROWS[expected].split(","))) == {"alt": expected}
+    assert reader.default_captions(table(kind, ROWS[expected].split(","))) == {"alt": expected}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_captions_when_there_are_none_then_none(table, kind):
-    assert read.default_captions(table(kind, ["words"])) == {}
+    assert reader.default_captions(table(kind, ["words"])) == {}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_field_when_missing_in_a_table_then_the_user_is_told_those_there(table, kind):
     shard = table(kind, ["caption", "label"])
-    read.check_fields([shard], ["caption", "label"])
+    reader.check_fields([shard], ["caption", "label"])
     with pytest.raises(UserError, match=r"no such field.*'colour'\. It has .*caption, label"):
-        read.check_fields([shard], iter(["caption", "colour"]))
+        reader.check_fields([shard], iter(["caption", "colour"]))
 
 
 def test_field_when_missing_in_a_tar_then_the_user_is_told_those_there(shard):
     found = shard(packed(pairs(3)))
-    read.check_fields([found], ["txt", "json:caption", "json:synthetic"])
+    reader.check_fields([found], ["txt", "json:caption", "json:synthetic"])
     with pytest.raises(UserError, match=r"no such field.*'json:colour'\. It has txt, json:key, json:caption"):
-        read.check_fields([found], ["json:colour"])
-    with pytest.raises(UserError, match=r"no such field.*'txt'\. It has nothing but pictures"):
-        read.check_fields([shard(only("jpg"), "other.tar")], ["txt"])
+        reader.check_fields([found], ["json:colour"])
+    with pytest.raises(UserError, match=r"no such field.*'txt'\. It has only images"):
+        reader.check_fields([shard(only("jpg"), "other.tar")], ["txt"])
 
 
 def test_field_when_one_of_the_first_shards_has_it_then_the_others_may_lack_it(shard, table):
     bare, whole = shard(only("jpg")), shard(packed(pairs(3)), "1.tar")
     rows = table("jsonl", ["txt", "json:caption"])
-    read.check_fields([*[bare] * 4, whole, *[bare] * 9, rows], ["txt", "json:caption"])
-    with pytest.raises(UserError, match="nothing but pictures"):
-        read.check_fields([*[bare] * 5, whole, rows], ["txt"])  # So many are not opened to find a slip.
+    reader.check_fields([*[bare] * 4, whole, *[bare] * 9, rows], ["txt", "json:caption"])
+    with pytest.raises(UserError, match="only images"):
+        reader.check_fields([*[bare] * 5, whole, rows], ["txt"])  # Only the first five are opened.
     with pytest.raises(UserError, match=r"no such field.*captions\.jsonl"):
-        read.check_fields([whole, rows], ["json:key"])  # Each kind has it.
+        reader.check_fields([whole, rows], ["json:key"])  # Each format needs the field.
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_field_of_a_late_row_is_found(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(tables, "_ROWS_ASKED", 10)
+    monkeypatch.setattr(tables, "_MAX_ROWS_PROBED", 10)
     if kind == "jsonl":
         rows = ['{"file_name": "a.jpg", "caption": "A"}'] * 50 + ['{"file_name": "a.jpg", "late": "x"}']
     else:
         rows = ["file_name,caption,late", *["a.jpg,A"] * 50, "a.jpg,A,x"]
     (tmp_path / f"captions.{kind}").write_text("\n".join(rows) + "\n")
-    shards = discover.find([str(tmp_path)])
-    read.check_fields(shards, ["caption", "late"])
+    shards = discover.find_shards([str(tmp_path)])
+    reader.check_fields(shards, ["caption", "late"])
     with pytest.raises(UserError, match=r"no such field.*'never'\. It has file_name, caption, late"):
-        read.check_fields(shards, ["caption", "late", "never"])
+        reader.check_fields(shards, ["caption", "late", "never"])
 
 
 def test_field_names_are_printed_without_control_characters(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"file_name": "a.jpg", "\\u001b]0;X\\u0007": "x"}\n')
     with pytest.raises(UserError) as raised:
-        read.check_fields(discover.find([str(tmp_path)]), ["caption"])
+        reader.check_fields(discover.find_shards([str(tmp_path)]), ["caption"])
     assert str(raised.value).isprintable() and r"\x1b]0;X\x07" in str(raised.value)
 
 
 @pytest.mark.parametrize("field", ["caption", "json:", "json", "alt=txt"])
 def test_field_when_no_tar_can_have_it_then_the_user_is_told_the_grammar(shard, field):
     with pytest.raises(UserError, match="A field is txt, or json:NAME"):
-        read.check_fields([shard(packed(pairs(1)))], [field])
+        reader.check_fields([shard(packed(pairs(1)))], [field])
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jsonl"])
 def test_fields_when_the_shard_is_nothing_but_damage_then_not_judged(shard, name):
     found = shard(b"junk" * 300, name)
-    read.check_fields([found], ["txt"])
-    assert read.default_captions(found) == {}
+    reader.check_fields([found], ["txt"])
+    assert reader.default_captions(found) == {}
 
 
 def test_import_when_in_a_worker_then_no_jax_no_tensorflow_no_pyarrow_no_beam():
-    code = "import sys, aimv2_jax.data.inputs.read; print([m for m in sys.modules if m in sys.argv[1:]])"
+    code = "import sys, aimv2_jax.prepare.inputs.reader; print([m for m in sys.modules if m in sys.argv[1:]])"
     heavy = ["jax", "tensorflow", "pyarrow", "apache_beam"]
     assert subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True).stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Members of sound and damaged tars."""
+"""Scan of the members of intact and damaged tars."""
 
 import io
 import tarfile
@@ -7,8 +7,8 @@ import time
 import pytest
 from small_inputs import header_offsets, packed
 
-from aimv2_jax.data.inputs import tars
-from aimv2_jax.data.inputs.tars import BLOCK, Gap, Member, scan
+from aimv2_jax.prepare.inputs import tar_scan
+from aimv2_jax.prepare.inputs.tar_scan import BLOCK, Gap, Member, scan
 
 FILES = {f"{number}.bin": bytes([number + 1]) * (300 + 400 * number) for number in range(6)}
 
@@ -46,7 +46,7 @@ def test_member_when_a_link_or_a_folder_then_left_out():
         for name, kind in (("folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "x" * 200
-            info.size = 700  # Of what it links to, as some programs write it.
+            info.size = 700  # Some programs write the size of the link's target.
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("file"))
     assert scanned(buffer.getvalue()) == ({"file": b""}, [])
@@ -130,8 +130,8 @@ def test_file_when_shorter_than_was_said_then_the_scan_ends():
 
 
 def test_headers_when_found_across_the_pieces_of_a_search_then_none_is_missed(monkeypatch):
-    monkeypatch.setattr("aimv2_jax.data.inputs.tars._MIN_SEARCH_BYTES", 99)
-    monkeypatch.setattr("aimv2_jax.data.inputs.tars._MAX_SEARCH_BYTES", 600)
+    monkeypatch.setattr("aimv2_jax.prepare.inputs.tar_scan._MIN_SEARCH_BYTES", 99)
+    monkeypatch.setattr("aimv2_jax.prepare.inputs.tar_scan._MAX_SEARCH_BYTES", 600)
     data = bytearray(packed(FILES))
     data[header_offsets(data)["4.bin"]] ^= 1
     assert scanned(bytes(data))[0] == without("4.bin")
@@ -173,7 +173,7 @@ def pax(*records):
 
 
 def test_pax_size_counts_where_the_header_has_none():
-    """As tarfile writes members of 8 GiB and more."""
+    """tarfile writes members of 8 GiB and more like this."""
     member, following = b"1" * BLOCK, header("b.jpg", 1) + b"2"
     assert scanned(pax(b"path=long.jpg", b"size=512") + header("a") + member + following) == (
         {"long.jpg": member, "b.jpg": b"2"},
@@ -224,17 +224,17 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_scan_takes_time_in_proportion_to_the_bytes(monkeypatch, name):
     num_parsed = 0
-    parse = tars._parse
+    parse = tar_scan._parse
 
     def counted(block):
         nonlocal num_parsed
         num_parsed += 1
         return parse(block)
 
-    monkeypatch.setattr(tars, "_parse", counted)
+    monkeypatch.setattr(tar_scan, "_parse", counted)
     file = Counting(HOSTILE[name])
     num_bytes = len(file.getvalue())
-    for _ in tars.scan(file, num_bytes):
+    for _ in tar_scan.scan(file, num_bytes):
         pass
     assert num_parsed <= 5 * num_bytes / BLOCK
     assert file.num_read <= 50 * num_bytes

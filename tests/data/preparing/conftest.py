@@ -1,4 +1,4 @@
-"""Pictures of every sort, and inputs made of them."""
+"""Fixtures for encoded images and inputs made from them."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def encoded(width=60, height=40, format="JPEG", mode="RGB", seed=0, **options):
-    """The bytes of a picture of noise."""
+    """Encodes an image of noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(buffer, format, **options)
@@ -18,14 +18,14 @@ def encoded(width=60, height=40, format="JPEG", mode="RGB", seed=0, **options):
 
 
 @pytest.fixture(scope="session")
-def picture():
+def make_image():
     return encoded
 
 
 @pytest.fixture(scope="session")
 def make_tar():
     def make(path, samples):
-        """A webdataset tar of {key: {extension: bytes, or a dict for json}}."""
+        """Writes a webdataset tar of {key: {extension: bytes, or a dict for json}}."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w") as tar:
             for key, members in samples.items():
@@ -41,7 +41,7 @@ def make_tar():
 
 @pytest.fixture(scope="session")
 def tars(tmp_path_factory, make_tar):
-    """A folder of six tars of ten pairs, 12 kB each picture."""
+    """A folder of six tars of ten pairs with 12-kB images."""
     folder = tmp_path_factory.mktemp("tars")
     for shard in range(6):
         samples = {}
@@ -56,7 +56,7 @@ def tars(tmp_path_factory, make_tar):
 @pytest.fixture
 def files_of():
     def files(folder):
-        """Every file of a folder with its bytes."""
+        """All files of a folder with their bytes."""
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     return files
@@ -65,7 +65,7 @@ def files_of():
 @pytest.fixture(scope="session")
 def bitmap_header():
     def header(width, height):
-        """A BMP of that size, of which nothing but the header is there."""
+        """A BMP of that size that consists of its header only."""
         sizes = width.to_bytes(4, "little") + height.to_bytes(4, "little")
         return (
             b"BM"

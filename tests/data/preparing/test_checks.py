@@ -1,4 +1,4 @@
-"""Checks: which samples become records, as they were, and why others do not."""
+"""Filters: which samples become unchanged records, and the reasons for dropping others."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aimv2_jax.data.inputs.samples import Sample
-from aimv2_jax.data.pictures import decode_image
-from aimv2_jax.data.preparing.checks import MOST_CAPTIONS, MOST_LETTERS, Dropped, Rules, check, text_of
 from aimv2_jax.data.records import MAX_KEY_LETTERS
+from aimv2_jax.data.transforms.decode import decode_image
+from aimv2_jax.prepare.filters import MAX_CAPTIONS_PER_KIND, MAX_TEXT_LENGTH, DroppedSample, Rules, check, to_text
+from aimv2_jax.prepare.inputs.samples import Sample
 
 ALT = {"alt": "txt"}
 
@@ -19,7 +19,7 @@ def judged(image, rules=None, **fields):
 
 
 def reason(image, rules=None, **fields):
-    with pytest.raises(Dropped) as dropped:
+    with pytest.raises(DroppedSample) as dropped:
         judged(image, rules, **fields)
     return dropped.value.reason
 
@@ -38,95 +38,95 @@ GOOD = {
 }
 
 
-def make(picture, options):
+def make(make_image, options):
     if options.get("mode") == "I;16":
         import io
 
         buffer = io.BytesIO()
         Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)).save(buffer, "PNG")
         return buffer.getvalue()
-    return picture(**options)
+    return make_image(**options)
 
 
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("decode", [False, True])
-def test_picture_when_of_any_sort_then_kept_as_it_was(picture, name, decode):
-    image = make(picture, GOOD[name])
+def test_picture_when_of_any_sort_then_kept_as_it_was(make_image, name, decode):
+    image = make(make_image, GOOD[name])
     checked = judged(image, Rules(ALT, decode=decode))
     assert checked.record.image == image and checked.changes == ()
     assert checked.size == decode_image(image).size
 
 
-def test_picture_when_garbage_follows_then_kept_as_it_was(picture):
-    image = picture() + b"<html>garbage</html>" * 100
+def test_picture_when_garbage_follows_then_kept_as_it_was(make_image):
+    image = make_image() + b"<html>garbage</html>" * 100
     assert judged(image, Rules(ALT, decode=True)).record.image == image
 
 
-def test_picture_when_cut_then_found_by_a_full_decode_only(picture):
-    cut = picture()[:-700]
+def test_picture_when_cut_then_found_by_a_full_decode_only(make_image):
+    cut = make_image()[:-700]
     assert judged(cut).size == (60, 40)
     assert reason(cut, Rules(ALT, decode=True)) == "undecodable_image"
 
 
-def test_picture_when_it_lies_then_its_size_is_as_it_is_meant_to_be_seen(picture):
+def test_picture_when_it_lies_then_its_size_is_as_it_is_meant_to_be_seen(make_image):
     exif = Image.Exif()
     exif[0x0112] = 6
     for options in ({}, {"format": "PNG"}, {"format": "WEBP"}):
-        image = picture(60, 40, exif=exif, **options)
+        image = make_image(60, 40, exif=exif, **options)
         assert judged(image).size == decode_image(image).size == (40, 60)
 
 
-def test_picture_when_unusable_then_dropped_for_its_reason(picture, bitmap_header):
+def test_picture_when_unusable_then_dropped_for_its_reason(make_image, bitmap_header):
     for image, why in [
         (None, "no_image"),
         (b"", "empty_image"),
         (b"<html>404</html>", "undecodable_image"),
-        (picture()[:20], "undecodable_image"),
+        (make_image()[:20], "undecodable_image"),
         (bitmap_header(0, 40), "undecodable_image"),
         (bitmap_header(10_000, 9_000), "oversized_image"),
         (bitmap_header(60_000, 60_000), "oversized_image"),
-        (picture(1, 1), "too_small"),
-        (picture(20_000, 1), "too_small"),
-        (picture(60, 31), "too_small"),
+        (make_image(1, 1), "too_small"),
+        (make_image(20_000, 1), "too_small"),
+        (make_image(60, 31), "too_small"),
     ]:
         assert reason(image) == why
-    assert reason(picture(20_000, 1), Rules(ALT, min_side=1)) == "too_elongated"
-    assert reason(picture(1, 21), Rules(ALT, min_side=1)) == "too_elongated"
-    assert judged(picture(20, 1), Rules(ALT, min_side=1)).size == (20, 1)
-    assert reason(picture(60, 40), Rules(ALT, max_side=59)) == "too_large"
-    assert judged(picture(60, 40), Rules(ALT, max_side=60))
+    assert reason(make_image(20_000, 1), Rules(ALT, min_side=1)) == "too_elongated"
+    assert reason(make_image(1, 21), Rules(ALT, min_side=1)) == "too_elongated"
+    assert judged(make_image(20, 1), Rules(ALT, min_side=1)).size == (20, 1)
+    assert reason(make_image(60, 40), Rules(ALT, max_side=59)) == "too_large"
+    assert judged(make_image(60, 40), Rules(ALT, max_side=60))
 
 
-def test_caption_when_kept_then_as_it_was(picture):
+def test_caption_when_kept_then_as_it_was(make_image):
     rules = Rules({"alt": "txt", "other": "json:other", "gone": "json:gone"})
-    checked = judged(picture(), rules, txt="  K\u00e4se &amp; BROT ".encode(), **{"json:other": 7})
+    checked = judged(make_image(), rules, txt="  K\u00e4se &amp; BROT ".encode(), **{"json:other": 7})
     assert checked.record.captions == {"alt": "  K\u00e4se &amp; BROT ", "other": "7"}
     assert checked.changes == ()
 
 
 @pytest.mark.parametrize("text", [None, "", b"", " \n", "\u200b", "&nbsp;", float("nan")])
-def test_caption_when_nothing_is_left_after_cleaning_then_no_caption(picture, text):
-    assert reason(picture(), txt=text) == "no_caption"
+def test_caption_when_nothing_is_left_after_cleaning_then_no_caption(make_image, text):
+    assert reason(make_image(), txt=text) == "no_caption"
     rules = Rules({"alt": "txt", "other": "o"})
-    assert judged(picture(), rules, txt=text, o="words").record.captions == {"other": "words"}
+    assert judged(make_image(), rules, txt=text, o="words").record.captions == {"other": "words"}
 
 
 @pytest.mark.parametrize(
     "text", ["K\u00e4se".encode("latin-1"), b"\xff\xfe\0a", "half \ud83d", [["a", "list"]], {"a": 1}]
 )
-def test_caption_when_not_utf_8_text_then_left_out_and_told(picture, text):
-    assert reason(picture(), txt=text) == "caption_not_text"
-    checked = judged(picture(), Rules({"alt": "txt", "other": "o"}), txt=text, o="words")
+def test_caption_when_not_utf_8_text_then_left_out_and_told(make_image, text):
+    assert reason(make_image(), txt=text) == "caption_not_text"
+    checked = judged(make_image(), Rules({"alt": "txt", "other": "o"}), txt=text, o="words")
     assert checked.record.captions == {"other": "words"} and checked.changes == ("caption_not_text",)
 
 
-def test_caption_when_of_100_kb_then_cut_and_told(picture):
-    checked = judged(picture(), txt="\u00e4" * 100_000)
-    assert checked.record.captions == {"alt": "\u00e4" * MOST_LETTERS} and checked.changes == ("caption_cut",)
-    assert judged(picture(), txt="\u00e4" * MOST_LETTERS).changes == ()
+def test_caption_when_of_100_kb_then_cut_and_told(make_image):
+    checked = judged(make_image(), txt="\u00e4" * 100_000)
+    assert checked.record.captions == {"alt": "\u00e4" * MAX_TEXT_LENGTH} and checked.changes == ("caption_cut",)
+    assert judged(make_image(), txt="\u00e4" * MAX_TEXT_LENGTH).changes == ()
 
 
-def test_captions_of_a_kind_come_from_lists_and_several_fields(picture):
+def test_captions_of_a_kind_come_from_lists_and_several_fields(make_image):
     rules = Rules({"alt": "txt", "synthetic": ["one", "two"]})
     for fields, found in [
         ({"one": ["a", "b"]}, ["a", "b"]),
@@ -136,47 +136,47 @@ def test_captions_of_a_kind_come_from_lists_and_several_fields(picture):
         ({"one": ("a", "a")}, ["a", "a"]),
         ({"two": ["a"]}, "a"),
     ]:
-        checked = judged(picture(), rules, **fields)
+        checked = judged(make_image(), rules, **fields)
         assert checked.record.captions == {"alt": "A thing.", "synthetic": found} and checked.changes == ()
-    assert judged(picture(), rules, one=[], two=[""]).record.captions == {"alt": "A thing."}
-    assert reason(picture(), rules, txt="", one=[], two=None) == "no_caption"
+    assert judged(make_image(), rules, one=[], two=[""]).record.captions == {"alt": "A thing."}
+    assert reason(make_image(), rules, txt="", one=[], two=None) == "no_caption"
 
 
-def test_caption_in_a_list_is_cut_or_left_out_alone(picture):
+def test_caption_in_a_list_is_cut_or_left_out_alone(make_image):
     rules = Rules({"synthetic": "one"})
-    long, texts = "x" * (MOST_LETTERS + 1), [f"t{i}" for i in range(MOST_CAPTIONS + 5)]
+    long, texts = "x" * (MAX_TEXT_LENGTH + 1), [f"t{i}" for i in range(MAX_CAPTIONS_PER_KIND + 5)]
     for given, found, changes in [
         (["a", b"\xff", "b"], ["a", "b"], ("caption_not_text",)),
         (["a", ["b"], {"c": 1}], "a", ("caption_not_text",)),
         ([long, "b"], [long[:-1], "b"], ("caption_cut",)),
-        (texts, texts[:MOST_CAPTIONS], ("captions_left_out",)),
+        (texts, texts[:MAX_CAPTIONS_PER_KIND], ("captions_left_out",)),
     ]:
-        checked = judged(picture(), rules, one=given)
+        checked = judged(make_image(), rules, one=given)
         assert (checked.record.captions, checked.changes) == ({"synthetic": found}, changes)
-    assert reason(picture(), rules, one=[["a"], b"\xff"]) == "caption_not_text"
+    assert reason(make_image(), rules, one=[["a"], b"\xff"]) == "caption_not_text"
 
 
-def test_key_of_20_mb_is_shortened_and_stays_its_own(picture):
-    keys = [check(Sample("k" * 20_000_000 + end, picture(), {"txt": "x"}), Rules(ALT)).record.key for end in "ab"]
+def test_key_of_20_mb_is_shortened_and_stays_its_own(make_image):
+    keys = [check(Sample("k" * 20_000_000 + end, make_image(), {"txt": "x"}), Rules(ALT)).record.key for end in "ab"]
     assert keys[0] != keys[1] and {len(key) for key in keys} == {MAX_KEY_LETTERS}
 
 
-def test_label_when_there_then_text_and_otherwise_absent(picture):
+def test_label_when_there_then_text_and_otherwise_absent(make_image):
     rules = Rules(ALT, {name: name for name in ("a", "b", "c", "d", "e", "f")})
-    checked = judged(picture(), rules, a=b"x", b=None, c="", d=3, e=True, f=b"\xff")
+    checked = judged(make_image(), rules, a=b"x", b=None, c="", d=3, e=True, f=b"\xff")
     assert checked.record.labels == {"a": "x", "d": "3", "e": "true"}
     assert checked.changes == ("label_not_text",)
 
 
-def test_keep_when_several_fields_then_all_must_hold_one_of_their_values(picture):
+def test_keep_when_several_fields_then_all_must_hold_one_of_their_values(make_image):
     rules = Rules(ALT, keep={"kind": ("photo", "art"), "n": ("1",)})
-    assert judged(picture(), rules, kind=b"art", n=1)
+    assert judged(make_image(), rules, kind=b"art", n=1)
     for fields in ({"kind": "art"}, {"kind": "drawn", "n": 1}, {"kind": "art", "n": 2}, {"kind": ["art"], "n": 1}):
-        assert reason(picture(), rules, **fields) == "not_kept"
+        assert reason(make_image(), rules, **fields) == "not_kept"
 
 
-def test_verify_when_the_digest_is_of_other_bytes_then_dropped(picture):
-    rules, image = Rules(ALT, verify="sum"), picture()
+def test_verify_when_the_digest_is_of_other_bytes_then_dropped(make_image):
+    rules, image = Rules(ALT, verify="sum"), make_image()
     for digest in (hashlib.sha256(image).hexdigest(), hashlib.md5(image).hexdigest().upper().encode()):
         assert judged(image, rules, sum=digest).record.image == image
         assert reason(image + b"x", rules, sum=digest) == "checksum_mismatch"
@@ -185,8 +185,8 @@ def test_verify_when_the_digest_is_of_other_bytes_then_dropped(picture):
     assert reason(image, rules, sum="x" * 64) == "checksum_mismatch"
 
 
-def test_key_when_of_bytes_that_are_no_text_then_still_a_key(picture):
-    sample = Sample(b"a\xff".decode("utf-8", "surrogateescape"), picture(), {"txt": "x"})
+def test_key_when_of_bytes_that_are_no_text_then_still_a_key(make_image):
+    sample = Sample(b"a\xff".decode("utf-8", "surrogateescape"), make_image(), {"txt": "x"})
     assert check(sample, Rules(ALT)).record.key == "a\\udcff"
 
 
@@ -196,4 +196,4 @@ def test_fields_when_asked_for_then_all_that_the_rules_name():
 
 
 def test_text_when_a_value_of_json_then_as_json_writes_it():
-    assert [text_of(value) for value in (True, False, 0, 1.5, "x", b"y")] == ["true", "false", "0", "1.5", "x", "y"]
+    assert [to_text(value) for value in (True, False, 0, 1.5, "x", b"y")] == ["true", "false", "0", "1.5", "x", "y"]

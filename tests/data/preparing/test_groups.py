@@ -1,10 +1,10 @@
-"""Groups: consecutive inputs of about the size of an output shard."""
+"""Partition of consecutive inputs into tasks of about the size of an output shard."""
 
 import itertools
 import random
 
-from aimv2_jax.data.inputs.samples import InputShard
-from aimv2_jax.data.preparing.groups import Task, tasks_of
+from aimv2_jax.prepare.inputs.samples import InputShard
+from aimv2_jax.prepare.tasks import Task, partition_tasks
 
 
 def shards(sizes):
@@ -15,23 +15,23 @@ def test_groups_when_of_any_sizes_then_every_input_once_in_order_and_none_above_
     rng = random.Random(0)
     for _ in range(200):
         given = shards([rng.choice([0, 1, 30, 99, 100, 101, 350]) for _ in range(rng.randint(1, 20))])
-        tasks = tasks_of(given, 100)
+        tasks = partition_tasks(given, 100)
         assert [shard for task in tasks for shard in task.shards] == given
         assert [task.number for task in tasks] == list(range(len(tasks)))
         for task in tasks:
             assert task.num_bytes <= 100 or len(task.shards) == 1 or sum(s.num_bytes > 0 for s in task.shards) == 1
         for one, two in itertools.pairwise(tasks):
-            assert one.num_bytes + two.shards[0].num_bytes > 100  # No smaller than need be.
+            assert one.num_bytes + two.shards[0].num_bytes > 100  # Tasks are as large as possible.
 
 
 def test_groups_when_an_input_is_large_then_its_shards_are_equal_and_not_far_above_the_size():
-    [task] = tasks_of(shards([1010]), 100)
+    [task] = partition_tasks(shards([1010]), 100)
     assert 1010 / 11 < task.limit <= 1.125 * 1010 / 11
-    [task] = tasks_of(shards([10, 20]), 100)
+    [task] = partition_tasks(shards([10, 20]), 100)
     assert task.limit == 112
 
 
 def test_task_when_written_down_then_read_as_it_was():
-    for task in tasks_of([*shards([60, 60]), InputShard("csv", "/b c.csv", 5, 7, 9)], 100):
+    for task in partition_tasks([*shards([60, 60]), InputShard("csv", "/b c.csv", 5, 7, 9)], 100):
         assert Task.from_json(task.to_json()) == task
     assert task.prefix == "00001-"

@@ -1,4 +1,4 @@
-"""What goes wrong around preparation, and what is said then: odd inputs, odd outputs, odd runners."""
+"""Failures of a preparation and their messages: unusual inputs, outputs and runners."""
 
 import gzip
 import io
@@ -14,11 +14,11 @@ from functools import partial
 import pytest
 from full_disk import files_of_at_most
 
-from aimv2_jax.data.datasets import DatasetInfo
-from aimv2_jax.data.prepare import main
-from aimv2_jax.data.preparing import checks, runners, work
-from aimv2_jax.data.preparing.slowness import SlowSampleLog
+from aimv2_jax.data.dataset_info import DatasetInfo
 from aimv2_jax.data.shards import ShardWriter, place_in
+from aimv2_jax.prepare import filters, runners, worker
+from aimv2_jax.prepare.__main__ import main
+from aimv2_jax.prepare.slow_samples import SlowSampleLog
 
 GOOD = {"txt": b"A thing.", "json": {"alt": "A thing."}}
 
@@ -26,7 +26,7 @@ GOOD = {"txt": b"A thing.", "json": {"alt": "A thing."}}
 @pytest.fixture
 def run(tmp_path, capsys):
     def run(given, *flags, output=None):
-        """The exit code and what was printed."""
+        """Returns the exit code and the printed text."""
         capsys.readouterr()
         code = main(["--input", str(given), "--output", str(output or tmp_path / "out"), *map(str, flags)])
         return code, "".join(capsys.readouterr())
@@ -40,23 +40,25 @@ def refused(result):
     return said
 
 
-def test_input_when_its_first_tars_are_empty_or_damaged_then_the_others_are_prepared(run, tmp_path, make_tar, picture):
+def test_input_when_its_first_tars_are_empty_or_damaged_then_the_others_are_prepared(
+    run, tmp_path, make_tar, make_image
+):
     given = tmp_path / "given"
     make_tar(given / "0.tar", {})
     for number in range(1, 5):
         (given / f"{number}.tar").write_bytes(b"junk" * 1000 * (number - 1))
-    make_tar(given / "5.tar", {"a": {"jpg": picture()} | GOOD})
+    make_tar(given / "5.tar", {"a": {"jpg": make_image()} | GOOD})
     code, said = run(given, "--workers", 1)
     assert code == 0 and said.startswith("1 records of 1 samples")
 
 
 def test_field_when_one_tar_has_none_of_it_then_its_samples_are_dropped_and_the_others_prepared(
-    run, tmp_path, make_tar, picture
+    run, tmp_path, make_tar, make_image
 ):
     given = tmp_path / "given"
-    make_tar(given / "0.tar", {"bad": {"jpg": picture(), "txt": b"A thing.", "json": b"{"}})
+    make_tar(given / "0.tar", {"bad": {"jpg": make_image(), "txt": b"A thing.", "json": b"{"}})
     for shard in range(1, 8):
-        members = {"jpg": picture()} | GOOD | ({"json": {"other": "x"}} if shard == 7 else {})
+        members = {"jpg": make_image()} | GOOD | ({"json": {"other": "x"}} if shard == 7 else {})
         make_tar(given / f"{shard}.tar", {f"s{shard}": members})
     code, said = run(given, "--caption", "alt=json:alt", "--workers", 1)
     assert code == 0 and "6 records of 8 samples" in said and "dropped: 2 no_caption (first: bad)" in said
@@ -66,21 +68,21 @@ def test_field_when_one_tar_has_none_of_it_then_its_samples_are_dropped_and_the_
 @pytest.mark.parametrize("data", [b"", b"x", bytes(10240)])
 def test_input_when_it_has_no_samples_then_that_is_said(run, tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)
-    assert re.search(r"--input has no samples.*a\.tar'\. Give files that are whole", refused(run(tmp_path / "a.tar")))
+    assert re.search(r"--input has no samples.*a\.tar'\. Give undamaged files", refused(run(tmp_path / "a.tar")))
 
 
 def test_input_and_output_when_empty_then_not_the_current_folder(run, tmp_path, tars, monkeypatch, capsys):
     monkeypatch.chdir(tars)
     assert "--input is empty: ''" in refused(run(""))
     assert main(["--input", str(tars), "--output", ""]) == 2
-    assert "--output is no name of a folder: ''" in capsys.readouterr().err
+    assert "--output is not a valid folder name: ''" in capsys.readouterr().err
 
 
 def test_output_when_it_cannot_be_a_folder_then_told(run, tmp_path, tars):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere/at/all")
-    assert "--output cannot be made there" in refused(run(tars, output=tmp_path / "link"))
-    for name in ("a\0b", "a\udcff"):  # The second one: a byte that is not UTF-8, which array_record cannot write to.
-        assert "--output is no name of a folder" in refused(run(tars, output=name))
+    assert "--output cannot be created" in refused(run(tars, output=tmp_path / "link"))
+    for name in ("a\0b", "a\udcff"):  # array_record cannot write to the second: it is not UTF-8.
+        assert "--output is not a valid folder name" in refused(run(tars, output=name))
 
 
 def test_disk_when_full_at_the_start_then_the_file_is_named(run, tars):
@@ -92,7 +94,7 @@ def test_temporary_files_when_without_room_then_their_folder_is_named_and_not_th
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tars / "00000.tar").read_bytes()))
     with files_of_at_most(20_000):
         said = refused(run(tmp_path / "a.tar.gz", "--workers", 1))
-    assert f"no room in {tempfile.gettempdir()} for the copy of an input (File too large): '" in said
+    assert f"no space in {tempfile.gettempdir()} for the copy of an input (File too large): '" in said
     assert "a.tar.gz'" in said and "TMPDIR" in said
 
 
@@ -108,7 +110,9 @@ def test_name_when_nobody_could_write_it_then_refused(tmp_path, tars, capsys, fl
     with pytest.raises(SystemExit) as stopped:
         main(["--input", str(tars), "--output", str(tmp_path / "out"), flag, f"{name}=txt"])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "is not a name of up to 100 letters" in said
+    assert (
+        stopped.value.code == 2 and said.count("\n") == 1 and "is not a name of up to 100 printable characters" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_resume_when_its_notes_are_damaged_then_that_task_is_done_again_or_told(
     flags = ("--shard-size", "200KB", "--workers", 1)
     assert run(tars, *flags, output=tmp_path / "straight")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("aimv2_jax.data.prepare._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        patch.setattr("aimv2_jax.prepare.__main__._finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
         assert run(tars, *flags)[0] == 2
     notes = tmp_path / "out/.parts"
     command = (notes / "command.json").read_text()
@@ -187,12 +191,12 @@ def test_beam_when_its_runner_cannot_be_started_then_told(run, tars, monkeypatch
 
 
 def test_place_when_of_an_unknown_kind_then_told(run):
-    assert "no such kind of place is known: 'https://a.b/c.tar'" in refused(run("https://a.b/c.tar"))
+    assert "the storage scheme is not supported: 'https://a.b/c.tar'" in refused(run("https://a.b/c.tar"))
 
 
-def test_report_has_no_control_characters_of_keys(run, tmp_path, make_tar, picture):
+def test_report_has_no_control_characters_of_keys(run, tmp_path, make_tar, make_image):
     key = "\x1b]0;PWNED\x07\x1b[2J\r\n5 records of 5 samples\n"
-    make_tar(tmp_path / "a.tar", {"a": {"jpg": picture()} | GOOD, key: {"jpg": b"no picture"} | GOOD})
+    make_tar(tmp_path / "a.tar", {"a": {"jpg": make_image()} | GOOD, key: {"jpg": b"no picture"} | GOOD})
     code, said = run(tmp_path / "a.tar", "--workers", 1)
     assert code == 0 and said.startswith("1 records of 2 samples")
     assert all(line.isprintable() for line in said.splitlines())
@@ -200,9 +204,9 @@ def test_report_has_no_control_characters_of_keys(run, tmp_path, make_tar, pictu
 
 
 @pytest.fixture
-def one_dropped(tmp_path, make_tar, picture):
-    """A tar with a good sample and one that is dropped, whose key is not of ASCII."""
-    return make_tar(tmp_path / "a.tar", {"a": {"jpg": picture()} | GOOD, "ünï": {"jpg": b"no picture"} | GOOD})
+def one_dropped(tmp_path, make_tar, make_image):
+    """A tar with a good sample and a dropped one whose key is not ASCII."""
+    return make_tar(tmp_path / "a.tar", {"a": {"jpg": make_image()} | GOOD, "ünï": {"jpg": b"no picture"} | GOOD})
 
 
 def test_report_is_escaped_where_the_output_is_ascii(run, monkeypatch, one_dropped):
@@ -213,7 +217,7 @@ def test_report_is_escaped_where_the_output_is_ascii(run, monkeypatch, one_dropp
 
 
 def test_report_that_nobody_reads_ends_well(run, tmp_path, monkeypatch, one_dropped):
-    """As in `prepare ... | true`."""
+    """The reader of the output exits early, as in `prepare ... | true`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as output:
@@ -222,29 +226,29 @@ def test_report_that_nobody_reads_ends_well(run, tmp_path, monkeypatch, one_drop
     assert (tmp_path / "out/dataset.json").exists()
 
 
-def test_links_are_dropped_with_the_remedy(run, tmp_path, picture):
+def test_links_are_dropped_with_the_remedy(run, tmp_path, make_image):
     folder = tmp_path / "subset"
     folder.mkdir()
-    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "a.jpg").write_bytes(make_image())
     for number in range(3):
         (folder / f"{number}.jpg").symlink_to("../a.jpg")
     rows = [f'{{"file_name": "{number}.jpg", "caption": "A thing."}}' for number in range(3)]
     (folder / "captions.jsonl").write_text("\n".join(rows))
     said = refused(run(folder, "--workers", 1, output=tmp_path / "other"))
-    assert "3 link_out_of_folder (first: 0.jpg); --follow-links takes what links lead to" in said
+    assert "3 link_out_of_folder (first: 0.jpg); give --follow-links to follow such links" in said
     code, said = run(folder, "--workers", 1, "--follow-links")
     assert code == 0 and said.startswith("3 records of 3 samples")
 
 
 @pytest.mark.parametrize("limit_s, is_logged", [(0.04, True), (60, False)])
-def test_sample_that_takes_long_is_logged(run, tmp_path, monkeypatch, caplog, make_tar, picture, limit_s, is_logged):
+def test_sample_that_takes_long_is_logged(run, tmp_path, monkeypatch, caplog, make_tar, make_image, limit_s, is_logged):
     def slow(sample, rules):
         time.sleep(0.2 * (sample.key == "b"))
-        return checks.check(sample, rules)
+        return filters.check(sample, rules)
 
-    monkeypatch.setattr(work, "SlowSampleLog", partial(SlowSampleLog, limit_s))
-    monkeypatch.setattr(work, "check", slow)
-    samples = {key: {"jpg": picture()} | GOOD for key in "abc"}
+    monkeypatch.setattr(worker, "SlowSampleLog", partial(SlowSampleLog, limit_s))
+    monkeypatch.setattr(worker, "check", slow)
+    samples = {key: {"jpg": make_image()} | GOOD for key in "abc"}
     assert run(make_tar(tmp_path / "a.tar", samples), "--workers", 1)[0] == 0
     logged = [record.getMessage() for record in caplog.records if "prepare has been at" in record.getMessage()]
     assert any(f"b of {tmp_path}/a.tar" in line for line in logged) == is_logged

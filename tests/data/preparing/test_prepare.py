@@ -1,4 +1,4 @@
-"""Preparation from the command line: what it makes, what it refuses, and what an interruption leaves."""
+"""The prepare command: its datasets, its user errors, and resuming after an interruption."""
 
 import fcntl
 import io
@@ -15,11 +15,11 @@ import pytest
 from full_disk import files_of_at_most
 from PIL import Image
 
-from aimv2_jax.data.books import Tally
-from aimv2_jax.data.datasets import DatasetInfo
-from aimv2_jax.data.prepare import main
+from aimv2_jax.data.dataset_info import DatasetInfo
+from aimv2_jax.data.dataset_stats import DropCount
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
+from aimv2_jax.prepare.__main__ import main
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def run(tmp_path, tars, capsys):
     def run(*flags, given=tars, output="out"):
-        """The exit code, what was printed, and the folder."""
+        """Returns the exit code, the printed text and the output folder."""
         capsys.readouterr()
         folder = tmp_path / output
         code = main(["--input", str(given), "--output", str(folder), "--workers", "1", *map(str, flags)])
@@ -82,16 +82,16 @@ def test_prepare_when_no_caption_is_named_then_the_usual_one(run):
     assert {tuple(record.captions.items()) for record in records_of(folder)} == {(("alt", "A thing."),)}
 
 
-def test_prepare_when_input_is_of_every_sort_then_the_books_balance(run, tmp_path, make_tar, picture):
-    """Bad samples cost themselves only; what is left out has its reason and its key."""
-    good = {"jpg": picture(), "txt": b"A thing."}
+def test_prepare_when_input_is_of_every_sort_then_the_books_balance(run, tmp_path, make_tar, make_image):
+    """Bad samples do not affect others, and each is counted with its reason and key."""
+    good = {"jpg": make_image(), "txt": b"A thing."}
     samples = {
         "good": good,
-        "cmyk": good | {"jpg": picture(mode="CMYK")},
-        "cut": good | {"jpg": picture()[:-700]},
-        "small": good | {"jpg": picture(20_000, 1)},
+        "cmyk": good | {"jpg": make_image(mode="CMYK")},
+        "cut": good | {"jpg": make_image()[:-700]},
+        "small": good | {"jpg": make_image(20_000, 1)},
         "page": good | {"jpg": b"<html>404</html>"},
-        "alone": {"jpg": picture()},
+        "alone": {"jpg": make_image()},
         "bare": {"txt": b"no picture"},
         "latin": good | {"txt": "K\u00e4se".encode("latin-1")},
         "long": good | {"txt": b"word " * 20_000},
@@ -110,13 +110,13 @@ def test_prepare_when_input_is_of_every_sort_then_the_books_balance(run, tmp_pat
     assert code == 0
     info = DatasetInfo.from_json((folder / "dataset.json").read_text())
     assert info.drops == {
-        "caption_not_text": Tally(1, ("latin",)),
-        "no_caption": Tally(2, ("alone", "empty")),
-        "no_image": Tally(1, ("bare",)),
-        "too_small": Tally(1, ("small",)),
-        "undecodable_image": Tally(2, ("cut", "page")),
+        "caption_not_text": DropCount(1, ("latin",)),
+        "no_caption": DropCount(2, ("alone", "empty")),
+        "no_image": DropCount(1, ("bare",)),
+        "too_small": DropCount(1, ("small",)),
+        "undecodable_image": DropCount(2, ("cut", "page")),
     }
-    assert info.changes == {"caption_cut": Tally(1, ("long",))}
+    assert info.changes == {"caption_cut": DropCount(1, ("long",))}
     assert info.lost["damaged_tar"].samples == 1 and info.lost["damaged_tar"].bytes >= 1024
     assert (info.records, info.samples) == (6, 6 + 7 + 1)
     assert [record.key for record in records_of(folder)] == ["good", "cmyk", "long", "d0", "d2", "d3"]
@@ -125,9 +125,9 @@ def test_prepare_when_input_is_of_every_sort_then_the_books_balance(run, tmp_pat
 
 def test_prepare_when_everything_is_bad_then_a_clear_abort_and_nothing_is_left(run):
     said = refused(run("--min-side", 500))
-    assert "no sample that can be used: '60 too_small (first: 000000000)'" in said
+    assert "no usable sample: '60 too_small (first: 000000000)'" in said
     said = refused(run("--keep", "json:word=neither", "--min-side", 500))
-    assert "60 not_kept" in said  # Another command, and no --resume: nothing was left to go on with.
+    assert "60 not_kept" in said  # A different command works without --resume: no files were left.
 
 
 def test_prepare_when_the_tar_is_empty_then_told(run, tmp_path, make_tar):
@@ -165,8 +165,8 @@ def test_keep_and_label_when_given_then_only_those(run):
         (["--max-aspect", "nan"], "--max-aspect: 'nan'"),
         (["--workers", "0"], "--workers: '0'"),
         (["--runner", "spark"], "--runner: invalid choice: 'spark'"),
-        (["--beam-options=--x"], "--beam-options without Beam: '--x'"),
-        (["--runner", "beam", "--workers", "2"], "--workers is of the local runner: 2"),
+        (["--beam-options=--x"], "--beam-options needs Beam: '--x'"),
+        (["--runner", "beam", "--workers", "2"], "--workers applies to --runner local only: 2"),
         (["--resum"], "unrecognized arguments: --resum"),
     ],
 )
@@ -188,16 +188,16 @@ def test_help_when_asked_for_then_it_says_what_a_field_is(capsys):
 
 
 def test_size_when_written_in_any_unit_then_bytes():
-    from aimv2_jax.data.prepare import _size
+    from aimv2_jax.prepare.__main__ import _size
 
     assert [_size(text) for text in ("1GB", "1.5 MB", "64KiB", "2gib", "4000")] == [
         10**9, 1_500_000, 65_536, 2 << 30, 4000,
     ]  # fmt: skip
 
 
-def test_field_when_only_some_of_the_inputs_have_it_then_used_where_it_is(run, tmp_path, make_tar, picture):
+def test_field_when_only_some_of_the_inputs_have_it_then_used_where_it_is(run, tmp_path, make_tar, make_image):
     for shard, fields in enumerate([{"alt": "Thing"}, {"alt": "Thing", "cls": "a"}, {"cls": "b"}]):
-        samples = {f"{shard}{i}": {"jpg": picture(), "txt": b"A thing.", "json": fields} for i in range(2)}
+        samples = {f"{shard}{i}": {"jpg": make_image(), "txt": b"A thing.", "json": fields} for i in range(2)}
         make_tar(tmp_path / f"given/{shard}.tar", samples)
     flags = ("--caption", "alt=txt", "other=json:alt", "--label", "cls=json:cls")
     code, said, folder = run(*flags, given=tmp_path / "given")
@@ -205,10 +205,10 @@ def test_field_when_only_some_of_the_inputs_have_it_then_used_where_it_is(run, t
     assert [record.labels.get("cls") for record in records_of(folder)] == [None, None, "a", "a", "b", "b"]
 
 
-def test_prepare_keeps_several_captions_of_a_kind(run, tmp_path, make_tar, picture):
+def test_prepare_keeps_several_captions_of_a_kind(run, tmp_path, make_tar, make_image):
     texts = ["One.", "Two.", ""]
     samples = {
-        str(i): {"jpg": picture(seed=i), "txt": b"A thing.", "json": {"more": texts[: i + 1], "last": "End."}}
+        str(i): {"jpg": make_image(seed=i), "txt": b"A thing.", "json": {"more": texts[: i + 1], "last": "End."}}
         for i in range(3)
     }
     flags = ["--caption", "alt=txt", "synthetic=json:more", "--caption", "synthetic=json:last"]
@@ -220,21 +220,21 @@ def test_prepare_keeps_several_captions_of_a_kind(run, tmp_path, make_tar, pictu
     assert (info.kinds, info.records_with) == ({"alt": 3, "synthetic": 8}, {"alt": 3, "synthetic": 3})
     assert info.made["caption"] == {"alt": "txt", "synthetic": ["json:more", "json:last"]}
     assert run(*flags, "--resume", given=tmp_path / "a.tar")[0] == 0
-    assert "a data set already" in refused(run(*flags[:-2], "--resume", given=tmp_path / "a.tar"))
+    assert "already contains a dataset" in refused(run(*flags[:-2], "--resume", given=tmp_path / "a.tar"))
 
 
 @pytest.mark.parametrize(
     ("asked", "says"),
     [("--caption alt=txt x=json:x", "--caption x=json:x"), ("--caption alt=txt --label x=json:x", "--label x=json:x")],
 )
-def test_field_when_no_record_has_it_then_refused_with_the_counts(run, tmp_path, make_tar, picture, asked, says):
-    samples = {str(i): {"jpg": picture(), "txt": b"A thing.", "json": {"x": [["no text"]]}} for i in range(3)}
+def test_field_when_no_record_has_it_then_refused_with_the_counts(run, tmp_path, make_tar, make_image, asked, says):
+    samples = {str(i): {"jpg": make_image(), "txt": b"A thing.", "json": {"x": [["no text"]]}} for i in range(3)}
     said = refused(run(*asked.split(), given=make_tar(tmp_path / "a.tar", samples)))
     assert f"{says}: " in said and "0 of 3 records" in said
 
 
 def test_workers_when_the_system_does_not_tell_its_cpus_then_as_many_as_there_are(tmp_path, tars, monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity")  # As on a Mac.
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS does not have it.
     assert main(["--input", str(tars / "00000.tar"), "--output", str(tmp_path / "out")]) == 0
 
 
@@ -245,9 +245,9 @@ def test_input_when_not_there_or_unreadable_then_told(run, tmp_path):
 
 
 def test_input_when_it_fails_midway_then_told_and_resume_goes_on(run, tars, monkeypatch, files_of):
-    from aimv2_jax.data.preparing import work
+    from aimv2_jax.prepare import worker
 
-    read = work.inputs.read
+    read = worker.inputs.read
 
     def failing(shard, fields):
         yield from read(shard, fields)
@@ -255,7 +255,7 @@ def test_input_when_it_fails_midway_then_told_and_resume_goes_on(run, tars, monk
             raise OSError(5, "Input/output error", shard.path)
 
     _, _, straight = run(*FLAGS, output="straight")
-    monkeypatch.setattr(work.inputs, "read", failing)
+    monkeypatch.setattr(worker.inputs, "read", failing)
     said = refused(run(*FLAGS))
     assert "--input cannot be read: Input/output error" in said and "00003.tar" in said and "--resume" in said
     monkeypatch.undo()
@@ -263,11 +263,11 @@ def test_input_when_it_fails_midway_then_told_and_resume_goes_on(run, tars, monk
     assert code == 0 and files_of(folder) == files_of(straight)
 
 
-def test_parquet_when_without_the_column_then_told(run, tmp_path, picture):
+def test_parquet_when_without_the_column_then_told(run, tmp_path, make_image):
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"jpg": [picture()] * 3, "caption": ["A thing."] * 3})
+    table = pyarrow.table({"jpg": [make_image()] * 3, "caption": ["A thing."] * 3})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     said = refused(run("--caption", "alt=text", given=tmp_path / "a.parquet"))
     assert "'text'" in said and "caption" in said
@@ -277,11 +277,11 @@ def test_parquet_when_without_the_column_then_told(run, tmp_path, picture):
 
 def test_output_when_it_holds_something_then_refused_with_the_remedy(run, tmp_path):
     run()
-    assert "holds a data set already" in refused(run())
-    assert "holds a data set already" in refused(run("--min-side", 33, "--resume"))
+    assert "already contains a dataset" in refused(run())
+    assert "already contains a dataset" in refused(run("--min-side", 33, "--resume"))
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("years")
-    assert "holds something else" in refused(run(output="home"))
+    assert "contains other files" in refused(run(output="home"))
     assert "--output is a file" in refused(run(output="home/thesis.txt"))
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.txt"]
 
@@ -293,25 +293,25 @@ def test_resume_when_finished_already_then_the_same_answer(run, files_of):
     assert (code, again, files_of(folder)) == (0, first, before)
 
 
-def test_disk_when_full_then_one_sentence_and_resume_goes_on(run, tmp_path, tars, picture, make_tar, files_of):
+def test_disk_when_full_then_one_sentence_and_resume_goes_on(run, tmp_path, tars, make_image, make_tar, files_of):
     given = tmp_path / "given"
     for shard, pairs in enumerate((2, 30)):
-        samples = {f"{shard}{i:02d}": {"jpg": picture(100, 90, seed=i), "txt": b"A thing."} for i in range(pairs)}
+        samples = {f"{shard}{i:02d}": {"jpg": make_image(100, 90, seed=i), "txt": b"A thing."} for i in range(pairs)}
         make_tar(given / f"{shard}.tar", samples)
     flags = ("--shard-size", "40KB")
     _, _, straight = run("--shard-size", "40KB", given=given, output="straight")
     with files_of_at_most(32 << 10):
-        # The first task's shard is one block of 64 KiB, too.
+        # The first task's shard also takes one block of 64 KiB.
         said = refused(run(*flags, given=given))
     assert "--output cannot be written: File too large" in said and "--resume" in said
     folder = tmp_path / "out"
     assert not list(folder.glob("*.arrayrecord")) and not (folder / "dataset.json").exists()
     assert not list((folder / ".parts").glob("*.part"))
-    assert "not finished" in refused(run(*flags, given=given)) and "--resume" in refused(run(*flags, given=given))
+    assert "unfinished dataset" in refused(run(*flags, given=given)) and "--resume" in refused(run(*flags, given=given))
     assert "--shard-size is not 40000, with which this work began: 50000" in refused(
         run("--shard-size", "50KB", "--resume", given=given)
     )
-    make_tar(given / "2.tar", {"x": {"jpg": picture(), "txt": b"x"}})
+    make_tar(given / "2.tar", {"x": {"jpg": make_image(), "txt": b"x"}})
     assert "--input finds other files" in refused(run(*flags, "--resume", given=given))
     (given / "2.tar").unlink()
     code, _, folder = run(*flags, "--resume", given=given)
@@ -329,16 +329,16 @@ def test_output_when_another_run_is_at_it_then_refused_with_and_without_resume(r
 
 
 def start(tars, folder, *flags):
-    command = [sys.executable, "-m", "aimv2_jax.data.prepare", "--input", str(tars), "--output", str(folder), *flags]
+    command = [sys.executable, "-m", "aimv2_jax.prepare", "--input", str(tars), "--output", str(folder), *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory, make_tar, picture):
-    """Work of some seconds: 30 tars of 25 pairs, each of a task of its own."""
+def many(tmp_path_factory, make_tar, make_image):
+    """Input for some seconds of work: 30 tars of 30 pairs, one task per tar."""
     folder = tmp_path_factory.mktemp("many")
-    image = picture(200, 200, quality=60)
+    image = make_image(200, 200, quality=60)
     for shard in range(30):
         make_tar(
             folder / f"{shard:05d}.tar", {f"{shard}-{i:03d}": {"jpg": image, "txt": b"A thing."} for i in range(30)}
@@ -375,7 +375,7 @@ def assert_gone(pids):
 
 
 def when_under_way(process, folder):
-    """Waits until some tasks are finished; the processes of the run."""
+    """Waits until some tasks are finished; returns the processes of the run."""
     end = time.monotonic() + 30
     while len(list((folder / ".parts").glob("0*.json"))) < 3:
         assert process.poll() is None and time.monotonic() < end
@@ -408,13 +408,13 @@ def test_run_when_killed_midway_then_whole_shards_only_no_orphan_and_resume_make
     assert main(["--input", str(many), "--output", str(tmp_path / "out"), *MANY, "--resume"]) == 0
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == {
         name: times[name] for name in finished
-    }  # Not done again.
+    }  # Finished tasks are not run again.
     assert files_of(tmp_path / "out") == straight
 
 
-def test_run_when_interrupted_in_long_tasks_then_it_does_not_wait_for_them(tmp_path, make_tar, picture):
+def test_run_when_interrupted_in_long_tasks_then_it_does_not_wait_for_them(tmp_path, make_tar, make_image):
     buffer = io.BytesIO()
-    Image.new("RGB", (3000, 3000)).save(buffer, "PNG")  # Little to store, and long to decode.
+    Image.new("RGB", (3000, 3000)).save(buffer, "PNG")  # Small to store and slow to decode.
     for shard in range(2):
         samples = {f"{shard}-{i:03d}": {"png": buffer.getvalue(), "txt": b"A thing."} for i in range(500)}
         make_tar(tmp_path / f"given/{shard}.tar", samples)
@@ -445,7 +445,7 @@ def test_run_when_a_worker_is_killed_then_told_and_nothing_goes_on(many, tmp_pat
 def test_resume_when_what_is_finished_is_gone_cut_or_damaged_then_made_again(run, tmp_path, files_of):
     _, _, straight = run(*FLAGS, output="straight")
     with pytest.MonkeyPatch.context() as patch:
-        from aimv2_jax.data import prepare
+        from aimv2_jax.prepare import __main__ as prepare
 
         patch.setattr(prepare, "_finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert run(*FLAGS)[0] == 2
@@ -459,8 +459,8 @@ def test_resume_when_what_is_finished_is_gone_cut_or_damaged_then_made_again(run
 
 
 def test_resume_finds_shards_that_were_overwritten(run, tmp_path, files_of, monkeypatch):
-    """Bytes of the right size are looked into where somebody touched them; those that nobody changed stay."""
-    from aimv2_jax.data import prepare
+    """Files of the right size are verified if their modification time changed; unchanged ones are kept."""
+    from aimv2_jax.prepare import __main__ as prepare
 
     _, _, straight = run(*FLAGS, output="straight")
     with monkeypatch.context() as patch:
@@ -501,6 +501,6 @@ def test_beam_when_not_installed_then_the_extra_is_named(tmp_path, tars, capsys,
 
 def test_modules_when_imported_by_a_worker_then_no_jax_tensorflow_pyarrow_or_beam():
     heavy = ("jax", "tensorflow", "pyarrow", "apache_beam")
-    code = f"import sys, aimv2_jax.data.prepare; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, aimv2_jax.prepare; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

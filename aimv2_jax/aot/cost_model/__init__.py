@@ -1,0 +1,1 @@
+"""Step time predicted from the compiler's schedule and cycle estimates."""

@@ -1,0 +1,1 @@
+"""Verified checkpoints of the whole training state, with atomic commit and delete."""

@@ -1,0 +1,65 @@
+"""Command-line parsing: argparse with one-line errors and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from aimv2_jax.errors import EXIT_USER, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage text on errors, and without abbreviations, which would hide misspelt flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {' '.join(message.splitlines())}. See --help.", file=sys.stderr)
+        raise SystemExit(EXIT_USER)
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Splits `--config.KEY=VALUE` and `--config.KEY VALUE` from a command line: (the rest, [(KEY, VALUE), …])."""
+    rest, overrides = [], []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("--config."):
+            key, equals, value = word.removeprefix("--config.").partition("=")
+            overrides.append((key, value if equals else next(words, "")))
+        else:
+            rest.append(word)
+    return rest, overrides
+
+
+def positive(text: str, most: int = 2**31 - 1) -> int:
+    """Parses an integer from 1 to `most`; for argparse's `type=`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
+    return value
+
+
+def check_output(file: Path, suffix: str = "", flag: str = "--output") -> None:
+    """Checks `--output FILE` (or another `flag`) before any work is done; raises `UserError`."""
+    if not file.name.lower().endswith(suffix):
+        raise UserError(f"{flag}: the name does not end in {suffix}", str(file), f"Give a file such as new{suffix}")
+    if file.is_dir() or not file.name:
+        raise UserError(f"{flag} is a folder", str(file), f"Give a file in it, such as {file / ('new' + suffix)}")
+    if not file.parent.is_dir():
+        raise UserError(f"{flag}: no such folder", str(file.parent), "Create it first, or give another file")
+
+
+def make_output_folder(folder: Path) -> None:
+    """Creates the folder of `--output DIR` before any work is done; raises `UserError` if its path contains a file."""
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise UserError("--output is a file, or below a file", str(folder), "Give a folder")
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,144 @@
+"""Datasets: a folder of ArrayRecord shards and `dataset.json`. That file is written last and marks completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aimv2_jax import untrusted
+from aimv2_jax.data.dataset_stats import ASPECT, SIDE, DatasetStats, DropCount, Histogram, LostInput, count_of
+from aimv2_jax.data.records import BadRecord, Record, encode
+from aimv2_jax.data.shards import Shard, ShardWriter, place_in
+from aimv2_jax.data.transforms.decode import image_size
+from aimv2_jax.errors import UserError
+from aimv2_jax.storage.files import atomic_write
+
+FORMAT_VERSION = 3  # Version 3 of dataset.json counts the records with each kind; a record may have several captions.
+OLDEST_FORMAT = 1
+DATASET_FILE = "dataset.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """Contents of `dataset.json`.
+
+    `kinds` counts the captions of each kind, `records_with` the records that have one or more of them, `labels` lists
+    the label names. `samples` is the number of input samples; `drops` (by reason) and `lost` did not become records,
+    `changes` counts records that differ from their samples. `made` describes how the dataset was prepared. Format
+    version 1 has none of these counts: they are empty. Before version 3 a record has one caption of a kind.
+    """
+
+    format_version: int
+    shards: tuple[Shard, ...]
+    records: int
+    bytes: int
+    kinds: dict[str, int]
+    records_with: dict[str, int]
+    labels: tuple[str, ...]
+    samples: int
+    histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
+    drops: dict[str, DropCount] = dataclasses.field(default_factory=dict)
+    changes: dict[str, DropCount] = dataclasses.field(default_factory=dict)
+    lost: dict[str, LostInput] = dataclasses.field(default_factory=dict)
+    made: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_stats(cls, stats: DatasetStats, shards: Iterable[Shard], made: Mapping[str, Any]) -> DatasetInfo:
+        """The info of a dataset with these shards and statistics."""
+        shards = tuple(shards)
+        assert sum(shard.records for shard in shards) == stats.records
+        return cls(
+            format_version=FORMAT_VERSION,
+            shards=shards,
+            records=stats.records,
+            bytes=sum(shard.bytes for shard in shards),
+            kinds=dict(sorted(stats.kinds.items())),
+            records_with=dict(sorted(stats.records_with.items())),
+            labels=tuple(sorted(stats.labels)),
+            samples=stats.samples,
+            histograms=stats.histograms,
+            drops=dict(sorted(stats.drops.items())),
+            changes=dict(sorted(stats.changes.items())),
+            lost=dict(sorted(stats.lost.items())),
+            made=dict(made),
+        )
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`: one key per field of this class."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> DatasetInfo:
+        """Parses `dataset.json`; raises `ValueError`, `KeyError` or `TypeError` for invalid text."""
+        tree = untrusted.parse_json_object(text)
+        version = tree["format_version"]
+        if version not in range(OLDEST_FORMAT, FORMAT_VERSION + 1):
+            raise ValueError(f"format version {version}")
+        if version == 1:
+            tree = {
+                "samples": tree["records"],
+                "histograms": {},
+                "drops": {},
+                "changes": {},
+                "lost": {},
+                "made": {},
+            } | tree
+        if version > 1 and not {SIDE, ASPECT} <= tree["histograms"].keys():
+            raise ValueError("a histogram is missing")
+        kinds = _counts(tree["kinds"])
+        records_with = _counts(tree["records_with"]) if version > 2 else kinds
+        if records_with.keys() != kinds.keys() or any(records_with[kind] > kinds[kind] for kind in kinds):
+            raise ValueError("more records with captions than captions")
+        return cls(
+            format_version=version,
+            shards=tuple(Shard(str(s["file"]), count_of(s["records"]), count_of(s["bytes"])) for s in tree["shards"]),
+            records=count_of(tree["records"]),
+            bytes=count_of(tree["bytes"]),
+            kinds=kinds,
+            records_with=records_with,
+            labels=tuple(map(str, tree["labels"])),
+            samples=count_of(tree["samples"]),
+            histograms={name: Histogram.from_tree(entry) for name, entry in tree["histograms"].items()},
+            drops={reason: DropCount.from_tree(entry) for reason, entry in tree["drops"].items()},
+            changes={name: DropCount.from_tree(entry) for name, entry in tree["changes"].items()},
+            lost={reason: LostInput.from_tree(entry) for reason, entry in tree["lost"].items()},
+            made=dict(tree["made"]),
+        )
+
+
+def _counts(tree: Mapping[str, Any]) -> dict[str, int]:
+    return {str(name): count_of(value) for name, value in tree.items()}
+
+
+def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: int = 1 << 30) -> DatasetInfo:
+    """Writes `records` in order to `folder`, in shards of about `shard_bytes`; equal records give equal bytes.
+
+    Each shard is written atomically, and `dataset.json` after all shards.
+
+    Raises:
+      UserError: if the folder already holds a dataset.
+    """
+    folder = Path(folder)
+    if (folder / DATASET_FILE).exists():
+        raise UserError(
+            "the folder already holds a dataset", str(folder), "Remove it first, or write to another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    stats = DatasetStats()
+    with ShardWriter(folder, place_in(folder), shard_bytes) as writer:
+        for record in records:
+            writer.write(encode(record))
+            stats.keep(record.captions, record.labels, _image_size(record.image))
+    info = DatasetInfo.from_stats(stats, writer.shards, made={})
+    atomic_write(folder / DATASET_FILE, info.to_json().encode())
+    return info
+
+
+def _image_size(image: bytes) -> tuple[int, int] | None:
+    try:
+        return image_size(image)
+    except BadRecord:
+        return None

@@ -1,0 +1,188 @@
+"""Dataset statistics: records, dropped samples and lost input, which always add up to the samples."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from aimv2_jax import untrusted
+from aimv2_jax.data.records import texts_of
+
+FIRST_KEYS = 10
+_MAX_COUNT = (1 << 63) - 1  # The maximum of numpy's int64.
+_MAX_KEY_LETTERS = 200  # Longer keys are shortened here.
+
+SIDE, ASPECT = "shorter_side_px", "aspect"
+_EDGES = {
+    SIDE: tuple(float(n) for k in range(4, 13) for n in (2**k, 3 * 2 ** (k - 1))[: 2 if k < 12 else 1]),
+    # Width / height in quarter octaves; squares are in the middle of a bin. Rounded to be equal on all machines.
+    ASPECT: tuple(round(2 ** ((k + 0.5) / 4), 4) for k in range(-19, 19)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Counts of values in [edges[i], edges[i + 1]); the first and last bin also count values beyond the edges."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.counts) != len(self.edges) - 1:
+            raise ValueError(f"{len(self.counts)} counts between {len(self.edges)} edges")
+        if not all(0 < low < high < math.inf for low, high in itertools.pairwise(self.edges)):
+            raise ValueError(f"edges {self.edges}")
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Histogram:
+        return cls(tuple(map(float, tree["edges"])), tuple(map(count_of, tree["counts"])))
+
+
+@dataclasses.dataclass(frozen=True)
+class DropCount:
+    """Number of samples, and the first of their keys."""
+
+    count: int = 0
+    keys: tuple[str, ...] = ()
+
+    def plus(self, count: int, keys: tuple[str, ...]) -> DropCount:
+        """Adds counts; keeps the first keys."""
+        return DropCount(self.count + count, (self.keys + keys)[:FIRST_KEYS])
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> DropCount:
+        return cls(count_of(tree["count"]), tuple(tree["keys"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class LostInput:
+    """Unreadable input: samples (as far as known), bytes and the first keys."""
+
+    samples: int = 0
+    bytes: int = 0
+    keys: tuple[str, ...] = ()
+
+    def plus(self, samples: int, num_bytes: int, keys: tuple[str, ...]) -> LostInput:
+        """Adds counts; keeps the first keys."""
+        return LostInput(self.samples + samples, self.bytes + num_bytes, (self.keys + keys)[:FIRST_KEYS])
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> LostInput:
+        return cls(count_of(tree["samples"]), count_of(tree["bytes"]), tuple(tree["keys"]))
+
+
+class DatasetStats:
+    """Running statistics of a dataset in preparation; the statistics of parts can be added.
+
+    `kinds` counts the captions of each kind, `records_with` the records that have one or more of them.
+    `drops` counts dropped samples by reason, `changes` records that differ from their samples, `lost` unreadable input.
+    """
+
+    def __init__(self):
+        self.records = 0
+        self.kinds: collections.Counter[str] = collections.Counter()
+        self.records_with: collections.Counter[str] = collections.Counter()
+        self.labels: set[str] = set()
+        self.drops: dict[str, DropCount] = {}
+        self.changes: dict[str, DropCount] = {}
+        self.lost: dict[str, LostInput] = {}
+        self._bins = {name: [0] * (len(edges) - 1) for name, edges in _EDGES.items()}
+
+    @property
+    def samples(self) -> int:
+        """Number of input samples: records, dropped and lost."""
+        dropped = sum(drop.count for drop in self.drops.values())
+        return self.records + dropped + sum(lost.samples for lost in self.lost.values())
+
+    @property
+    def histograms(self) -> dict[str, Histogram]:
+        """Histograms of the records' images: shorter side, and width / height."""
+        return {name: Histogram(edges, tuple(self._bins[name])) for name, edges in _EDGES.items()}
+
+    def keep(
+        self, captions: Mapping[str, str | list[str]], labels: Mapping[str, str], size: tuple[int, int] | None
+    ) -> None:
+        """Counts a record; `size` is the (width, height) of its image, if known."""
+        self.records += 1
+        for kind, texts in captions.items():
+            if count := len(texts_of(texts)):
+                self.kinds[kind] += count
+                self.records_with[kind] += 1
+        self.labels.update(labels)
+        if size is not None:
+            for name, value in ((SIDE, min(size)), (ASPECT, size[0] / size[1])):
+                index = bisect.bisect_right(_EDGES[name], value) - 1
+                self._bins[name][min(max(index, 0), len(self._bins[name]) - 1)] += 1
+
+    def drop(self, reason: str, key: str) -> None:
+        """Counts the sample `key` as dropped for `reason`."""
+        self.drops[reason] = self.drops.get(reason, DropCount()).plus(1, (_shorten_key(key),))
+
+    def change(self, change: str, key: str) -> None:
+        """Counts `change` to the sample of record `key`, which is also counted by `keep`."""
+        self.changes[change] = self.changes.get(change, DropCount()).plus(1, (_shorten_key(key),))
+
+    def lose(self, reason: str, samples: int, num_bytes: int, key: str | None) -> None:
+        """Counts `samples` that could not be read, the first with key `key`, and their bytes of input."""
+        keys = () if key is None else (_shorten_key(key),)
+        self.lost[reason] = self.lost.get(reason, LostInput()).plus(samples, num_bytes, keys)
+
+    def add(self, other: DatasetStats) -> None:
+        """Adds the statistics of the part that follows this one; the first keys are those of the earlier part."""
+        self.records += other.records
+        self.kinds.update(other.kinds)
+        self.records_with.update(other.records_with)
+        self.labels |= other.labels
+        for reason, drop in other.drops.items():
+            self.drops[reason] = self.drops.get(reason, DropCount()).plus(drop.count, drop.keys)
+        for name, change in other.changes.items():
+            self.changes[name] = self.changes.get(name, DropCount()).plus(change.count, change.keys)
+        for reason, lost in other.lost.items():
+            self.lost[reason] = self.lost.get(reason, LostInput()).plus(lost.samples, lost.bytes, lost.keys)
+        for name, counts in other._bins.items():
+            self._bins[name] = [a + b for a, b in zip(self._bins[name], counts)]
+
+    def to_tree(self) -> dict[str, Any]:
+        """The statistics as a JSON tree; equal for equal statistics."""
+        return {
+            "records": self.records,
+            "kinds": dict(sorted(self.kinds.items())),
+            "records_with": dict(sorted(self.records_with.items())),
+            "labels": sorted(self.labels),
+            "drops": _trees(self.drops),
+            "changes": _trees(self.changes),
+            "lost": _trees(self.lost),
+            "bins": self._bins,
+        }
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> DatasetStats:
+        """The inverse of `to_tree`."""
+        stats = cls()
+        stats.records = tree["records"]
+        stats.kinds.update(tree["kinds"])
+        stats.records_with.update(tree["records_with"])
+        stats.labels = set(tree["labels"])
+        stats.drops = {reason: DropCount.from_tree(entry) for reason, entry in tree["drops"].items()}
+        stats.changes = {name: DropCount.from_tree(entry) for name, entry in tree["changes"].items()}
+        stats.lost = {reason: LostInput.from_tree(entry) for reason, entry in tree["lost"].items()}
+        stats._bins = {name: list(tree["bins"][name]) for name in _EDGES}
+        return stats
+
+
+def count_of(value: Any) -> int:
+    """Returns `value` if it is a non-negative integer within numpy's int64; raises `ValueError` otherwise."""
+    return untrusted.as_int(value, 0, _MAX_COUNT)
+
+
+def _trees(entries: Mapping[str, DropCount | LostInput]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(entry) for name, entry in sorted(entries.items())}
+
+
+def _shorten_key(key: str) -> str:
+    return key if len(key) <= _MAX_KEY_LETTERS else key[: _MAX_KEY_LETTERS - 3] + "..."

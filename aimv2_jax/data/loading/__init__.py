@@ -1,0 +1,1 @@
+"""Batches built in worker processes or threads, ahead of the training step."""

@@ -1,0 +1,147 @@
+"""Read-ahead: a thread pool fetches the records of coming examples while earlier ones are decoded.
+
+When every read takes 50 ms (a mounted bucket, a parallel file system), 32 reads at a time are 640 records per second.
+When reads are quick (a local disk), handing them to threads costs more than it saves, and no threads are used.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+
+MAX_WAITING_BYTES = 64 << 20
+"""Limit on the bytes that are fetched or in flight per batch builder and not yet taken."""
+
+QUICK_S = 0.0005
+"""A read this short is mostly CPU work (copies, checksum), which no thread hides; a hand-over takes 0.1 ms."""
+
+_SLOW_BUDGET_S = 0.02  # Accumulated time above `quick_s` before the threads start for good.
+_MAX_SLOW_READ_S = _SLOW_BUDGET_S / 4  # Cap per read, so that one hiccup does not start the pool.
+_FETCHES_PER_THREAD = 2  # In flight or ready, so that a thread finds work while an image is decoded.
+
+
+class Fetch(Protocol):
+    """What is fetched for one example."""
+
+    def advance(self) -> None:
+        """Fetches the data, in a thread of the pool."""
+
+    @property
+    def size(self) -> int:
+        """Bytes held after `advance`; the expected number before."""
+
+
+F = TypeVar("F", bound=Fetch)
+
+
+class ReadAhead:
+    """Runs the fetches of consecutive batches in order, ahead of the consumer.
+
+    Safe to use from several threads, each building its own batch; pickles without its threads.
+
+    Args:
+      threads: concurrent fetches; 0: the consumer runs each fetch when it takes it.
+      stride: after batch n comes batch n + stride, whose fetches start while those of n are still being taken; None:
+        the next batch is unknown, and no fetch starts before its batch is requested.
+      quick_s: while fetches take no longer than this, the consumer runs them itself.
+    """
+
+    def __init__(self, threads: int = 0, stride: int | None = None, quick_s: float = 0.0):
+        self._threads = threads
+        self._stride = stride
+        self._quick_s = quick_s
+        self._budget_s = _SLOW_BUDGET_S if quick_s else 0.0
+        self._pool: ThreadPoolExecutor | None = None
+        self._window: _Window | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadAhead, (self._threads, self._stride, self._quick_s)
+
+    def __call__(self, number: int, fetches: Callable[[int], Iterable[F]]) -> Iterator[F]:
+        """Yields the completed fetches of batch `number`; the error of a fetch is raised in its turn.
+
+        Args:
+          number: the batch.
+          fetches: number -> the fetches of that batch, in order; the same at every call.
+        """
+        rest = iter(fetches(number))
+        started = False
+        while not self._threads or self._budget_s > 0:
+            fetch = next(rest, None)
+            if fetch is None:
+                return
+            start = time.perf_counter()
+            fetch.advance()
+            excess_s = min(time.perf_counter() - start - self._quick_s, _MAX_SLOW_READ_S)
+            self._budget_s = min(self._budget_s - excess_s, _SLOW_BUDGET_S)
+            started = True
+            yield fetch
+        window = self._resume_window(number, rest, fetches, started)
+        while window.next_batch() == number:
+            yield window.take()
+        if self._stride is not None:
+            self._window = window
+
+    def _resume_window(
+        self, number: int, rest: Iterator[F], fetches: Callable[[int], Iterable[F]], started: bool
+    ) -> _Window[F]:
+        """The window over the rest of batch `number`: the previous one if it stopped at its start, or a new one."""
+        with self._lock:
+            window, self._window = self._window, None
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="reads")
+            pool = self._pool
+        if window is not None and not started and window.next_batch() == number:
+            return window
+        later = itertools.count(number + self._stride, self._stride) if self._stride else ()
+        wanted = ((batch, fetch) for batch in later for fetch in fetches(batch))
+        wanted = itertools.chain(((number, fetch) for fetch in rest), wanted)
+        return _Window(pool, wanted, _FETCHES_PER_THREAD * self._threads)
+
+
+class _Window(Generic[F]):
+    """The fetches that are in flight, or completed and not yet taken."""
+
+    def __init__(self, pool: ThreadPoolExecutor, wanted: Iterator[tuple[int, F]], length: int):
+        self._pool = pool
+        self._wanted = wanted
+        self._length = length
+        self._waiting: collections.deque[tuple[int, F, Future[None]]] = collections.deque()
+        self._waiting_bytes = 0
+        self._lock = threading.Lock()
+
+    def next_batch(self) -> int | None:
+        """The batch number of the next fetch; None after the last."""
+        self._start_more()
+        return self._waiting[0][0] if self._waiting else None
+
+    def take(self) -> F:
+        """The next fetch, completed."""
+        _, fetch, done = self._waiting.popleft()
+        self._start_more()
+        done.result()
+        self._add_bytes(-fetch.size)
+        return fetch
+
+    def _start_more(self) -> None:
+        while not self._waiting or (len(self._waiting) < self._length and self._waiting_bytes < MAX_WAITING_BYTES):
+            batch, fetch = next(self._wanted, (None, None))
+            if fetch is None:
+                return
+            self._add_bytes(fetch.size)
+            self._waiting.append((batch, fetch, self._pool.submit(self._run, fetch)))
+
+    def _run(self, fetch: F) -> None:
+        expected = fetch.size
+        fetch.advance()
+        self._add_bytes(fetch.size - expected)
+
+    def _add_bytes(self, size: int) -> None:
+        with self._lock:
+            self._waiting_bytes += size

@@ -1,0 +1,1 @@
+"""Batch composition and batch size as pure functions of seed and step."""

@@ -1,0 +1,1 @@
+"""Transforms from encoded images and stored captions to patches and clean text."""

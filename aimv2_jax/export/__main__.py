@@ -1,0 +1,108 @@
+"""Exports an encoder or a whole model, and verifies the result.
+
+    python -m aimv2_jax.export --checkpoint runs/mine --output exported         # for Hugging Face's transformers
+    python -m aimv2_jax.export --checkpoint runs/mine --output exported --format orbax          # for users of JAX
+    python -m aimv2_jax.export --checkpoint runs/mine --output exported --whole # with decoder and tokenizer
+    python -m aimv2_jax.export --import apple.safetensors --output imported --format orbax
+
+With --format hf the folder has model.safetensors, config.json, preprocessor_config.json and a model card, README.md.
+`transformers` reads it with Aimv2VisionModel.from_pretrained and AutoImageProcessor.from_pretrained. With --format
+orbax the folder is a checkpoint of the encoder's parameters, with --whole of all parameters; --checkpoint and init.path
+take such a folder. At the end the export is read back and compared with its source, also on real images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aimv2_jax.cli import Parser, make_output_folder, positive
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
+from aimv2_jax.export.hf_export import write_folder
+from aimv2_jax.export.orbax_export import write_encoder, write_model
+from aimv2_jax.export.verify import check_model, check_written
+from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.pretrained.source import open_weights
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses and checks the command line."""
+    summary, _, epilog = __doc__.partition("\n\n")
+    parser = Parser(prog="python -m aimv2_jax.export", description=summary, epilog=epilog)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="SPEC", help="WORKDIR (its best step), WORKDIR:STEP or WORKDIR:last")
+    source.add_argument(
+        "--import",
+        dest="foreign",
+        metavar="PATH",
+        help="a Hugging Face folder, or a .safetensors file in its or Apple's names",
+    )
+    add("--output", required=True, type=Path, metavar="DIR", help="a new or empty folder")
+    add("--format", choices=("hf", "orbax"), default="hf", help="default %(default)s")
+    add("--whole", action="store_true", help="export encoder, decoder, tokenizer and config, for aimv2_jax")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype for --format hf (default float32)")
+    add(
+        "--max-file-size",
+        type=_size,
+        default=5 * 10**9,
+        metavar="N",
+        help="largest size of a file, such as 5GB (the default)",
+    )
+    heads_help = "attention heads of a single .safetensors file, if they are not 128 wide"
+    add("--heads", type=positive, metavar="N", help=heads_help)
+    add(
+        "--weights",
+        choices=("average", "raw"),
+        default="average",
+        help="parameters of a run that kept an average (default %(default)s)",
+    )
+    flags = parser.parse_args(arguments)
+    if flags.whole and flags.foreign:
+        parser.error("--whole is for --checkpoint: an imported model has no decoder")
+    if flags.dtype and (flags.whole or flags.format == "orbax"):
+        parser.error("--dtype is for --format hf: checkpoints are float32")
+    if flags.heads and not flags.foreign:
+        parser.error("--heads is for --import")
+    return flags
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+)([KMG]B)?", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB")
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+@cli_main
+def main(arguments: Sequence[str] | None = None) -> int:
+    skip_absent_tpu()
+    flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    weights = open_weights(flags.checkpoint or flags.foreign, flags.heads, flags.weights)
+    if weights.ignored:
+        count, example = len(weights.ignored), weights.ignored[0]
+        print(f"ignored: {count} tensors of other parts of the model, such as {example}")
+    make_output_folder(flags.output)
+    if any(flags.output.iterdir()):
+        raise UserError("--output is not empty", str(flags.output), "Give a new folder")
+    if flags.whole:
+        write_model(flags.output, flags.checkpoint, flags.weights)
+    elif flags.format == "orbax":
+        write_encoder(flags.output, weights)
+    else:
+        write_folder(flags.output, weights, flags.dtype or "float32", flags.max_file_size)
+    if flags.whole:
+        print(check_model(flags.output, flags.checkpoint, flags.weights))
+    else:
+        print(check_written(flags.output, weights, flags.dtype or "float32"))
+    print(f"wrote {flags.output}")
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

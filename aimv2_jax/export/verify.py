@@ -1,0 +1,86 @@
+"""Verifies an export: reads it back and compares tensors and the features of real images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from flax import traverse_util
+from PIL import Image
+
+from aimv2_jax.data import records
+from aimv2_jax.data.sources import Source
+from aimv2_jax.data.transforms.decode import decode_image
+from aimv2_jax.errors import UserError
+from aimv2_jax.export.hf_export import cast
+from aimv2_jax.pretrained.encoder import encoder_of
+from aimv2_jax.pretrained.lazy_weights import LazyWeights
+from aimv2_jax.pretrained.model import WeightChoice, load
+from aimv2_jax.pretrained.source import open_weights
+from aimv2_jax.storage.paths import resolve_path
+
+_IMAGES = "package:data/sample/test/photo"
+_NUM_IMAGES = 4
+# Largest difference of features, in units of the largest entry. Two compiled programs may sum in another order; a dtype
+# with n significant bits rounds every tensor by 2^-n, and the errors accumulate over the blocks.
+_TOLERANCES = {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.25}
+
+
+def sample_images(count: int = _NUM_IMAGES) -> list[Image.Image]:
+    """The first `count` bundled test photographs."""
+    source = Source("photo", _IMAGES)
+    return [decode_image(records.decode(source.read(index)).image) for index in range(count)]
+
+
+def check_written(folder: Path, weights: LazyWeights, dtype: str) -> str:
+    """Compares `folder` with the encoder `weights` that were written there as `dtype`; returns a line to print.
+
+    Every tensor must equal the source's, rounded to `dtype`, bit for bit; features must agree within that rounding.
+
+    Raises:
+      UserError: for a value that is too large for `dtype`.
+      RuntimeError: for any difference: our bug, or a faulty disk.
+    """
+    written = open_weights(folder)
+    if (written.spec, written.shapes) != (weights.spec, weights.shapes):
+        raise RuntimeError(f"{folder} describes another model than was written: {written.spec}, {weights.spec}")
+    for name in weights.shapes:
+        [source_tensor] = weights.read([name]).values()
+        rounded = cast(source_tensor, dtype).astype(np.float32)
+        if not np.isfinite(rounded).all():
+            raise UserError(f"{name} has values that are not finite in this dtype", dtype, "Export another --dtype")
+        [written_tensor] = written.read([name]).values()
+        if not np.array_equal(rounded, written_tensor):
+            raise RuntimeError(f"{folder} has {name} with other values than were written")
+    images = sample_images()
+    before, after = (encoder_of(lazy_weights)(images) for lazy_weights in (weights, written))
+    difference = max(_difference(expected, actual) for expected, actual in zip(before, after))
+    if not difference <= _TOLERANCES[dtype]:
+        raise RuntimeError(
+            f"{folder} gives other features than its source: they differ by {difference:.1e} of the largest entry"
+        )
+    return (
+        f"verified: {len(weights.shapes)} tensors are equal bit for bit"
+        f"{'' if dtype == 'float32' else f', rounded to {dtype}'}; features of {len(images)} images differ by "
+        f"{difference:.1e} of the largest entry"
+    )
+
+
+def check_model(folder: Path, spec: str, weights: WeightChoice) -> str:
+    """Compares a whole model: every tensor of encoder and decoder, and the tokenizer's bytes."""
+    written, source = load(str(folder)), load(spec, weights)
+    expected, actual = (traverse_util.flatten_dict(model.params, sep="/") for model in (source, written))
+    if expected.keys() != actual.keys():
+        raise RuntimeError(f"{folder} has other tensors than were written: {sorted(expected.keys() ^ actual.keys())}")
+    for name, tensor in expected.items():
+        if not np.array_equal(tensor, actual[name]):
+            raise RuntimeError(f"{folder} has {name} with other values than were written")
+    paths = [resolve_path(model.config.tokenizer.path) for model in (source, written)]
+    if paths[0].read_bytes() != paths[1].read_bytes():
+        raise RuntimeError(f"{folder} has another tokenizer than was written")
+    return f"verified: {len(expected)} tensors and the tokenizer are equal bit for bit"
+
+
+def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    """The largest difference, in units of the largest entry of `expected`."""
+    return float(np.max(np.abs(expected - actual)) / np.max(np.abs(expected)))

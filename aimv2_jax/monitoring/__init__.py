@@ -1,0 +1,1 @@
+"""Events, metrics, goodput, profiles and reports of a run."""

@@ -1,0 +1,1 @@
+"""Preparation of datasets: input formats, filters, output shards, runners and tokenizer training."""

@@ -1,0 +1,154 @@
+"""Discovery of input shards in files, folders and globs; formats are recognised by content."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import posixpath
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from etils import epath
+
+from aimv2_jax.data.transforms.decode import FORMAT_OF
+from aimv2_jax.errors import UserError
+from aimv2_jax.prepare.inputs import open_files, tables, webdataset
+from aimv2_jax.prepare.inputs.formats import FORMATS
+from aimv2_jax.prepare.inputs.samples import InputShard
+from aimv2_jax.storage.paths import resolve_path
+from aimv2_jax.untrusted import is_inside
+
+_HEAD_BYTES = 64 << 10
+_THREADS = 64  # Requests to a bucket are slow but run in parallel.
+# Suffixes of files that are not opened in folders, which may hold millions of them.
+_SKIPPED_SUFFIXES = tuple(f".{suffix}" for suffix in (*FORMAT_OF, "txt", "arrayrecord"))
+_SUPPORTED_FORMATS = (
+    "Supported inputs are webdataset tars, parquet with a column of images, and .jsonl or .csv tables whose rows name "
+    "their images in a column " + ", ".join(tables.IMAGES)
+)
+
+
+def find_shards(inputs: Sequence[str], follow_links: bool = False) -> list[InputShard]:
+    """Finds the shards of all `inputs` (PATHs and GLOBs, local or remote), each once, sorted by path.
+
+    Args:
+      follow_links: follows links that lead out of a local folder.
+
+    Raises:
+      UserError: if one of `inputs` does not exist, cannot be read or has no shards, a parquet table has no images, or a
+        link in a folder must not be followed.
+    """
+    found: dict[tuple[str, int], InputShard] = {}
+    for given in inputs:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            candidates = pool.map(_recognise, _candidates(given, pool, follow_links))
+            results = [result for result in candidates if result is not None]
+        shards = [shard for _, result in results if isinstance(result, list) for shard in result]
+        kinds = {shard.kind for shard in shards}
+        for kind, result in results:
+            # A table without images is an error next to tables with images; next to tars it may be an index of them.
+            if isinstance(result, UserError) and (not shards or kind in kinds):
+                raise result
+        if not shards:
+            raise UserError("--input has no readable input files", given, _SUPPORTED_FORMATS)
+        found |= {(s.path, s.start): dataclasses.replace(s, follow_links=follow_links) for s in shards}
+    unique: dict[tuple[str, int], InputShard] = {}
+    # Files come before links to them, because the files that belong to a tar are in the tar's own folder.
+    for shard in sorted(found.values(), key=lambda shard: (shard.path != _real(shard.path), shard.path)):
+        unique.setdefault((_real(shard.path), shard.start), shard)
+    return sorted(unique.values(), key=lambda shard: (shard.path, shard.start))
+
+
+def _real(path: str) -> str:
+    """Path of a file with all links resolved."""
+    return path if open_files.is_remote(path) else os.path.realpath(path)
+
+
+def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
+    """Paths that `given` matches, sorted."""
+    if not given:  # Probably an unset shell variable; as a path it would be the current folder.
+        raise UserError("--input is empty", given, "Give a file, a folder or a glob")
+    if open_files.is_remote(given):
+        with open_files.remote_errors(given):
+            return _expanded(given, [str(path) for path in _remote_glob(given)], pool, follow_links)
+    path = os.path.abspath(resolve_path(given))
+    if os.path.lexists(path):
+        return _expanded(given, [path], pool, follow_links)
+    matches = glob.glob(path, recursive=True)
+    if not follow_links:  # The user chose a named path, but not the files that a pattern matches.
+        _refuse_links(matches)
+    return _expanded(given, matches, pool, follow_links)
+
+
+def _remote_glob(given: str) -> list[epath.Path]:
+    path = epath.Path(given)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(given):
+        return []
+    scheme, _, rest = given.partition("://")
+    bucket, _, pattern = rest.partition("/")
+    return list(epath.Path(f"{scheme}://{bucket}").glob(pattern))
+
+
+def _expanded(given: str, matches: list[str], pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
+    if not matches:
+        raise UserError("--input does not exist", given, "Give a file, a folder or a glob that matches files")
+    paths: set[str] = set()
+    for match, is_folder in zip(matches, pool.map(_is_folder, matches)):
+        paths.update(_walk(match, follow_links) if is_folder else [match])
+    # Files that img2dataset writes beside a tar belong to it, even if the tar itself is not given.
+    tars = {path: _tars_of(path) for path in paths}
+    folders = {posixpath.dirname(path) for path in paths if tars[path] and not paths.intersection(tars[path])}
+    existing = paths.union(*pool.map(_listing, folders))
+    return sorted(path for path in paths if not existing.intersection(tars[path]))
+
+
+def _is_folder(path: str) -> bool:
+    return epath.Path(path).is_dir()
+
+
+def _listing(folder: str) -> set[str]:
+    return open_files.call_on_path(folder, lambda: {str(path) for path in epath.Path(folder).iterdir()})
+
+
+def _tars_of(path: str) -> list[str]:
+    """Tars for which img2dataset would write `path` as a table or statistics."""
+    stems = [path.removesuffix(suffix) for suffix in ("_stats.json", ".json", ".parquet") if path.endswith(suffix)]
+    return [stem + suffix for stem in stems for suffix in webdataset.SUFFIXES]
+
+
+def _walk(folder: str, follow_links: bool) -> list[str]:
+    paths = []
+    for parent, folders, names in epath.Path(folder).walk():
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [
+            posixpath.join(str(parent), name)
+            for name in names
+            if not name.startswith(".") and not name.lower().endswith(_SKIPPED_SUFFIXES)
+        ]
+    if not (follow_links or open_files.is_remote(folder)):
+        _refuse_links(paths, folder)
+    return paths
+
+
+def _refuse_links(paths: list[str], folder: str | None = None) -> None:
+    """Raises `UserError` for a link to a file outside `folder`, by default the folder of the link."""
+    for path in paths:
+        if os.path.islink(path) and not os.path.isdir(path) and not is_inside(path, folder or os.path.dirname(path)):
+            remedy = "Remove it, or give --follow-links to follow such links"
+            raise UserError("--input has a link that leads out of its folder", path, remedy)
+
+
+def _recognise(path: str) -> tuple[str, list[InputShard] | UserError] | None:
+    """(format, shards or error) of the file at `path`; None if it is not an input."""
+    if not open_files.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+        return None  # Opening a pipe would block forever.
+    num_bytes = open_files.file_size(path)
+    head = open_files.read_range(path, 0, _HEAD_BYTES)
+    for name, input_format in FORMATS.items():
+        if input_format.recognises(head, path):
+            return name, open_files.call_on_path(path, partial(input_format.shards, path, num_bytes))
+    return None

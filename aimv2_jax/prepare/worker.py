@@ -1,0 +1,91 @@
+"""Execution of one task: filters its samples and writes its output shards and statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Collection, Iterator
+
+from aimv2_jax.data.dataset_stats import DatasetStats
+from aimv2_jax.data.records import encode
+from aimv2_jax.data.shards import ShardWriter
+from aimv2_jax.errors import UserError
+from aimv2_jax.prepare.filters import DroppedSample, Rules, check
+from aimv2_jax.prepare.inputs import reader as inputs
+from aimv2_jax.prepare.inputs.samples import BadInput, InputShard, Sample
+from aimv2_jax.prepare.output import OutputFolder, TaskResult
+from aimv2_jax.prepare.slow_samples import SlowSampleLog
+from aimv2_jax.prepare.tasks import Task
+
+RESUME_HINT = "then run the same command with --resume to keep finished work"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Arguments that all tasks of a run share."""
+
+    output: str
+    rules: Rules
+
+
+def run_task(task: Task, job: Job) -> TaskResult:
+    """Writes the shards of `task` and then its result, which depends only on the task and the rules.
+
+    Raises:
+      UserError: if the input cannot be opened, or the output cannot be written.
+    """
+    output, stats = OutputFolder(job.output), DatasetStats()
+    try:
+        with (
+            output.scratch() as scratch,
+            ShardWriter(scratch, output.add_file, task.limit, task.prefix) as writer,
+            SlowSampleLog() as log,
+        ):
+            for shard in task.shards:
+                _prepare_shard(shard, job.rules, stats, writer, log)
+        result = TaskResult(tuple(writer.shards), stats)
+        output.finish_task(task, result)
+    except OSError as error:  # `_read_errors` converts those of the input.
+        what = f"--output cannot be written: {os.strerror(error.errno) if error.errno else error}"
+        remedy = f"Free some space there or fix the cause, {RESUME_HINT}"
+        raise UserError(what, error.filename or job.output, remedy) from error
+    return result
+
+
+def _prepare_shard(
+    shard: InputShard, rules: Rules, stats: DatasetStats, writer: ShardWriter, log: SlowSampleLog
+) -> None:
+    log.begin(f"the first sample of {shard.path}")
+    if not rules.captions:
+        with _read_errors(shard):
+            rules = dataclasses.replace(rules, captions=inputs.default_captions(shard))
+    for item in _items(shard, rules.fields):
+        log.begin(f"{item.key} of {shard.path}, or the sample after it,")
+        if isinstance(item, BadInput):
+            stats.lose(item.reason, item.samples, item.num_bytes, item.key)
+            continue
+        try:
+            checked = check(item, rules)
+        except DroppedSample as dropped:
+            stats.drop(dropped.reason, item.key)
+            continue
+        record = checked.record
+        writer.write(encode(record))
+        stats.keep(record.captions, record.labels, checked.size)
+        for change in checked.changes:
+            stats.change(change, record.key)
+
+
+def _items(shard: InputShard, fields: Collection[str]) -> Iterator[Sample | BadInput]:
+    with _read_errors(shard):
+        yield from inputs.read(shard, fields)
+
+
+@contextlib.contextmanager
+def _read_errors(shard: InputShard) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"--input cannot be read: {os.strerror(error.errno) if error.errno else error}"
+        raise UserError(what, error.filename or shard.path, f"Fix it or leave it out, {RESUME_HINT}") from error

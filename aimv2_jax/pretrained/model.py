@@ -1,0 +1,144 @@
+"""Loads a trained model from a checkpoint onto the local devices, whatever mesh it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader, has_average, parse_spec
+from aimv2_jax.config import Config, TokenizerConfig, build_config, config_to_dict
+from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.errors import UserError
+from aimv2_jax.models.position_embeddings import resize_positions
+from aimv2_jax.parallel import rules
+from aimv2_jax.parallel.mesh import build_mesh
+from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.storage.paths import resolve_path
+from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
+
+WeightChoice = Literal["average", "raw"]
+"""Parameters to load from a run that kept an average."""
+
+TOKENIZER = "tokenizer.model"
+"""File name of the run's tokenizer in an export with `--whole`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedModel:
+    """A model after `step` steps of the run in `workdir`, with `params` replicated on every device of `mesh`.
+
+    `params` are the run's averaged parameters if it kept them, unless raw ones were requested.
+    """
+
+    config: Config
+    task: PretrainTask
+    params: Params
+    workdir: str
+    step: int
+    mesh: Mesh
+
+    @property
+    def name(self) -> str:
+        """The `--checkpoint` value for exactly this step."""
+        return f"{self.workdir}:{self.step}"
+
+    def put(self, arrays: Any) -> Any:
+        """Puts a tree of batch arrays on the devices: rows are split if they divide evenly, else replicated."""
+        divides = all(len(leaf) % self.mesh.size == 0 for leaf in jax.tree.leaves(arrays))
+        return jax.device_put(arrays, (rules.batch_sharding if divides else rules.replicated)(self.mesh))
+
+    def with_eval(self, **values: Any) -> PretrainedModel:
+        """This model with some keys of config `eval` changed."""
+        evaluation = dataclasses.replace(self.config.eval, **values)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, eval=evaluation))
+
+    def at_resolution(self, resolution: str) -> PretrainedModel:
+        """This model for held-out images of another resolution, to which learned positions are resized.
+
+        Args:
+          resolution: "336" for centre squares of 336 pixels; "native:256" for whole images in at most 256 patches.
+
+        Raises:
+          UserError: for an unknown format, or a resolution that this model does not support.
+        """
+        native, _, number = resolution.rpartition(":")
+        if not number.isdecimal() or native not in ("", "native"):
+            raise UserError("--resolution is unknown", resolution, "Give pixels such as 336, or native:256 (patches)")
+        tree = config_to_dict(self.config)
+        tree["eval"]["area"] = int(number) if native else None
+        if not native:
+            tree["data"]["image_size"] = int(number)
+        config = build_config(tree)
+        params = self.params
+        if config.model.encoder.position == "learned" and config.grid != self.config.grid:
+            table = resize_positions(params["encoder"]["position"], self.config.grid, config.grid)
+            params = params | {"encoder": params["encoder"] | {"position": table}}
+        return dataclasses.replace(self, config=config, task=build_task(config), params=params)
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer, from the config's path or from an export's own file."""
+        config, decoder = self.config, self.config.model.decoder
+        return Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
+
+    def tokenizer_file(self) -> bytes:
+        """The bytes of the tokenizer's file; raises `UserError` as `tokenizer` does."""
+        self.tokenizer()
+        return resolve_path(self.config.tokenizer.path).read_bytes()
+
+
+def load(spec: str, weights: WeightChoice = "average") -> PretrainedModel:
+    """Loads the model that `spec` names: `WORKDIR` (its best step), `WORKDIR:STEP` or `WORKDIR:last`.
+
+    Reads only one set of parameters, and writes nothing.
+
+    Args:
+      spec: as above.
+      weights: "average": the average over steps, if config optimizer.ema_decay kept one; "raw": those of that step.
+
+    Raises:
+      UserError: for a missing or unreadable checkpoint.
+    """
+    skip_absent_tpu()
+    workdir, step = parse_spec(spec)
+    reader = CheckpointReader(workdir)
+    meta = reader.meta(step)
+    name = f"{workdir}:{step}"
+    if not any(leaf.startswith("params/decoder/") for leaf in meta["leaves"]):
+        raise UserError("--checkpoint is an encoder alone", name, "Give a training run, or an export with --whole")
+    config = read_config(meta["config"], name)
+    exported_tokenizer = Path(workdir) / TOKENIZER
+    if exported_tokenizer.is_file():
+        config = dataclasses.replace(config, tokenizer=TokenizerConfig(str(exported_tokenizer)))
+    task = build_task(config)
+    mesh = build_mesh(1, -1, 1, 1, jax.local_devices())
+    shapes = jax.eval_shape(task.init, run_key(0))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
+    )
+    part = "average" if weights == "average" and has_average(meta) else "params"
+    params = reader.restore_part(step, {part: abstract})[part]
+    return PretrainedModel(config, task, params, workdir, step, mesh)
+
+
+def read_config(saved: Mapping[str, Any], name: str) -> Config:
+    """The config of a checkpoint; raises `UserError` if this version of aimv2_jax has other keys."""
+    try:
+        return build_config(saved)
+    except UserError as error:
+        what = f"the config of checkpoint {name} does not fit this version of aimv2_jax: {error.what}"
+        raise UserError(what, error.value, "Read it with the aimv2_jax that wrote it") from error
+
+
+def check_held_out(loaded: PretrainedModel) -> None:
+    """Raises `UserError` for a run without held-out images."""
+    if not loaded.config.eval.sources:
+        raise UserError(
+            "the run has no held-out images: config eval.sources is empty",
+            loaded.workdir,
+            "Give a run that was trained with eval.sources set",
+        )

@@ -1,0 +1,1 @@
+"""Preemption, hangs, device and storage failures, and rewinds after a spike."""

@@ -1,0 +1,226 @@
+"""Training setup: task, optimiser, mesh, shardings and the jitted functions over them.
+
+The loop, the tests, the benchmarks and the ahead-of-time compile all build their train step here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+
+from aimv2_jax.config import BatchShape, Config, ModelConfig
+from aimv2_jax.errors import UserError
+from aimv2_jax.parallel import rules
+from aimv2_jax.parallel.device_kind import chip_kind
+from aimv2_jax.parallel.mesh import build_mesh, check_batch
+from aimv2_jax.train import anomaly
+from aimv2_jax.train.optimizer import COSINE_PARTS, Schedule, adamlh, learning_rate
+from aimv2_jax.train.step import TrainState, eval_step, init_state, initial_state, train_step, with_average
+from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSetup:
+    """A config on a mesh. Computes and compiles lazily."""
+
+    config: Config
+    task: PretrainTask
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    mesh: Mesh
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Sharding of the rows of a batch."""
+        return rules.batch_sharding(self.mesh)
+
+    @cached_property
+    def rng(self) -> jax.Array:
+        """The run's key, replicated over the mesh."""
+        # Jitted, because `device_put` rejects keys if other processes have part of the mesh.
+        return jax.jit(partial(run_key, self.config.seed), out_shardings=rules.replicated(self.mesh))()
+
+    @cached_property
+    def state_shardings(self) -> TrainState:
+        """Shardings of the state by the rule table."""
+        abstract = self.task.abstract_params
+        params = rules.param_shardings(self.task.logical_axes(), self.mesh)
+        rules.check_divisible(abstract, params)
+        opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
+        replicated = rules.replicated(self.mesh)
+        anomaly_state = jax.tree.map(lambda _: replicated, jax.eval_shape(anomaly.initial_state))
+        state = TrainState(step=replicated, params=params, opt_state=opt_state, anomaly=anomaly_state)
+        return with_average(state, params) if self.config.optimizer.ema_decay else state
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, without allocating it."""
+        init = partial(initial_state, optimizer=self.optimizer, ema_decay=self.config.optimizer.ema_decay)
+        shapes = jax.eval_shape(init, self.task.abstract_params)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.state_shardings,
+        )
+
+    def abstract_batch(self, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of a training batch (docs/architecture.md, "Batch")."""
+        size, length = shape
+        text = self.config.model.decoder.text_length
+        shapes = {
+            "patches": ((length, self.task.model.decoder.pixels), jnp.uint8),
+            "coords": ((length, 2), jnp.int32),
+            "valid": ((length,), jnp.bool_),
+            "tokens": ((text,), jnp.int32),
+            "token_valid": ((text,), jnp.bool_),
+            "example_index": ((2,), jnp.uint32),
+        }
+        return {
+            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=self.batch_sharding)
+            for name, (shape, dtype) in shapes.items()
+        }
+
+    def init(self) -> TrainState:
+        """Initialises the state before step 0, sharded by the rules; the values do not depend on the mesh."""
+        return self._init(self.rng)
+
+    @cached_property
+    def _init(self) -> Any:
+        decay = self.config.optimizer.ema_decay
+        init = partial(init_state, task=self.task, optimizer=self.optimizer, ema_decay=decay)
+        return jax.jit(init, out_shardings=self.state_shardings)
+
+    @cached_property
+    def step(self) -> Any:
+        """The jitted train step (state, batch, rng) -> (state, metrics); donates the old state."""
+        guard = self.config.guard
+        step = partial(
+            train_step,
+            task=self.task,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            microbatches=self.config.train.microbatches,
+            grad_shardings=self.state_shardings.params,
+            ema_decay=self.config.optimizer.ema_decay,
+            skip_sigma=guard.spike_sigma if guard.spike == "skip" else None,
+            writes_in_order=self.mesh.devices.flat[0].platform == "cpu",
+        )
+        replicated = rules.replicated(self.mesh)
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, self.batch_sharding, replicated),
+            out_shardings=(self.state_shardings, replicated),
+        )
+
+    def lower_step(self, shape: BatchShape) -> Any:
+        """Traces the train step for batches of `shape`; also for a mesh of described (absent) devices."""
+        key = abstract_key()
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(self.mesh))
+        # Built outside the scope, because described devices cannot compute.
+        step, state = self.step, self.abstract_state
+        with rules.scope(self.mesh):
+            return step.lower(state, self.abstract_batch(shape), key)
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """Compiler options of the config for the devices of the mesh."""
+        device = self.mesh.devices.flat[0]
+        chip = chip_kind(device)
+        groups = ("all", chip.name) if chip and device.platform == "tpu" else ()
+        options = self.config.train.tpu_compiler_options
+        return {name: value for group in groups for name, value in options.get(group, {}).items()}
+
+    def compile_step(self, shape: BatchShape) -> Any:
+        """Compiles the train step for batches of `shape`; calling the result never recompiles."""
+        return self.lower_step(shape).compile(compiler_options=self.compiler_options or None)
+
+    def eval_sums(self, params: Any, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, tuple[float, int]]:
+        """Computes sum and count of every loss of one held-out batch at the given prefix lengths, on the host."""
+        with rules.scope(self.mesh):
+            return jax.tree.map(np.asarray, jax.device_get(self._eval_step(params, batch, prefix)))
+
+    @cached_property
+    def _eval_step(self) -> Any:
+        rows = self.batch_sharding
+        return jax.jit(
+            partial(eval_step, task=self.task),
+            in_shardings=(self.state_shardings.params, rows, rows),
+            out_shardings=rules.replicated(self.mesh),
+        )
+
+
+def build_setup(config: Config, devices: list[jax.Device] | None = None) -> TrainSetup:
+    """Builds the setup of a config on all devices or on `devices`, which may be described (absent) ones.
+
+    Raises:
+      UserError: if mesh, batch or attention heads do not fit the devices.
+    """
+    axes = config.mesh
+    mesh = build_mesh(axes.slices, axes.data, axes.fsdp, axes.tensor, devices)
+    _check_heads(config.model, mesh)
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu" and config.train.reduce_dtype == "bfloat16" and mesh.size > 1:
+        raise UserError(
+            "config train.reduce_dtype is not supported on several CPU devices, because XLA's CPU compiler crashes",
+            config.train.reduce_dtype,
+            "Set train.reduce_dtype=float32",
+        )
+    for shape in config.batch_shapes:
+        key = f"data.batch_size (at {shape.patches} patches)" if config.data.areas else "data.batch_size"
+        check_batch(shape.examples, mesh, key, config.train.microbatches)
+    if config.eval.sources:
+        check_batch(config.eval.batch_size, mesh, "eval.batch_size")
+    settings = config.optimizer
+    schedule = learning_rate(
+        start_lr=settings.start_lr,
+        peak_lr=settings.peak_lr,
+        end_lr=settings.end_lr,
+        warmup_steps=settings.warmup_steps,
+        schedule_steps=settings.schedule_steps,
+        cosine_part=COSINE_PARTS[settings.schedule],
+        **_cooldown(config),
+    )
+    optimizer = adamlh(
+        schedule,
+        peak_lr=settings.peak_lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+    return TrainSetup(config, build_task(config, platform), optimizer, schedule, mesh)
+
+
+def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises UserError if `mesh.tensor` would split an attention head."""
+    devices = mesh.shape["tensor"]
+    common_heads = math.gcd(*(trunk.heads for trunk in model.attention_trunks.values()))
+    for name, trunk in model.attention_trunks.items():
+        if trunk.heads % devices:
+            choices = [n for n in range(1, common_heads + 1) if common_heads % n == 0]
+            raise UserError(
+                f"config mesh.tensor does not divide model.{name}.heads",
+                f"{devices} devices, {trunk.heads} heads",
+                f"Set mesh.tensor to {' or '.join(map(str, choices))}",
+            )
+
+
+def _cooldown(config: Config) -> dict[str, Any]:
+    """Cooldown arguments of `learning_rate`."""
+    if config.cooldown is None:
+        return {}
+    return dict(
+        cooldown_start=config.cooldown.start,
+        cooldown_steps=config.cooldown.steps,
+        cooldown_lr=config.optimizer.cooldown_lr,
+    )
