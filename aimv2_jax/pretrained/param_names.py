@@ -93,13 +93,6 @@ NAMES: tuple[ParamName, ...] = (
 POSITION = "encoder/position"
 
 
-def names_of(position: bool, head: bool) -> tuple[ParamName, ...]:
-    """The names of a model with or without a position table and a pooled head."""
-    return tuple(
-        name for name in NAMES if (position or name.ours != POSITION) and (head or not name.ours.startswith("head/"))
-    )
-
-
 def expected(naming: Naming, shapes: Mapping[str, tuple[int, ...]], depth: int) -> dict[str, tuple[int, ...]]:
     """External name and shape of every tensor, from the shapes of ours (`{path: shape}`)."""
     external: dict[str, tuple[int, ...]] = {}
