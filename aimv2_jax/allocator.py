@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 from aimv2_jax.errors import UserError
-from aimv2_jax.platforms import is_cpu_only
 
 VARIABLE = "AIMV2_JAX_MALLOC"
 # Parameters of mallopt(3).
@@ -21,13 +21,13 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 def keep_freed_memory() -> bool:
     """Makes malloc keep all freed memory if JAX computes on the CPU; returns whether it does.
 
-    Call it before threads start. All blocks come from one arena, because arenas of other threads hold no block of more
-    than 64 MiB.
+    Call it after `skip_absent_tpu` and before threads start. All blocks come from one arena, because arenas of other
+    threads hold no block of more than 64 MiB.
 
     Raises:
       UserError: where `AIMV2_JAX_MALLOC` has an unknown value.
     """
-    if not _is_enabled() or not is_cpu_only():
+    if not _is_enabled() or not _computes_on_cpu():
         return False
     return _set_mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER_TRIM, _ARENA_MAX: 1})
 
@@ -47,6 +47,12 @@ def _is_enabled() -> bool:
     if value not in ("keep", "default"):
         raise UserError(f"{VARIABLE} is unknown", value, "Set it to keep (freed memory) or default (malloc as it is)")
     return value == "keep"
+
+
+def _computes_on_cpu() -> bool:
+    """Whether the CPU is JAX's only platform, by the user's choice or because no accelerator is present."""
+    jax = sys.modules.get("jax")  # An imported JAX has read its environment already.
+    return (os.environ.get("JAX_PLATFORMS") if jax is None else jax.config.jax_platforms) == "cpu"
 
 
 def _set_mallopt(settings: dict[int, int]) -> bool:

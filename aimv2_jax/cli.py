@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from aimv2_jax.errors import EXIT_USER, UserError
+
+_SIZE_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base**power
+    for unit, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
+}
+_MIN_SIZE_BYTES = 1000  # A bare "1" lacks its unit.
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +54,23 @@ def positive(text: str, most: int = 2**31 - 1) -> int:
     if value > most:
         raise argparse.ArgumentTypeError(f"{text!r} is more than {most}")
     return value
+
+
+def non_negative(text: str) -> int:
+    """Parses an integer of at least 0; for argparse's `type=`."""
+    return 0 if text == "0" else positive(text)
+
+
+def size(text: str) -> int:
+    """Parses a size such as 1GB or 256MiB as its number of bytes; for argparse's `type=`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
+    unit = _SIZE_UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GB, 500MB or 256MiB")
+    num_bytes = int(min(float(match[1]) * unit, sys.maxsize))
+    if num_bytes < _MIN_SIZE_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is below {_MIN_SIZE_BYTES} bytes; add a unit, as in 1GB")
+    return num_bytes
 
 
 def check_output(file: Path, suffix: str = "", flag: str = "--output") -> None:

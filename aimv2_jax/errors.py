@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from aimv2_jax.console import print_line
-from aimv2_jax.untrusted import printable
+from aimv2_jax.untrusted import printable, shorten
 
 EXIT_FINISHED = 0
 EXIT_BUG = 1
@@ -57,14 +57,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # All three may contain untrusted text, such as a file's name.
-        text = f"{self.what}: {_shortened(self.value)}. {self.remedy}."
+        text = f"{self.what}: {shorten(repr(self.value), _MAX_VALUE_CHARS)}. {self.remedy}."
         return printable(" ".join(text.splitlines()), _MAX_MESSAGE_CHARS)
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    half = _MAX_VALUE_CHARS // 2
-    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:half]} ... {text[-half:]}"
 
 
 class TrainingAborted(Exception):
@@ -118,6 +112,11 @@ def describe_exit(error: BaseException) -> tuple[int, str] | None:
         refusal = UserError(os.strerror(error.errno), error.filename, _SYSTEM_REMEDIES[error.errno])
         return EXIT_USER, f"error: {refusal}"
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def cli_main(main: Callable[..., int]) -> Callable[..., int]:

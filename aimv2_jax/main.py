@@ -15,8 +15,9 @@ from typing import NamedTuple
 from etils import epath
 
 from aimv2_jax.allocator import keep_freed_memory
-from aimv2_jax.cli import Parser, positive, split_overrides
-from aimv2_jax.config import Config, load_config
+from aimv2_jax.cli import Parser, non_negative, positive, split_overrides
+from aimv2_jax.config.load import load_config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.distributed.cluster import LaunchFlags, find_process
 from aimv2_jax.errors import EXIT_RETRY, UserError, cli_main
 from aimv2_jax.platforms import skip_absent_tpu
@@ -62,7 +63,8 @@ def parse_arguments(arguments: Sequence[str]) -> Command:
     """Parses a command line, and loads and checks its config."""
     parser = Parser(prog="python -m aimv2_jax.main", description="Trains a config.", epilog=_EPILOG)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="config of an experiment, such as experiments/quickstart.py")
+    example = "experiments/quickstart.py or experiments/pretrain.py:large"
+    add("--config", required=True, metavar="FILE[:RUN]", help=f"config of an experiment, such as {example}")
     add("--workdir", required=True, metavar="DIR", help="folder for checkpoints and metrics, or gs://BUCKET/...")
     add("--coordinator", metavar="HOST:PORT", help="address of process 0")
     add("--processes", type=positive, metavar="N", help="number of processes on all hosts together")
@@ -73,7 +75,7 @@ def parse_arguments(arguments: Sequence[str]) -> Command:
         metavar="DIGEST",
         help="resume with other data or another tokenizer; the error about the change gives its digest",
     )
-    add("--process", type=_index, metavar="I", help="index of this process, from 0")
+    add("--process", type=non_negative, metavar="I", help="index of this process, from 0")
     rest, overrides = split_overrides(arguments)
     flags = parser.parse_args(rest)
     config = load_config(flags.config, overrides)
@@ -90,10 +92,6 @@ def _examples(text: str) -> tuple[int, int]:
             "Give A:B, from the first example to the one after the last",
         )
     return int(first), int(end)
-
-
-def _index(text: str) -> int:
-    return 0 if text == "0" else positive(text)
 
 
 def _folder(workdir: str) -> epath.Path:
@@ -153,7 +151,7 @@ def _train(command: Command) -> int:
     from aimv2_jax.data.tokenizer import Tokenizer
 
     config = command.config
-    pipeline.check_sources(config)
+    sources = pipeline.open_sources(config)
     decoder = config.model.decoder
     tokenizer = Tokenizer(
         config.tokenizer.path, decoder.text_length, decoder.vocab_size, needs_end=config.loss.predict_eos
@@ -165,8 +163,8 @@ def _train(command: Command) -> int:
     if command.replay is not None:
         from aimv2_jax.train.replay import replay
 
-        return replay(config, command.workdir, tokenizer, command.replay, open_weights, command.accept_data)
-    return train(config, command.workdir, tokenizer, open_weights, command.skip_examples, command.accept_data)
+        return replay(config, command.workdir, tokenizer, command.replay, open_weights, command.accept_data, sources)
+    return train(config, command.workdir, tokenizer, open_weights, command.skip_examples, command.accept_data, sources)
 
 
 if __name__ == "__main__":

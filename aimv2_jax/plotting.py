@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable
+import textwrap
+import unicodedata
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,26 +16,15 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 
 DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#3d8f4f"
 MARGIN = 0.15  # Inches.
+_MAX_WRAPPED_CHARS = 1000  # Longer texts are cut before they are wrapped, which takes time.
 
 # The first font comes with matplotlib and covers Latin, Greek, Cyrillic, Arabic, Hebrew. The others are used for other
 # scripts where they are installed.
 _FONTS = (
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK KR",
-    "Noto Sans",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-    "WenQuanYi Zen Hei",
-    "Droid Sans Fallback",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Arial Unicode MS",
-    "Unifont",
-)
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans", "Noto Sans Devanagari",
+    "Noto Sans Thai", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+    "Malgun Gothic", "Arial Unicode MS", "Unifont",
+)  # fmt: skip
 FONTS = [name for name in _FONTS if name in {font.name for font in fontManager.ttflist}]
 
 STYLE = {
@@ -72,53 +61,31 @@ def counted(count: int, thing: str) -> str:
 
 def drawable(text: str) -> str:
     """Returns `text` on one line, with an escape such as \\u65e5 for every character that no font can draw."""
-    return "".join(char if _has_glyph(char) else _escaped(char) for char in " ".join(text.split()))
+    return "".join(
+        char if char.isprintable() and ord(char) in _drawable_codes() else char.encode("unicode_escape").decode("ascii")
+        for char in " ".join(text.split())
+    )
 
 
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+@functools.cache
+def _drawable_codes() -> set[int]:
+    """Code points that the fonts have in regular and in bold."""
+
+    def codes(weight: str) -> set[int]:
+        fonts = [get_font(findfont(FontProperties(family=[name], weight=weight))) for name in FONTS]
+        return set().union(*(font.get_charmap() for font in fonts))
+
+    return codes("normal") & codes("bold")
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _has_glyph(char: str) -> bool:
-    return char.isprintable() and any(get_font(file).get_char_index(ord(char)) for file in _font_files())
+def wrap(text: str, width: int, max_lines: int) -> list[str]:
+    """Breaks drawable `text` into lines of `width` characters; the last line ends in … if text was cut off.
 
-
-@functools.lru_cache(maxsize=1)
-def _font_files() -> tuple[str, ...]:
-    return tuple(findfont(FontProperties(family=[name])) for name in FONTS)
-
-
-def wrap(text: str, width: float, measure: Callable[[str], float], most_lines: int) -> list[str]:
-    """Breaks `text` into lines of at most `width` by `measure`; the last line ends in … if text was cut off.
-
-    Breaks at spaces and after / _ -, and anywhere in a word that is wider than a line (also in scripts without spaces).
+    East Asian characters count as two.
     """
-    lines = [""]
-    for part in re.findall(r"\s*[^\s/_-]*[/_-]*", text):
-        while part and len(lines) < most_lines + 2:
-            joined = f"{lines[-1]}{part}".lstrip()
-            if measure(joined) <= width:
-                lines[-1], part = joined, ""
-            elif lines[-1] and (
-                measure(part.strip()) <= width or _fitting(joined, width, measure) <= len(lines[-1]) + 1
-            ):
-                lines.append("")
-            else:
-                fits = _fitting(joined, width, measure)
-                lines[-1], part = joined[:fits], joined[fits:]
-                lines.append("")
-    lines = [line.rstrip() for line in lines if line.strip()]
-    if len(lines) <= most_lines:
-        return lines
-    last = lines[most_lines - 1]
-    return [*lines[: most_lines - 1], f"{last[: _fitting(last, width - measure(' …'), measure)].rstrip()} …"]
-
-
-def _fitting(text: str, width: float, measure: Callable[[str], float]) -> int:
-    """The number of characters of `text` that fit, at least one."""
-    low, high = 1, max(1, len(text))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if measure(text[:middle]) <= width else (low, middle - 1)
-    return low
+    text = drawable(text[:_MAX_WRAPPED_CHARS])
+    padded = "".join(f"{char}\0" if unicodedata.east_asian_width(char) in "WF" else char for char in text)
+    lines = textwrap.wrap(padded, width)
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1][: width - 2].rstrip()} …"]
+    return [line.replace("\0", "") for line in lines]

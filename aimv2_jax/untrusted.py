@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 64 << 20
-MAX_JSON_DEPTH = 64
+_MAX_JSON_DEPTH = 64
 _MAX_PRINTED_CHARS = 200  # Limit for untrusted text in a report or an error.
 
 
@@ -90,8 +90,8 @@ def _roots(folder: str) -> tuple[str, ...]:
     return (str(real),) if hub is None else (str(real), str(hub / "blobs"))
 
 
-def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bool = False) -> Any:
-    """Parses JSON whose arrays and objects nest up to `max_depth` deep.
+def parse_json(text: str | bytes, allow_nan: bool = False) -> Any:
+    """Parses JSON whose arrays and objects nest up to `_MAX_JSON_DEPTH` deep.
 
     NaN and Infinity, which Python writes and RFC 8259 does not have, are refused unless `allow_nan`.
 
@@ -102,22 +102,22 @@ def parse_json(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bo
         tree = json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
-    if _depth(tree) > max_depth:
+    if _depth(tree) > _MAX_JSON_DEPTH:
         raise ValueError("JSON nested too deep")
     return tree
 
 
-def parse_json_object(text: str | bytes, max_depth: int = MAX_JSON_DEPTH, allow_nan: bool = False) -> dict[str, Any]:
+def parse_json_object(text: str | bytes, allow_nan: bool = False) -> dict[str, Any]:
     """Parses a JSON object as `parse_json` does; also raises `ValueError` for anything but an object."""
-    tree = parse_json(text, max_depth, allow_nan)
+    tree = parse_json(text, allow_nan)
     if not isinstance(tree, dict):
         raise ValueError("JSON, but not an object")
     return tree
 
 
-def read_json_object(path: str | os.PathLike, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     """Reads the JSON object in a local file; raises as `read_file` and `parse_json_object`."""
-    return parse_json_object(read_file(Path(path), max_bytes))
+    return parse_json_object(read_file(path, MAX_JSON_BYTES))
 
 
 def as_int(value: Any, low: int, high: int) -> int:

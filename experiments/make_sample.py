@@ -30,14 +30,14 @@ LABELS = ("label", "coarse", "kind")
 # a text unigram pruning splits words as common as "drawing" into three pieces.
 VOCAB_SIZE = 768
 
-README = """# The quickstart's pictures
+README = """# The quickstart's images
 
-{pictures} pairs of a picture and two captions, all with free licences: authors and licence of each in `ATTRIBUTION.md`,
+{images} pairs of an image and two captions, all with free licences: authors and licence of each in `ATTRIBUTION.md`,
 the texts in `licenses/`. Made by `experiments/make_sample.py`; the format is that of `aimv2_jax/data/records.py`.
 
 {table}
 Caption kinds: `alt` (the maker's text) and `synthetic` (a sentence by template, standing in for a captioning model).
-Labels: `label`, `coarse`, `kind`. A record's key is its source and picture key in `ATTRIBUTION.md`.
+Labels: `label`, `coarse`, `kind`. A record's key is its source and image key in `ATTRIBUTION.md`.
 
 `tokenizer.model`: SentencePiece (BPE), {vocab_size} pieces with bytes as the last resort, trained on the train
 captions after `aimv2_jax.data.transforms.captions.clean`; pad 0, end 1, unknown 2.
@@ -57,7 +57,7 @@ def read_tar(path: Path) -> Iterator[Record]:
         fields = {field: sample.fields.get(f"json:{field}") for field in (*KINDS, *LABELS, "source", "picture_key")}
         absent = [field for field, value in fields.items() if value is None]
         if absent or sample.image is None:
-            what = f"--input has a pair without {', '.join(absent) or 'its picture'}"
+            what = f"--input has a pair without {', '.join(absent) or 'its image'}"
             raise UserError(what, f"{path}: {sample.key}", "Give the folder of the sample")
         yield Record(
             key=f"{fields['source']}/{fields['picture_key']}",
@@ -94,7 +94,7 @@ def make(source: Path, target: Path) -> None:
     (target / "tokenizer.model").write_bytes(train_model(texts, VOCAB_SIZE))
     shutil.copy(source / "ATTRIBUTION.md", target)
     shutil.copytree(source / "licenses", target / "licenses")
-    readme = README.format(pictures=total, table=table, vocab_size=VOCAB_SIZE)
+    readme = README.format(images=total, table=table, vocab_size=VOCAB_SIZE)
     (target / "README.md").write_text(readme, encoding="utf-8")
 
 

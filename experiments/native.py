@@ -1,10 +1,13 @@
-"""Shared config of fine-tuning at native resolution; `native_SIZE.py` are the runs."""
+"""Fine-tuning at native resolution, from the 224 px run; the paper has one size, large.
+
+python -m aimv2_jax.main --config=experiments/native.py:large --workdir=DIR --config.init.path=RUN
+"""
 
 from ml_collections import ConfigDict
 
-from experiments import mixtures
-from experiments.pretrain import pretrain_config
+from experiments import mixtures, pretrain
 
+RUNS = ("large",)
 # 128 … 4096 patches. The paper draws n of 2^n from [7, 12] and states no rounding [P: §2.4]; a compiled step wants few
 # shapes, so n is rounded [O]. The probability of each area: RECIPE.md §9.
 AREAS = tuple(2**n for n in range(7, 13))
@@ -13,14 +16,14 @@ PATCHES = 2**20
 SAMPLES = 2_000_000_000  # As in the high-resolution stage, at 256 patches each. [O]
 
 
-def native_config(size: str) -> ConfigDict:
+def get_config(size: str) -> ConfigDict:
     """Fine-tuning of an encoder of `size` at native resolution, with positions of the actual grid (RECIPE.md §9) [P].
 
     It starts from the whole model of the 224 px run, `init.path`, except the position table: sin-cos embeddings replace
     it, and the blocks adapt to them in the warm-up. Ours: as many patches as the same number of images has at 224 px; a
     fifth of the peak learning rate of pre-training, since positions are new; no weight decay, as at high resolution.
     """
-    config = pretrain_config(size)
+    config = pretrain.get_config(size)
     steps = -(-SAMPLES * 256 // PATCHES)
     config.init.update(path=f"runs/pretrain_{size}_224", ignore=("encoder/position",))
     config.model.encoder.position = "sincos"

@@ -1,4 +1,9 @@
-"""Shared config of the paper's pre-training runs; `pretrain_SIZE_224.py` are the runs."""
+"""The paper's pre-training runs at 224 px: base, large, huge, 1b and 3b.
+
+python -m aimv2_jax.main --config=experiments/pretrain.py:large --workdir=DIR
+
+Published top-1 of the attentive probe on ImageNet-1k: L 86.6, H 87.5, 1B 88.1, 3B 88.5 (RECIPE.md §10).
+"""
 
 from ml_collections import ConfigDict
 
@@ -14,9 +19,10 @@ SETTINGS = {
     "1b": dict(peak_lr=8e-4, fsdp=16, remat="matmuls"),
     "3b": dict(peak_lr=4e-4, fsdp=16, remat="gate", decoder_remat="full"),
 }
+RUNS = tuple(SETTINGS)
 
 
-def pretrain_config(size: str) -> ConfigDict:
+def get_config(size: str) -> ConfigDict:
     """The run of an encoder of `size` at 224 px: the mixture of Table 2 for 1,500,000 steps of 8192 [P]."""
     config = base.get_config()
     encoder, settings = ENCODER_SIZES[size], SETTINGS[size]

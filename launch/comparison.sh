@@ -9,7 +9,7 @@ set -euo pipefail
 . "$(dirname "$0")/pairs.sh" comparison "${1:-}" "${2:-}" --label coarse=json:coarse --label source=json:source
 
 for model in aimv2 aimv2_alt captioning; do
-  "$venv/bin/python" -m aimv2_jax.main --config="experiments/comparison/$model.py" --workdir="$workdir/$model" \
+  "$venv/bin/python" -m aimv2_jax.main --config="experiments/comparison.py:$model" --workdir="$workdir/$model" \
     --config.data.sources.pairs="$workdir/data/train" --config.eval.sources.pairs="$workdir/data/test"
 done
 
@@ -25,4 +25,4 @@ for model in aimv2 aimv2_alt captioning; do
   probe "$model" --checkpoint "$workdir/$model:last"
 done
 probe random --checkpoint random --like "$workdir/aimv2:last"
-"$venv/bin/python" experiments/comparison/table.py "$workdir" | tee "$workdir/comparison.md"
+"$venv/bin/python" experiments/comparison_table.py "$workdir" | tee "$workdir/comparison.md"

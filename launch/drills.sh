@@ -11,7 +11,7 @@ drill() { # NAME FLAGS...
   local name=$1
   shift
   echo "--- $name $*"
-  "$venv/bin/python" "experiments/drills/$name.py" "$@" --json "$output/$name.json" 2>&1 | tee "$output/$name.log" | tail -n 20
+  "$venv/bin/python" "tests/stress/$name.py" "$@" --json "$output/$name.json" 2>&1 | tee "$output/$name.log" | tail -n 20
 }
 drill kill --kills 200
 drill corrupt --injections 200

@@ -8,12 +8,12 @@ workdir=$(cd "$workdir" && pwd)
 . "$(dirname "$0")/environment.sh"
 
 "$venv/bin/python" -m aimv2_jax.main --config=experiments/quickstart.py --workdir="$workdir"
-"$venv/bin/python" -m aimv2_jax.eval.visualize --checkpoint="$workdir" --output="$workdir/pictures"
+"$venv/bin/python" -m aimv2_jax.eval.visualize --checkpoint="$workdir" --output="$workdir/images"
 "$venv/bin/python" -m aimv2_jax.eval.heldout --checkpoint="$workdir" --json="$workdir/heldout.json"
 
 cat <<END
 
-Done. The images are in $workdir/pictures:
+Done. The images are in $workdir/images:
   predictions.png  held-out images as the model sees them, and the next patches that it predicts
   captions.png     generated captions next to the true captions
   curves.png       loss curves
@@ -22,5 +22,5 @@ Held-out figures: $workdir/heldout.json; all metrics: $workdir/metrics.jsonl
 Next steps:
   captions alone (no image loss):
     $venv/bin/python -m aimv2_jax.main --config=experiments/quickstart.py --workdir=runs/captions --config.loss.image=False
-  every config key, with its meaning: experiments/base.py; the paper's runs: experiments/pretrain_*_224.py
+  every config key, with its meaning: experiments/base.py; the paper's runs: experiments/pretrain.py
 END

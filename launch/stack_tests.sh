@@ -11,8 +11,8 @@ exec bash "$(dirname "$0")/test.sh" -m "not slow" "$@" \
   tests/train/test_task.py \
   tests/train/test_optimizer.py \
   tests/train/test_sharding.py \
-  tests/train/test_checkpoint.py \
-  tests/train/test_loop.py \
-  tests/train/test_tiers.py \
+  tests/checkpoint/test_checkpointer.py \
+  tests/end_to_end/test_loop.py \
+  tests/end_to_end/test_tiers.py \
   tests/export \
   tests/aot

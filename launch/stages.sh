@@ -9,7 +9,7 @@ set -euo pipefail
 train() { # STAGE FLAGS...
   local stage=$1
   shift
-  "$venv/bin/python" -m aimv2_jax.main --config="experiments/stages/$stage.py" --workdir="$workdir/$stage" \
+  "$venv/bin/python" -m aimv2_jax.main --config="experiments/stages.py:$stage" --workdir="$workdir/$stage" \
     --config.data.sources.pairs="$workdir/data/train" --config.eval.sources.pairs="$workdir/data/test" "$@"
 }
 train small

@@ -15,7 +15,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import pytest
 from jaxtyping import install_import_hook
-from tiny import only_devices
+
+from tests.helpers.tiny import only_devices
 
 # Restores the default, since nohup ignores SIGHUP and child processes would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -26,6 +27,10 @@ CHECKED += ["eval.features", "eval.likelihood", "eval.probes.knn", "eval.probes.
 CHECKED = [f"aimv2_jax.{module}" for module in CHECKED]
 assert all(map(importlib.util.find_spec, CHECKED))  # A hook for a missing module would be silent.
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+# Folders of long tests, which start first.
+LONG = {"end_to_end", "stress", "checkpoint", "distributed", "resilience", "train"}
 
 
 def pytest_configure(config):
@@ -67,7 +72,7 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)  # Runs before pytest-xdist reads the groups.
 def pytest_collection_modifyitems(items):
     """Keeps the tests of a file in one pytest-xdist process, so that its fixtures run once; long files first."""
-    items.sort(key=lambda item: not {"train", "parallel"} & set(item.path.parts))
+    items.sort(key=lambda item: not LONG & set(item.path.parts))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

@@ -10,12 +10,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from tiny import ROOT
 
-from aimv2_jax import platforms
+from aimv2_jax import allocator
 from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.errors import EXIT_USER, UserError
-from aimv2_jax.platforms import is_cpu_only
+from tests.helpers.tiny import ROOT
 
 EVALUATIONS = ["features", "heldout", "probes.__main__", "retrieval", "visualize", "zeroshot"]
 COMMANDS = ["main", *(f"eval.{name}" for name in EVALUATIONS)]
@@ -42,7 +41,8 @@ def faults_twice(call: str, megabytes: int, **environment: str) -> list[int]:
 
 
 @glibc
-def test_memory_when_on_cpu_then_freed_pages_are_kept():
+def test_keep_freed_memory_on_cpu():
+    """Freed pages stay with the process in a run on the CPU."""
     first, second = faults_twice("assert keep_freed_memory()", 256)
     # The first block begins in the pages that the imports freed, which are kept, too.
     assert first > 0.99 * PAGES and second < PAGES // 100
@@ -52,13 +52,15 @@ def test_memory_when_on_cpu_then_freed_pages_are_kept():
 @pytest.mark.parametrize(
     "environment", [{"AIMV2_JAX_MALLOC": "default"}, {"JAX_PLATFORMS": "unknown"}], ids=["default", "no CPU run"]
 )
-def test_memory_when_not_to_be_kept_then_given_back(environment):
+def test_freed_memory_returned(environment):
+    """Freed memory is returned to the system if the process is not to keep it."""
     first, second = faults_twice("assert not keep_freed_memory()", 256, **environment)
     assert first >= PAGES and second >= PAGES
 
 
 @glibc
-def test_pictures_when_freed_then_kept_to_a_limit():
+def test_freed_image_buffers_limit():
+    """The process keeps freed image buffers up to a limit."""
     assert faults_twice("assert keep_freed_image_buffers()", 16)[1] < 100
     assert faults_twice("assert keep_freed_image_buffers()", 256)[1] >= PAGES
 
@@ -72,27 +74,12 @@ def test_malloc_when_unknown_then_one_sentence(command, monkeypatch, capsys):
         keep_freed_memory()
 
 
-# Case -> (JAX_PLATFORMS, present accelerators, whether JAX computes on the CPU).
-CHOICES = {
-    "no accelerator": ("", set(), True),
-    "a GPU is present": ("", {"gpu"}, False),
-    "a TPU is present": ("", {"tpu"}, False),
-    "CPU chosen beside a GPU": ("cpu", {"gpu"}, True),
-    "an absent GPU is preferred": ("cuda,cpu", set(), True),
-    "a GPU is preferred": ("cuda,cpu", {"gpu"}, False),
-    "a TPU is chosen": ("tpu,cpu", {"tpu"}, False),
-    "an unknown platform": ("other,cpu", set(), False),
-}
-
-
 @pytest.mark.parametrize("jax_is_imported", [False, True])
-@pytest.mark.parametrize("case", CHOICES)
-def test_platform_when_chosen_or_found_then_known(case, jax_is_imported, monkeypatch):
-    chosen, present, expected = CHOICES[case]
-    for name in ("gpu", "tpu"):
-        monkeypatch.setattr(platforms, f"may_have_{name}", lambda name=name: name in present)
-    monkeypatch.setattr(platforms, "_plugins", lambda: [])
+@pytest.mark.parametrize(("chosen", "expected"), [("", False), ("cpu", True), ("cuda,cpu", False), ("other", False)])
+def test_keep_freed_memory_only_on_cpu(chosen, expected, jax_is_imported, monkeypatch):
+    """Freed memory is kept where JAX's only platform is the CPU: by its config or, before its import, its variable."""
+    monkeypatch.setattr(allocator, "_set_mallopt", lambda settings: True)
     imported = SimpleNamespace(config=SimpleNamespace(jax_platforms=chosen)) if jax_is_imported else None
     monkeypatch.setitem(sys.modules, "jax", imported)
     monkeypatch.setenv("JAX_PLATFORMS", "other" if jax_is_imported else chosen)  # JAX has read it by then.
-    assert is_cpu_only() is expected
+    assert keep_freed_memory() is expected

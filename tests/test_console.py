@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 PROGRAM = """
 import sys, time
@@ -20,7 +20,7 @@ sys.exit(7)
 """
 
 
-def test_print_line_when_nobody_reads():
+def test_print_line_without_reader():
     """A pipe without a reader raises EPIPE; a non-empty buffer of Python would make the exit code 120."""
     command = [sys.executable, "-c", PROGRAM]
     pipe, env = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}

@@ -8,7 +8,8 @@ import runpy
 
 import pytest
 from packaging.requirements import Requirement
-from tiny import ROOT
+
+from tests.helpers.tiny import ROOT
 
 FOLDER = ROOT / "constraints"
 TIERS = {"jax-0.10": "3.11", "jax-0.12": "3.13"}

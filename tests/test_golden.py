@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from golden_names import APPLE_PRETRAIN, nested, paths, to_ours
 from safetensors.numpy import load_file
 
 from aimv2_jax.export.hf_export import write_folder
@@ -33,8 +32,9 @@ from aimv2_jax.pretrained.hf_import import read_weights
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
 from aimv2_jax.train import anomaly, losses
 from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
-from aimv2_jax.train.step import TrainState, accumulate, train_step
+from aimv2_jax.train.step import StepOptions, TrainState, accumulate, train_step
 from aimv2_jax.train.task import PretrainTask, run_key
+from tests.helpers.golden_names import APPLE_PRETRAIN, nested, paths, to_ours
 
 LARGEST_ENTRY = 2e-5
 LOSS_RELATIVE = 5e-6
@@ -306,7 +306,7 @@ def test_train_steps_when_repeated_on_one_batch_then_parameters_and_moments_equa
     task = pretrain.task(*way)
     params = pretrain.params
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), anomaly.initial_state())
-    step = jax.jit(partial(train_step, task=task, optimizer=optimizer, schedule=schedule))
+    step = jax.jit(partial(train_step, task=task, optimizer=optimizer, schedule=schedule, options=StepOptions()))
     assert [expected["step"] for expected in golden["steps"]] == [1, 2, 3]  # The files listed in the README.
     for expected in golden["steps"]:
         state, metrics = step(state, pretrain.batch, run_key(0), jnp.asarray(pretrain.prefix))

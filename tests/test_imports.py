@@ -8,15 +8,18 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
-from tiny import ROOT
+
+from tests.helpers.tiny import ROOT
 
 PACKAGE = ROOT / "aimv2_jax"
+ARCHITECTURE = ROOT / "docs/architecture.md"
+READING_PATHS = {"One training step": 5, "A batch": 12, "Resume": 8, "A parameter's sharding": 4, "A probe": 10}
 FILES = {path.relative_to(ROOT).as_posix(): path for path in PACKAGE.rglob("*.py")}
 
 
 def floors() -> dict[str, int]:
     """What the table says: a folder or file of the package -> its floor."""
-    table = (ROOT / "docs/architecture.md").read_text()
+    table = ARCHITECTURE.read_text()
     return {name.rstrip("/"): int(floor) for floor, name in re.findall(r"^\| (\d) \| `([\w./]+)` \|", table, re.M)}
 
 
@@ -90,3 +93,12 @@ def test_imports_folders_have_no_circle(depth):
             there for there in (folder_of(other, depth) for other in others) if there != here
         )
     assert_no_circle(graph)
+
+
+@pytest.mark.parametrize("path", READING_PATHS)
+def test_reading_path_is_short(path):
+    """A reading path names files that exist, and not more of them than a reader can bear."""
+    [line] = re.findall(rf"^- \*\*{path}\*\*.*", ARCHITECTURE.read_text(), re.M)
+    files = re.findall(r"`([\w/]+\.py)`", line)
+    assert [name for name in files if not (PACKAGE / name).is_file()] == []
+    assert 0 < len(files) <= READING_PATHS[path]

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from several import free_port
-from tiny import ROOT, tiny_arguments, tiny_config
-from trained_run import drawn_state
 
 from aimv2_jax import errors
 from aimv2_jax.checkpoint import layout
@@ -24,6 +21,9 @@ from aimv2_jax.main import main
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from experiments.benchmarks import step_time
+from tests.helpers.several import free_port
+from tests.helpers.tiny import ROOT, tiny_arguments, tiny_config
+from tests.helpers.trained_run import random_state
 
 MODULES = ["-m aimv2_jax.main", "-m aimv2_jax.export"]
 MODULES += [
@@ -37,7 +37,7 @@ MODULES += [
     "-m aimv2_jax.checkpoint.verify",
     "-m aimv2_jax.monitoring.report",
 ]
-MODULES += [f"experiments/drills/{name}.py" for name in ("kill", "corrupt", "goodput", "hang")]
+MODULES += [f"tests/stress/{name}.py" for name in ("kill", "corrupt", "goodput", "hang")]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_main_when_the_disk_has_no_room_for_two_checkpoints_then_refused(
 def test_main_when_the_workdir_has_another_model_then_refused_naming_the_key(tmp_path, capsys, nothing_compiles):
     config = tiny_config()
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(2, drawn_state(build_setup(config, jax.devices()[:1])), config)
+        checkpointer.save(2, random_state(build_setup(config, jax.devices()[:1])), config)
     changes = {"model__encoder__width": 48, "optimizer__peak_lr": 0.5, "seed": 7}
     for key, value in changes.items():
         assert main(tiny_arguments(tmp_path, **{key: value})) == errors.EXIT_USER

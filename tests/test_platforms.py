@@ -7,108 +7,96 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
-from tiny import ROOT
 
 from aimv2_jax import platforms
-from aimv2_jax.platforms import may_have_gpu, may_have_tpu, platforms_without_tpu, skip_absent_tpu
+from aimv2_jax.platforms import may_have_gpu, may_have_tpu, skip_absent_tpu
+from tests.helpers.tiny import ROOT
 
 COMMANDS = ["aimv2_jax.main", "aimv2_jax.eval.visualize", "aimv2_jax.eval.heldout", "aimv2_jax.checkpoint.verify"]
-COMMANDS += [f"experiments.drills.{name}" for name in ("kill", "corrupt", "goodput", "hang")]
+COMMANDS += [f"tests.stress.{name}" for name in ("kill", "corrupt", "goodput", "hang")]
 COMMANDS += ["experiments.benchmarks.recompute"]
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None or may_have_tpu(environment={}),
+    importlib.util.find_spec("libtpu") is None or may_have_tpu(),
     reason="needs libtpu on a machine without TPUs",
 )
 
 
-def device(vendor: str, pci_class: str) -> dict[str, str]:
-    folder = "sys/bus/pci/devices/0000:00:04.0"
-    return {f"{folder}/vendor": f"{vendor}\n", f"{folder}/class": f"{pci_class}\n"}
-
-
-# Case -> (the machine's files, its environment, whether a TPU may be present).
-MACHINES = {
-    "nothing": ({}, {}, False),
-    "other chips": (device("0x10de", "0x120000"), {}, False),
-    "Google's network card": (device("0x1ae0", "0x020000"), {}, False),
-    "Google's disk": (device("0x1ae0", "0x010802"), {}, False),
-    "the control file of vfio alone": ({"dev/vfio/vfio": ""}, {}, False),
-    "what importing JAX and libtpu sets": ({}, {"TPU_SKIP_MDS_QUERY": "1", "TPU_LIBRARY_PATH": "libtpu.so"}, False),
-    "TPU on the bus": (device("0x1ae0", "0x120000"), {}, True),
-    "a device that cannot be read": ({"sys/bus/pci/devices/0000:00:04.0/vendor": "0x1ae0\n"}, {}, True),
-    "TPU v4's device file": ({"dev/accel0": ""}, {}, True),
-    "TPU v5's device file": ({"dev/vfio/0": ""}, {}, True),
-    "a pod's variable": ({}, {"TPU_WORKER_ID": "0"}, True),
-    "a slice's variable": ({}, {"MEGASCALE_SLICE_ID": "0"}, True),
-    "the user forces it": ({}, {"JAX_FORCE_TPU_INIT": "1"}, True),
-}
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-def test_tpu_when_anything_tells_of_it_then_it_may_be_there(machine, tmp_path):
-    files, environment, expected = MACHINES[machine]
-    for name, text in files.items():
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["null", "vfio/vfio", "accel/accel0"], False),  # The control file of vfio alone, and another vendor's chip.
+        (["accel0"], True),  # TPU v4.
+        (["vfio/0", "vfio/vfio"], True),  # TPU v5e.
+    ],
+)
+def test_may_have_tpu_by_device_files(files, expected, tmp_path):
+    """A TPU may be present where one of the files is by which libtpu opens chips."""
+    for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert may_have_tpu(tmp_path, environment) is expected
+        (tmp_path / name).touch()
+    assert may_have_tpu(tmp_path) is expected
 
 
-def test_gpu_when_the_driver_is_there_then_it_may_be_there(tmp_path):
+def test_may_have_gpu_with_driver(tmp_path):
+    """A GPU may be present if its driver is present."""
     assert not may_have_gpu(tmp_path)
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev/nvidiactl").write_text("")
+    (tmp_path / "nvidiactl").touch()
     assert may_have_gpu(tmp_path)
 
 
 @pytest.fixture
-def bare_machine(monkeypatch):
-    """A machine with libtpu installed, without TPU, GPU and user's choice."""
+def set_machine(monkeypatch):
+    """Sets the accelerators and JAX plugins of this machine, and clears the user's choice; jax is not imported yet."""
+
+    def set_machine(tpu: bool = False, gpu: bool = False, plugins: Sequence[str] = ()) -> None:
+        monkeypatch.setattr(platforms, "may_have_tpu", lambda: tpu)
+        monkeypatch.setattr(platforms, "may_have_gpu", lambda: gpu)
+        entries = [SimpleNamespace(name=name) for name in plugins]
+        monkeypatch.setattr(platforms.metadata, "entry_points", lambda group: entries)
+
     monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.delenv("PJRT_NAMES_AND_LIBRARY_PATHS", raising=False)
-    for name, answer in {"_libtpu_installed": True, "may_have_tpu": False, "may_have_gpu": False}.items():
-        monkeypatch.setattr(platforms, name, lambda answer=answer: answer)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    set_machine()
+    return set_machine
 
 
-def install_plugin(name: str, folder: Path, monkeypatch) -> None:
-    (folder / "jax_plugins" / name).mkdir(parents=True)
-    (folder / "jax_plugins" / name / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(folder)
-
-
-def test_platforms_when_there_is_nothing_but_libtpu_then_cpu(bare_machine):
-    assert platforms_without_tpu() == "cpu"
-
-
-def test_platforms_when_the_cuda_plugin_is_installed_then_gpu_before_cpu(bare_machine, tmp_path, monkeypatch):
-    install_plugin("xla_cuda12", tmp_path, monkeypatch)
-    assert platforms_without_tpu() == "cuda,cpu"
-
-
-def test_platforms_when_a_plugin_is_unknown_then_left_to_jax(bare_machine, tmp_path, monkeypatch):
-    install_plugin("xla_cuda12", tmp_path, monkeypatch)
-    monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", "other:/lib/other.so")
-    assert platforms_without_tpu() is None
-
-
-@pytest.mark.parametrize("name", ["may_have_tpu", "may_have_gpu"])
-def test_platforms_when_an_accelerator_may_be_here_then_left_to_jax(name, bare_machine, monkeypatch):
-    monkeypatch.setattr(platforms, name, lambda: True)
-    assert platforms_without_tpu() is None
-
-
-def test_platforms_when_libtpu_is_not_installed_then_left_to_jax(bare_machine, monkeypatch):
-    monkeypatch.setattr(platforms, "_libtpu_installed", lambda: False)
-    assert platforms_without_tpu() is None
-
-
-@pytest.mark.parametrize("choice", ["", "tpu,cpu"])
-def test_platforms_when_the_user_chose_then_left_alone(choice, bare_machine, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", choice)
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        ({}, "cpu"),
+        ({"plugins": ["xla_cuda12"]}, "cpu"),
+        ({"gpu": True, "plugins": ["xla_cuda12"]}, "cuda,cpu"),
+        ({"gpu": True}, None),
+        ({"plugins": ["xla_cuda12", "other"]}, None),
+        ({"tpu": True}, None),
+        ({"tpu": True, "gpu": True, "plugins": ["xla_cuda12"]}, None),
+    ],
+)
+def test_platforms_chosen_by_machine(machine, expected, set_machine):
+    """Without a TPU the present platforms are chosen; TPUs, unknown plugins and GPUs without one are left to JAX."""
+    set_machine(**machine)
     skip_absent_tpu()
-    assert os.environ["JAX_PLATFORMS"] == choice
+    assert os.environ.pop("JAX_PLATFORMS", None) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_PLATFORMS", ""),
+        ("JAX_PLATFORMS", "tpu,cpu"),
+        ("JAX_FORCE_TPU_INIT", "1"),
+        ("PJRT_NAMES_AND_LIBRARY_PATHS", "other:/lib/other.so"),
+    ],
+)
+def test_platforms_left_to_the_user(name, value, set_machine, monkeypatch):
+    """A platform that the user chose by one of JAX's variables stays."""
+    monkeypatch.setenv(name, value)
+    skip_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == (value if name == "JAX_PLATFORMS" else None)
 
 
 def quietly(statements: str) -> subprocess.CompletedProcess:
@@ -121,26 +109,25 @@ def quietly(statements: str) -> subprocess.CompletedProcess:
 
 @needs_libtpu
 @pytest.mark.parametrize("order", ["{skip}; import jax; jax.devices()", "import jax; {skip}; jax.devices()"])
-def test_jax_when_told_of_no_tpu_then_libtpu_is_not_loaded_and_nothing_is_said(order):
+def test_jax_skips_absent_tpu(order):
+    """After skip_absent_tpu, JAX does not load libtpu and prints no message."""
     skip = "from aimv2_jax.platforms import skip_absent_tpu; skip_absent_tpu()"
     done = quietly(order.format(skip=skip))
     assert (done.stdout, done.stderr, done.returncode) == ("False cpu\n", "", 0)
 
 
 @needs_libtpu
-def test_jax_when_not_told_then_it_loads_libtpu_and_complains():
-    """The reason for the module: once this test fails, the module can be deleted."""
+def test_jax_without_skip_absent_tpu():
+    """Without skip_absent_tpu JAX loads libtpu and complains; once this test fails, the module can be deleted."""
     done = quietly("import jax; jax.devices()")
     assert done.stdout == "True cpu\n" and "TPU" in done.stderr
 
 
-def test_jax_when_its_config_names_a_platform_then_left_alone(bare_machine, monkeypatch):
-    import jax
-
-    assert jax.config.jax_platforms == "cpu"  # The test suite sets it before jax is imported.
-    monkeypatch.setattr(platforms, "platforms_without_tpu", lambda: "cuda,cpu")
+def test_jax_when_its_config_names_a_platform_then_left_alone(set_machine, monkeypatch):
+    config = SimpleNamespace(jax_platforms="cuda")
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=config))
     skip_absent_tpu()
-    assert jax.config.jax_platforms == "cpu" and "JAX_PLATFORMS" not in os.environ
+    assert config.jax_platforms == "cuda" and "JAX_PLATFORMS" not in os.environ
 
 
 @pytest.mark.parametrize("command", COMMANDS)

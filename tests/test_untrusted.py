@@ -19,6 +19,7 @@ from aimv2_jax.untrusted import (
 
 
 def test_read_file_returns_a_regular_files_bytes(tmp_path):
+    """Files above the limit, missing files and names with a zero byte raise errors of their own."""
     (tmp_path / "a").write_bytes(b"abc")
     assert read_file(tmp_path / "a", 3) == b"abc"
     with pytest.raises(TooLarge, match="3 bytes, the limit is 2"):
@@ -36,13 +37,14 @@ def test_read_file_refuses_pipes_devices_and_folders(tmp_path):
             read_file(path, 1 << 20)
 
 
-def test_read_file_is_bounded_where_the_size_is_not_known():
-    """Files of /proc report 0 bytes, and some never end."""
+def test_read_file_is_bounded_by_the_reported_size():
+    """Files of /proc report 0 bytes, and some never end: a file with more bytes than reported is refused."""
     with pytest.raises(ValueError, match="grows"):
         read_file("/proc/self/status", 1 << 20)
 
 
 def test_read_file_does_not_follow_links_outside(tmp_path):
+    """With `inside`, links may lead to files of that folder only; without it, anywhere."""
     inner = tmp_path / "inner"
     (inner / "sub").mkdir(parents=True)
     (tmp_path / "secret").write_bytes(b"s")
@@ -59,6 +61,7 @@ def test_read_file_does_not_follow_links_outside(tmp_path):
 
 
 def test_parse_json_refuses_depth_and_constants():
+    """Nesting above 64 levels, NaN, Infinity, and text that is not JSON in UTF-8 raise ValueError."""
     assert parse_json("[" * 64 + "]" * 64)
     for text in ("[" * 65 + "]" * 65, "[" * 200_000, '{"a":' * 200_000, "NaN", "[-Infinity]", b"\xff", "1" * 5000, ""):
         with pytest.raises(ValueError):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy
 import pytest
-from package_metadata import install
-from tiny import QUICKSTART, ROOT
 
 from aimv2_jax.version import installed_versions, warn_of_versions
+from tests.helpers.package_metadata import install
+from tests.helpers.tiny import QUICKSTART, ROOT
 
 UNSUPPORTED = [(3, 10, 13), (3, 14, 0), (3, 15, 0), (4, 0, 0)]
 

@@ -1,5 +1,4 @@
-"""Ahead-of-time analysis of a run's own train step by the TPU compiler, without a TPU.
+"""Ahead-of-time analysis of a run's own train step by the TPU compiler, without a TPU. Every figure is a prediction.
 
-Every figure is a prediction. The parent process does not import jax: it starts subprocesses that compile (`worker`),
-parses the files that they write, and computes the figures.
+The parent process starts no JAX backend: its subprocesses compile (`worker`), and it parses the files that they write.
 """

@@ -14,9 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
-from aimv2_jax.aot.groups import groups_of
-from aimv2_jax.aot.hlo import Instruction, Module, arrays
-from aimv2_jax.aot.interconnect import Layout, Route
+from aimv2_jax.aot.hlo import Array, Instruction, Module, scheduled
+from aimv2_jax.aot.interconnect import Layout, Route, groups_of
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 BETWEEN_SLICES = "between slices"
@@ -32,7 +31,7 @@ class Collective:
     route: Route
     asynchronous: bool
     op_name: str
-    arrays: tuple[str, ...]  # Per-device types and shapes, such as "f32[1024,2816]".
+    arrays: tuple[Array, ...]  # On one device, without scalars.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,12 @@ class Collectives:
             self._events[computation] = self._find_events(computation)
         return self._events[computation]
 
+    def all(self) -> Iterator[Collective]:
+        """Yields every collective of the scheduled computations once."""
+        for computation in dict.fromkeys(item.computation for item in scheduled(self._module)):
+            for events in self.events(computation).values():
+                yield from (event.collective for event in events if event.collective)
+
     def _find_events(self, computation: str) -> dict[str, list[CollectiveEvent]]:
         events_by_name: dict[str, list[CollectiveEvent]] = {}
         in_flight: Counter[str] = Counter()
@@ -72,18 +77,15 @@ class Collectives:
     def _events_of(
         self, instruction: Instruction, computation: str, in_flight: Counter[str]
     ) -> Iterator[CollectiveEvent]:
-        kind = next((kind for kind in KINDS if instruction.opcode.startswith(kind)), None)
+        kind = _kind_of(instruction)
         if instruction.opcode in ("send", "recv-done") and "megascale" in instruction.rest:
             yield from self._between_slices(instruction, computation)
         elif kind and instruction.opcode.endswith("-done"):
             yield CollectiveEvent("done", instruction.operands[0], None)
         elif kind:
             asynchronous = instruction.opcode.endswith("-start")
-            yield CollectiveEvent(
-                "start" if asynchronous else "sync",
-                instruction.name,
-                self._build(instruction, kind, asynchronous, instruction.op_name),
-            )
+            collective = self._build(instruction, kind, asynchronous, instruction.op_name)
+            yield CollectiveEvent("start" if asynchronous else "sync", instruction.name, collective)
         elif instruction.opcode in ("async-done", "async-update"):
             yield from self._async_done(instruction, computation)
         elif instruction.calls:
@@ -94,29 +96,22 @@ class Collectives:
         inner = list(self._collectives_in(instruction.calls))
         if not inner:
             return
-        targets = {
-            match[1]
-            for line in self._module.computations[instruction.calls]
-            if (match := re.search(r'custom_call_target="(\w+)"', line.rest))
-        }
+        targets = {line.custom_call_target for line in self._module.computations[instruction.calls]}
+        wrapped = instruction.opcode == "async-start"
         for operation, kind in inner:
             channel = re.search(r"channel_id=(\d+)", operation.rest)
-            key = (
-                instruction.name
-                if instruction.opcode == "async-start"
-                else f"{kind} {channel[1] if channel else operation.name}"
-            )
+            key = instruction.name if wrapped else f"{kind} {channel[1] if channel else operation.name}"
             op_name = operation.op_name or instruction.op_name
             if "AsyncCollectiveDone" in targets:
                 yield CollectiveEvent("done", key, None)
-            elif "AsyncCollectiveStart" in targets or instruction.opcode == "async-start":
+            elif "AsyncCollectiveStart" in targets or wrapped:
                 yield CollectiveEvent("start", key, self._build(operation, kind, True, op_name))
             elif in_flight[key] < 1:
                 yield CollectiveEvent("sync", instruction.name, self._build(operation, kind, False, op_name))
 
     def _collectives_in(self, computation: str) -> Iterator[tuple[Instruction, str]]:
         for instruction in self._module.computations.get(computation, []):
-            kind = next((kind for kind in KINDS if instruction.opcode.startswith(kind)), None)
+            kind = _kind_of(instruction)
             if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             if kind:
@@ -142,15 +137,14 @@ class Collectives:
             return
         sent = named[instruction.operands[0]]
         kind = re.search(r'_xla_megascale_transfer_type="([^"]*)"', instruction.rest)
-        num_bytes = sum(array.bytes for array in arrays(sent.shape))
         collective = Collective(
             kind=f"{kind[1].lower().replace('_', '-') if kind else 'send'} {BETWEEN_SLICES}",
-            num_bytes=num_bytes,
+            num_bytes=sent.num_bytes,
             axes=("slice",),
-            route=self._layout.between_slices(num_bytes),
+            route=self._layout.between_slices(sent.num_bytes),
             asynchronous=True,
             op_name=_origin(sent, named),
-            arrays=_array_types(sent),
+            arrays=_arrays(sent),
         )
         yield CollectiveEvent("start", key, collective)
 
@@ -167,19 +161,16 @@ class Collectives:
         if kind == "reduce-scatter" and instruction.opcode.startswith("reduce-scatter"):
             num_bytes *= max(map(len, groups))
         axes = self._layout.axes_of(groups, pairs=kind == "collective-permute")
-        return Collective(
-            kind,
-            num_bytes,
-            axes,
-            self._layout.route(kind, num_bytes, groups),
-            asynchronous,
-            op_name,
-            _array_types(instruction),
-        )
+        route = self._layout.route(kind, num_bytes, groups)
+        return Collective(kind, num_bytes, axes, route, asynchronous, op_name, _arrays(instruction))
 
 
-def _array_types(instruction: Instruction) -> tuple[str, ...]:
-    return tuple(f"{array.dtype}[{','.join(map(str, array.dims))}]" for array in instruction.arrays if array.size > 1)
+def _kind_of(instruction: Instruction) -> str | None:
+    return next((kind for kind in KINDS if instruction.opcode.startswith(kind)), None)
+
+
+def _arrays(instruction: Instruction) -> tuple[Array, ...]:
+    return tuple(array for array in instruction.arrays if array.size > 1)
 
 
 def _origin(instruction: Instruction, named: dict[str, Instruction]) -> str:

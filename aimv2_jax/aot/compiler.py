@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -11,30 +10,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from aimv2_jax.aot.program import AotProgram, ProgramFacts
 from aimv2_jax.aot.topology import Topology
 from aimv2_jax.aot.worker import Job
-from aimv2_jax.config import Config, config_to_dict
+from aimv2_jax.config.load import config_to_dict
+from aimv2_jax.config.schema import Config
 from aimv2_jax.errors import UserError
 
 _MODULE = "*after_optimizations_after_buffer_assignment.txt"
 _MEMORY = "*memory-usage-report.txt"
+_MAX_REFUSAL_CHARS = 400
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A compiled step. `refusal` is the compiler's message if the step does not compile."""
-
-    program: dict[str, Any]  # The output of `worker.describe`.
-    text: str  # The scheduled module; with cycle estimates if it was compiled in full.
-    hbm_bytes: int
-    compiler_flops: float | None  # Its own FLOP count; None without code generation.
-    refusal: str | None
-    seconds: float
-
-
-def compile_step(config: Config, topology: Topology, full: bool) -> Compiled:
+def compile_step(config: Config, topology: Topology, full: bool) -> AotProgram:
     """Compiles the run's own train step for a described topology.
 
     With `full`, code generation runs too; otherwise the compiler stops once schedule and buffers are known.
@@ -63,7 +52,7 @@ def _run_worker(job: Path, folder: Path, full: bool) -> None:
         )
         try:
             while child.poll() is None:
-                if not full and _is_scheduled(folder / "dump"):
+                if not full and _is_scheduled(folder):
                     break
                 time.sleep(0.2)
         finally:
@@ -71,39 +60,36 @@ def _run_worker(job: Path, folder: Path, full: bool) -> None:
             child.wait()
 
 
-def _is_scheduled(dump: Path) -> bool:
+def _dumped(folder: Path, pattern: str) -> list[Path]:
+    """Returns the dumps of the TPU program that match; the worker may also run small programs on the CPU."""
+    return [file for file in (folder / "dump").glob(pattern) if ".cpu_" not in file.name]
+
+
+def _is_scheduled(folder: Path) -> bool:
     """Whether the schedule and the memory report exist and have stopped growing."""
-    files = [file for pattern in (_MODULE, _MEMORY) for file in dump.glob(pattern) if ".cpu_" not in file.name]
-    if not all(any(file.match(pattern) for file in files) for pattern in (_MODULE, _MEMORY)):
+    modules = _dumped(folder, _MODULE)
+    reports = _dumped(folder, _MEMORY)
+    if not (modules and reports):
         return False
-    sizes = [file.stat().st_size for file in files]
+    sizes = [file.stat().st_size for file in modules + reports]
     time.sleep(0.5)
-    return sizes == [file.stat().st_size for file in files] and all(sizes)
+    return sizes == [file.stat().st_size for file in modules + reports] and all(sizes)
 
 
-def _collect(folder: Path, full: bool, seconds: float) -> Compiled:
+def _collect(folder: Path, full: bool, seconds: float) -> AotProgram:
     if (folder / "user_error.json").exists():
         raise UserError(*json.loads((folder / "user_error.json").read_text()))
     log = (folder / "log.txt").read_text(errors="replace")
     if not (folder / "program.json").exists():
         raise RuntimeError(f"the compile process ended before compilation started:\n{log[-4000:]}")
-    program = json.loads((folder / "program.json").read_text())
+    facts = ProgramFacts.from_json(json.loads((folder / "program.json").read_text()))
     if (folder / "error.txt").exists():
-        return Compiled(program, "", 0, None, _shorten((folder / "error.txt").read_text()), seconds)
-    dump = folder / "dump"
-    memory = [file.read_text() for file in dump.glob(_MEMORY) if ".cpu_" not in file.name]
-    if full and (folder / "compiled.json").exists():
-        text = (folder / "compiled.txt").read_text()
-        flops = json.loads((folder / "compiled.json").read_text())["flops"]
-    elif not full and any(dump.glob(_MODULE)):
-        text, flops = next(dump.glob(_MODULE)).read_text(), None
-    else:
+        message = " ".join((folder / "error.txt").read_text().split())
+        shown = message if len(message) <= _MAX_REFUSAL_CHARS else message[:_MAX_REFUSAL_CHARS] + " ..."
+        return AotProgram(facts, seconds, refusal=shown)
+    modules = list(folder.glob("compiled.txt")) if full else _dumped(folder, _MODULE)
+    if not modules:
         raise RuntimeError(f"the compile process died:\n{log[-4000:]}")
-    total = re.search(r"Memory Space: default.*?\nTotal bytes: (\d+)", "\n".join(memory), re.S)
-    return Compiled(program, text, int(total[1]), flops, None, seconds)
-
-
-def _shorten(error: str) -> str:
-    """Returns the start of the compiler's error message, on one line."""
-    message = " ".join(error.split())
-    return message if len(message) <= 400 else message[:400] + " ..."
+    memory = "\n".join(file.read_text() for file in _dumped(folder, _MEMORY))
+    total = re.search(r"Memory Space: default.*?\nTotal bytes: (\d+)", memory, re.S)
+    return AotProgram(facts, seconds, modules[0].read_text(), int(total[1]))

@@ -1,4 +1,4 @@
-"""Parser for the text of a compiled module: computations of instructions.
+"""Compiled modules, parsed from the compiler's text, and their instructions in execution order.
 
 The text is the only form that the compiler writes before code generation. After code generation it has the same form,
 with `estimated_cycles` added.
@@ -20,6 +20,12 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"([a-z][\w\-]*)\(")
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
+# The computation that an instruction runs. The longest branch of a conditional is not known: the first represents all.
+_BODIES = {
+    "while": re.compile(r"body=%?([\w.\-]+)"),
+    "call": re.compile(r"to_apply=%?([\w.\-]+)"),
+    "conditional": re.compile(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,9 @@ class Array:
     @property
     def bytes(self) -> int:
         return self.size * _BITS.get(self.dtype, 32) // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
 def arrays(text: str) -> list[Array]:
@@ -62,27 +71,34 @@ class Instruction:
         return arrays(self.shape)
 
     @cached_property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+(?:#\d+)?)", self._parenthesised)
+    def num_bytes(self) -> int:
+        """Size of the result."""
+        return sum(array.bytes for array in self.arrays)
 
     @cached_property
-    def _parenthesised(self) -> str:
-        depth = 0
-        for index, letter in enumerate(self.rest):
-            depth += (letter == "(") - (letter == ")")
-            if depth == 0:
-                return self.rest[: index + 1]
-        return self.rest
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.rest[: _closing(self.rest)])
 
     @cached_property
     def attributes(self) -> str:
-        return self.rest[len(self._parenthesised) :]
+        return self.rest[_closing(self.rest) :]
 
     @cached_property
     def op_name(self) -> str:
         """Traced name of the operation; empty if the compiler created the instruction."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return match[1].replace("\\'", "'") if match else ""
+
+    @property
+    def stem(self) -> str:
+        """The name without the number that makes it unique."""
+        return re.sub(r"[.\d]+$", "", self.name)
+
+    @property
+    def custom_call_target(self) -> str:
+        """The target of a custom call, "" for other instructions."""
+        match = re.search(r'custom_call_target="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     @cached_property
     def calls(self) -> str | None:
@@ -91,10 +107,10 @@ class Instruction:
         return match[1] if match else None
 
     @cached_property
-    def estimated_cycles(self) -> int | None:
+    def estimated_cycles(self) -> float | None:
         """The compiler's cycle estimate, present only after code generation."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(match[1]) if match else None
+        return float(match[1]) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +124,10 @@ class Module:
     @property
     def entry_parameters(self) -> list[Instruction]:
         return [line for line in self.computations[self.entry] if line.opcode == "parameter"]
+
+    def root(self, computation: str) -> Instruction:
+        """Returns the instruction whose result is the computation's."""
+        return next(line for line in self.computations[computation] if line.root)
 
     def named(self, computation: str) -> dict[str, Instruction]:
         """Returns the instructions of a computation by name."""
@@ -179,12 +199,69 @@ def _join_lines(text: str) -> Iterator[str]:
 
 def _split_shape(text: str) -> tuple[str, str]:
     """Splits "shape opcode(...)" in two; a tuple's shape nests."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
+    end = _closing(text) if text.startswith("(") else len(text.partition(" ")[0])
+    return text[:end], text[end + 1 :]
+
+
+def _closing(text: str) -> int:
+    """Returns the length of the parenthesised text at the start."""
     depth = 0
     for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
-            return text[: index + 1], text[index + 2 :]
-    return text, ""
+            return index + 1
+    return len(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """An instruction, its computation, and how often it runs in a step."""
+
+    instruction: Instruction
+    computation: str
+    times: int
+
+
+def scheduled(module: Module) -> Iterator[Scheduled]:
+    """Yields every top-level instruction in execution order, a loop's body once with its trip count.
+
+    Instructions inside a fusion are part of the fusion.
+    """
+    yield from _walk(module, module.entry, 1)
+
+
+def _walk(module: Module, computation: str, times: int) -> Iterator[Scheduled]:
+    for instruction in module.computations[computation]:
+        if body := body_of(module, instruction):
+            yield from _walk(module, body[0], times * body[1])
+        else:
+            yield Scheduled(instruction, computation, times)
+
+
+def body_of(module: Module, instruction: Instruction) -> tuple[str, int] | None:
+    """Returns the computation that a loop, call or conditional runs, and how often; None for other instructions."""
+    if instruction.opcode not in _BODIES:
+        return None
+    body = _BODIES[instruction.opcode].search(instruction.rest)[1]
+    return body, trip_count(module, instruction) if instruction.opcode == "while" else 1
+
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """Returns how often a loop's body runs.
+
+    Loops that the compiler rewrote lack `known_trip_count`. Their count is the constant in the condition: jax.lax.scan
+    counts from 0 by 1.
+    """
+    known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    return max(_constants(module, condition[1], depth=2), default=1)
+
+
+def _constants(module: Module, computation: str, depth: int) -> Iterator[int]:
+    for instruction in module.computations.get(computation, []):
+        if instruction.opcode == "constant" and re.match(r"s32\[\]", instruction.shape):
+            yield int(re.match(r"\((-?\d+)\)", instruction.rest)[1])
+        if instruction.calls and depth:
+            yield from _constants(module, instruction.calls, depth - 1)

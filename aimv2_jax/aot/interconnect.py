@@ -1,4 +1,4 @@
-"""Interconnect cost model: the links that a group of devices uses, and the time of each kind of collective.
+"""Interconnect cost model: groups of devices, the links that a group uses, and the time of each kind of collective.
 
 A collective over a torus axis uses its ring in both directions; over two axes, both rings. Latency is ignored: the
 collectives that matter send megabytes.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from aimv2_jax.aot.program import ProgramFacts
+from aimv2_jax.aot.topology import Topology
 from aimv2_jax.parallel.hardware import Chip
 
 Groups = tuple[tuple[int, ...], ...]
-NETWORK = "network"  # Link name of the data-centre network.
+_LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,?\s*device_ids=\(?\[?([^\])]*)[\])]*)?\s*\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Layout:
     def between_slices(self, num_bytes: int) -> Route:
         """Returns the route of an all-reduce of `num_bytes` a chip over the slices."""
         share = 2 * (self.num_slices - 1) / self.num_slices
-        return Route(frozenset({NETWORK}), share * num_bytes / self.chip.dcn_bytes_per_s)
+        return Route(frozenset({"network"}), share * num_bytes / self.chip.dcn_bytes_per_s)
 
     def _is_ring(self, axis: int) -> bool:
         return self.torus[axis] % self.chip.ring_size == 0
@@ -113,18 +117,65 @@ class Layout:
         return Route(frozenset(links), longest * num_bytes / self.chip.link_bytes_per_s)
 
 
-def layout_of(program: dict[str, Any], chip: Chip, torus: tuple[int, ...]) -> Layout:
-    """Builds the layout of one slice from a worker's description of its program (`worker.describe`)."""
-    axes, sizes = program["axes"], program["shape"]
-    num_slices = len({device["slice"] for device in program["devices"]})
-    inner = [(axis, size) for axis, size in zip(axes, sizes) if not (num_slices > 1 and axis == "slice")]
-    per_slice = len(program["devices"]) // num_slices
-    coords = np.array([device["coords"] for device in program["devices"][:per_slice]])
+def layout_of(facts: ProgramFacts, topology: Topology) -> Layout:
+    """Builds the layout of one slice of a program's mesh."""
+    inner = {axis: size for axis, size in facts.mesh.items() if topology.slices == 1 or axis != "slice"}
+    coords = np.array(facts.coords[: len(facts.coords) // topology.slices])
     return Layout(
-        axes=tuple(axis for axis, _ in inner),
-        sizes=tuple(size for _, size in inner),
-        coords=coords[:, : len(torus)],
-        torus=torus,
-        num_slices=num_slices,
-        chip=chip,
+        axes=tuple(inner),
+        sizes=tuple(inner.values()),
+        coords=coords[:, : len(topology.shape)],
+        torus=topology.shape,
+        num_slices=topology.slices,
+        chip=topology.chip,
     )
+
+
+def groups_of(attributes: str, num_partitions: int) -> Groups:
+    """Returns an instruction's replica groups or source-target pairs; one group of all devices if it has none.
+
+    Raises:
+      ValueError: for an unknown notation.
+    """
+    lists = _LISTS.search(attributes)
+    if lists:
+        groups = [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", lists[1])]
+        return tuple(groups) or (tuple(range(num_partitions)),)
+    iota = _IOTA.search(attributes)
+    if iota:
+        shape, dims, permutation = ([int(x) for x in part.split(",")] if part else None for part in iota.groups())
+        numbers = np.arange(math.prod(dims)).reshape(dims)
+        return _to_groups(np.transpose(numbers, permutation).reshape(shape))
+    mesh = _MESH.search(attributes)
+    if mesh:
+        return _mesh_groups(*mesh.groups())
+    if "replica_groups=" in attributes:
+        raise ValueError(f"the notation of the replica groups is not known: {attributes[:200]}")
+    return (tuple(range(num_partitions)),)
+
+
+def _mesh_groups(sizes: str, order: str | None, over: str) -> Groups:
+    """Parses mesh['a'=4,'b'=2] {'b'}: a mesh in row-major order, and the axes (or parts of them) that a group spans.
+
+    In a part 'a':(BEFORE)SIZE, the axis splits into BEFORE x SIZE x the rest, and the group spans the middle factor.
+    """
+    if order and "<=" in order:
+        raise ValueError(f"the device order of the mesh is not known: {order}")
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    spans = {}
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", over):
+        spans[name] = (int(before), int(size)) if size else (1, axes[name])
+    shape, spanned = [], []
+    for name, size in axes.items():
+        before, middle = spans.get(name, (1, 1))
+        shape += [before, middle, size // (before * middle)]
+        spanned.append(len(shape) - 2)
+    numbers = np.array([int(x) for x in re.findall(r"\d+", order)]) if order else np.arange(math.prod(shape))
+    numbers = numbers.reshape(shape)
+    kept = [axis for axis in range(len(shape)) if axis not in spanned]
+    transposed = np.transpose(numbers, kept + spanned)
+    return _to_groups(transposed.reshape(-1, math.prod(shape[axis] for axis in spanned)))
+
+
+def _to_groups(array: np.ndarray) -> Groups:
+    return tuple(tuple(int(number) for number in row) for row in array.reshape(-1, array.shape[-1]))

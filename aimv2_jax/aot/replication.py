@@ -3,7 +3,7 @@
 The compiled module is checked; its shapes are per device. The rules:
 
 * Parameters and optimiser: a tensor that the rule table splits must enter and leave the step as one shard; and every
-  tensor of `MIN_UNSPLIT_BYTES` or more must have a rule that splits it, if the mesh has axes for it.
+  tensor of 4 MiB or more must have a rule that splits it, if the mesh has axes for it.
 * Gradients: a gradient is the result of a reduction over devices. If its parameter is split, it must be a
   reduce-scatter: no result may have as many entries as the whole parameter, or as one layer of its stack. (The sum over
   a device's own rows has the global shape before the reduction; that is not replication.)
@@ -17,58 +17,49 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from aimv2_jax.aot.collectives import Collectives
-from aimv2_jax.aot.hlo import Array, Instruction, Module
-from aimv2_jax.aot.schedule import scheduled
-from aimv2_jax.config import Config
+from aimv2_jax.aot.hlo import Array, Instruction, Module, scheduled
+from aimv2_jax.aot.program import ProgramFacts
+from aimv2_jax.config.schema import Config
 from aimv2_jax.models.kernels.short_attention import MAX_HEADS_PER_PROGRAM
 from aimv2_jax.models.sizes import num_kept_tokens, swiglu_hidden
 
-MIN_LARGE_BYTES = 2**20  # Smaller results are not worth splitting.
-MIN_UNSPLIT_BYTES = 4 * 2**20  # Only biases have no splitting rule, and they are smaller.
+_MIN_LARGE_BYTES = 2**20  # Smaller results are not worth splitting.
+_MIN_UNSPLIT_BYTES = 4 * 2**20  # Only biases have no splitting rule, and they are smaller.
 
 
 def find_replicated(
     module: Module,
     collectives: Collectives,
-    program: dict[str, Any],
+    facts: ProgramFacts,
     config: Config,
-    large_bytes: int = MIN_LARGE_BYTES,
-    unsplit_bytes: int = MIN_UNSPLIT_BYTES,
+    min_unsplit_bytes: int = _MIN_UNSPLIT_BYTES,
 ) -> list[str]:
     """Returns one line for each violation of the rules above; empty if there is none."""
     violations = [
-        *_state(module, program, unsplit_bytes),
-        *_gradients(module, collectives, program, config, large_bytes),
-        *_activations(module, program, config, large_bytes),
+        *_state(module, facts, min_unsplit_bytes),
+        *_gradients(module, collectives, facts, config),
+        *_activations(module, facts, config),
     ]
     return list(dict.fromkeys(violations))
 
 
-def _state(module: Module, program: dict[str, Any], unsplit_bytes: int) -> Iterator[str]:
-    expected = {tensor["name"]: tensor for tensor in program["tensors"]}
-    split = math.prod(size for axis, size in zip(program["axes"], program["shape"]) if axis not in ("slice", "data"))
-    for tensor in expected.values():
-        if (
-            split > 1
-            and tensor["kind"] != "batch"
-            and tensor["bytes"] >= unsplit_bytes
-            and tensor["part"] == tensor["shape"]
-        ):
-            yield f"{tensor['kind']} {tensor['name']} {tensor['shape']}: no rule splits it"
-    root = next(line for line in module.computations[module.entry] if line.root)
-    results = root.arrays
+def _state(module: Module, facts: ProgramFacts, min_unsplit_bytes: int) -> Iterator[str]:
+    splits = math.prod(size for axis, size in facts.mesh.items() if axis not in ("slice", "data")) > 1
+    state = [tensor for tensor in facts.tensors if tensor.kind != "batch"]
+    for tensor in state:
+        if splits and tensor.bytes >= min_unsplit_bytes and not tensor.is_split:
+            yield f"{tensor.kind} {tensor.name} {tensor.shape}: no rule splits it"
+    expected = {tensor.name: tensor for tensor in facts.tensors}
     for parameter in module.entry_parameters:
-        name = _path(parameter.op_name)
-        if name in expected and parameter.arrays and list(parameter.arrays[0].dims) != expected[name]["part"]:
-            dims = list(parameter.arrays[0].dims)
-            yield f"{expected[name]['kind']} {name} enters as {dims}, not {expected[name]['part']}"
-    state = [tensor for tensor in expected.values() if tensor["kind"] != "batch"]
-    for tensor, array in zip(state, results):  # The new state is the first result, in tree order.
-        if list(array.dims) != tensor["part"]:
-            yield f"{tensor['kind']} {tensor['name']} leaves as {list(array.dims)}, not {tensor['part']}"
+        tensor = expected.get(_path(parameter.op_name))
+        if tensor and parameter.arrays and list(parameter.arrays[0].dims) != tensor.part:
+            yield f"{tensor.kind} {tensor.name} enters as {list(parameter.arrays[0].dims)}, not {tensor.part}"
+    # The new state is the first result, in tree order.
+    for tensor, array in zip(state, module.root(module.entry).arrays):
+        if list(array.dims) != tensor.part:
+            yield f"{tensor.kind} {tensor.name} leaves as {list(array.dims)}, not {tensor.part}"
 
 
 def _path(op_name: str) -> str:
@@ -77,40 +68,34 @@ def _path(op_name: str) -> str:
     return re.sub(r"[\[\].']+", "/", name).strip("/")
 
 
-def _gradients(
-    module: Module, collectives: Collectives, program: dict[str, Any], config: Config, large_bytes: int
-) -> Iterator[str]:
+def _gradients(module: Module, collectives: Collectives, facts: ProgramFacts, config: Config) -> Iterator[str]:
     unsplit: dict[int, str] = {}
-    for tensor in program["tensors"]:
-        if tensor["kind"] == "parameter" and tensor["part"] != tensor["shape"]:
-            unsplit[math.prod(tensor["shape"])] = tensor["name"]
-            if "/blocks/" in tensor["name"]:
-                unsplit[math.prod(tensor["shape"][1:])] = tensor["name"] + " (one layer)"
+    for tensor in facts.tensors:
+        if tensor.kind == "parameter" and tensor.is_split:
+            unsplit[math.prod(tensor.shape)] = tensor.name
+            if "/blocks/" in tensor.name:
+                unsplit[math.prod(tensor.shape[1:])] = tensor.name + " (one layer)"
     # Shapes of shards; a result of such a shape is not replicated, even if its size matches another parameter's.
-    parts = {_plain(shape) for tensor in program["tensors"] for shape in (tensor["part"], tensor["part"][1:])}
-    rows = _rows_of_one_device(program, config)
+    parts = {_plain(shape) for tensor in facts.tensors for shape in (tensor.part, tensor.part[1:])}
+    rows = _rows_of_one_device(facts, config)
     mixed = config.model.compute_dtype != config.model.param_dtype
-    for computation in {item.computation for item in scheduled(module)}:
-        for events in collectives.events(computation).values():
-            for collective in (event.collective for event in events if event.collective):
-                reduced = collective.kind == "all-reduce"
-                gathered = collective.kind == "all-gather" and mixed
-                for text in collective.arrays if reduced or gathered else ():
-                    dtype, dims = re.match(r"(\w+)\[([\d,]*)\]", text).groups()
-                    array = Array(dtype, tuple(int(size) for size in dims.split(",") if size))
-                    if array.size not in unsplit or array.bytes < large_bytes:
-                        continue
-                    if array.dims[0] in rows or _plain(array.dims) in parts:
-                        continue
-                    if reduced:
-                        yield f"gradient of {unsplit[array.size]}: {text} is reduced to every device"
-                    elif dtype == "f32" and config.model.param_dtype == "float32":
-                        yield f"{unsplit[array.size]}: {text} is gathered in the parameters' dtype"
+    for collective in collectives.all():
+        reduced = collective.kind == "all-reduce"
+        gathered = collective.kind == "all-gather" and mixed
+        for array in collective.arrays if reduced or gathered else ():
+            if array.size not in unsplit or array.bytes < _MIN_LARGE_BYTES:
+                continue
+            if array.dims[0] in rows or _plain(array.dims) in parts:
+                continue
+            if reduced:
+                yield f"gradient of {unsplit[array.size]}: {array} is reduced to every device"
+            elif array.dtype == "f32" and config.model.param_dtype == "float32":
+                yield f"{unsplit[array.size]}: {array} is gathered in the parameters' dtype"
 
 
-def _activations(module: Module, program: dict[str, Any], config: Config, large_bytes: int) -> Iterator[str]:
-    own = _rows_of_one_device(program, config)
-    axes = [size for axis, size in zip(program["axes"], program["shape"]) if axis != "tensor" and size > 1]
+def _activations(module: Module, facts: ProgramFacts, config: Config) -> Iterator[str]:
+    own = _rows_of_one_device(facts, config)
+    axes = [size for axis, size in facts.mesh.items() if axis != "tensor" and size > 1]
     replicated_rows = {
         rows * math.prod(sizes)
         for rows in own
@@ -122,16 +107,16 @@ def _activations(module: Module, program: dict[str, Any], config: Config, large_
     ambiguous = replicated_rows & _model_sizes(config)  # These sizes may be widths instead of rows.
     parameters = {
         _plain(shape)
-        for tensor in program["tensors"]
-        if tensor["kind"] != "batch"
-        for stack in (tensor["shape"], tensor["part"])
+        for tensor in facts.tensors
+        if tensor.kind != "batch"
+        for stack in (tensor.shape, tensor.part)
         for shape in (stack, stack[1:])
     }
     for item in scheduled(module):
         if item.instruction.name.startswith("slice-"):
             continue  # A slice on its way to VMEM; the array itself is checked.
         for array in item.instruction.arrays:
-            if array.bytes < large_bytes or _plain(array.dims) in parameters or _is_scratch(array):
+            if array.bytes < _MIN_LARGE_BYTES or _plain(array.dims) in parameters or _is_scratch(array):
                 continue
             rows = (replicated_rows - ambiguous) & set(array.dims) if len(array.dims) > 2 else set()
             if not rows and array.dims[0] in (replicated_rows - ambiguous) | flat:
@@ -153,14 +138,15 @@ def _plain(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _violation(instruction: Instruction, array: Array, rows: int) -> str:
-    where = re.sub(r"^jit\(\w+\)/", "", instruction.op_name) or re.sub(r"[.\d]+$", "", instruction.name)
+    where = re.sub(r"^jit\(\w+\)/", "", instruction.op_name) or instruction.stem
     return f"activation {array.dtype}{list(array.dims)} of {where}: {rows} rows"
 
 
-def _rows_of_one_device(program: dict[str, Any], config: Config) -> set[int]:
+def _rows_of_one_device(facts: ProgramFacts, config: Config) -> set[int]:
     """Returns the rows that a device holds of the batch and of one microbatch."""
-    split = math.prod(size for axis, size in zip(program["axes"], program["shape"]) if axis != "tensor")
-    return {program["batch_size"] // split, program["batch_size"] // split // config.train.microbatches}
+    num_shards = math.prod(size for axis, size in facts.mesh.items() if axis != "tensor")
+    rows = config.batch_shapes[0].examples // num_shards
+    return {rows, rows // config.train.microbatches}
 
 
 def _lengths(config: Config) -> set[int]:

@@ -7,26 +7,29 @@ FOLDER holds the files that `python -m aimv2_jax.aot --json` wrote. exit codes: 
 from __future__ import annotations
 
 import datetime
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from aimv2_jax.aot.prediction import Figures, Prediction, Refusal
 from aimv2_jax.cli import Parser, check_output
-from aimv2_jax.errors import EXIT_FINISHED, TrainingAborted, UserError, cli_main
+from aimv2_jax.console import print_line
+from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.storage.files import atomic_write
+from aimv2_jax.untrusted import read_json_object
 
-MIN_SPARE = 0.05  # Fraction of a chip's memory that a prediction must leave free, as a margin of error.
+_EXIT_PROBLEMS = 3
+_MIN_SPARE = 0.05  # Fraction of a chip's memory that a prediction must leave free, as a margin of error.
 _COLUMNS = (
     "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms "
     "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | days | chip-hours"
 )
 
 
-def summary_text(reports: Sequence[dict[str, Any]], date: str) -> str:
-    """Returns a Markdown page of all reports, in the order given."""
-    versions = sorted({", ".join(f"{k} {v}" for k, v in report["versions"].items()) for report in reports})
+def summary_text(predictions: Sequence[Prediction], date: str) -> str:
+    """Returns a Markdown page of all predictions, in the order given."""
+    versions = sorted({", ".join(f"{k} {v}" for k, v in each.outcome.versions.items()) for each in predictions})
+    problems = [f"- {problem}" for problem in find_problems(predictions)]
     lines = [
         "# Ahead-of-time predictions",
         "",
@@ -38,100 +41,117 @@ def summary_text(reports: Sequence[dict[str, Any]], date: str) -> str:
         "",
         f"| {_COLUMNS} |",
         "|" + "---|" * (_COLUMNS.count("|") + 1),
-        *(f"| {' | '.join(_cells(report))} |" for report in reports),
+        *(f"| {' | '.join(_cells(prediction))} |" for prediction in predictions),
         "",
-        *_agreement(reports),
-        *_slices(reports),
-        *_problems(reports),
+        *_section("The default compile compared with the full compile", _agreement(predictions)),
+        *_section("Traffic between slices", _slice_traffic(predictions)),
+        *_section("Problems", problems or ["None: all steps compile, fit in memory and are split."]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(figures: dict[str, Any]) -> list[str]:
-    slices = f"{figures['slices']} x " if figures["slices"] > 1 else ""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1)
-    cells = [_name(figures), f"{slices}{figures['topology']}", mesh, "full" if figures["full"] else "twin"]
-    if not figures["compiles"]:
-        return [*cells, f"does not compile: {figures['refusal']}", *[""] * 12]
-    other = figures.get("xla_attention")
-    xla = "-"
-    if other:
-        xla = "does not compile"
-        if other["compiles"]:
-            xla = f"{other['predicted_mfu']:.3f}, {other['predicted_mfu_with_comms']:.3f}"
+def _section(heading: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {heading}", "", *lines, ""] if lines else []
+
+
+def _cells(prediction: Prediction) -> list[str]:
+    figures = prediction.outcome
+    slices = f"{prediction.slices} x " if prediction.slices > 1 else ""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in figures.mesh.items() if size > 1)
+    way = "full" if prediction.full else "proxy"
+    cells = [_name(prediction), f"{slices}{prediction.topology}", mesh, way]
+    if isinstance(figures, Refusal):
+        return [*cells, f"does not compile: {figures.refusal}", *[""] * 12]
+    xla = prediction.xla_attention
+    xla_cell = "-"
+    if xla:
+        xla_cell = (
+            f"{xla.predicted_mfu:.3f}, {xla.predicted_mfu_with_comms:.3f}" if xla.compiles else "does not compile"
+        )
     return [
         *cells,
-        f"{figures['hbm_gib']:.2f} of {figures['hbm_limit_gib']:.2f} ({figures['hbm_spare']:.0%})",
-        f"{figures['model_tflops_per_chip']:.2f}",
-        f"{figures['recompute']:+.1%}",
-        f"{figures['predicted_mcycles']:.1f}",
-        f"{figures['predicted_compute_ms']:.1f}",
-        f"{figures['predicted_ms']:.1f}",
-        f"{figures['predicted_mfu']:.3f}",
-        f"{figures['predicted_mfu_with_comms']:.3f}",
-        xla,
-        next(iter(figures["gradient_dtypes"]), "-"),
-        f"{figures['images_per_s']:,.0f}",
-        f"{figures['days']:.1f}",
-        f"{figures['chip_hours']:,.0f}",
+        f"{figures.hbm_gib:.2f} of {figures.hbm_limit_gib:.2f} ({figures.hbm_spare:.0%})",
+        f"{figures.model_tflops_per_chip:.2f}",
+        f"{figures.recompute:+.1%}",
+        f"{figures.predicted_mcycles:.1f}",
+        f"{figures.predicted_compute_ms:.1f}",
+        f"{figures.predicted_ms:.1f}",
+        f"{figures.predicted_mfu:.3f}",
+        f"{figures.predicted_mfu_with_comms:.3f}",
+        xla_cell,
+        next(iter(figures.gradient_dtypes), "-"),
+        f"{figures.images_per_s:,.0f}",
+        f"{figures.days:.1f}",
+        f"{figures.chip_hours:,.0f}",
     ]
 
 
-def _name(figures: dict[str, Any]) -> str:
+def _name(prediction: Prediction) -> str:
     """Returns the experiment, its area at native resolution, and the overridden keys."""
-    area = [f"{figures['area']} patches"] if figures["area"] else []
-    changes = [f"{key}={value}" for key, value in figures["overrides"].items()]
-    return ", ".join([Path(figures["config"]).stem, *area, *changes])
+    area = [f"{prediction.area} patches"] if prediction.area else []
+    changes = [f"{key}={value}" for key, value in prediction.overrides.items()]
+    return ", ".join([Path(prediction.config).name.replace(".py", ""), *area, *changes])
 
 
-def _agreement(reports: Sequence[dict[str, Any]]) -> list[str]:
+def _agreement(predictions: Sequence[Prediction]) -> list[str]:
     """Compares the cycles of steps that were compiled both with a proxy and in full."""
 
-    def key(report: dict[str, Any]) -> tuple:
-        return (_name(report), report["topology"], report["slices"])
+    def key(prediction: Prediction) -> tuple[str, str, int]:
+        return _name(prediction), prediction.topology, prediction.slices
 
-    reports = [report for report in reports if report["compiles"]]
-    full = {key(report): report["predicted_mcycles"] for report in reports if report["full"]}
-    lines = [
-        f"- {_name(report)} on {report['topology']}: {report['predicted_mcycles']:.1f} Mcycles by the twin, "
-        f"{full[key(report)]:.1f} in full, {report['predicted_mcycles'] / full[key(report)] - 1:+.2%}"
-        for report in reports
-        if not report["full"] and key(report) in full
+    compiled = [prediction for prediction in predictions if isinstance(prediction.outcome, Figures)]
+    full = {key(prediction): prediction.outcome.predicted_mcycles for prediction in compiled if prediction.full}
+    lines = []
+    for prediction in compiled:
+        if not prediction.full and key(prediction) in full:
+            mcycles, expected = prediction.outcome.predicted_mcycles, full[key(prediction)]
+            lines.append(
+                f"- {_name(prediction)} on {prediction.topology}: {mcycles:.1f} Mcycles by the proxy, "
+                f"{expected:.1f} in full, {mcycles / expected - 1:+.2%}"
+            )
+    return lines
+
+
+def _slice_traffic(predictions: Sequence[Prediction]) -> list[str]:
+    return [
+        f"- {_name(prediction)}, {prediction.slices} x {prediction.topology}: {row.count} x {row.carries}, "
+        f"{row.bytes / 1e6:.2f} MB a chip"
+        for prediction in predictions
+        if isinstance(prediction.outcome, Figures)
+        for row in prediction.outcome.between_slices
     ]
-    return ["## The default compile compared with the full compile", "", *lines, ""] if lines else []
 
 
-def _slices(reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Lists the traffic between slices, by report."""
-    lines = [
-        f"- {_name(report)}, {report['slices']} x {report['topology']}: {row['count']} x {row['carries']}, "
-        f"{row['bytes'] / 1e6:.2f} MB a chip"
-        for report in reports
-        for row in report.get("between_slices", [])
-    ]
-    return ["## Traffic between slices", "", *lines, ""] if lines else []
-
-
-def _problems(reports: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"- {line}" for line in find_problems(reports)]
-    return ["## Problems", "", *(lines or ["None: all steps compile, fit in memory and are split."])]
-
-
-def find_problems(reports: Sequence[dict[str, Any]]) -> list[str]:
+def find_problems(predictions: Sequence[Prediction]) -> list[str]:
     """Lists steps that do not compile, leave too little memory, replicate tensors or send too much between slices."""
     problems = []
-    for report in reports:
-        name = f"{_name(report)} on {report['topology']}"
-        if not report["compiles"]:
-            problems.append(f"{name} does not compile: {report['refusal']}")
+    for prediction in predictions:
+        name = f"{_name(prediction)} on {prediction.topology}"
+        outcome = prediction.outcome
+        if isinstance(outcome, Refusal):
+            problems.append(f"{name} does not compile: {outcome.refusal}")
             continue
-        if report["hbm_spare"] < MIN_SPARE:
-            problems.append(f"{name} leaves {report['hbm_spare']:.1%} of the memory free")
-        problems += [f"{name} replicates {line}" for line in report["replicated"]]
-        for row in report["between_slices"]:
-            if row["carries"].startswith("other"):
-                problems.append(f"{name} sends {row['carries']} between slices")
+        if outcome.hbm_spare < _MIN_SPARE:
+            problems.append(f"{name} leaves {outcome.hbm_spare:.1%} of the memory free")
+        problems += [f"{name} replicates {line}" for line in outcome.replicated]
+        for row in outcome.between_slices:
+            if row.carries.startswith("other"):
+                problems.append(f"{name} sends {row.carries} between slices")
     return problems
+
+
+def read_predictions(folder: str) -> list[Prediction]:
+    """Reads all predictions of a folder, by name; raises UserError if there is none, or for another JSON file."""
+    remedy = "Give the folder of python -m aimv2_jax.aot --json FOLDER/NAME.json"
+    predictions = []
+    for file in sorted(Path(folder).glob("*.json")):
+        try:
+            predictions.append(Prediction.from_json(read_json_object(file)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError("not a report of python -m aimv2_jax.aot", str(file), remedy) from error
+    if not predictions:
+        raise UserError("no reports", folder, remedy)
+    return predictions
 
 
 @cli_main
@@ -141,16 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FILE.md", help="where the table goes")
     flags = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     check_output(Path(flags.output), ".md")
-    files = sorted(Path(flags.folder).glob("*.json"))
-    if not files:
-        raise UserError(
-            "no reports", flags.folder, "Give the folder of python -m aimv2_jax.aot --json FOLDER/NAME.json"
-        )
-    reports = [json.loads(file.read_text()) for file in files]
-    atomic_write(flags.output, summary_text(reports, datetime.date.today().isoformat()).encode())
-    print(f"wrote {len(reports)} reports to {flags.output}")
-    if problems := find_problems(reports):
-        raise TrainingAborted(f"{len(problems)} problems, the first: {problems[0]}")
+    predictions = read_predictions(flags.folder)
+    atomic_write(flags.output, summary_text(predictions, datetime.date.today().isoformat()).encode())
+    print(f"wrote {len(predictions)} reports to {flags.output}")
+    if problems := find_problems(predictions):
+        print_line(f"error: {len(problems)} problems in {flags.output}, the first: {problems[0]}", sys.stderr)
+        return _EXIT_PROBLEMS
     return EXIT_FINISHED
 
 

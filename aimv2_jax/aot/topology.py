@@ -9,6 +9,7 @@ import os
 import re
 from typing import Any
 
+from aimv2_jax.checkpoint.error_text import first_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel.hardware import Chip, find_chip
 
@@ -45,8 +46,15 @@ def require_libtpu() -> None:
         raise UserError("the TPU compiler is not installed", "libtpu", "Install it with pip install -e .[tpu]")
 
 
-def set_environment(topology: Topology) -> None:
-    """Sets libtpu's environment for a described topology, without a search for TPUs; call it before importing jax."""
+def described_devices(topology: Topology) -> list[Any]:
+    """Returns the devices of a described topology, for meshes and compilation; nothing can run on them.
+
+    Call it before importing jax: it sets libtpu's environment, so that no TPU is searched for.
+
+    Raises:
+      UserError: if libtpu does not know the topology, with its message.
+    """
+    require_libtpu()
     count = topology.chips_per_slice * topology.chip.cores_counted
     os.environ.update(
         JAX_PLATFORMS="cpu",
@@ -55,16 +63,6 @@ def set_environment(topology: Topology) -> None:
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_ACCELERATOR_TYPE=topology.chip.accelerator.format(count=count),
     )
-
-
-def described_devices(topology: Topology) -> list[Any]:
-    """Returns the devices of a described topology, for meshes and compilation; nothing can run on them.
-
-    Raises:
-      UserError: if libtpu does not know the topology, with its message.
-    """
-    require_libtpu()
-    set_environment(topology)
     import jax
     from jax.experimental import topologies
 
@@ -72,8 +70,6 @@ def described_devices(topology: Topology) -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except jax.errors.JaxRuntimeError as error:
-        message = str(error).partition(": ")[2].partition("\n")[0]
-        raise UserError(
-            "--topology is not one that libtpu knows", topology.name, f"libtpu reports: {message}"
-        ) from error
+        remedy = f"libtpu reports: {first_line(error).partition(': ')[2]}"
+        raise UserError("--topology is not one that libtpu knows", topology.name, remedy) from error
     return list(described.devices)

@@ -1,8 +1,7 @@
 """Compile subprocess: `python -m aimv2_jax.aot.worker JOB.json`. The parent may kill it at any time.
 
-It writes to the job's folder: `program.json` (a description of the program, before compilation starts); with `full`,
-`compiled.txt` and `compiled.json` (the module after code generation, its memory); `error.txt` if compilation fails;
-`user_error.json` if the config or the topology is invalid.
+It writes to the job's folder: `program.json` (`ProgramFacts`, before compilation starts); with `full`, `compiled.txt`
+(the module after code generation); `error.txt` if compilation fails; `user_error.json` for a `UserError`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aimv2_jax.aot.topology import Topology, described_devices, parse_topology
-from aimv2_jax.config import Config, build_config
+from aimv2_jax.aot.program import ProgramFacts, Tensor
+from aimv2_jax.aot.topology import described_devices, parse_topology
+from aimv2_jax.checkpoint.error_text import first_line
+from aimv2_jax.config.load import build_config
+from aimv2_jax.config.schema import BatchShape
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.files import atomic_write
 
@@ -27,7 +29,7 @@ class Job:
     config: dict[str, Any]
     topology: str
     slices: int
-    full: bool  # Run code generation too; otherwise the parent kills the worker after scheduling.
+    full: bool  # Generate code too; otherwise the parent kills the worker after scheduling.
     folder: str
 
     def write(self) -> Path:
@@ -37,97 +39,69 @@ class Job:
 
 
 def run(job: Job) -> None:
-    """Describes, lowers and compiles the train step."""
+    """Lowers and compiles the train step, and writes its files."""
     folder = Path(job.folder)
-    topology = parse_topology(job.topology, job.slices)
     try:
-        devices = described_devices(topology)
-        from aimv2_jax.train.builder import build_setup
-
-        config = build_config(job.config)
-        program = build_setup(config, devices)
-        facts = describe(program, config, topology)  # Written before compilation, which may be killed.
-        lowered = program.lower_step(config.batch_shapes[0])
+        _compile(job, folder)
     except UserError as error:
         atomic_write(folder / "user_error.json", json.dumps([error.what, str(error.value), error.remedy]).encode())
-        return
-    atomic_write(folder / "program.json", json.dumps(facts).encode())
+
+
+def _compile(job: Job, folder: Path) -> None:
+    devices = described_devices(parse_topology(job.topology, job.slices))
     import jax
 
+    from aimv2_jax.train.builder import build_setup
+
+    config = build_config(job.config)
+    setup = build_setup(config, devices)
+    facts = _facts(setup, config.batch_shapes[0])
+    lowered = setup.lower_step(config.batch_shapes[0])
+    atomic_write(folder / "program.json", json.dumps(dataclasses.asdict(facts)).encode())
     try:
-        compiled = lowered.compile(compiler_options=facts["compiler_options"] or None)
+        compiled = lowered.compile(compiler_options=facts.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:
         atomic_write(folder / "error.txt", str(error).encode())
         return
-    if job.full:
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-        sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-        try:
-            text = compiled.as_text()
-        except jax.errors.JaxRuntimeError as error:  # On v5p and v6e, libtpu 0.0.52 emits modules that it cannot read.
-            what = "libtpu compiled the step but cannot print the compiled module"
-            remedy = "Change the program: model.remat, model.layers or train.tpu_compiler_options"
-            atomic_write(folder / "user_error.json", json.dumps([what, str(error).splitlines()[0], remedy]).encode())
-            return
-        atomic_write(folder / "compiled.txt", text.encode())
-        atomic_write(folder / "compiled.json", json.dumps({**sizes, "flops": cost.get("flops")}).encode())
+    if not job.full:
+        return
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # On v5p and v6e, libtpu 0.0.52 emits modules that it cannot read.
+        raise UserError(
+            "libtpu compiled the step but cannot print the compiled module",
+            first_line(error),
+            "Change the program: model.remat, model.layers or train.tpu_compiler_options",
+        ) from error
+    atomic_write(folder / "compiled.txt", text.encode())
 
 
-def describe(program: Any, config: Config, topology: Topology) -> dict[str, Any]:
-    """Returns the facts about a program that the analysis of its compiled module needs."""
+def _facts(setup: Any, shape: BatchShape) -> ProgramFacts:
     import flax
     import jax
     import libtpu
 
-    from aimv2_jax.monitoring.flops import flops_per_example
-    from aimv2_jax.monitoring.model_flops import flops_of_allowed_pairs
-
-    mesh, shape = program.mesh, config.batch_shapes[0]
-    return {
-        "axes": list(mesh.axis_names),
-        "shape": list(mesh.devices.shape),
-        "devices": [
-            {"coords": list(device.coords), "slice": getattr(device, "slice_index", None) or 0}
-            for device in mesh.devices.flat
-        ],
-        "tensors": [*_tensors(program.abstract_state), *_tensors(program.abstract_batch(shape), "batch")],
-        "compiler_options": program.compiler_options,
-        "flops_per_example": flops_per_example(config, shape.patches),
-        "flops_of_allowed_pairs": flops_of_allowed_pairs(config),
-        "batch_size": shape.examples,
-        "patches": shape.patches,
-        "steps": config.train.steps,
-        "num_chips": topology.num_chips,
-        "versions": {"jax": jax.__version__, "flax": flax.__version__, "libtpu": libtpu.__version__},
-    }
+    return ProgramFacts(
+        mesh=dict(setup.mesh.shape),
+        coords=[list(device.coords) for device in setup.mesh.devices.flat],
+        tensors=[*_tensors(setup.abstract_state), *_tensors(setup.abstract_batch(shape), "batch")],
+        compiler_options=dict(setup.compiler_options),
+        versions={"jax": jax.__version__, "flax": flax.__version__, "libtpu": libtpu.__version__},
+    )
 
 
-def _tensors(tree: Any, kind: str | None = None) -> list[dict[str, Any]]:
-    """Returns name, kind, dtype, global shape, per-device shape (`part`), mesh axes and bytes of every leaf."""
+def _tensors(tree: Any, kind: str | None = None) -> list[Tensor]:
     import jax
 
     tensors = []
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         part = leaf.sharding.shard_shape(leaf.shape)
-        axes = [axis for entry in leaf.sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-        tensors.append(
-            {
-                "name": name,
-                "kind": kind or ("parameter" if name.startswith("params/") else "optimiser"),
-                "dtype": leaf.dtype.name,
-                "shape": list(leaf.shape),
-                "part": list(part),
-                "axes": axes,
-                "bytes": math.prod(part) * leaf.dtype.itemsize,
-            }
-        )
+        kind_of_leaf = kind or ("parameter" if name.startswith("params/") else "optimiser")
+        num_bytes = math.prod(part) * leaf.dtype.itemsize
+        tensors.append(Tensor(name, kind_of_leaf, list(leaf.shape), list(part), num_bytes))
     return tensors
 
 
-def main() -> None:
-    run(Job(**json.loads(Path(sys.argv[1]).read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    run(Job(**json.loads(Path(sys.argv[1]).read_text())))

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -32,11 +32,15 @@ from aimv2_jax.checkpoint.layout import FOLDER
 from aimv2_jax.checkpoint.manifest import FileProblem, Manifest
 from aimv2_jax.checkpoint.metadata import FORMAT_VERSION, DamagedStep, Evaluation, StepVanished
 from aimv2_jax.checkpoint.save_barrier import PeerFailed, SaveBarrier
-from aimv2_jax.config import Config, config_to_dict
+from aimv2_jax.config.load import config_to_dict
+from aimv2_jax.config.schema import Config
 from aimv2_jax.console import print_line
 from aimv2_jax.distributed import coordination
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.files import make_folder
+
+WeightChoice = Literal["average", "raw"]
+"""Parameters to load from a run that kept an average."""
 
 # Orbax and the other processes wait as long as a save or a scan of all steps takes. Orbax measures by the wall clock,
 # which may jump by decades; the limit is the run's watchdog, by a monotonic clock (`watch.save_s`, `watch.start_s`).
@@ -536,9 +540,13 @@ def _read_record(folder: epath.Path, unreadable: set[int] | None = None) -> dict
     return record
 
 
-def has_average(meta: Mapping[str, Any]) -> bool:
-    """Whether the state described by `meta` has a parameter average in addition to the parameters."""
-    return any(leaf.startswith("average/") for leaf in meta["leaves"])
+def params_tree(meta: Mapping[str, Any], weights: WeightChoice = "average") -> str:
+    """Name of the tree with the parameters to use of the state that `meta` describes: "ema_params" or "params".
+
+    By default it is the tree that the run's evaluations measured: the average, if the run kept one.
+    """
+    has_average = any(leaf.startswith("ema_params/") for leaf in meta["leaves"])
+    return "ema_params" if weights == "average" and has_average else "params"
 
 
 def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 
+from aimv2_jax.errors import first_line
+
 
 def drop_orbax_tracebacks(record: logging.LogRecord) -> bool:
     """Logging filter against tracebacks that Orbax's threads log; the same errors are raised in the caller."""
@@ -29,7 +31,3 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

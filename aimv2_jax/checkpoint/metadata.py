@@ -14,15 +14,14 @@ import jax
 from etils import epath
 
 from aimv2_jax.checkpoint import manifest as manifests
-from aimv2_jax.checkpoint.error_text import first_line
 from aimv2_jax.checkpoint.layout import MAX_META_BYTES, META, committed_steps, step_path
 from aimv2_jax.checkpoint.manifest import FileProblem, Manifest
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import UserError, first_line
 from aimv2_jax.storage.files import read_bytes
 from aimv2_jax.untrusted import as_int, parse_json_object
 from aimv2_jax.version import __version__
 
-FORMAT_VERSION = 3  # The only format that is read and written. Formats 1 and 2 were never released.
+FORMAT_VERSION = 4  # The only format that is read and written. Formats 1 to 3 were never released.
 _MAX_INT = 2**63 - 1  # Bound on the format and the step in a record.
 _MAX_SHOWN_FILES = 3  # Number of files in an error message.
 

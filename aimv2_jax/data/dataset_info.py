@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_jax import untrusted
-from aimv2_jax.data.dataset_stats import ASPECT, SIDE, DatasetStats, DropCount, Histogram, LostInput, count_of
+from aimv2_jax.data.dataset_stats import ASPECT, SIDE, DatasetStats, Histogram, LostInput, SampleCount, count_of
 from aimv2_jax.data.records import BadRecord, Record, encode
-from aimv2_jax.data.shards import Shard, ShardWriter, place_in
+from aimv2_jax.data.shards import Shard, ShardWriter, move_into
 from aimv2_jax.data.transforms.decode import image_size
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.files import atomic_write
 
 FORMAT_VERSION = 3  # Version 3 of dataset.json counts the records with each kind; a record may have several captions.
-OLDEST_FORMAT = 1
+OLDEST_FORMAT = 2
 DATASET_FILE = "dataset.json"
 
 
@@ -27,8 +27,8 @@ class DatasetInfo:
 
     `kinds` counts the captions of each kind, `records_with` the records that have one or more of them, `labels` lists
     the label names. `samples` is the number of input samples; `drops` (by reason) and `lost` did not become records,
-    `changes` counts records that differ from their samples. `made` describes how the dataset was prepared. Format
-    version 1 has none of these counts: they are empty. Before version 3 a record has one caption of a kind.
+    `changes` counts records that differ from their samples. `made` describes how the dataset was prepared. In
+    version 2 a record has one caption of a kind.
     """
 
     format_version: int
@@ -40,8 +40,8 @@ class DatasetInfo:
     labels: tuple[str, ...]
     samples: int
     histograms: dict[str, Histogram] = dataclasses.field(default_factory=dict)
-    drops: dict[str, DropCount] = dataclasses.field(default_factory=dict)
-    changes: dict[str, DropCount] = dataclasses.field(default_factory=dict)
+    drops: dict[str, SampleCount] = dataclasses.field(default_factory=dict)
+    changes: dict[str, SampleCount] = dataclasses.field(default_factory=dict)
     lost: dict[str, LostInput] = dataclasses.field(default_factory=dict)
     made: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -77,16 +77,7 @@ class DatasetInfo:
         version = tree["format_version"]
         if version not in range(OLDEST_FORMAT, FORMAT_VERSION + 1):
             raise ValueError(f"format version {version}")
-        if version == 1:
-            tree = {
-                "samples": tree["records"],
-                "histograms": {},
-                "drops": {},
-                "changes": {},
-                "lost": {},
-                "made": {},
-            } | tree
-        if version > 1 and not {SIDE, ASPECT} <= tree["histograms"].keys():
+        if not {SIDE, ASPECT} <= tree["histograms"].keys():
             raise ValueError("a histogram is missing")
         kinds = _counts(tree["kinds"])
         records_with = _counts(tree["records_with"]) if version > 2 else kinds
@@ -102,8 +93,8 @@ class DatasetInfo:
             labels=tuple(map(str, tree["labels"])),
             samples=count_of(tree["samples"]),
             histograms={name: Histogram.from_tree(entry) for name, entry in tree["histograms"].items()},
-            drops={reason: DropCount.from_tree(entry) for reason, entry in tree["drops"].items()},
-            changes={name: DropCount.from_tree(entry) for name, entry in tree["changes"].items()},
+            drops={reason: SampleCount.from_tree(entry) for reason, entry in tree["drops"].items()},
+            changes={name: SampleCount.from_tree(entry) for name, entry in tree["changes"].items()},
             lost={reason: LostInput.from_tree(entry) for reason, entry in tree["lost"].items()},
             made=dict(tree["made"]),
         )
@@ -128,7 +119,7 @@ def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: in
         )
     folder.mkdir(parents=True, exist_ok=True)
     stats = DatasetStats()
-    with ShardWriter(folder, place_in(folder), shard_bytes) as writer:
+    with ShardWriter(folder, move_into(folder), shard_bytes) as writer:
         for record in records:
             writer.write(encode(record))
             stats.keep(record.captions, record.labels, _image_size(record.image))

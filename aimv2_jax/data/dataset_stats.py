@@ -1,4 +1,4 @@
-"""Dataset statistics: records, dropped samples and lost input, which always add up to the samples."""
+"""Dataset statistics. Every input sample is counted once: as a record, as dropped or as lost."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from aimv2_jax.data.records import texts_of
 
 FIRST_KEYS = 10
 _MAX_COUNT = (1 << 63) - 1  # The maximum of numpy's int64.
-_MAX_KEY_LETTERS = 200  # Longer keys are shortened here.
+_MAX_KEY_LETTERS = 200  # Longer keys are truncated.
 
 SIDE, ASPECT = "shorter_side_px", "aspect"
+# Edges of the histograms' bins.
 _EDGES = {
+    # 16, 24, 32, 48, ..., 3072, 4096.
     SIDE: tuple(float(n) for k in range(4, 13) for n in (2**k, 3 * 2 ** (k - 1))[: 2 if k < 12 else 1]),
     # Width / height in quarter octaves; squares are in the middle of a bin. Rounded to be equal on all machines.
     ASPECT: tuple(round(2 ** ((k + 0.5) / 4), 4) for k in range(-19, 19)),
@@ -44,18 +46,18 @@ class Histogram:
 
 
 @dataclasses.dataclass(frozen=True)
-class DropCount:
-    """Number of samples, and the first of their keys."""
+class SampleCount:
+    """Number of dropped or changed samples, and the first of their keys."""
 
     count: int = 0
     keys: tuple[str, ...] = ()
 
-    def plus(self, count: int, keys: tuple[str, ...]) -> DropCount:
+    def plus(self, count: int, keys: tuple[str, ...]) -> SampleCount:
         """Adds counts; keeps the first keys."""
-        return DropCount(self.count + count, (self.keys + keys)[:FIRST_KEYS])
+        return SampleCount(self.count + count, (self.keys + keys)[:FIRST_KEYS])
 
     @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> DropCount:
+    def from_tree(cls, tree: Mapping[str, Any]) -> SampleCount:
         return cls(count_of(tree["count"]), tuple(tree["keys"]))
 
 
@@ -77,10 +79,16 @@ class LostInput:
 
 
 class DatasetStats:
-    """Running statistics of a dataset in preparation; the statistics of parts can be added.
+    """Running statistics of a dataset in preparation; the statistics of its parts can be added.
 
-    `kinds` counts the captions of each kind, `records_with` the records that have one or more of them.
-    `drops` counts dropped samples by reason, `changes` records that differ from their samples, `lost` unreadable input.
+    Attributes:
+      records: number of records.
+      kinds: number of captions of each kind.
+      records_with: number of records that have a caption of the kind.
+      labels: names of all labels.
+      drops: dropped samples, by reason.
+      changes: records that differ from their samples, by change.
+      lost: unreadable input, by reason.
     """
 
     def __init__(self):
@@ -88,14 +96,14 @@ class DatasetStats:
         self.kinds: collections.Counter[str] = collections.Counter()
         self.records_with: collections.Counter[str] = collections.Counter()
         self.labels: set[str] = set()
-        self.drops: dict[str, DropCount] = {}
-        self.changes: dict[str, DropCount] = {}
+        self.drops: dict[str, SampleCount] = {}
+        self.changes: dict[str, SampleCount] = {}
         self.lost: dict[str, LostInput] = {}
         self._bins = {name: [0] * (len(edges) - 1) for name, edges in _EDGES.items()}
 
     @property
     def samples(self) -> int:
-        """Number of input samples: records, dropped and lost."""
+        """Number of input samples: records, dropped samples and lost samples."""
         dropped = sum(drop.count for drop in self.drops.values())
         return self.records + dropped + sum(lost.samples for lost in self.lost.values())
 
@@ -121,34 +129,34 @@ class DatasetStats:
 
     def drop(self, reason: str, key: str) -> None:
         """Counts the sample `key` as dropped for `reason`."""
-        self.drops[reason] = self.drops.get(reason, DropCount()).plus(1, (_shorten_key(key),))
+        self.drops[reason] = self.drops.get(reason, SampleCount()).plus(1, (_shorten_key(key),))
 
     def change(self, change: str, key: str) -> None:
-        """Counts `change` to the sample of record `key`, which is also counted by `keep`."""
-        self.changes[change] = self.changes.get(change, DropCount()).plus(1, (_shorten_key(key),))
+        """Counts record `key` as changed by `change`; `keep` counts the record itself."""
+        self.changes[change] = self.changes.get(change, SampleCount()).plus(1, (_shorten_key(key),))
 
     def lose(self, reason: str, samples: int, num_bytes: int, key: str | None) -> None:
-        """Counts `samples` that could not be read, the first with key `key`, and their bytes of input."""
+        """Counts `samples` unreadable samples, which took `num_bytes` of input; `key` is the first one's, if known."""
         keys = () if key is None else (_shorten_key(key),)
         self.lost[reason] = self.lost.get(reason, LostInput()).plus(samples, num_bytes, keys)
 
     def add(self, other: DatasetStats) -> None:
-        """Adds the statistics of the part that follows this one; the first keys are those of the earlier part."""
+        """Adds the statistics of the part that follows this one. The first keys of this part stay the first."""
         self.records += other.records
         self.kinds.update(other.kinds)
         self.records_with.update(other.records_with)
         self.labels |= other.labels
         for reason, drop in other.drops.items():
-            self.drops[reason] = self.drops.get(reason, DropCount()).plus(drop.count, drop.keys)
+            self.drops[reason] = self.drops.get(reason, SampleCount()).plus(drop.count, drop.keys)
         for name, change in other.changes.items():
-            self.changes[name] = self.changes.get(name, DropCount()).plus(change.count, change.keys)
+            self.changes[name] = self.changes.get(name, SampleCount()).plus(change.count, change.keys)
         for reason, lost in other.lost.items():
             self.lost[reason] = self.lost.get(reason, LostInput()).plus(lost.samples, lost.bytes, lost.keys)
         for name, counts in other._bins.items():
             self._bins[name] = [a + b for a, b in zip(self._bins[name], counts)]
 
     def to_tree(self) -> dict[str, Any]:
-        """The statistics as a JSON tree; equal for equal statistics."""
+        """Returns the statistics as a JSON tree; equal statistics give equal trees."""
         return {
             "records": self.records,
             "kinds": dict(sorted(self.kinds.items())),
@@ -162,14 +170,14 @@ class DatasetStats:
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> DatasetStats:
-        """The inverse of `to_tree`."""
+        """Inverts `to_tree`."""
         stats = cls()
         stats.records = tree["records"]
         stats.kinds.update(tree["kinds"])
         stats.records_with.update(tree["records_with"])
         stats.labels = set(tree["labels"])
-        stats.drops = {reason: DropCount.from_tree(entry) for reason, entry in tree["drops"].items()}
-        stats.changes = {name: DropCount.from_tree(entry) for name, entry in tree["changes"].items()}
+        stats.drops = {reason: SampleCount.from_tree(entry) for reason, entry in tree["drops"].items()}
+        stats.changes = {name: SampleCount.from_tree(entry) for name, entry in tree["changes"].items()}
         stats.lost = {reason: LostInput.from_tree(entry) for reason, entry in tree["lost"].items()}
         stats._bins = {name: list(tree["bins"][name]) for name in _EDGES}
         return stats
@@ -180,7 +188,7 @@ def count_of(value: Any) -> int:
     return untrusted.as_int(value, 0, _MAX_COUNT)
 
 
-def _trees(entries: Mapping[str, DropCount | LostInput]) -> dict[str, Any]:
+def _trees(entries: Mapping[str, SampleCount | LostInput]) -> dict[str, Any]:
     return {name: dataclasses.asdict(entry) for name, entry in sorted(entries.items())}
 
 

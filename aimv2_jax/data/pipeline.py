@@ -8,35 +8,28 @@ b rows of this process, B rows of the global batch, L patches, P values per patc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aimv2_jax.config import Config, mixture_counts
-from aimv2_jax.data.loading.batch_builder import (
-    BadExample,
-    CenterTransform,
-    EvaluationBatches,
-    ImageTransform,
-    LocalBatch,
-    NativeTransform,
-    TrainingBatches,
-    TrainingTransform,
-    batch_bytes,
-)
-from aimv2_jax.data.loading.batch_iterator import BOOKKEEPING, BatchIterator, HostBatch, WorkerFailure, builders
+from aimv2_jax.config.schema import Config, mixture_counts
+from aimv2_jax.data.loading.batch_builder import BadExample, EvaluationBatches, LocalBatch, TrainingBatches
+from aimv2_jax.data.loading.batch_iterator import BOOKKEEPING, BatchIterator, HostBatch
+from aimv2_jax.data.loading.pools import WorkerFailure, builders
 from aimv2_jax.data.loading.read_ahead import QUICK_S, ReadAhead
-from aimv2_jax.data.loading.tracked_reads import TrackedReads, TrackedSource
-from aimv2_jax.data.loading.workers import check_shared_memory, cores
+from aimv2_jax.data.loading.worker_status import WorkerStatus
+from aimv2_jax.data.loading.workers import cores
 from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sampling.mixture import MixtureSampler
 from aimv2_jax.data.sampling.schedule import BatchSchedule
 from aimv2_jax.data.sampling.skips import Skips
-from aimv2_jax.data.sources import Source
+from aimv2_jax.data.sources import OpenShards, Source, open_datasets
+from aimv2_jax.data.transforms.views import RandomCrop, RandomFlip, Size, View, evaluation_view
 from aimv2_jax.errors import UserError
-from aimv2_jax.storage.retries import PATIENCE_S, patience_s
+from aimv2_jax.storage.retries import patience_s
 from aimv2_jax.untrusted import printable
 
 if TYPE_CHECKING:
@@ -50,9 +43,9 @@ __all__ = [
     "BadExample",
     "BatchIterator",
     "HostBatch",
+    "Sources",
     "WorkerFailure",
     "builders",
-    "check_sources",
     "cores",
     "evaluation_batches",
     "open_sources",
@@ -64,23 +57,33 @@ __all__ = [
 _MAX_STEPS = 1 << 48  # More steps than any run has.
 
 
-def open_sources(sources: Mapping[str, str], patience_s: float = PATIENCE_S) -> dict[str, Source]:
-    """The sources of a config by name, in its order; raises like `Source`."""
-    return {name: Source(name, path, patience_s=patience_s) for name, path in sources.items()}
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The open sources of a run by name, in the config's order: for training, and held out for evaluation."""
+
+    training: Mapping[str, Source]
+    held_out: Mapping[str, Source]
 
 
-def check_sources(config: Config) -> None:
-    """Raises `UserError` unless all sources can be read and have the caption kinds that the config requires."""
-    sources = open_sources(config.data.sources)
+def open_sources(config: Config) -> Sources:
+    """Opens all sources of a run, once a start.
+
+    Raises:
+      UserError: unless all can be read and have the caption kinds that the config requires.
+      StorageError: if storage fails for longer than a quarter of `watch.data_s`.
+    """
+    limit_s = patience_s(config.watch.data_s)
+    shards = OpenShards()
+    training = open_datasets(config.data.sources, limit_s, shards)
     for name, kinds in mixture_counts(config.data.mixture).items():
         for kind in kinds:
-            if not sources[name].kinds.get(kind):
+            if not training[name].kinds.get(kind):
                 raise UserError(
                     f"config data.mixture.{name} asks for captions of a kind that the dataset lacks",
                     kind,
-                    f"It has {_join_names(sources[name].kinds)}",
+                    f"It has {_join_names(training[name].kinds)}",
                 )
-    held_out = open_sources(config.eval.sources)
+    held_out = open_datasets(config.eval.sources, limit_s, shards)
     for kind in config.eval.caption_types if held_out else ():
         if not any(source.kinds.get(kind) for source in held_out.values()):
             available = {kind for source in held_out.values() for kind in source.kinds}
@@ -89,6 +92,7 @@ def check_sources(config: Config) -> None:
                 kind,
                 f"There is {_join_names(available)}",
             )
+    return Sources(training, held_out)
 
 
 def _join_names(names: Any) -> str:
@@ -111,6 +115,7 @@ def training_batches(
     skips: Skips | None = None,
     stall_s: float = 0.0,
     on_restart: Callable[[WorkerFailure], None] | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> BatchIterator:
     """The batches of steps start_step, start_step + 1, … without end.
 
@@ -123,31 +128,26 @@ def training_batches(
       skips: batches that no step trains on; `HostBatch.step` is the number of the batch.
       stall_s: the workers restart after this long at one record; 0: never. See `BatchIterator`.
       on_restart: called, from a thread, when a worker died or stalled.
+      sources: the open training sources; by default they are opened here.
 
     Raises:
-      UserError: if a source cannot be read, or shared memory is too small for the workers' batches.
+      UserError: if a source cannot be read.
       StorageError: in place of a batch, if storage fails for longer than a quarter of `watch.data_s`.
     """
-    sources = open_sources(config.data.sources, patience_s(config.watch.data_s))
-    data, patch_size = config.data, config.model.patch_size
-    transform: ImageTransform = TrainingTransform(
-        config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip
-    )
+    sources = sources or open_datasets(config.data.sources, patience_s(config.watch.data_s))
+    data, patch_size, shapes = config.data, config.model.patch_size, config.batch_shapes
+    crop = RandomCrop(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip)
+    views: dict[int, Callable[[Size, int], View]] = {shape.patches: crop for shape in shapes}
     if data.areas:
-        transform = NativeTransform(config.seed, patch_size, data.upscale, data.flip)
-    shapes = config.batch_shapes
-    rows = {size: tuple(int(row) for row in rows_of(size)) for size in {shape.examples for shape in shapes}}
-    if data.workers:
-        largest = max(batch_bytes(len(rows[shape.examples]), shape.patches, patch_size) for shape in shapes)
-        check_shared_memory(largest, data.workers, data.prefetch)
+        views = {area: RandomFlip(config.seed, patch_size, area, data.upscale, data.flip) for area in views}
     build = TrainingBatches(
         training_sampler(config, sources),
-        {name: TrackedSource(source) for name, source in sources.items()},
-        rows,
-        transform,
+        sources,
+        {size: tuple(int(row) for row in rows_of(size)) for size in {shape.examples for shape in shapes}},
+        views,
         patch_size,
         # Worker i of n builds every n-th batch. Threads of one process contend for the GIL, so no read counts as quick.
-        TrackedReads(ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0)),
+        ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
     steps = range(start_step, _MAX_STEPS)
@@ -157,30 +157,39 @@ def training_batches(
 
 
 def evaluation_batches(
-    config: Config, rows: Sequence[int] | np.ndarray, tokenizer: Tokenizer | None = None
+    config: Config,
+    rows: Sequence[int] | np.ndarray,
+    tokenizer: Tokenizer | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> Iterator[tuple[str, HostBatch]]:
     """The held-out batches of each caption kind in turn, the same at every call; `step` counts batches per kind.
 
     Each kind covers all records (the first `eval.max_examples`) of the sources that have it, numbered from 0. Unusable
-    records and the tail of the last batch are padding rows whose `valid` and `token_valid` are all False.
+    records and the tail of the last batch are padding rows whose `valid` and `token_valid` are all False. `sources` are
+    the open held-out sources; by default they are opened here.
     """
-    sources = open_sources(config.eval.sources, patience_s(config.watch.data_s))
+    if sources is None:
+        sources = open_datasets(config.eval.sources, patience_s(config.watch.data_s))
     limit, area, patch_size = config.eval.max_examples, config.eval.area, config.model.patch_size
-    transform: ImageTransform = CenterTransform(config.data.image_size)
-    if area is not None:
-        transform = NativeTransform(config.seed, patch_size, config.data.upscale)
+    view = functools.partial(
+        evaluation_view,
+        size=config.data.image_size,
+        patch_size=patch_size,
+        area=area,
+        upscale=config.data.upscale,
+    )
     for kind in config.eval.caption_types:
         counts = {name: len(source) for name, source in sources.items() if source.kinds.get(kind)}
         build = EvaluationBatches(
-            {name: TrackedSource(source) for name, source in sources.items()},
+            sources,
             tuple((name, count if limit is None else min(count, limit)) for name, count in counts.items()),
             kind,
             config.eval.batch_size,
             tuple(int(row) for row in rows),
-            transform,
+            view,
             area or config.num_patches,
             patch_size,
-            TrackedReads(ReadAhead(config.data.read_threads)),
+            ReadAhead(config.data.read_threads),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
         # Built by threads of this process: an evaluation is short, and starting workers would take seconds each time.
@@ -193,11 +202,11 @@ def evaluation_batches(
 class _BuildStep:
     """step -> this process's rows of the batch that it trains on."""
 
-    build: Callable[[int], LocalBatch]
+    build: TrainingBatches
     skips: Skips
 
-    def __call__(self, step: int) -> LocalBatch:
-        return self.build(self.skips.batch(step))
+    def __call__(self, step: int, status: WorkerStatus) -> LocalBatch:
+        return self.build(self.skips.batch(step), status)
 
 
 @dataclasses.dataclass(frozen=True)

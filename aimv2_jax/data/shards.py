@@ -25,7 +25,7 @@ _ERRNO_BY_MESSAGE = {
     )
 }
 
-PlaceFile = Callable[[Path, str], None]
+MoveFile = Callable[[Path, str], None]
 """Moves a finished local file to its destination, under the given name."""
 
 
@@ -41,18 +41,18 @@ class Shard:
 class ShardWriter:
     """Writes items in order to `PREFIX00000.arrayrecord`, …; equal items give equal bytes.
 
-    Each shard is closed by the item that brings it to `limit` bytes and is then placed. A shard interrupted by an error
-    is removed. `shards` lists the placed shards.
+    The item that brings a shard to `limit` bytes is its last; the shard is then moved to its destination. A shard that
+    an error interrupts is removed. `shards` lists the moved shards.
 
     Args:
       scratch: the local folder in which a shard is written.
-      place: moves a finished shard to its destination.
+      move: moves a finished shard to its destination.
     """
 
-    def __init__(self, scratch: Path, place: PlaceFile, limit: int, prefix: str = ""):
+    def __init__(self, scratch: Path, move: MoveFile, limit: int, prefix: str = ""):
         self.shards: list[Shard] = []
         self._scratch = scratch
-        self._place = place
+        self._move = move
         self._limit = limit
         self._prefix = prefix
         self._writer: Any = None
@@ -73,7 +73,7 @@ class ShardWriter:
         """Appends `item` to the open shard, or to a new one.
 
         Raises:
-          OSError: if the system refuses the write, or the placement of a full shard; the shard is then lost.
+          OSError: if the system refuses the write, or the move of a full shard; the shard is then lost.
         """
         if self._writer is None:
             self._part = part_path(self._scratch / self._name())
@@ -94,7 +94,7 @@ class ShardWriter:
             self._writer.close()
         self._writer = None
         shard = Shard(self._name(), self._count, self._part.stat().st_size)
-        self._place(self._part, shard.file)
+        self._move(self._part, shard.file)
         self.shards.append(shard)
         self._part = None
         self._count = self._size = 0
@@ -112,8 +112,8 @@ class ShardWriter:
             self._part = None
 
 
-def place_in(folder: Path) -> PlaceFile:
-    """A `PlaceFile` that moves files into `folder`, on the same file system."""
+def move_into(folder: Path) -> MoveFile:
+    """A `MoveFile` that moves files into `folder`, on the same file system."""
     return lambda part, name: atomic_move(part, folder / name)
 
 

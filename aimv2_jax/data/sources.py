@@ -6,6 +6,7 @@ import collections
 import os
 import resource
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from aimv2_jax.errors import StorageError, UserError
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.storage.retries import PATIENCE_S, retry
 
-MAX_OPEN_SHARDS = 128  # Limit for all sources of a process; an open shard of 1 GiB takes about 0.2 MB of memory.
+MAX_OPEN_SHARDS = 128  # Limit for the sources of a run; an open shard of 1 GiB takes about 0.2 MB of memory.
 _OPEN_FILES_DIVISOR = 4  # Shards may use a quarter of the process's limit on open files, if that is lower.
 _READ_BUFFER_BYTES = 32768  # The value in array_record's own data source.
 
@@ -37,14 +38,23 @@ class Source:
       path: the folder; `package:` paths are inside the installed package.
       what: the name in error messages; default: the config's data source `name`.
       patience_s: time during which failing storage is retried.
+      shards: the open shards, which sources may share; default: its own.
 
     Raises:
       UserError: if the folder is missing, unprepared, empty, incomplete, unreadable or of a newer format.
       StorageError: if storage fails for longer than `patience_s`.
     """
 
-    def __init__(self, name: str, path: str, what: str | None = None, patience_s: float = PATIENCE_S):
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        what: str | None = None,
+        patience_s: float = PATIENCE_S,
+        shards: OpenShards | None = None,
+    ):
         self.name = name
+        self._shards = shards or OpenShards()
         self._folder = resolve_path(path)
         self._patience_s = patience_s
         read_info = partial(_read_permitted_info, what or f"config data source {name!r}", path)
@@ -75,47 +85,63 @@ class Source:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of source {self.name}, which has {len(self)}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shard_of(index)
         first = int(self._ends[shard]) - self.info.shards[shard].records
         path = self._folder / self.info.shards[shard].file
+        read = partial(self._shards.read, path, index - first, self.info.shards[shard].records)
         try:
-            expected = self.info.shards[shard].records
-            return retry(partial(_read_record, path, index - first, expected), path, self._patience_s)
+            return retry(read, path, self._patience_s)
         except (MemoryError, StorageError, UserError):
             raise
         except Exception as error:  # array_record raises RuntimeError, ValueError and others for damaged shards.
             raise BadRecord("unreadable_record") from error
 
+    def describe(self, index: int) -> str:
+        """The record's number, source and shard, for messages."""
+        return f"record {index} of {self.name} ({self.info.shards[self._shard_of(index)].file})"
 
-def _read_record(path: Path, index: int, expected: int) -> bytes:
-    try:
-        reader = _OPEN.reader(path)
-        _check_count(path, reader.num_records(), expected)
-        [data] = reader.read([index])
-    except Exception:
-        _OPEN.drop(path)  # A reader that has failed once may keep failing after the cause is gone.
-        raise
-    return data
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
 
 
-def _check_count(path: Path, actual: int, expected: int) -> None:
-    """Raises `UserError` if a shard has more records than dataset.json lists, which training would never see.
-
-    A shard with fewer records is damaged (an unreadable one opens as an empty one): its reads fail by themselves.
-    """
-    if actual > expected:
-        what = f"a shard holds {actual:,} records, and {DATASET_FILE} says {expected:,}"
-        raise UserError(what, str(path), "Copy the whole dataset again, or prepare it again")
+def open_datasets(
+    paths: Mapping[str, str], patience_s: float = PATIENCE_S, shards: OpenShards | None = None
+) -> dict[str, Source]:
+    """Opens the datasets of a config by name, in its order; they share the open shards. Raises as `Source` does."""
+    shards = shards or OpenShards()
+    return {name: Source(name, path, patience_s=patience_s, shards=shards) for name, path in paths.items()}
 
 
-class _OpenShards:
-    """LRU cache of the open shards of a process; different shards open concurrently."""
+class OpenShards:
+    """LRU cache of open shards; different shards open concurrently. Pickles as an empty one."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._readers: collections.OrderedDict[Path, Future[Any]] = collections.OrderedDict()
 
-    def reader(self, path: Path) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenShards, ()
+
+    def read(self, path: Path, index: int, expected: int) -> bytes:
+        """Record `index` of the shard.
+
+        Raises:
+          UserError: if the shard has more than the `expected` records, which training would never see. One with fewer
+            is damaged (an unreadable shard opens as an empty one): its reads fail by themselves.
+        """
+        try:
+            reader = self._reader(path)
+            if reader.num_records() > expected:
+                what = f"a shard holds {reader.num_records():,} records, and {DATASET_FILE} says {expected:,}"
+                raise UserError(what, str(path), "Copy the whole dataset again, or prepare it again")
+            [data] = reader.read([index])
+        except Exception:
+            with self._lock:  # A reader that has failed once may keep failing after the cause is gone.
+                self._readers.pop(path, None)
+            raise
+        return data
+
+    def _reader(self, path: Path) -> Any:
         """The open shard. The first caller opens it; later callers of the same shard wait, those of others do not."""
         with self._lock:
             reader = self._readers.get(path)
@@ -133,14 +159,6 @@ class _OpenShards:
             except BaseException as error:
                 reader.set_exception(error)
         return reader.result()
-
-    def drop(self, path: Path) -> None:
-        """Forgets the shard; its next read opens it again."""
-        with self._lock:
-            self._readers.pop(path, None)
-
-
-_OPEN = _OpenShards()  # Shared by all sources, because the limit on open files is per process.
 
 
 def _max_open_shards() -> int:

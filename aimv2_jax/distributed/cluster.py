@@ -10,9 +10,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from aimv2_jax.config import ProcessesConfig
+from aimv2_jax.config.schema import ProcessesConfig
 from aimv2_jax.distributed.local_devices import local_devices
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import UserError, first_line
 
 # Tasks of the step. SLURM_NTASKS, which jax reads, counts those of the job under `srun --preserve-env` (Slurm's
 # src/common/env.c).
@@ -129,9 +129,8 @@ def _ask_cluster(flags: LaunchFlags, timeout_s: int) -> ProcessInfo | None:
     except UserError:
         raise
     except Exception as error:  # Metadata servers, name services and cluster variables fail in many ways.
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "Give --coordinator HOST:PORT --processes N --process I, or --processes 1 for this machine alone"
-        raise UserError("cannot detect from the cluster which process this is", reason, remedy) from error
+        raise UserError("cannot detect from the cluster which process this is", first_line(error), remedy) from error
     known = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [flag for flag, value in known.items() if value is None]
     if not missing:

@@ -19,9 +19,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from aimv2_jax.config import ProcessesConfig
+from aimv2_jax.config.schema import ProcessesConfig
 from aimv2_jax.distributed.cluster import ProcessInfo
-from aimv2_jax.errors import EXIT_BUG, UserError, describe_exit
+from aimv2_jax.errors import EXIT_BUG, UserError, describe_exit, first_line
 
 _TRAINER = "AIMV2_JAX_TRAINER"  # Environment variable by which a trainer gets its `ProcessInfo` and its channel.
 _STORE = "aimv2_jax"  # Prefix of this project's keys in the coordination store.
@@ -132,9 +132,9 @@ def initialize(process: ProcessInfo, settings: ProcessesConfig) -> None:
             coordinator_bind_address=process.bind_address,
         )
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "Check that the hosts can reach that port of process 0, and that no other program listens there"
-        raise UserError(f"the processes cannot connect at {process.coordinator}", reason, remedy) from error
+        what = f"the processes cannot connect at {process.coordinator}"
+        raise UserError(what, first_line(error), remedy) from error
     _client().key_value_set(f"{_STORE}/host/{process.index}", socket.gethostname())
     barrier("hosts", settings.startup_timeout_s)
 
@@ -151,8 +151,8 @@ def hosts() -> dict[int, str]:
     client = _client()
     if client is None:
         return {}
-    found = client.key_value_dir_get(f"{_STORE}/host/")
-    return {int(key.rpartition("/")[2]): host for key, host in sorted(found)}
+    entries = client.key_value_dir_get(f"{_STORE}/host/")
+    return {int(key.rpartition("/")[2]): host for key, host in sorted(entries)}
 
 
 def broadcast(name: str, value: _Value, timeout_s: int) -> _Value:
@@ -163,7 +163,7 @@ def broadcast(name: str, value: _Value, timeout_s: int) -> _Value:
     client = _client()
     if client is None:
         return value
-    key = f"{_STORE}/agreed/{name}"
+    key = f"{_STORE}/broadcast/{name}"
     import jax
 
     if jax.process_index() == 0:
@@ -186,14 +186,14 @@ def all_gather(name: str, value: _Value, timeout_s: int) -> dict[int, _Value]:
 
     publish(f"gathered/{name}", value)
     barrier(name, timeout_s)
-    found = published(f"gathered/{name}")
+    values = published(f"gathered/{name}")
     publish(f"seen/{name}", True)
-    for other in found if jax.process_index() == 0 else ():
+    for other in values if jax.process_index() == 0 else ():
         try:
-            client.blocking_key_value_get(f"{_STORE}/posted/seen/{name}/{other}", timeout_s * 1000)
+            client.blocking_key_value_get(f"{_STORE}/published/seen/{name}/{other}", timeout_s * 1000)
         except RuntimeError as error:
             raise _timeout_error({other: hosts()[other]}, name, timeout_s) from error
-    return dict(sorted(found.items()))
+    return dict(sorted(values.items()))
 
 
 def barrier(name: str, timeout_s: int) -> None:
@@ -207,8 +207,8 @@ def barrier(name: str, timeout_s: int) -> None:
         return
     import jax
 
-    key = f"{_STORE}/met/{name}"
-    client.key_value_set(f"{key}/{jax.process_index()}", "here")
+    key = f"{_STORE}/barrier/{name}"
+    client.key_value_set(f"{key}/{jax.process_index()}", "arrived")
     try:
         client.wait_at_barrier(key, timeout_s * 1000)
     except RuntimeError as error:
@@ -222,21 +222,21 @@ def publish(name: str, value: Any) -> None:
     if client is not None:
         import jax
 
-        client.key_value_set(f"{_STORE}/posted/{name}/{jax.process_index()}", json.dumps(value))
+        client.key_value_set(f"{_STORE}/published/{name}/{jax.process_index()}", json.dumps(value))
 
 
 def published(name: str) -> dict[int, Any]:
     """Returns the values published under `name` so far, by process index."""
     client = _client()
-    found = [] if client is None else client.key_value_dir_get(f"{_STORE}/posted/{name}/")
-    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
+    entries = [] if client is None else client.key_value_dir_get(f"{_STORE}/published/{name}/")
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in entries}
 
 
 def unpublish(name: str) -> None:
     """Deletes what all processes have published under `name` and under names that begin with `name`/."""
     client = _client()
     if client is not None:
-        client.key_value_delete(f"{_STORE}/posted/{name}/")
+        client.key_value_delete(f"{_STORE}/published/{name}/")
 
 
 def _timeout_error(late: Mapping[int, str], name: str, timeout_s: int) -> UserError:

@@ -31,7 +31,8 @@ from typing import Any, BinaryIO, TextIO
 
 from etils import epath
 
-from aimv2_jax.config import Config, ProcessesConfig, config_digest
+from aimv2_jax.config.load import config_digest
+from aimv2_jax.config.schema import Config, ProcessesConfig
 from aimv2_jax.console import print_line
 from aimv2_jax.distributed.cluster import ProcessInfo
 from aimv2_jax.distributed.coordination import trainer_environment

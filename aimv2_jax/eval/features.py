@@ -31,17 +31,16 @@ from tqdm import tqdm
 
 from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.cli import Parser, check_output, make_output_folder, positive
-from aimv2_jax.data import records
 from aimv2_jax.data.dataset_info import DATASET_FILE
-from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms.decode import FORMAT_OF
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
-from aimv2_jax.eval.cli import add_encoder, check_layer
-from aimv2_jax.eval.plots import Column, image_grid
+from aimv2_jax.eval.cli import add_encoder, check_files, check_layer
+from aimv2_jax.eval.plots import image_grid
+from aimv2_jax.eval.probes.dataset import named_image, read_record
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.encoder import PretrainedEncoder, load_encoder
-from aimv2_jax.pretrained.images import ImageLike, NamedImage
+from aimv2_jax.pretrained.images import ImageLike
 
 _RECORDS_SUFFIX = ".array_record"
 _MAX_NAME_BYTES = 255  # Limit of common file systems for one file name.
@@ -79,11 +78,8 @@ def _names(files: Sequence[Path], folder: Path) -> list[str]:
 
 def _record_images(source: Source) -> Iterator[tuple[str, ImageLike]]:
     for index in range(len(source)):
-        try:
-            record = records.decode(source.read(index))
-        except BadRecord as error:
-            raise UserError("--input has an unreadable record", index, "Prepare the dataset again") from error
-        yield record.key, NamedImage(f"{source.name}: {record.key}", record.image)
+        _, record = read_record(source, index, "--input")
+        yield record.key, named_image(source, record)
 
 
 def dense_features(
@@ -116,12 +112,11 @@ def pca_figure(images: Sequence[np.ndarray], maps: Sequence[Features], heading: 
     """Each image as the encoder sees it, beside the principal components of its patches as colours."""
     colors = [color.repeat(patch_size, axis=0).repeat(patch_size, axis=1) for color in principal_colors(maps)]
     note = "Right of each: the three principal components of the features of all patches here, as red, green and blue."
-    columns = [
-        Column(" " * index, title, column_images[index::_PCA_COLUMNS])  # Blank group names that differ.
+    pairs = [
+        ("", {"image": images[index::_PCA_COLUMNS], "features": colors[index::_PCA_COLUMNS]})
         for index in range(min(_PCA_COLUMNS, len(images)))
-        for title, column_images in (("image", list(images)), ("features", colors))
     ]
-    return image_grid(columns, heading, note)
+    return image_grid(pairs, heading, note)
 
 
 class _FolderWriter:
@@ -187,8 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     count, images = named_images(flags.input)
-    if flags.pca is not None:
-        check_output(flags.pca, ".png", "--pca")
+    check_files(pca=flags.pca)
     encoder = load_encoder(
         flags.checkpoint, flags.dtype, flags.image_size, flags.area, flags.heads, weights=flags.weights
     )

@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +32,12 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from aimv2_jax.allocator import keep_freed_memory
 from aimv2_jax.cli import Parser, positive
-from aimv2_jax.config import Config
-from aimv2_jax.data.pipeline import evaluation_batches, open_sources
+from aimv2_jax.config.schema import Config
+from aimv2_jax.data.pipeline import evaluation_batches
+from aimv2_jax.data.sources import open_datasets
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
-from aimv2_jax.eval.cli import add_checkpoint
+from aimv2_jax.errors import EXIT_FINISHED, cli_main
+from aimv2_jax.eval.cli import add_checkpoint, resolution, write_json
 from aimv2_jax.eval.token_entropy import entropy, token_frequencies
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.model import PretrainedModel, check_held_out, load
@@ -203,15 +202,6 @@ def _format(value: float | str | None) -> str:
     return "-" if value is None else value if isinstance(value, str) else f"{value:.4f}"
 
 
-def write_json(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Writes the metrics to `path` and creates its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError("--json cannot be written", str(path), f"Give another file: {error.strerror}") from error
-
-
 @cli_main
 def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
@@ -222,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, metavar="N", help="examples per batch (default: the run's)")
     parser.add_argument(
         "--resolution",
+        type=resolution,
         nargs="+",
         metavar="R",
         help="pixels such as 336, or native:256 for whole images in at most 256 patches (default: the run's own)",
@@ -230,9 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load(args.checkpoint, args.weights)
     if args.batch_size:
         # A batch beyond the number of images would only add padding rows, which take memory.
-        num_images = sum(len(source) for source in open_sources(loaded.config.eval.sources).values())
+        num_images = sum(len(source) for source in open_datasets(loaded.config.eval.sources).values())
         loaded = loaded.with_eval(batch_size=max(1, min(args.batch_size, num_images)))
-    models = {name: loaded.at_resolution(name) for name in args.resolution or ()}
+    models = {str(wanted): loaded.at_resolution(wanted) for wanted in args.resolution or ()}
     by_resolution = {name: held_out_metrics(model) for name, model in (models or {"": loaded}).items()}
     for name, metrics in by_resolution.items():
         suffix = f" at {name}" if name else ""

@@ -1,6 +1,6 @@
 """Image-to-text and text-to-image retrieval by the decoder's likelihood.
 
-    python -m aimv2_jax.eval.retrieval --checkpoint SPEC --data data/test --kind alt --picture retrieval.png
+    python -m aimv2_jax.eval.retrieval --checkpoint SPEC --data data/test --kind alt --image retrieval.png
 
 SPEC is a run with its decoder, or an export with --whole; --data is a prepared dataset. Every caption is scored for
 every image, so the cost grows with the square of --examples. An image is retrieved by the caption's likelihood, a
@@ -12,7 +12,6 @@ not win everywhere.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,21 +21,20 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from aimv2_jax.allocator import keep_freed_memory
-from aimv2_jax.cli import Parser, check_output, positive
-from aimv2_jax.data import records
-from aimv2_jax.data.records import BadRecord
+from aimv2_jax.cli import Parser, positive
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
-from aimv2_jax.eval.cli import add_checkpoint
+from aimv2_jax.eval.cli import add_checkpoint, check_files, write_json
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.plots import image_cards
+from aimv2_jax.eval.probes.dataset import named_image, read_record
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.images import NamedImage
 from aimv2_jax.pretrained.model import load
 from aimv2_jax.untrusted import printable
 
 _RECALL_DEPTHS = (1, 5, 10)
-_DRAWN_IMAGES = 8  # Images drawn by --picture.
+_DRAWN_IMAGES = 8  # Images drawn by --image.
 _DRAWN_CAPTIONS = 3  # Retrieved captions drawn for each.
 
 
@@ -54,12 +52,9 @@ def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedImage], list
     step = max(1, len(source) // count)
     order = [index for first in range(step) for index in range(first, len(source), step)]
     for index in order:
-        try:
-            record = records.decode(source.read(index))
-        except BadRecord as error:
-            raise UserError("--data has an unreadable record", index, "Prepare the dataset again") from error
+        _, record = read_record(source, index, "--data")
         for caption in record.texts(kind)[:1]:
-            image_of.setdefault(caption, NamedImage(f"{path}: {record.key}", record.image))
+            image_of.setdefault(caption, named_image(source, record))
         if len(image_of) == count:
             break
     if len(image_of) < 2:
@@ -103,7 +98,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     examples_help = "number of images and captions (default %(default)s)"
     add("--examples", type=_at_least_two, default=128, metavar="N", help=examples_help)
     add("--json", type=Path, metavar="FILE", help="write the metrics to this file")
-    add("--picture", type=Path, metavar="FILE.png", help="draw some images with their retrieved captions")
+    add("--image", type=Path, metavar="FILE.png", help="draw some images with their retrieved captions")
     return parser.parse_args(arguments)
 
 
@@ -118,9 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    for path, flag, suffix in ((flags.json, "--json", ""), (flags.picture, "--picture", ".png")):
-        if path is not None:
-            check_output(path, suffix, flag)
+    check_files(json=flags.json, image=flags.image)
     images, captions = read_pairs(flags.data, flags.kind, flags.examples)
     scorer = Scorer(load(flags.checkpoint, flags.weights))
     scores = scorer(images, *scorer.encode(captions))
@@ -129,11 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, recall in metrics.items():
         print(f"{name.replace('_', ' ')}: " + ", ".join(f"{key} {value:.3f}" for key, value in recall.items()))
     if flags.json is not None:
-        flags.json.write_text(json.dumps(metrics | {"examples": len(captions)}, indent=1) + "\n", encoding="utf-8")
-    if flags.picture is not None:
+        write_json(flags.json, metrics | {"examples": len(captions)})
+    if flags.image is not None:
         pixels = [scorer.encoder.pixels(image) for image in images[:_DRAWN_IMAGES]]
         note = f"Of {len(captions)} captions ({flags.kind}), by likelihood standardised over the images."
-        retrieval_figure(pixels, captions, standardised, note).savefig(flags.picture, dpi=110)
+        retrieval_figure(pixels, captions, standardised, note).savefig(flags.image, dpi=110)
     return EXIT_FINISHED
 
 

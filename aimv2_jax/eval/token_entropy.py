@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from aimv2_jax.config import Config, mixture_counts
+from aimv2_jax.config.schema import Config, mixture_counts
 from aimv2_jax.data import records
-from aimv2_jax.data.pipeline import open_sources
 from aimv2_jax.data.records import BadRecord
-from aimv2_jax.data.sources import Source
+from aimv2_jax.data.sources import Source, open_datasets
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms import captions
 from aimv2_jax.train.losses import text_loss_mask
@@ -37,7 +36,7 @@ def token_frequencies(config: Config, tokenizer: Tokenizer) -> dict[str, Float[n
     Counts the tokens of the text loss, with `predict_eos` also the end token. Unusable captions are skipped.
     """
     frequencies: dict[str, np.ndarray] = {}
-    sources = open_sources(config.data.sources)
+    sources = open_datasets(config.data.sources)
     for name, kinds in mixture_counts(config.data.mixture).items():
         for kind, weight in kinds.items():
             count, texts = np.zeros(config.model.decoder.vocab_size), 0

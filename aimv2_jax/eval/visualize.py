@@ -14,11 +14,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
 from matplotlib.figure import Figure
 
 from aimv2_jax.allocator import keep_freed_memory
@@ -28,15 +26,15 @@ from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.data.transforms.geometry import unpatchify
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.eval.cli import add_checkpoint
-from aimv2_jax.eval.generate import greedy
-from aimv2_jax.eval.plots import Column, Curve, Panel, curve_panels, image_cards, image_grid
+from aimv2_jax.eval.generate import Captions, greedy
+from aimv2_jax.eval.plots import image_cards, image_grid
 from aimv2_jax.eval.reconstruction import denormalise, fade_hidden, fill_predictions
+from aimv2_jax.monitoring.curves import curves_figure
 from aimv2_jax.monitoring.metrics import read_metrics
 from aimv2_jax.platforms import skip_absent_tpu
-from aimv2_jax.plotting import BLUE, GREEN, GREY, ORANGE
 from aimv2_jax.pretrained.model import PretrainedModel, check_held_out, load
 from aimv2_jax.train.evaluate import fixed_prefixes
-from aimv2_jax.train.task import PretrainTask
+from aimv2_jax.train.task import Batch, Params
 
 DOTS_PER_INCH = 150
 MAX_EXAMPLES = 100  # Each example is a row; much taller figures can be neither viewed nor written.
@@ -44,11 +42,9 @@ MAX_EXAMPLES = 100  # Each example is a row; much taller figures can be neither 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Held-out images, and the true captions of each by kind. B images, L patches, P pixel values per patch."""
+    """Held-out images as a batch with empty captions, and the true captions of each image by kind."""
 
-    patches: UInt8[np.ndarray, "B L P"]
-    coords: Int32[np.ndarray, "B L 2"]
-    valid: Bool[np.ndarray, "B L"]
+    batch: dict[str, np.ndarray]
     captions: list[dict[str, str]]
 
 
@@ -61,20 +57,23 @@ def read_examples(loaded: PretrainedModel, tokenizer: Tokenizer, count: int) -> 
     size = count * len(loaded.config.eval.sources)
     # Without an area all images are squares, which can be drawn in a grid.
     config = loaded.with_eval(max_examples=count, batch_size=size, area=None).config
+    names = ("patches", "coords", "valid")
     rows: dict[bytes, dict[str, np.ndarray]] = {}
     captions: dict[bytes, dict[str, str]] = {}
     for kind, batch in evaluation_batches(config, np.arange(size), tokenizer):
         arrays = batch.arrays
         for row in _in_turn(arrays["source"], arrays["valid"].any(axis=1)):
             key = arrays["patches"][row].tobytes()
-            rows.setdefault(key, {name: arrays[name][row] for name in ("patches", "coords", "valid")})
+            rows.setdefault(key, {name: arrays[name][row] for name in names})
             text = tokenizer.decode(arrays["tokens"][row][arrays["token_valid"][row]])
             captions.setdefault(key, {})[kind] = text
     chosen = list(rows)[:count]
     if not chosen:
         raise UserError("no held-out image is usable", dict(config.eval.sources), "Prepare the dataset again")
-    arrays = {name: np.stack([rows[key][name] for key in chosen]) for name in ("patches", "coords", "valid")}
-    return Examples(**arrays, captions=[captions[key] for key in chosen])
+    images = {name: np.stack([rows[key][name] for key in chosen]) for name in names}
+    shape = len(chosen), config.model.decoder.text_length
+    batch = {**images, "tokens": np.zeros(shape, np.int32), "token_valid": np.zeros(shape, bool)}
+    return Examples(batch, [captions[key] for key in chosen])
 
 
 def _in_turn(sources: np.ndarray, usable: np.ndarray) -> list[int]:
@@ -90,101 +89,55 @@ def predictions_figure(loaded: PretrainedModel, examples: Examples) -> Figure:
     config, task = loaded.config, dataclasses.replace(loaded.task, weights={"image": 1.0})
     grid, size = config.grid, config.model.patch_size
     restore = partial(denormalise, mean=task.pixel_mean, std=task.pixel_std, eps=task.target_eps)
-    batch = loaded.put(_arrays(loaded, examples))
+    patches_BLP, batch = examples.batch["patches"], loaded.put(examples.batch)
 
-    def draw(patches_BLP: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [unpatchify(patches, grid, size) for patches in patches_BLP]
+    def draw(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [unpatchify(patches, grid, size) for patches in images]
 
     predict = jax.jit(lambda params, batch, prefix: task.predict(params, batch, prefix).pixels)
-    flat = [restore(np.zeros_like(patches[1:], np.float32), patches) for patches in examples.patches]
-    columns = [
-        Column("held-out image", "original", draw(examples.patches)),
-        Column("without a model", "zero predicted", draw(flat)),
+    flat = [restore(np.zeros_like(patches[1:], np.float32), patches) for patches in patches_BLP]
+    groups = [
+        ("held-out image", {"original": draw(patches_BLP)}),
+        ("without a model", {"zero predicted": draw(flat)}),
     ]
-    for prefix_B in fixed_prefixes(config.eval.prefixes, examples.valid):
+    for prefix_B in fixed_prefixes(config.eval.prefixes, examples.batch["valid"]):
         pixels_BMP = np.asarray(predict(loaded.params, batch, loaded.put(prefix_B)))
-        group = f"prefix of {prefix_B[0]} of {config.num_patches} patches"
-        before, after = [], []
-        for patches, pixels, prefix in zip(examples.patches, pixels_BMP, prefix_B):
-            before.append(fade_hidden(patches, prefix))
-            after.append(fill_predictions(patches, restore(pixels, patches), prefix))
-        columns += [Column(group, "given", draw(before)), Column(group, "predicted", draw(after))]
+        given, predicted = [], []
+        for patches, pixels, prefix in zip(patches_BLP, pixels_BMP, prefix_B):
+            given.append(fade_hidden(patches, prefix))
+            predicted.append(fill_predictions(patches, restore(pixels, patches), prefix))
+        title = f"prefix of {prefix_B[0]} of {config.num_patches} patches"
+        groups.append((title, {"given": draw(given), "predicted": draw(predicted)}))
     note = (
         "Each patch after the prefix is predicted from all true patches before it in raster order: one step ahead,"
         " not a continuation.\nThe model predicts patches of mean 0 and variance 1; the true mean and variance of each"
         " are restored. A prediction of zero gives the second column."
     )
-    return image_grid(columns, f"Next-patch predictions, step {loaded.step:,}", note)
+    return image_grid(groups, f"Next-patch predictions, step {loaded.step:,}", note)
 
 
 def captions_figure(loaded: PretrainedModel, tokenizer: Tokenizer, examples: Examples) -> Figure:
     """Each image with the model's greedy caption and its true captions."""
-    config = loaded.config
-    generate = jax.jit(partial(_generate, loaded.task, tokenizer.eos_id, tokenizer.num_pieces))
-    captions = jax.device_get(generate(loaded.params, loaded.put(_arrays(loaded, examples))))
+    config, task = loaded.config, loaded.task
+
+    @jax.jit
+    def generate(params: Params, batch: Batch) -> Captions:
+        images = task.normalise(batch), batch["coords"], batch["valid"]
+        return greedy(task.model, params, *images, tokenizer.eos_id, num_pieces=tokenizer.num_pieces)
+
+    captions = jax.device_get(generate(loaded.params, loaded.put(examples.batch)))
     texts = []
     for tokens, length, true in zip(captions.tokens, captions.lengths, examples.captions):
         texts.append({"model": tokenizer.decode(tokens[:length]), **{f"true, {kind}": true[kind] for kind in true}})
-    images = [unpatchify(patches, config.grid, config.model.patch_size) for patches in examples.patches]
+    images = [unpatchify(patches, config.grid, config.model.patch_size) for patches in examples.batch["patches"]]
     note = "Blue: the greedy caption, given the whole image. Below it: the true captions, by kind."
     return image_cards(images, texts, f"Captions of held-out images, step {loaded.step:,}", note)
 
 
-def _generate(task: PretrainTask, end_id: int | None, num_pieces: int, params: Any, batch: dict[str, jax.Array]):
-    pixels = task.normalise(batch)
-    return greedy(task.model, params, pixels, batch["coords"], batch["valid"], end_id, num_pieces=num_pieces)
-
-
-def _arrays(loaded: PretrainedModel, examples: Examples) -> dict[str, np.ndarray]:
-    """The examples as a batch with empty captions."""
-    shape = len(examples.patches), loaded.config.model.decoder.text_length
-    images = {name: getattr(examples, name) for name in ("patches", "coords", "valid")}
-    return {**images, "tokens": np.zeros(shape, np.int32), "token_valid": np.zeros(shape, bool)}
-
-
-def curves_figure(loaded: PretrainedModel) -> Figure:
-    """Training curves of the whole run, up to its newest line of metrics; a dotted line marks the checkpoint."""
+def run_curves(loaded: PretrainedModel) -> Figure:
+    """Training curves of the whole run, up to its newest line of metrics, with a line at the checkpoint."""
     training, evaluation = read_metrics(loaded.workdir)
-
-    def train(key: str, name: str = "training", color: str = GREY) -> Curve:
-        lines = [line for line in training if key in line]
-        return Curve(name, [line["step"] for line in lines], [line[key] for line in lines], color)
-
-    def held_out(key: str, name: str = "held-out", color: str = ORANGE) -> Curve:
-        lines = [line for line in evaluation if key in line]
-        return Curve(name, [line["step"] for line in lines], [line[key] for line in lines], color, marked=True)
-
-    panels = [
-        Panel("Image loss", [train("loss_image"), held_out("eval_loss_image")]),
-        Panel(
-            "Text loss (nats per token)",
-            [
-                train("loss_text"),
-                held_out("eval_loss_text"),
-                held_out("eval_loss_text_full_prefix", "held-out, whole image", BLUE),
-            ],
-        ),
-        Panel(
-            "Total loss",
-            [train("loss"), held_out("eval_loss"), held_out("eval_loss_ema", "held-out, averaged parameters", BLUE)],
-        ),
-        Panel("Learning rate", [train("lr", color=GREEN)]),
-        Panel("Gradient norm", [train("grad_norm", color=GREEN)], scale="log"),
-        Panel("Images per second", [train("images_per_s", color=GREEN)]),
-    ]
-    panels = [
-        dataclasses.replace(panel, curves=[curve for curve in panel.curves if any(v is not None for v in curve.values)])
-        for panel in panels
-    ]
-    prefixes = ", ".join(f"{prefix:.4g}" for prefix in loaded.config.eval.prefixes)
-    train_input, held_out_input = "random prefixes", f"prefixes of {prefixes} of the patches"
-    if loaded.task.attention_mask == "full":
-        train_input = held_out_input = "whole images"
-    note = (
-        f"Training: {train_input} and random crops. Held-out: {held_out_input}. Dotted: the checkpoint shown, step"
-        f" {loaded.step:,}."
-    )
-    return curve_panels([panel for panel in panels if panel.curves], "Training curves", note, loaded.step)
+    return curves_figure([*training, *evaluation], {f"checkpoint, step {loaded.step:,}": [loaded.step]})
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -216,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(predictions_figure(loaded, examples), args.output / "predictions.png")
     if "text" in loaded.task.weights:
         save(captions_figure(loaded, tokenizer, examples), args.output / "captions.png")
-    save(curves_figure(loaded), args.output / "curves.png")
+    save(run_curves(loaded), args.output / "curves.png")
     return EXIT_FINISHED
 
 

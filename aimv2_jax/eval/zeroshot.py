@@ -5,25 +5,24 @@
 SPEC is a run with its decoder (WORKDIR, WORKDIR:STEP, WORKDIR:last), or an export with --whole; --data is a dataset
 that aimv2_jax.prepare wrote with --label NAME=FIELD. With several --template a class has the mean of their
 log-likelihoods. Results are also reported less the prior, which is the caption's log-likelihood given an image of the
-mean colour. --json writes top1, ci95 and per_class, the same below less_prior, and label, templates, examples.
+mean colour; --confusion draws those. --json writes top1, ci95 and per_class, the same below less_prior, and label,
+templates, examples.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
 from aimv2_jax.allocator import keep_freed_memory
-from aimv2_jax.cli import Parser, check_output
+from aimv2_jax.cli import Parser
 from aimv2_jax.errors import EXIT_FINISHED, cli_main
-from aimv2_jax.eval.cli import add_checkpoint
+from aimv2_jax.eval.cli import add_checkpoint, add_labels, check_files, write_json
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.probes.dataset import LabelledDataset, read_labelled_dataset
 from aimv2_jax.eval.probes.report import classification_metrics, confusion_figure
@@ -60,17 +59,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_checkpoint(parser)
     add = parser.add_argument
     add("--data", required=True, metavar="DATA", help="a prepared dataset with labels")
-    add("--label", required=True, metavar="NAME", help="the label to predict")
+    add_labels(parser)
     add(
         "--template",
         action="append",
         metavar="TEXT",
         help=f'caption with {{}} for the class (default "{_TEMPLATE}"); may be repeated',
     )
-    add("--by", metavar="NAME", help="another label; results are also reported for each of its values")
-    add("--without", default="", metavar="A,B", help="excluded values of --label")
-    add("--json", type=Path, metavar="FILE", help="write the metrics to this file")
-    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix, less the prior")
     flags = parser.parse_args(arguments)
     flags.template = flags.template or [_TEMPLATE]
     for template in flags.template:
@@ -84,11 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    for path, flag, suffix in ((flags.json, "--json", ""), (flags.confusion, "--confusion", ".png")):
-        if path is not None:
-            check_output(path, suffix, flag)
-    without = tuple(filter(None, flags.without.split(",")))
-    test = read_labelled_dataset(flags.data, "--data", flags.label, flags.by, without)
+    check_files(json=flags.json, confusion=flags.confusion)
+    test = read_labelled_dataset(flags.data, "--data", flags.label, flags.by, flags.without)
     scorer = Scorer(load(flags.checkpoint, flags.weights))
     scores, prior = class_scores(scorer, test, flags.template)
     predicted = {"": scores.argmax(1), "less_prior": (scores - prior).argmax(1)}
@@ -105,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "templates": flags.template,
             "examples": len(test),
         }
-        flags.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(flags.json, result)
     if flags.confusion is not None:
         heading = f"Zero-shot {flags.label}: top-1 {by_score['less_prior']['top1']:.3f}"
         note = f"{len(test)} images. Rows are true classes, columns the most likely captions less the prior."

@@ -14,20 +14,17 @@ take such a folder. At the end the export is read back and compared with its sou
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aimv2_jax.cli import Parser, make_output_folder, positive
+from aimv2_jax.cli import Parser, make_output_folder, positive, size
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.export.hf_export import write_folder
 from aimv2_jax.export.orbax_export import write_encoder, write_model
 from aimv2_jax.export.verify import check_model, check_written
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.source import open_weights
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,7 +46,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype for --format hf (default float32)")
     add(
         "--max-file-size",
-        type=_size,
+        type=size,
         default=5 * 10**9,
         metavar="N",
         help="largest size of a file, such as 5GB (the default)",
@@ -70,13 +67,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if flags.heads and not flags.foreign:
         parser.error("--heads is for --import")
     return flags
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+)([KMG]B)?", text)
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB")
-    return int(match[1]) * _UNITS[match[2] or ""]
 
 
 @cli_main

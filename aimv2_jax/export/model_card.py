@@ -7,7 +7,8 @@ import math
 import re
 from pathlib import Path
 
-from aimv2_jax.config import Config, config_text, mixture_counts
+from aimv2_jax.config.load import config_text
+from aimv2_jax.config.schema import Config, mixture_counts
 from aimv2_jax.data.sampling.schedule import BatchSchedule
 from aimv2_jax.monitoring.metrics import has_metrics, read_metrics
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 from flax import traverse_util
 
-from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader, has_average
+from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader, WeightChoice, params_tree
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
-from aimv2_jax.pretrained.model import TOKENIZER, WeightChoice, load
+from aimv2_jax.pretrained.model import TOKENIZER, load
 
 
 def write_encoder(folder: Path, weights: LazyWeights) -> None:
@@ -30,8 +30,7 @@ def write_model(folder: Path, spec: str, weights: WeightChoice) -> None:
     loaded = load(spec, weights)
     tokenizer = loaded.tokenizer_file()
     meta = CheckpointReader(loaded.workdir).meta(loaded.step)
-    # With an average, the recorded loss belongs to the averaged parameters.
-    eval_loss = None if has_average(meta) and weights == "raw" else meta["eval_loss"]
+    eval_loss = meta["eval_loss"] if params_tree(meta, weights) == params_tree(meta) else None
     with Checkpointer(folder, keep=1) as checkpointer:
         checkpointer.save(loaded.step, {"params": loaded.params}, loaded.config, eval_loss)
     (folder / TOKENIZER).write_bytes(tokenizer)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 from PIL import Image
 
+from aimv2_jax.checkpoint.checkpointer import WeightChoice
 from aimv2_jax.data import records
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms.decode import decode_image
@@ -15,7 +16,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.export.hf_export import cast
 from aimv2_jax.pretrained.encoder import encoder_of
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
-from aimv2_jax.pretrained.model import WeightChoice, load
+from aimv2_jax.pretrained.model import load
 from aimv2_jax.pretrained.source import open_weights
 from aimv2_jax.storage.paths import resolve_path
 

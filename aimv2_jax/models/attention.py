@@ -46,18 +46,6 @@ def causal_mask(valid_BS: Bool[Array, "B S"], query_offset: Int[Array, ""] | int
     return MaskSpec(jnp.zeros((valid_BS.shape[0],), jnp.int32), valid_BS, query_offset)
 
 
-@jax.custom_vjp
-def with_grad_dot(outputs: tuple[Float[Array, "*rows D"], ...], grad_dot: Float[Array, "*rows"]) -> tuple[Array, ...]:
-    """Identity on `outputs`; the cotangent of `grad_dot` is sum(dy · y) over all of them (see `layers.normalise`)."""
-    return outputs
-
-
-with_grad_dot.defvjp(
-    lambda outputs, grad_dot: (outputs, outputs),
-    lambda outputs, gradients: (gradients, short_attention.row_dot(outputs, gradients)),
-)
-
-
 def attend(
     q: Float[Array, "B Q D"],
     k: Float[Array, "B K D"],
@@ -72,19 +60,18 @@ def attend(
     Masked scores are finite: a query without any valid key averages all values and does not become NaN.
 
     Args:
-      grad_dot: zeros whose cotangent collects sum(dy · y) over q, k and v (`with_grad_dot`); None if the caller has
-        already collected it.
+      grad_dot: zeros whose cotangent the kernels set to the sum of dy · y over q, k and v (`ops.with_grad_dot`); None
+        for "xla", whose caller collects it.
       implementation: "xla", or the Pallas kernel for the sequence length; kernels need queries and keys of the same
         sequence (no cache).
     """
     if implementation == "xla":
+        assert grad_dot is None, "XLA's attention does not collect grad_dot"
 
         def split_heads(y):
             return y.reshape(*y.shape[:-1], heads, -1)
 
         mask = mask_spec.mask(q.shape[1])
-        if grad_dot is not None:
-            q, k, v = with_grad_dot((q, k, v), grad_dot)
         with exact_products(q.dtype):
             heads_qkv = split_heads(q), split_heads(k), split_heads(v)
             out = jax.nn.dot_product_attention(*heads_qkv, mask=mask, implementation="xla")

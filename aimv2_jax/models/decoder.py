@@ -13,19 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models import ops
 from aimv2_jax.models.attention import causal_mask
-from aimv2_jax.models.layers import (
-    POSITION_AXES,
-    TOKEN_TABLE_AXES,
-    Linear,
-    Precision,
-    Trunk,
-    TrunkOptions,
-    add,
-    embedding_lookup,
-    named,
-    symmetric_uniform,
-)
+from aimv2_jax.models.layers import Linear, Precision, Trunk, TrunkOptions, named, symmetric_uniform
 
 Output = Literal["pixels", "logits"]
 
@@ -66,7 +56,7 @@ class Decoder(nn.Module):
         if self.has_text:
             self.token_table = self.param(
                 "token_table",
-                named(nn.initializers.normal(0.02), *TOKEN_TABLE_AXES),
+                named(nn.initializers.normal(0.02), *ops.TOKEN_TABLE_AXES),
                 (self.vocab_size, self.width),
                 param,
             )
@@ -75,7 +65,7 @@ class Decoder(nn.Module):
             )
             self.position = self.param(
                 "position",
-                named(nn.initializers.normal(0.01), *POSITION_AXES),
+                named(nn.initializers.normal(0.01), *ops.POSITION_AXES),
                 (self.text_length + 1, self.width),
                 param,
             )
@@ -98,7 +88,7 @@ class Decoder(nn.Module):
         rows = self._embed_tokens(tokens)
         rows = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))
         table = self.position.at[0].add(self.begin)
-        return add(rows, table[: rows.shape[1]], POSITION_AXES, self.precision.reduce)
+        return ops.add(rows, table[: rows.shape[1]], ops.POSITION_AXES, self.precision.reduce)
 
     def embed_token(self, token_B: Int[Array, " B"], index: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """Embeds the text token at position `index`, for generation."""
@@ -107,7 +97,7 @@ class Decoder(nn.Module):
         return (rows + jnp.take(self.position, index + 1, axis=0).astype(compute))[:, None]
 
     def _embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return embedding_lookup(self.token_table, tokens, self.precision.compute, self.precision.reduce)
+        return ops.embedding_lookup(self.token_table, tokens, self.precision.compute, self.precision.reduce)
 
     def predict_pixels(self, rows: Float[Array, "B R D"]) -> Float[Array, "B R P"]:
         """Returns the normalised next patches, float32."""

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models import ops
 from aimv2_jax.models.attention import MaskSpec, full_mask
 from aimv2_jax.models.layers import (
-    POSITION_AXES,
     Linear,
     Precision,
     RMSNorm,
     Trunk,
     TrunkOptions,
-    add,
     named,
     parameter,
     symmetric_uniform,
@@ -71,13 +70,13 @@ class Encoder(nn.Module):
         )(patches)
         x = RMSNorm(self.eps, self.precision, name="patch_norm")(x)
         if self.position == "learned":
-            init = named(nn.initializers.normal(0.02), *POSITION_AXES)
+            init = named(nn.initializers.normal(0.02), *ops.POSITION_AXES)
             table = parameter(self, "position", init, (self.num_patches, self.width), param)
             if patches.shape[1] != self.num_patches:
                 raise ValueError(
                     f"this encoder has learned positions for {self.num_patches} patches, got {patches.shape[1]}"
                 )
-            x = add(x, table, POSITION_AXES, self.precision.reduce)
+            x = ops.add(x, table, ops.POSITION_AXES, self.precision.reduce)
         else:
             x += sincos_positions(coords, self.width).astype(compute)
         mask_spec = full_mask(valid) if prefix is None else MaskSpec(prefix, valid)

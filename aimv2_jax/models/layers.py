@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,12 +14,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from aimv2_jax.config import Remat
-from aimv2_jax.models.attention import Implementation, MaskSpec, attend, padded_rows, with_grad_dot
-from aimv2_jax.models.precision import exact_products
-from aimv2_jax.parallel import collectives
+from aimv2_jax.config.schema import Remat
+from aimv2_jax.models import ops
+from aimv2_jax.models.attention import Implementation, MaskSpec, attend, padded_rows
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
@@ -36,8 +34,6 @@ REMAT: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,  # Also recomputes gate and up.
     "full": (),  # Recomputes the block.
 }
-TOKEN_TABLE_AXES = ("vocab_in", "output")
-POSITION_AXES = ("positions", "position_embed")
 
 xavier_uniform = nn.initializers.xavier_uniform()
 
@@ -59,118 +55,6 @@ class Precision(NamedTuple):
     compute: Any = jnp.float32
     param: Any = jnp.float32
     reduce: Any = jnp.float32
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def project(
-    x: Float[Array, "B *rows I"], kernel: Float[Array, "I O"], axes: collectives.Axes, out_dtype: Any, reduce_dtype: Any
-) -> Float[Array, "B *rows O"]:
-    """x · kernel, computed in x's dtype; the kernel's gradient is accumulated in the kernel's dtype.
-
-    With float32 parameters the sum over rows is float32, also for bfloat16 operands; the sum over devices is taken in
-    `reduce_dtype`. The weight gradient is written as xᵀ · dy, not as (dyᵀ · x)ᵀ like autodiff does: dy comes from a
-    chain of elementwise operations, which a CPU would recompute in transposed order.
-    """
-    return _project_forward(x, kernel, axes, out_dtype, reduce_dtype)[0]
-
-
-def _project_forward(x, kernel, axes, out_dtype, reduce_dtype):
-    weight = checkpoint_name(collectives.all_gather_weight(kernel.astype(x.dtype), axes), "-".join(axes))
-    with exact_products(x.dtype):
-        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
-    return y, (x, weight, jnp.zeros((0,), kernel.dtype))
-
-
-def _project_backward(axes, out_dtype, reduce_dtype, saved, dy):
-    x, weight, empty = saved
-    dy = dy.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-
-    def partial_sum(x, dy):
-        return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=empty.dtype)
-
-    with exact_products(x.dtype):
-        dx = jax.lax.dot_general(dy, weight, (((x.ndim - 1,), (1,)), ((), ())))
-        return dx, collectives.reduce_scatter_grad(partial_sum, (x, dy), axes, reduce_dtype)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def embedding_lookup(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], compute: Any, reduce_dtype: Any
-) -> Float[Array, "B T D"]:
-    """Token embeddings in dtype `compute`; the table's gradient is reduced like that of `project`."""
-    rows = jnp.take(collectives.all_gather_weight(table.astype(compute), TOKEN_TABLE_AXES), tokens, axis=0)
-    return nn.with_logical_constraint(rows, ("batch", "length", "activation"))
-
-
-def _embedding_lookup_backward(compute, reduce_dtype, saved, drows):
-    tokens, empty = saved
-
-    def partial_sum(tokens, drows):
-        return jnp.zeros((empty.shape[1], drows.shape[-1]), empty.dtype).at[tokens].add(drows.astype(empty.dtype))
-
-    return collectives.reduce_scatter_grad(partial_sum, (tokens, drows), TOKEN_TABLE_AXES, reduce_dtype), None
-
-
-embedding_lookup.defvjp(
-    lambda table, tokens, compute, reduce_dtype: (
-        embedding_lookup(table, tokens, compute, reduce_dtype),
-        (tokens, jnp.zeros((0, table.shape[0]), table.dtype)),
-    ),
-    _embedding_lookup_backward,
-)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def add(
-    rows: Float[Array, "B *rows D"], term: Float[Array, "*last D"], axes: collectives.Axes, reduce_dtype: Any
-) -> Float[Array, "B *rows D"]:
-    """Rows plus a parameter that is broadcast over the leading dimensions, in the dtype of the rows.
-
-    The parameter's gradient is reduced like that of `project`: with bfloat16 rows, autodiff would also sum over rows
-    and devices in bfloat16.
-    """
-    return rows + collectives.all_gather_weight(term.astype(rows.dtype), axes)
-
-
-def _add_backward(axes, reduce_dtype, empty, drows):
-    def partial_sum(drows):
-        return jnp.sum(drows, axis=tuple(range(drows.ndim - empty.ndim)), dtype=empty.dtype)
-
-    return drows, collectives.reduce_scatter_grad(partial_sum, (drows,), axes, reduce_dtype)
-
-
-add.defvjp(
-    lambda rows, term, axes, reduce_dtype: (
-        add(rows, term, axes, reduce_dtype),
-        jnp.zeros((0,) * term.ndim, term.dtype),
-    ),
-    _add_backward,
-)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scale(rows: Float[Array, "B *rows D"], gain: Float[Array, " D"], reduce_dtype: Any) -> Float[Array, "B *rows D"]:
-    """Rows times the gain of a norm, in the dtype of the rows; its gradient is reduced like that of `project`."""
-    return rows * collectives.all_gather_weight(gain.astype(rows.dtype), ("norm",))
-
-
-def _scale_backward(reduce_dtype, saved, drows):
-    rows, gain = saved
-
-    def partial_sum(rows, drows):
-        products = rows.astype(gain.dtype) * drows.astype(gain.dtype)
-        return jnp.sum(products, axis=tuple(range(rows.ndim - 1)))
-
-    return scale(drows, gain, reduce_dtype), collectives.reduce_scatter_grad(
-        partial_sum, (rows, drows), ("norm",), reduce_dtype
-    )
-
-
-scale.defvjp(lambda rows, gain, reduce_dtype: (scale(rows, gain, reduce_dtype), (rows, gain)), _scale_backward)
 
 
 class Linear(nn.Module):
@@ -195,45 +79,15 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", named(self.kernel_init, *self.axes), (x.shape[-1], self.features), param)
         if gain is not None:
             kernel = kernel * gain[:, None]
-        y = project(x.astype(compute), kernel, self.axes, self.out_dtype or compute, reduce)
+        y = ops.project(x.astype(compute), kernel, self.axes, self.out_dtype or compute, reduce)
         if self.bias_init is not None:
             bias = parameter(self, "bias", named(self.bias_init, "bias"), (self.features,), param)
-            y = add(y, bias, ("bias",), reduce)
+            y = ops.add(y, bias, ("bias",), reduce)
         return y
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def normalise(
-    x: Float[Array, "*rows D"], eps: float, compute: Any
-) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows"]]:
-    """Returns x / rms(x) in dtype `compute`, statistics in float32, and the zeros for `with_grad_dot`.
-
-    With n = x · r and its gradient dn, dx = r · (dn - n · mean(dn · n)). If n is consumed by matrices only, the sum of
-    dn · n over the width equals the sum of dy · y over their outputs, which is available before the products that make
-    dn. So dx is fused into the matmul that makes dn, which saves two passes over all rows.
-    """
-    return _normalise_forward(x, eps, compute)[0]
-
-
-def _normalise_forward(x, eps, compute):
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + eps)
-    normed = (x.astype(jnp.float32) * inverse).astype(compute)
-    return (normed, jnp.zeros(x.shape[:-1], jnp.float32)), (x, inverse)
-
-
-def _normalise_backward(eps, compute, saved, gradients):
-    x, inverse = saved
-    dnormed, dot = gradients
-    mean = dot[..., None] / x.shape[-1]
-    dx = inverse * (dnormed.astype(jnp.float32) - x.astype(jnp.float32) * (inverse * mean))
-    return (dx.astype(x.dtype),)
-
-
-normalise.defvjp(_normalise_forward, _normalise_backward)
-
-
 class Normed(NamedTuple):
-    """Normalised activations, the gain not yet applied, and the zeros for `with_grad_dot` (see `normalise`)."""
+    """Normalised activations, the gain not yet applied, and the zeros for `grad_dot` (see `ops.normalise`)."""
 
     rows: Float[Array, "B S D"]
     gain: Float[Array, " D"]
@@ -250,11 +104,11 @@ class RMSNorm(nn.Module):
         gain = self._gain(x.shape[-1])
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return scale(x.astype(self.precision.compute), gain, self.precision.reduce)
+        return ops.scale(x.astype(self.precision.compute), gain, self.precision.reduce)
 
     def parts(self, x: Float[Array, "B S D"]) -> Normed:
         """Returns norm and gain separately, for `Linear` layers only; every consumer must feed `grad_dot`."""
-        rows, grad_dot = normalise(x, self.eps, self.precision.compute)
+        rows, grad_dot = ops.normalise(x, self.eps, self.precision.compute)
         return Normed(rows, self._gain(x.shape[-1]), grad_dot)
 
     @nn.compact
@@ -284,7 +138,7 @@ class Attention(nn.Module):
         rows, gain, grad_dot = normed
         width = rows.shape[-1]
         if self.attention == "xla":  # Collecting on the input takes one pass; q, k and v would take three.
-            (rows,) = with_grad_dot((rows,), grad_dot)
+            (rows,) = ops.with_grad_dot((rows,), grad_dot)
             grad_dot = None
         q, k, v = (
             checkpoint_name(Linear(width, ("embed", "heads"), self.precision, name=name)(rows, gain), name)
@@ -296,21 +150,6 @@ class Attention(nn.Module):
             cache = Cache(k, v, cache.index + rows.shape[1])
         out = attend(q, k, v, mask_spec, grad_dot, self.heads, self.attention)
         return Linear(width, ("attended", "output"), self.precision, name="out")(out), cache
-
-
-@jax.custom_vjp
-def gated_silu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
-    """silu(gate) · up. The custom gradient rule saves only the two inputs and recomputes the sigmoid."""
-    return nn.silu(gate) * up
-
-
-def _gated_silu_backward(saved, dy):
-    gate, up = saved
-    sigmoid = nn.sigmoid(gate)
-    return dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
-
-
-gated_silu.defvjp(lambda gate, up: (gated_silu(gate, up), (gate, up)), _gated_silu_backward)
 
 
 class SwiGLU(nn.Module):
@@ -327,7 +166,7 @@ class SwiGLU(nn.Module):
             )
             for name in ("gate", "up")
         )
-        hidden = gated_silu(*with_grad_dot(gate_up, normed.grad_dot))
+        hidden = ops.gated_silu(*ops.with_grad_dot(gate_up, normed.grad_dot))
         return Linear(normed.rows.shape[-1], ("hidden", "output"), self.precision, name="down")(hidden)
 
 

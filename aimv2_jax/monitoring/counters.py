@@ -95,11 +95,14 @@ class BadRecordFile:
     Each process writes its own records; process 1 and above have their index in the file name.
     """
 
-    def __init__(self, workdir: epath.PathLike, process: int, last_step: int):
-        """Opens the file; cuts lines of steps after `last_step`, which will be written again."""
+    def __init__(self, workdir: epath.PathLike, process: int):
         self._path = epath.Path(workdir) / ("bad_records.jsonl" if process == 0 else f"bad_records.{process}.jsonl")
-        cut_lines(self._path, last_step)
         self._file = AppendFile(self._path)
+
+    def cut_after(self, step: int) -> None:
+        """Cuts lines of steps after `step`, which will be written again."""
+        self._file.close()
+        cut_lines(self._path, step)
 
     def write(self, step: int, faults: Sequence[Any]) -> None:
         """Appends the bad examples (dataclasses of data.loading) of the batch of `step`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import json
 import os
 import secrets
@@ -28,34 +29,77 @@ from aimv2_jax.untrusted import as_int, as_number, parse_json_object, printable
 _FILE = "events.jsonl"
 _TAIL_BYTES = 1 << 16
 
-# The fields of each kind of event; all events also have kind, step, time, clock and run. `step` is the last completed
-# step, unless a comment below says otherwise.
-KINDS: Mapping[str, tuple[str, ...]] = {
+
+class EventKind(enum.StrEnum):
+    """Kinds of events, with their labels and fields.
+
+    All events also have kind, step, time, clock and run. `step` is the last completed step, unless a comment below
+    states another.
+    """
+
+    label: str
+    fields: tuple[str, ...]
+
+    def __new__(cls, value: str, label: str, fields: tuple[str, ...]) -> EventKind:
+        kind = str.__new__(cls, value)
+        kind._value_ = value
+        kind.label = label
+        kind.fields = fields
+        return kind
+
     # A trainer starts from the state after `step`. config: digest of the resolved config; steps: the last step.
-    "start": ("processes", "devices", "device_kind", "config", "steps", "save_every", "versions"),
-    "compiled": ("seconds",),  # The train step was compiled for one batch shape.
-    "restore": ("seconds",),  # The state after `step` was read from a checkpoint.
-    "damaged": ("files", "moved_to"),  # The checkpoint of `step` is damaged and was set aside.
-    "save": ("seconds",),  # A save of the state after `step` started; seconds: time blocked on it.
-    "save_failed": ("why",),  # The save of `step` failed.
-    "evaluation": ("seconds", "eval_loss"),
+    START = "start", "start", ("processes", "devices", "device_kind", "config", "steps", "save_every", "versions")
+    # The train step was compiled for one batch shape.
+    COMPILED = "compiled", "compiled", ("seconds",)
+    # The state after `step` was read from a checkpoint.
+    RESTORE = "restore", "restore", ("seconds",)
+    # The checkpoint of `step` is damaged and was set aside.
+    DAMAGED = "damaged", "damaged checkpoint", ("files", "moved_to")
+    # A save of the state after `step` started; seconds: time blocked on it.
+    SAVE = "save", "save", ("seconds",)
+    # The save of `step` failed.
+    SAVE_FAILED = "save_failed", "failed save", ("why",)
+    EVALUATION = "evaluation", "evaluation", ("seconds", "eval_loss")
     # Time by class since the first step of this start: cumulative, so that a kill loses only the last interval.
-    "progress": ("step_s", "data_s", "evaluation_s", "saving_s"),
-    "preemption": (),  # A stop was requested; `step` is saved.
-    "nonfinite": ("loss", "grad_norm", "file"),  # The update of `step` was skipped; file: input of a replay.
+    PROGRESS = "progress", "progress", ("step_s", "data_s", "evaluation_s", "saving_s")
+    # A stop was requested; `step` is saved.
+    PREEMPTION = "preemption", "preemption", ()
+    # The update of `step` was skipped; file: input of a replay.
+    NONFINITE = "nonfinite", "not finite", ("loss", "grad_norm", "file")
     # values: {"loss": …, "grad_norm": …} with their expected values; action: of the config.
-    "spike": ("values", "action"),
-    "skip": ("a", "b", "why"),  # Batches [a, b) are skipped.
-    "rewind": ("from_step", "to_step", "a", "b"),  # Rollback to the state after `to_step`, skipping batches [a, b).
-    "data_changed": ("what",),  # Data or tokenizer changed after `step`, allowed by --accept_data.
-    "bad_data": ("counts",),  # {reason: records} that could not be used since the last such event.
-    "hang": ("what", "file"),  # Timeout of `what` in the unfinished `step`; file: all stacks.
+    SPIKE = "spike", "spike", ("values", "action")
+    # Batches [a, b) are skipped.
+    SKIP = "skip", "skip", ("a", "b", "why")
+    # Rollback to the state after `to_step`, skipping batches [a, b).
+    REWIND = "rewind", "rewind", ("from_step", "to_step", "a", "b")
+    # Data or tokenizer changed after `step`, allowed by --accept_data.
+    DATA_CHANGED = "data_changed", "changed data", ("what",)
+    # {reason: records} that could not be used since the last such event.
+    BAD_DATA = "bad_data", "bad data", ("counts",)
+    # Timeout of `what` in the unfinished `step`; file: all stacks.
+    HANG = "hang", "hang", ("what", "file")
     # A device, or the network between devices, failed in the step after `step`; file: the traceback.
-    "device_failure": ("status", "file"),
-    "worker_restarted": ("what", "at"),  # A loader worker died or stalled; at: its shard and record.
-    "corruption": ("leaf", "device", "host"),  # Recomputing `step` gave different bits.
-    "stop": ("code", "why"),  # Any exit that the trainer handles; a kill writes no event.
-}
+    DEVICE_FAILURE = "device_failure", "device failure", ("status", "file")
+    # A loader worker died or stalled; at: its shard and record.
+    WORKER_RESTARTED = "worker_restarted", "worker restarted", ("what", "at")
+    # Recomputing `step` gave different bits.
+    CORRUPTION = "corruption", "silent corruption", ("leaf", "device", "host")
+    # Any exit that the trainer handles; a kill writes no event.
+    STOP = "stop", "stop", ("code", "why")
+
+
+class TimeClass(enum.StrEnum):
+    """Classes of a run's time; each second belongs to one of them."""
+
+    PRODUCTIVE = "productive"  # Steps that the current state depends on.
+    LOST = "lost"  # Steps that were done again.
+    START_UP = "start-up"  # From the start of a process to its first step: imports, compilation, restoring.
+    DATA = "data"  # Waiting for batches.
+    EVALUATION = "evaluation"
+    SAVING = "saving"  # Steps blocked on saves.
+    DOWN = "down"  # Between the last event of a start and the next start.
+    OTHER = "other"  # Everything else, such as a hang.
+
 
 # Numeric fields, which are null if not finite. Integers are steps, batches and exit codes.
 _INTEGERS = frozenset({"steps", "save_every", "from_step", "to_step", "a", "b", "code"})
@@ -69,7 +113,7 @@ class Event:
     """A line of the event log.
 
     Attributes:
-      kind: one of `KINDS`, or of those of a newer version.
+      kind: value of an `EventKind`, of this version or a newer one.
       step: of the run.
       time_s: wall-clock time, seconds since 1970.
       clock_s: monotonic seconds since the start of the process that wrote it.
@@ -114,13 +158,13 @@ class EventLog:
         self._run = secrets.token_hex(4)
         self._ends_with_newline = False
 
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends an event; `values` are the fields of `kind` in `KINDS`. A number that isn't finite becomes null.
+    def write(self, kind: EventKind, step: int, **values: Any) -> None:
+        """Appends an event; `values` are the fields of `kind`. A number that isn't finite becomes null.
 
         Raises:
           UserError: when it cannot be written.
         """
-        assert set(values) == set(KINDS[kind]), (kind, sorted(values))
+        assert set(values) == set(EventKind(kind).fields), (kind, sorted(values))
         if not self._active:
             return
         head = {"kind": kind, "step": int(step), "time": round(self._wall(), 3)}
@@ -142,7 +186,7 @@ class EventLog:
         last = next((event for text in reversed(lines) if (event := _event(text)) is not None), None)
         return 0.0 if last is None else max(0.0, last.time_s - self._wall())
 
-    def last(self, kind: str) -> Event | None:
+    def last(self, kind: EventKind) -> Event | None:
         """The last event of its kind; None if there is none, or this is not process 0."""
         with writing(self._path):
             events = read_events(self._path.parent) if self._active else []
@@ -168,13 +212,12 @@ class EventLog:
 
 
 class TimeAccounting:
-    """Time of a start by class since its first step, for `progress`; everything else counts as step time.
+    """Time of a start by class since its first step, for `EventKind.PROGRESS`; everything else counts as step time.
 
-        time_accounting = TimeAccounting()
-        with time_accounting.on("data"):
+        with time_accounting.on(TimeClass.DATA):
             batch = next(batches)
         ...
-        events.write("progress", step, **time_accounting.seconds())
+        events.write(EventKind.PROGRESS, step, **time_accounting.seconds())
 
     Args:
       clock: monotonic seconds.
@@ -182,12 +225,16 @@ class TimeAccounting:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._begin_s = clock()
-        self._seconds = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins at zero; called before the first step."""
+        self._begin_s = self._clock()
+        self._seconds = {TimeClass.DATA: 0.0, TimeClass.EVALUATION: 0.0, TimeClass.SAVING: 0.0}
 
     @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Counts the time inside as `what`: "data", "evaluation" or "saving". Contexts must not be nested."""
+    def on(self, what: TimeClass) -> Iterator[None]:
+        """Counts the time inside as DATA, EVALUATION or SAVING. Contexts must not be nested."""
         start_s = self._clock()
         try:
             yield
@@ -195,7 +242,7 @@ class TimeAccounting:
             self._seconds[what] += self._clock() - start_s
 
     def seconds(self) -> dict[str, float]:
-        """Cumulative seconds, as the fields of `progress`."""
+        """Cumulative seconds, as the fields of `EventKind.PROGRESS`."""
         step_s = self._clock() - self._begin_s - sum(self._seconds.values())
         sums = {"step_s": step_s} | {f"{what}_s": seconds for what, seconds in self._seconds.items()}
         return {name: round(value, 3) for name, value in sums.items()}
@@ -209,11 +256,6 @@ def process_age_s() -> float:
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
     except (OSError, AttributeError, IndexError, ValueError):  # Available on Linux only.
         return 0.0
-
-
-def has_events(workdir: epath.PathLike) -> bool:
-    """Whether the folder has an event log."""
-    return (epath.Path(workdir) / _FILE).exists()
 
 
 def read_events(workdir: epath.PathLike) -> list[Event]:
@@ -251,7 +293,7 @@ def _event(text: bytes) -> Event | None:
     except (ValueError, KeyError):
         return None
     known = isinstance(kind, str) and isinstance(run, str) and time_s >= 0
-    known = known and (kind != "rewind" or None not in (values.get("from_step"), values.get("to_step")))
+    known = known and (kind != EventKind.REWIND or None not in (values.get("from_step"), values.get("to_step")))
     return Event(kind, step, time_s, clock_s, run, values) if known else None
 
 

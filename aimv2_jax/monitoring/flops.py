@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import jax
 
-from aimv2_jax.config import Config, DecoderConfig, EncoderConfig
+from aimv2_jax.config.schema import Config, DecoderConfig, EncoderConfig
 from aimv2_jax.models.sizes import num_kept_tokens, swiglu_hidden
-from aimv2_jax.parallel.device_kind import chip_kind
+from aimv2_jax.parallel.hardware import chip_kind
 
 
 def flops_per_example(config: Config, length: int | None = None) -> float:

@@ -14,22 +14,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, EXIT_GUARD, EXIT_INTERRUPTED, EXIT_RETRY, EXIT_USER
-from aimv2_jax.monitoring.events import Event
+from aimv2_jax.monitoring.events import Event, EventKind, TimeClass
 
-PRODUCTIVE, LOST, START_UP, DATA, EVALUATION, SAVING, DOWN, OTHER = CLASSES = (
-    "productive",  # Steps that the current state depends on.
-    "lost",  # Steps that were done again.
-    "start-up",  # From the start of a process to its first step: imports, compilation, restoring.
-    "data",  # Waiting for batches.
-    "evaluation",
-    "saving",  # Steps blocked on saves.
-    "down",  # Between the last event of a start and the next start.
-    "other",  # Everything else, such as a hang.
+PRODUCTIVE, LOST, START_UP, DATA, EVALUATION, SAVING, DOWN, OTHER = CLASSES = tuple(TimeClass)
+_STARTUP_KINDS = (
+    EventKind.START,
+    EventKind.RESTORE,
+    EventKind.COMPILED,
+    EventKind.DAMAGED,
+    EventKind.SKIP,
+    EventKind.DATA_CHANGED,
 )
-_CLASS_OF_FIELD = {"data_s": DATA, "evaluation_s": EVALUATION, "saving_s": SAVING}
-_STARTUP_KINDS = ("start", "restore", "compiled", "damaged", "skip", "data_changed")
+# Kinds of events whose `step` is completed.
+_STEP_DONE_KINDS = (
+    EventKind.PROGRESS,
+    EventKind.SAVE,
+    EventKind.EVALUATION,
+    EventKind.PREEMPTION,
+    EventKind.NONFINITE,
+    EventKind.SPIKE,
+    EventKind.CORRUPTION,
+    EventKind.BAD_DATA,
+    EventKind.STOP,
+)
+# Events that state their own duration, which counts until the next cumulative sums.
+_TIMED_KINDS = {EventKind.EVALUATION: EVALUATION, EventKind.SAVE: SAVING}
 _ENDINGS = {
     EXIT_FINISHED: "finished",
     EXIT_RETRY: "stopped",
@@ -38,18 +50,6 @@ _ENDINGS = {
     EXIT_GUARD: "guard",
     EXIT_INTERRUPTED: "interrupted",
 }
-# Kinds of events whose `step` is completed.
-_STEP_DONE_KINDS = (
-    "progress",
-    "save",
-    "evaluation",
-    "preemption",
-    "nonfinite",
-    "spike",
-    "corruption",
-    "bad_data",
-    "stop",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,26 +175,20 @@ class _Segment:
     rewound: bool
     ceiling: int = 0
 
-    @property
-    def lost(self) -> int:
-        return self.hi - max(self.lo, min(self.hi, self.ceiling))
+    def lost(self, lo: int, hi: int) -> int:
+        """Number of the steps lo+1 … hi that were done again."""
+        return hi - max(lo, min(hi, self.ceiling))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """A part of a segment."""
+class _Piece(NamedTuple):
+    """The steps lo+1 … hi of a segment."""
 
     segment: _Segment
     lo: int
     hi: int
 
-    @property
-    def lost(self) -> int:
-        return self.hi - max(self.lo, min(self.hi, self.segment.ceiling))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Interval:
+class _Interval(NamedTuple):
     """Time between two `progress` events: clock, pieces done, their seconds, and other seconds by class."""
 
     begin_s: float
@@ -225,7 +219,7 @@ def compute_goodput(events: Sequence[Event]) -> GoodputReport:
         spans += own_spans
         end_s, previous = begin_s + last_clock_s, run[-1]
         ended, code, why = _ending(run, last=number == len(runs))
-        progress_steps = [run[0].step] + [event.step for event in run if event.kind == "progress"]
+        progress_steps = [run[0].step] + [event.step for event in run if event.kind == EventKind.PROGRESS]
         starts.append(
             Start(
                 number=number,
@@ -235,7 +229,7 @@ def compute_goodput(events: Sequence[Event]) -> GoodputReport:
                 from_step=own[0].lo,
                 to_step=own[-1].hi,
                 steps=sum(segment.hi - segment.lo for segment in own),
-                lost=sum(segment.lost for segment in own),
+                lost=sum(segment.lost(segment.lo, segment.hi) for segment in own),
                 ended=ended,
                 code=code,
                 why=why,
@@ -246,7 +240,7 @@ def compute_goodput(events: Sequence[Event]) -> GoodputReport:
             )
         )
     seconds = _sums(spans)
-    kept = sum(segment.hi - segment.lo - segment.lost for segment in segments)
+    kept = sum(segment.ceiling - segment.lo for segment in segments)
     failed = [start for start in starts[:-1] if start.failed and start.steps]
     unseen = sum(max(0, start.progress_every - 1) for start in failed if start.ended in ("killed", "hung"))
     lost_share = lost_by_restarts / max(1, lost_by_restarts + lost_by_rewinds)
@@ -259,17 +253,15 @@ def _read_start(run: Sequence[Event]) -> tuple[list[_Segment], list[_Interval]]:
     starting = list(itertools.takewhile(lambda event: event.kind in _STARTUP_KINDS, run))
     rest = run[len(starting) :]
     last_s = max(event.clock_s for event in run)
-    segment = _Segment(run[0].step, run[0].step, rewound=False)
-    segments = [segment]
+    segments = [_Segment(run[0].step, run[0].step, rewound=False)]
     pieces: list[_Piece] = []
-    intervals: list[_Interval] = []
     mark_s = max((event.clock_s for event in starting), default=0.0) if rest else last_s
-    if mark_s:
-        intervals.append(_Interval(0.0, mark_s, (), 0.0, {START_UP: mark_s}))
-    sums = dict.fromkeys(("step_s", *_CLASS_OF_FIELD), 0.0)
-    since_sums = dict.fromkeys(_CLASS_OF_FIELD.values(), 0.0)  # Durations logged by single events since the last sums.
+    intervals = [_Interval(0.0, mark_s, (), 0.0, {START_UP: mark_s})] if mark_s else []
+    sums = dict.fromkeys(("step_s", "data_s", "evaluation_s", "saving_s"), 0.0)
+    since_sums = {EVALUATION: 0.0, SAVING: 0.0}  # Durations logged by single events since the last sums.
 
     def mark_done(step: int) -> None:
+        segment = segments[-1]
         if step > segment.hi:
             pieces.append(_Piece(segment, segment.hi, step))
             segment.hi = step
@@ -278,21 +270,20 @@ def _read_start(run: Sequence[Event]) -> tuple[list[_Segment], list[_Interval]]:
         values = event.values
         if event.kind in _STEP_DONE_KINDS:
             mark_done(event.step)
-        if event.kind == "rewind":
+        if event.kind == EventKind.REWIND:
             mark_done(values["from_step"])
-            segment = _Segment(values["to_step"], values["to_step"], rewound=True)
-            segments.append(segment)
-        elif event.kind == "progress":
-            current = {name: max(sums[name], values.get(name) or 0.0) for name in sums}
-            other_s = {kind: current[name] - sums[name] for name, kind in _CLASS_OF_FIELD.items()}
+            segments.append(_Segment(values["to_step"], values["to_step"], rewound=True))
+        elif event.kind == EventKind.PROGRESS:
+            current = {name: max(seconds, values.get(name) or 0.0) for name, seconds in sums.items()}
+            other_s = {kind: current[f"{kind}_s"] - sums[f"{kind}_s"] for kind in (DATA, EVALUATION, SAVING)}
             step_s = current["step_s"] - sums["step_s"]
             intervals.append(_Interval(mark_s, event.clock_s, tuple(pieces), step_s, other_s))
             sums = current
-            pieces = []
+            pieces.clear()
             mark_s = event.clock_s
             since_sums = dict.fromkeys(since_sums, 0.0)
-        elif event.kind in ("evaluation", "save"):
-            since_sums[EVALUATION if event.kind == "evaluation" else SAVING] += values.get("seconds") or 0.0
+        elif event.kind in _TIMED_KINDS:
+            since_sums[_TIMED_KINDS[event.kind]] += values.get("seconds") or 0.0
     # After the last sums: single events give their durations, steps take their previous mean, the rest is `other`.
     remaining_s = max(0.0, last_s - mark_s - sum(since_sums.values()))
     known = sum(piece.hi - piece.lo for interval in intervals for piece in interval.pieces)
@@ -305,17 +296,17 @@ def _read_start(run: Sequence[Event]) -> tuple[list[_Segment], list[_Interval]]:
 def _find_lost(segments: Sequence[_Segment]) -> tuple[int, int]:
     """Sets the ceiling of each segment; returns the steps lost by restarts, and by rewinds."""
     lost = {False: 0, True: 0}
-    lowest = [segment.lo for segment in segments]  # Minimum over a segment and all later ones.
-    for index in range(len(segments) - 2, -1, -1):
-        lowest[index] = min(lowest[index], lowest[index + 1])
-    for index, segment in enumerate(segments):
+    kept: list[_Segment] = []  # The segments so far with steps that count, in the order of these steps.
+    for segment in segments:
+        while kept and kept[-1].ceiling > segment.lo:
+            last = kept[-1]
+            ceiling = max(last.lo, segment.lo)
+            lost[segment.rewound] += last.ceiling - ceiling
+            last.ceiling = ceiling
+            if ceiling == last.lo:
+                kept.pop()
         segment.ceiling = segment.hi
-        for later in range(index + 1, len(segments)):
-            if lowest[later] >= segment.ceiling or segment.ceiling <= segment.lo:
-                break
-            ceiling = max(segment.lo, min(segment.ceiling, segments[later].lo))
-            lost[segments[later].rewound] += segment.ceiling - ceiling
-            segment.ceiling = ceiling
+        kept.append(segment)
     return lost[False], lost[True]
 
 
@@ -325,7 +316,7 @@ def _span(interval: _Interval, begin_s: float) -> Span:
     steps = sum(piece.hi - piece.lo for piece in interval.pieces)
     seconds = dict(interval.other_s)
     if steps:
-        lost = sum(piece.lost for piece in interval.pieces)
+        lost = sum(segment.lost(lo, hi) for segment, lo, hi in interval.pieces)
         seconds[LOST] = interval.step_s * lost / steps
         seconds[PRODUCTIVE] = interval.step_s * (steps - lost) / steps
     total_s = sum(seconds.values())
@@ -342,13 +333,13 @@ def _sums(spans: Sequence[Span]) -> dict[str, float]:
 
 def _ending(run: Sequence[Event], last: bool) -> tuple[str, int | None, str]:
     """How a start ended, its exit code, and the reason."""
-    stop = next((event for event in reversed(run) if event.kind == "stop"), None)
-    hang = next((event for event in reversed(run) if event.kind == "hang"), None)
+    stop = next((event for event in reversed(run) if event.kind == EventKind.STOP), None)
+    hang = next((event for event in reversed(run) if event.kind == EventKind.HANG), None)
     code = None if stop is None else stop.values.get("code")
     why = "" if stop is None else str(stop.values.get("why") or "")
     if hang is not None and run[-1] in (hang, stop):
         return "hung", code, why or f"waiting for {hang.values.get('what')}"
-    if any(event.kind == "device_failure" for event in run[-2:]):
+    if any(event.kind == EventKind.DEVICE_FAILURE for event in run[-2:]):
         return "device failure", code, why
     if stop is None:
         return "" if last else "killed", None, ""

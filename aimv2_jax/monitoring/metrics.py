@@ -21,7 +21,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from aimv2_jax.config import Config, config_text, config_to_dict
+from aimv2_jax.config.load import config_text, config_to_dict
+from aimv2_jax.config.schema import Config
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.append import AppendFile, Upload, to_json, writing
@@ -353,7 +354,7 @@ class ProgressLine:
                 parts.append(f"{label} {format(value, spec) if known else '-':>{_WIDTH[spec]}}")
         remaining_s = self._remaining_s(step, values.get("step_time_s"))
         if remaining_s is not None:
-            parts.append(f"{_duration(remaining_s)} left" if step < self._total_steps else "done")
+            parts.append(f"{format_duration(remaining_s)} left" if step < self._total_steps else "done")
         return "  ".join(parts)
 
     def _remaining_s(self, step: int, step_time_s: float | None) -> float | None:
@@ -379,7 +380,8 @@ _COLUMNS = (
 _WIDTH = {".4f": 6, ".2e": 8, ".3g": 5, ".1f": 6, ".0%": 3}
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Formats a duration with its two largest units, as `3 h 05 min`."""
     minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
     days, hours_left = divmod(hours, 24)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aimv2_jax.config import Config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.monitoring.flops import decoder_rows, flops_per_example
 
 

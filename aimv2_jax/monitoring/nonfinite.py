@@ -7,20 +7,35 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
+from aimv2_jax.monitoring.log import logger
 from aimv2_jax.storage.files import atomic_write
 
 _FOLDER = "nonfinite"
 
 
-def write_record(workdir: epath.PathLike, step: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
-    """Writes `step`, the items of `record` and the metrics of a step as JSON; returns the path."""
+def write_record(
+    workdir: epath.PathLike, step: int, record: Mapping[str, Any], metrics: Mapping[str, float]
+) -> str | None:
+    """Writes `step`, the items of `record` and the metrics of a step as JSON, on process 0.
+
+    Returns:
+      The path; None on other processes, and where it could not be written, which is logged.
+    """
+    if jax.process_index() != 0:
+        return None
     path = epath.Path(workdir) / _FOLDER / f"{step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     # JSON has no NaN, so values that are not finite are written as text.
     plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    atomic_write(path, (json.dumps({"step": step, **record, "metrics": plain}, indent=1) + "\n").encode())
+    text = json.dumps({"step": step, **record, "metrics": plain}, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, text.encode())
+    except Exception as error:  # OSError, or for a bucket an error class of TensorFlow or fsspec.
+        logger.info(f"the record of step {step} could not be written: {error}")
+        return None
     return str(path)
 
 

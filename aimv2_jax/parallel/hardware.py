@@ -1,24 +1,33 @@
-"""TPU hardware figures: peaks, memory and links, with their sources.
+"""Accelerators: names, peaks, memory and links, with their sources.
 
-Sources: "doc" is Google Cloud's public documentation of that TPU generation (system architecture, read in 2026);
-"compiler" is libtpu (its HBM limit, its estimates); any other source is named beside the number.
+Sources: "doc" is the vendor's public documentation, Google Cloud's of that TPU generation (system architecture, read in
+2026) or a GPU's data sheet; "compiler" is libtpu (its HBM limit, its estimates); any other is named beside the number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from aimv2_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip. Rates are per second, sizes in bytes."""
+class ChipKind:
+    """A generation of chips."""
 
-    name: str  # The prefix of topology names: "v5e" in "v5e:16x16".
+    name: str  # For a TPU the prefix of topology names: "v5e" in "v5e:16x16".
+    device_kind: str  # Prefix of jax's `device_kind`.
+    peak_flops: float  # Dense bfloat16, per second.
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip(ChipKind):
+    """A TPU generation that steps can be compiled for. Rates are per second and chip, sizes in bytes."""
+
     accelerator: str  # Pattern of TPU_ACCELERATOR_TYPE; {count} is chips x `cores_counted`.
     cores_counted: int  # Units that {count} has per chip: v5p counts its two cores, the others chips.
-    peak_flops: float  # Dense bfloat16.
     clock_hz: float  # Clock of the compiler's estimated cycles.
     hbm_bytes_per_s: float
     hbm_limit_bytes: int  # The compiler's limit for one program.
@@ -34,9 +43,11 @@ class Chip:
 
 _GIB = 2**30
 
-CHIPS = {
-    "v5e": Chip(
+_KINDS = (
+    ChipKind("v4", "TPU v4", 275e12),  # doc
+    Chip(
         name="v5e",
+        device_kind="TPU v5 lite",
         accelerator="v5litepod-{count}",
         cores_counted=1,
         # 197 TFLOP/s (doc, and compiler) at 4 matrix units of 128 x 128, 131072 FLOPs a cycle, give 1.50 GHz.
@@ -48,8 +59,9 @@ CHIPS = {
         ring_size=16,  # doc: only the full 16 x 16 pod has wrap-around links
         dcn_bytes_per_s=6.4e12 / 8 / 256,  # doc: 6.4 Tbit/s a pod of 256
     ),
-    "v5p": Chip(
+    Chip(
         name="v5p",
+        device_kind="TPU v5",
         accelerator="v5p-{count}",
         cores_counted=2,
         # 459 TFLOP/s (doc) at 8 matrix units of 128 x 128, 262144 FLOPs a cycle, give 1.75 GHz.
@@ -61,8 +73,9 @@ CHIPS = {
         ring_size=4,  # doc: slices of 4 x 4 x 4 and larger are full tori
         dcn_bytes_per_s=50e9 / 8,  # doc: 50 Gbit/s a chip
     ),
-    "v6e": Chip(
+    Chip(
         name="v6e",
+        device_kind="TPU v6 lite",
         accelerator="v6e-{count}",
         cores_counted=1,
         # 918 TFLOP/s (doc). The clock is inferred: the compiler's best matmul does 408750 FLOPs in one of its cycles,
@@ -75,7 +88,17 @@ CHIPS = {
         ring_size=16,  # as v5e
         dcn_bytes_per_s=25.6e12 / 8 / 256,  # doc: 25.6 Tbit/s a pod of 256
     ),
-}
+    ChipKind("A100", "NVIDIA A100", 312e12),  # doc, as the next two
+    ChipKind("H100", "NVIDIA H100", 989e12),
+    ChipKind("H200", "NVIDIA H200", 989e12),
+)
+CHIPS = {kind.name: kind for kind in _KINDS if isinstance(kind, Chip)}
+
+
+def chip_kind(device: jax.Device) -> ChipKind | None:
+    """Returns the kind of a device, or None if it is not a known accelerator. The longest matching prefix wins."""
+    kinds = [kind for kind in _KINDS if device.device_kind.startswith(kind.device_kind)]
+    return max(kinds, key=lambda kind: len(kind.device_kind), default=None)
 
 
 def find_chip(name: str) -> Chip:

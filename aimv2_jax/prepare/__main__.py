@@ -23,14 +23,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from aimv2_jax.cli import Parser, positive
+from aimv2_jax.cli import Parser, positive, size
 from aimv2_jax.console import print_line
 from aimv2_jax.data.dataset_info import DatasetInfo
 from aimv2_jax.data.dataset_stats import DatasetStats
@@ -39,7 +38,7 @@ from aimv2_jax.data.shards import Shard
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.prepare.filters import Rules, field_list
 from aimv2_jax.prepare.inputs.discover import find_shards
-from aimv2_jax.prepare.inputs.reader import check_fields, default_captions, find_fields
+from aimv2_jax.prepare.inputs.reader import check_default_captions, check_fields
 from aimv2_jax.prepare.inputs.samples import InputShard
 from aimv2_jax.prepare.output import OutputFolder
 from aimv2_jax.prepare.runners import Runner, beam_pipeline, run_beam, run_local
@@ -47,12 +46,6 @@ from aimv2_jax.prepare.tasks import Task, partition_tasks
 from aimv2_jax.prepare.worker import Job
 from aimv2_jax.untrusted import printable
 
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{unit}": base**power
-    for unit, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
-_MAX_SHARDS_PROBED = 5
 _MAX_NAME_LENGTH = 100  # Characters of a kind's or label's name, which every record repeats.
 _MAX_LINE_LENGTH = 10_000  # Characters of one line of the report.
 _HINTS = {  # Reason of dropped or lost samples -> hint.
@@ -60,7 +53,6 @@ _HINTS = {  # Reason of dropped or lost samples -> hint.
     "decompression_bomb": "an input is read only up to a hundred times its packed size",
     "oversized_file": "images over 256 MiB are not read",
 }
-_MIN_SHARD_BYTES = 1000  # A bare "1" is a mistake: every record would become a file.
 
 
 def prepare(
@@ -86,7 +78,9 @@ def prepare(
     output_folder = OutputFolder(output)
     output_folder.check_free(resume)
     shards = find_shards(inputs, follow_links)
-    _check_fields(shards, rules)
+    check_fields(shards, rules.fields)
+    if not rules.captions:
+        check_default_captions(shards)
     tasks = partition_tasks(shards, shard_size)
     command = _command(shards, rules, shard_size, follow_links)
     with output_folder.locked():
@@ -96,21 +90,6 @@ def prepare(
         todo = [task for task, result in zip(tasks, output_folder.results(tasks)) if result is None]
         runner(todo, Job(output, rules))
         return _finish(output_folder, tasks, rules, command)
-
-
-def _check_fields(shards: Sequence[InputShard], rules: Rules) -> None:
-    """Raises for wrong fields before any work starts, from the first shards of each kind."""
-    check_fields(shards, rules.fields)
-    if rules.captions:
-        return
-    for kind in dict.fromkeys(shard.kind for shard in shards):
-        # The first shard may be empty or damaged, so several are probed.
-        first = [shard for shard in shards if shard.kind == kind][:_MAX_SHARDS_PROBED]
-        readable_shards = [shard for shard in first if find_fields(shard) is not None]
-        if readable_shards and not any(map(default_captions, readable_shards)):
-            remedy = "Give --caption KIND=FIELD; see --help for FIELD"
-            what = f"no --caption is given, and this {kind} input has none of the default fields"
-            raise UserError(what, readable_shards[0].path, remedy)
 
 
 def _command(shards: Sequence[InputShard], rules: Rules, shard_size: int, follow_links: bool) -> dict[str, Any]:
@@ -205,17 +184,6 @@ def _caption_counts(info: DatasetInfo) -> Iterator[str]:
         yield f"{kind} {count:,}" + (f" (of {records:,} records)" if count != records else "")
 
 
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
-    unit = {name.lower(): size for name, size in _UNITS.items()}.get(match[2].lower()) if match else None
-    if match is None or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GB, 500MB or 256MiB")
-    size = int(min(float(match[1]) * unit, sys.maxsize))
-    if size < _MIN_SHARD_BYTES:
-        raise argparse.ArgumentTypeError(f"{text!r} is below {_MIN_SHARD_BYTES} bytes; add a unit, as in 1GB")
-    return size
-
-
 def _aspect(text: str) -> float:
     try:
         value = float(text)
@@ -285,8 +253,8 @@ def _parser() -> Parser:
     add("--min-side", type=positive, default=32, metavar="N", help="minimum pixels of the shorter side (32)")
     add("--max-side", type=positive, metavar="N", help="maximum pixels of the longer side (no limit)")
     add("--max-aspect", type=_aspect, default=20.0, metavar="X", help="maximum longer side / shorter side (20)")
-    size = "size of the input for one output file, which is smaller if samples are dropped (1GB)"
-    add("--shard-size", type=_size, default=10**9, metavar="SIZE", help=size)
+    shard_size = "size of the input for one output file, which is smaller if samples are dropped (1GB)"
+    add("--shard-size", type=size, default=10**9, metavar="SIZE", help=shard_size)
     verify = "field with the sha256 or md5 of the image's bytes (img2dataset's is of the bytes before resizing)"
     add("--verify", metavar="FIELD", help=verify)
     add("--decode", action="store_true", help="decode every image completely, which finds truncated ones")

@@ -52,14 +52,14 @@ class TaskResult:
 
     def to_json(self) -> str:
         shards = [dataclasses.asdict(shard) for shard in self.shards]
-        return json.dumps({"shards": shards, "books": self.stats.to_tree(), "marks": self.marks})
+        return json.dumps({"shards": shards, "stats": self.stats.to_tree(), "marks": self.marks})
 
     @classmethod
     def from_json(cls, text: str) -> TaskResult:
         """Parses a result; raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for damaged text."""
         tree = parse_json_object(text)
         shards = tuple(Shard(**shard) for shard in tree["shards"])
-        return cls(shards, DatasetStats.from_tree(tree["books"]), tuple((time, crc32) for time, crc32 in tree["marks"]))
+        return cls(shards, DatasetStats.from_tree(tree["stats"]), tuple((time, crc32) for time, crc32 in tree["marks"]))
 
 
 class BucketError(UserError):

@@ -59,7 +59,7 @@ def _in_pool(tasks: Sequence[Task], job: Job, workers: int) -> Iterator[tuple[Ta
     context = multiprocessing.get_context("spawn")
     waiting = iter(tasks)
     running: dict[Future[tuple[int, int]], Task] = {}
-    pool = ProcessPoolExecutor(workers, context, start_worker, (0, workers))
+    pool = ProcessPoolExecutor(workers, context, start_worker)
     try:
         while True:
             for task in itertools.islice(waiting, _TASKS_PER_WORKER * workers - len(running)):

@@ -47,7 +47,7 @@ def run_task(task: Task, job: Job) -> TaskResult:
         result = TaskResult(tuple(writer.shards), stats)
         output.finish_task(task, result)
     except OSError as error:  # `_read_errors` converts those of the input.
-        what = f"--output cannot be written: {os.strerror(error.errno) if error.errno else error}"
+        what = f"--output cannot be written: {_reason(error)}"
         remedy = f"Free some space there or fix the cause, {RESUME_HINT}"
         raise UserError(what, error.filename or job.output, remedy) from error
     return result
@@ -87,5 +87,9 @@ def _read_errors(shard: InputShard) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"--input cannot be read: {os.strerror(error.errno) if error.errno else error}"
+        what = f"--input cannot be read: {_reason(error)}"
         raise UserError(what, error.filename or shard.path, f"Fix it or leave it out, {RESUME_HINT}") from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)

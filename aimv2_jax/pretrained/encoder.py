@@ -20,7 +20,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from aimv2_jax.checkpoint.checkpointer import WeightChoice
 from aimv2_jax.data.transforms import geometry
+from aimv2_jax.data.transforms.views import evaluation_view
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.layers import Precision
 from aimv2_jax.models.position_embeddings import resize_positions
@@ -30,7 +32,6 @@ from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
 from aimv2_jax.pretrained.images import ImageLike, check_image_list, open_image
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
-from aimv2_jax.pretrained.model import WeightChoice
 from aimv2_jax.pretrained.source import open_weights
 from aimv2_jax.train.losses import normalise_pixels
 
@@ -186,24 +187,15 @@ class PretrainedEncoder:
         patches = np.zeros((rows, length, 3 * side**2), np.uint8)
         coords, valid = np.zeros((rows, length, 2), np.int32), np.zeros((rows, length), bool)
         grids = [(image.shape[0] // side, image.shape[1] // side) for image in pixels]
-        for row, (image, grid) in enumerate(zip(pixels, grids)):
-            used = slice(grid[0] * grid[1])
-            geometry.patchify(image, side, out=patches[row, used])
-            coords[row, used], valid[row, used] = geometry.patch_coords(grid), True
+        for row, image in enumerate(pixels):
+            geometry.write_patches(image, side, patches[row], coords[row], valid[row])
         arrays = {"patches": patches, "coords": coords, "valid": valid}
         return jax.device_put(arrays, rules.batch_sharding(self.mesh)), grids
 
     def pixels(self, image: ImageLike) -> np.ndarray:
-        """The model's input as uint8 [H, W, 3], resized once: the centre square (`center_view`), or the whole image."""
+        """The model's input as uint8 [H, W, 3]: the centre square, or the whole image (`evaluation_view`)."""
         opened, spec = open_image(image), self.spec
-        if spec.area is None:
-            return geometry.center_view(opened.decode_full(), spec.image_size)
-        width, height = opened.size
-        most = spec.area if spec.upscale else min(spec.area, max(1, width * height // spec.patch_size**2))
-        rows, columns = geometry.fit_grid(width, height, most)
-        size = (columns * spec.patch_size, rows * spec.patch_size)
-        decoded, box = opened.decode((0, 0, width, height), size)
-        return geometry.resize(decoded, box, size)
+        return evaluation_view(opened.size, spec.image_size, spec.patch_size, spec.area, spec.upscale)(opened)
 
     def features(self, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Float[Array, "B L D"]:
         """Features of a batch on the devices, with the arrays of docs/architecture.md, "Batch".

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from aimv2_jax.config import Config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import Precision, TrunkOptions
 from aimv2_jax.models.pooling import PooledHead

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from aimv2_jax.config import Config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.errors import UserError
 from aimv2_jax.pretrained.encoder_spec import encoder_spec_of
 from aimv2_jax.pretrained.hf_import import is_foreign, read_weights

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from aimv2_jax.config import Config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from aimv2_jax.checkpoint.checkpointer import CheckpointReader, has_average, parse_spec
-from aimv2_jax.config import Config, TokenizerConfig, build_config, config_to_dict
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader, WeightChoice, params_tree, parse_spec
+from aimv2_jax.config.load import build_config, config_to_dict
+from aimv2_jax.config.schema import Config, TokenizerConfig
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.position_embeddings import resize_positions
@@ -21,11 +22,19 @@ from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
 
-WeightChoice = Literal["average", "raw"]
-"""Parameters to load from a run that kept an average."""
-
 TOKENIZER = "tokenizer.model"
 """File name of the run's tokenizer in an export with `--whole`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """Centre squares of `image_size` pixels, or whole images in at most `area` patches: one of them is None."""
+
+    image_size: int | None = None
+    area: int | None = None
+
+    def __str__(self) -> str:
+        return f"native:{self.area}" if self.image_size is None else str(self.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +66,16 @@ class PretrainedModel:
         evaluation = dataclasses.replace(self.config.eval, **values)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, eval=evaluation))
 
-    def at_resolution(self, resolution: str) -> PretrainedModel:
+    def at_resolution(self, resolution: Resolution) -> PretrainedModel:
         """This model for held-out images of another resolution, to which learned positions are resized.
 
-        Args:
-          resolution: "336" for centre squares of 336 pixels; "native:256" for whole images in at most 256 patches.
-
         Raises:
-          UserError: for an unknown format, or a resolution that this model does not support.
+          UserError: for a resolution that this model does not support.
         """
-        native, _, number = resolution.rpartition(":")
-        if not number.isdecimal() or native not in ("", "native"):
-            raise UserError("--resolution is unknown", resolution, "Give pixels such as 336, or native:256 (patches)")
         tree = config_to_dict(self.config)
-        tree["eval"]["area"] = int(number) if native else None
-        if not native:
-            tree["data"]["image_size"] = int(number)
+        tree["eval"]["area"] = resolution.area
+        if resolution.image_size is not None:
+            tree["data"]["image_size"] = resolution.image_size
         config = build_config(tree)
         params = self.params
         if config.model.encoder.position == "learned" and config.grid != self.config.grid:
@@ -120,8 +123,8 @@ def load(spec: str, weights: WeightChoice = "average") -> PretrainedModel:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
     )
-    part = "average" if weights == "average" and has_average(meta) else "params"
-    params = reader.restore_part(step, {part: abstract})[part]
+    tree = params_tree(meta, weights)
+    params = reader.restore_part(step, {tree: abstract})[tree]
     return PretrainedModel(config, task, params, workdir, step, mesh)
 
 

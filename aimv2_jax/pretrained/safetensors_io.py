@@ -32,14 +32,14 @@ class Tensors:
     def __init__(self, path: Path):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file_of: dict[str, Path] = {}
-        listed = _listed(path)
-        for file in list(dict.fromkeys(listed.values())) or [path / SINGLE if path.is_dir() else path]:
+        indexed = _indexed_files(path)
+        for file in list(dict.fromkeys(indexed.values())) or [path / SINGLE if path.is_dir() else path]:
             if path.is_dir():
                 _check_inside(file, path)
             for name, shape in _header(file):
                 self.shapes[name] = shape
                 self._file_of[name] = file
-        for name, file in listed.items():
+        for name, file in indexed.items():
             if self._file_of.get(name) != file:
                 raise UserError(f"{file} lacks a tensor that {path / INDEX} lists", name, "Copy the model again")
 
@@ -53,22 +53,22 @@ class Tensors:
         return tensor
 
 
-def _listed(path: Path) -> dict[str, Path]:
+def _indexed_files(path: Path) -> dict[str, Path]:
     index = path / INDEX
     if not path.is_dir() or not index.is_file():
         return {}
     try:
-        listed = {str(name): str(file) for name, file in read_json_object(index)["weight_map"].items()}
+        indexed = {str(name): str(file) for name, file in read_json_object(index)["weight_map"].items()}
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError("not an index of safetensors files", str(index), "Copy the model again") from error
-    for file in dict.fromkeys(listed.values()):
+    for file in dict.fromkeys(indexed.values()):
         # The index came with the model and is untrusted: it may only name files in its own folder.
         invalid = len(file) > _MAX_NAME_LENGTH or "\0" in file
         if file != os.path.basename(file) or file in ("", ".", "..") or invalid:
             raise UserError(f"{index} lists a name that is not a file in its own folder", file, "Copy the model again")
         if not (path / file).is_file():
             raise UserError(f"a file that {index} lists is missing", str(path / file), "Copy the model again")
-    return {name: path / file for name, file in listed.items()}
+    return {name: path / file for name, file in indexed.items()}
 
 
 def _check_inside(file: Path, folder: Path) -> None:

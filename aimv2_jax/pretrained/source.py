@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from aimv2_jax.checkpoint.checkpointer import CheckpointReader, has_average, parse_spec
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader, WeightChoice, params_tree, parse_spec
 from aimv2_jax.errors import UserError
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec, encoder_spec_from_json, encoder_spec_of
 from aimv2_jax.pretrained.hf_import import is_foreign, read_weights
 from aimv2_jax.pretrained.lazy_weights import LazyWeights, TrainingInfo
-from aimv2_jax.pretrained.model import WeightChoice, read_config
+from aimv2_jax.pretrained.model import read_config
 from aimv2_jax.train.task import run_key
 
 
@@ -39,11 +39,10 @@ def open_weights(spec: str | Path, heads: int | None = None, weights: WeightChoi
     workdir, step = parse_spec(spec)
     reader = CheckpointReader(workdir)
     meta = reader.meta(step)
-    averaged = has_average(meta)
-    part = "average" if weights == "average" and averaged else "params"
+    part = params_tree(meta, weights)
     encoder_spec, training = _encoder_spec(meta, workdir, step)
-    if training is not None and averaged and part == "params":
-        training = dataclasses.replace(training, evaluated=False)
+    if training is not None:
+        training = dataclasses.replace(training, evaluated=part == params_tree(meta))
 
     def read(paths: Collection[str]) -> Mapping[str, np.ndarray]:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

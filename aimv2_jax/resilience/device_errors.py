@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from aimv2_jax.errors import EXIT_HUNG, DeviceFailure, UserError
-from aimv2_jax.monitoring.events import EventLog
+from aimv2_jax.monitoring.events import EventKind, EventLog
 from aimv2_jax.resilience.repeated_failures import RepeatedFailures
 
 # A ValueError counts only if its text begins with a status.
@@ -77,7 +77,7 @@ def running(current_step: Callable[[], int], failures: RepeatedFailures, events:
         with contextlib.suppress(Exception):  # TensorFlow and fsspec have error classes of their own.
             failures.record(step, "device", "".join(traceback.format_exception(error)).encode(errors="replace"))
         with contextlib.suppress(UserError):  # The disk may be full.
-            events.write("device_failure", max(0, step - 1), status=_first_line(error), file=file)
+            events.write(EventKind.DEVICE_FAILURE, max(0, step - 1), status=_first_line(error), file=file)
         again = ", as before at this step" if code == EXIT_HUNG else ""
         device = f"a device of process {jax.process_index()} on {os.uname().nodename}, or one that it waited for"
         raise DeviceFailure(

@@ -8,13 +8,19 @@ from collections.abc import Collection
 from aimv2_jax.data.sampling.skips import Skips
 
 
-class Spike(Exception):
-    """Loss or gradient norm spiked at a step; the state since then is discarded."""
+@dataclasses.dataclass(frozen=True)
+class Spike:
+    """A step whose loss or gradient norm is a spike; the state since then is discarded.
 
-    def __init__(self, step: int, batch: int, message: str):
-        super().__init__(message)
-        self.step = step
-        self.batch = batch
+    Attributes:
+      step: number of the step.
+      batch: index of its batch.
+      message: the value, and how far it is above the mean.
+    """
+
+    step: int
+    batch: int
+    message: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-from aimv2_jax.config import Config
-from aimv2_jax.data import pipeline
+from aimv2_jax.config.schema import Config
 from aimv2_jax.data.records import BadRecord
-from aimv2_jax.data.sources import Source
+from aimv2_jax.data.sources import Source, open_datasets
 from aimv2_jax.errors import EXIT_HUNG, StorageError, UserError
 from aimv2_jax.resilience.repeated_failures import RepeatedFailures
 
@@ -21,7 +20,7 @@ def storage_failure(
     read, the failure is recorded like a hang: the second one at the same step ends with EXIT_HUNG.
     """
     try:
-        sources = pipeline.open_sources(config.data.sources, patience_s=0.0)
+        sources = open_datasets(config.data.sources, patience_s=0.0)
     except (OSError, UserError):  # Even dataset.json cannot be read.
         return error
     if not all(map(_is_readable, sources.values())):

@@ -78,7 +78,6 @@ class Watchdog(contextlib.AbstractContextManager):
       workdir: of the run; the stacks are written to `hangs/STEP-PROCESS-WHAT.txt` there.
       process_index: of this process.
       settings: the time limits.
-      log_line: called with the line about a hang; the line goes to the log in any case.
       on_hang: called with the hang before the process ends, in a thread and with a timeout.
       notify: called first, with exit code and text: it notifies other processes before this one ends.
       channel: descriptor for the same purpose, used by the heartbeat process.
@@ -92,7 +91,6 @@ class Watchdog(contextlib.AbstractContextManager):
         workdir: epath.PathLike,
         process_index: int,
         settings: Settings,
-        log_line: Callable[[str], None] | None = None,
         *,
         on_hang: Callable[[Hang], None] | None = None,
         notify: Callable[[int, str], None] | None = None,
@@ -101,7 +99,6 @@ class Watchdog(contextlib.AbstractContextManager):
         self.failures = RepeatedFailures(workdir, process_index)
         self._process = process_index
         self._limits = {name: float(getattr(settings, f"{name}_s")) for name in WATCHED}
-        self._log_line = log_line
         self._on_hang = on_hang
         self._notify = notify
         self._open: dict[_Watch, None] = {}  # Each change is one dict operation, which is atomic under the GIL.
@@ -189,8 +186,6 @@ class Watchdog(contextlib.AbstractContextManager):
         _within(_CALL_TIMEOUT_S, self._write, hang, detail or "")
         if self._on_hang is not None:
             _within(_CALL_TIMEOUT_S / 2, self._on_hang, hang)
-        if self._log_line is not None:
-            _within(_CALL_TIMEOUT_S / 5, self._log_line, str(hang))
         _within(_CALL_TIMEOUT_S / 5, sys.stdout.flush)
         time.sleep(max(0.0, end_s - time.monotonic()))
         os._exit(code)

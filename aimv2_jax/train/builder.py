@@ -17,14 +17,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from aimv2_jax.config import BatchShape, Config, ModelConfig
+from aimv2_jax.config.schema import BatchShape, Config, ModelConfig
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
-from aimv2_jax.parallel.device_kind import chip_kind
-from aimv2_jax.parallel.mesh import build_mesh, check_batch
+from aimv2_jax.parallel.hardware import chip_kind
+from aimv2_jax.parallel.mesh import build_mesh, check_batch, local_rows
 from aimv2_jax.train import anomaly
 from aimv2_jax.train.optimizer import COSINE_PARTS, Schedule, adamlh, learning_rate
-from aimv2_jax.train.step import TrainState, eval_step, init_state, initial_state, train_step, with_average
+from aimv2_jax.train.step import StepOptions, TrainState, eval_step, init_state, initial_state, train_step
 from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
 
 
@@ -43,6 +43,10 @@ class TrainSetup:
         """Sharding of the rows of a batch."""
         return rules.batch_sharding(self.mesh)
 
+    def local_rows(self, size: int) -> np.ndarray:
+        """Returns the rows of a global batch of `size` that this process holds, ascending."""
+        return local_rows(self.batch_sharding, size)
+
     @cached_property
     def rng(self) -> jax.Array:
         """The run's key, replicated over the mesh."""
@@ -58,8 +62,8 @@ class TrainSetup:
         opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
         replicated = rules.replicated(self.mesh)
         anomaly_state = jax.tree.map(lambda _: replicated, jax.eval_shape(anomaly.initial_state))
-        state = TrainState(step=replicated, params=params, opt_state=opt_state, anomaly=anomaly_state)
-        return with_average(state, params) if self.config.optimizer.ema_decay else state
+        ema_params = params if self.config.optimizer.ema_decay else None
+        return TrainState(replicated, params, opt_state, anomaly_state, ema_params)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -103,17 +107,14 @@ class TrainSetup:
     def step(self) -> Any:
         """The jitted train step (state, batch, rng) -> (state, metrics); donates the old state."""
         guard = self.config.guard
-        step = partial(
-            train_step,
-            task=self.task,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
+        options = StepOptions(
             microbatches=self.config.train.microbatches,
             grad_shardings=self.state_shardings.params,
             ema_decay=self.config.optimizer.ema_decay,
             skip_sigma=guard.spike_sigma if guard.spike == "skip" else None,
             writes_in_order=self.mesh.devices.flat[0].platform == "cpu",
         )
+        step = partial(train_step, task=self.task, optimizer=self.optimizer, schedule=self.schedule, options=options)
         replicated = rules.replicated(self.mesh)
         return jax.jit(
             step,

@@ -8,28 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from aimv2_jax.config import Config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.data import identity, pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.distributed import coordination
 from aimv2_jax.errors import UserError
-from aimv2_jax.monitoring.events import EventLog
+from aimv2_jax.monitoring.events import EventKind, EventLog
+from aimv2_jax.monitoring.log import logger
 from aimv2_jax.resilience.progress import TrainProgress
-from aimv2_jax.storage.retries import patience_s
-from aimv2_jax.train.loop import log
 
 
-def identify_data(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+def identify_data(config: Config, sources: pipeline.Sources, tokenizer: Tokenizer) -> dict[str, Any]:
     """Identifies the training data and the tokenizer (`data.identity`), and compares them between the processes.
 
     Raises:
       UserError: where they or the held-out datasets differ; it names the hosts, and what each has.
     """
-    limit_s = patience_s(config.watch.data_s)
-    training, held_out = (
-        identity.identify(pipeline.open_sources(sources, limit_s), tokenizer.digest)
-        for sources in (config.data.sources, config.eval.sources)
-    )
+    training = identity.identify(sources.training, tokenizer.digest)
+    held_out = identity.identify(sources.held_out, tokenizer.digest)
     mine = {"training": training, "evaluation": held_out}
     hosts = coordination.hosts()
     identities = coordination.all_gather("data", mine, config.processes.barrier_timeout_s)
@@ -61,7 +57,7 @@ def check_data(
     """
     if progress.data is None:
         if progress.step:
-            log(
+            logger.info(
                 f"the checkpoint of step {progress.step} is of an older version and does not record its data and "
                 "tokenizer. They cannot be compared with the current ones. The order of examples has changed since"
             )
@@ -77,7 +73,7 @@ def check_data(
         )
     changes = [f"{what}: {before} before, {now} now" for what, before, now in differences]
     for change in changes:
-        log(f"the data changes from step {progress.step} on, as --accept_data allows: {change}")
+        logger.info(f"the data changes from step {progress.step} on, as --accept_data allows: {change}")
     if changes and events is not None:
-        events.write("data_changed", progress.step, what=changes)
+        events.write(EventKind.DATA_CHANGED, progress.step, what=changes)
     return progress.with_data(data, changes)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from aimv2_jax.errors import UserError
+from aimv2_jax.data import pipeline
+from aimv2_jax.errors import TrainingAborted, UserError
+from aimv2_jax.monitoring.events import EventKind, TimeClass
+from aimv2_jax.monitoring.log import logger
 from aimv2_jax.train.builder import TrainSetup
+from aimv2_jax.train.resources import Resources
+from aimv2_jax.train.step import TrainState
 from aimv2_jax.train.task import SumCount
 
 Arrays = Mapping[str, np.ndarray]
@@ -35,7 +43,7 @@ def evaluate(
     params: Any,
     batches: Iterable[Arrays],
     put: Callable[[Arrays], dict[str, jax.Array]],
-    average: Any = None,
+    ema_params: Any = None,
 ) -> dict[str, float]:
     """Computes the losses of `params` over held-out batches.
 
@@ -44,7 +52,7 @@ def evaluate(
       params: parameters of the task.
       batches: this process' rows of each batch (docs/architecture.md, "Batch").
       put: makes global arrays of such rows.
-      average: averaged parameters, whose losses are returned under the same names with the suffix `_ema`.
+      ema_params: averaged parameters, whose losses are returned under the same names with the suffix `_ema`.
 
     Returns:
       `eval_loss`, `eval_loss_<name>` (sums over all prefixes, caption types and examples, divided once) and
@@ -56,7 +64,7 @@ def evaluate(
     """
     task = setup.task
     prefixes = setup.config.eval.prefixes if task.attention_mask == "prefix" else ()
-    evaluated = {"": params} | ({} if average is None else {"_ema": average})
+    evaluated = {"": params} | ({} if ema_params is None else {"_ema": ema_params})
     totals = {suffix: (Totals(), Totals()) for suffix in evaluated}
     for arrays in batches:
         batch = put(arrays)
@@ -111,3 +119,80 @@ class Totals:
     def mean(self, name: str) -> float | None:
         """Returns sum over count, or None if the count is 0."""
         return self._sums[name] / self._counts[name] if self._counts[name] else None
+
+
+class _StopRequested(Exception):
+    """The run was asked to stop while it was evaluating."""
+
+
+class Evaluator:
+    """Evaluates the states of a run, and logs their held-out losses.
+
+    Args:
+      setup: the config on its mesh.
+      resources: of the run.
+      stop_requested: whether to abandon the evaluation; the same on all processes, which ask equally often.
+    """
+
+    def __init__(self, setup: TrainSetup, resources: Resources, stop_requested: Callable[[], bool]):
+        config = setup.config
+        # Without evaluation, eval.batch_size need not fit the devices.
+        self._rows = setup.local_rows(config.eval.batch_size) if config.eval.sources else range(0)
+        self._setup = setup
+        self._resources = resources
+        self._stop_requested = stop_requested
+
+    def evaluate(self, number: int, state: TrainState) -> dict[str, float] | None:
+        """The held-out losses of the state after step `number`; None where a stop request interrupted the evaluation.
+
+        Raises:
+          TrainingAborted: for a loss that is not finite.
+        """
+        setup = self._setup
+        resources = self._resources
+        begin_s = time.monotonic()
+        put = partial(
+            pipeline.to_devices,
+            sharding=setup.batch_sharding,
+            rows=self._rows,
+            global_rows=setup.config.eval.batch_size,
+        )
+        faults: list[pipeline.BadExample] = []
+        try:
+            with (
+                resources.time_accounting.on(TimeClass.EVALUATION),
+                resources.watchdog.watching("evaluation", number),
+            ):
+                values = evaluate(setup, state.params, self._batches(faults), put, state.ema_params)
+        except _StopRequested:
+            logger.info(f"asked to stop: the evaluation of step {number} is abandoned")
+            return None
+        names = [name for name in ("eval_loss", "eval_loss_ema") if name in values]
+        for name in names:
+            if not math.isfinite(values[name]):
+                raise TrainingAborted(
+                    f"{name} is {values[name]} at step {number}; nothing of it is saved, "
+                    f"{resources.newest_checkpoint()}"
+                )
+        resources.bad_records.write(number, faults)
+        resources.writer.write(number, values | {"eval_bad_records": len(faults)})
+        seconds = round(time.monotonic() - begin_s, 3)
+        resources.events.write(EventKind.EVALUATION, number, seconds=seconds, eval_loss=values[names[-1]])
+        losses = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in values.items())
+        left_out = f"  ({len(faults)} bad records left out)" if faults else ""
+        logger.info(f"step {number:,}  held out: {losses}{left_out}")
+        return values
+
+    def _batches(self, faults: list[pipeline.BadExample]) -> Iterator[dict[str, np.ndarray]]:
+        """This process' rows of the held-out batches; records that cannot be used are added to `faults`.
+
+        Raises:
+          _StopRequested: between two batches. All processes have the same number of batches.
+        """
+        config = self._setup.config
+        tokenizer, sources = self._resources.tokenizer, self._resources.sources.held_out
+        for _, host in pipeline.evaluation_batches(config, self._rows, tokenizer, sources):
+            if self._stop_requested():
+                raise _StopRequested
+            faults += host.faults
+            yield {name: array for name, array in host.arrays.items() if name not in pipeline.BOOKKEEPING}

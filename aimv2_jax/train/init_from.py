@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import jax
 from flax import traverse_util
 
-from aimv2_jax.checkpoint.checkpointer import CheckpointReader, has_average, parse_spec
-from aimv2_jax.config import InitConfig
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader, params_tree, parse_spec
+from aimv2_jax.config.schema import InitConfig
 from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.position_embeddings import resize_positions
@@ -82,7 +82,7 @@ class RunWeights:
         leaves = meta["leaves"]
         self.name = f"{workdir}:{self._step}"
         self.tokenizer = (meta["extra"].get("data") or {}).get(TOKENIZER)
-        self._tree_name = "average" if has_average(meta) else "params"
+        self._tree_name = params_tree(meta)
         prefix = f"{self._tree_name}/"
         self.shapes = {name.removeprefix(prefix): tuple(leaves[name][0]) for name in leaves if name.startswith(prefix)}
 

@@ -131,7 +131,7 @@ def num_updates(opt_state: Any) -> Int[Array, ""]:
     return opt_state[1].count
 
 
-def ema_step(average: Any, params: Any, steps: Int[Array, ""], decay: float) -> Any:
+def ema_step(ema_params: Any, params: Any, steps: Int[Array, ""], decay: float) -> Any:
     """Updates the bias-corrected exponential average of the parameters after each of `steps` steps.
 
     The weight of step i is decay^(steps - i) over the sum of all weights, like Adam's bias correction: the first
@@ -139,7 +139,7 @@ def ema_step(average: Any, params: Any, steps: Int[Array, ""], decay: float) -> 
     needs no warm-up.
     """
     rate = (1 - decay) / -jnp.expm1(steps * math.log(decay))  # 1 - decay^steps, without cancellation.
-    return jax.tree.map(lambda mean, leaf: mean + rate * (leaf - mean), average, params)
+    return jax.tree.map(lambda mean, leaf: mean + rate * (leaf - mean), ema_params, params)
 
 
 def decay_report(params: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,15 +14,16 @@ import optax
 from etils import epath
 
 from aimv2_jax.checkpoint.checkpointer import CheckpointReader
-from aimv2_jax.config import Config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.errors import EXIT_FINISHED, UserError
 from aimv2_jax.monitoring.events import read_events
+from aimv2_jax.monitoring.log import logger
 from aimv2_jax.monitoring.nonfinite import read_record
 from aimv2_jax.parallel import rules
-from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.train.builder import TrainSetup, build_setup
+from aimv2_jax.train.compiled_step import compile_step
 from aimv2_jax.train.data_check import check_data, identify_data
 from aimv2_jax.train.init_from import WeightSource
 from aimv2_jax.train.resume import check_resumable
@@ -37,51 +38,52 @@ def replay(
     step: int,
     open_weights: Callable[[], WeightSource] | None = None,
     accept_data: str | None = None,
+    sources: pipeline.Sources | None = None,
 ) -> int:
     """Trains from the newest checkpoint before `step` to that step, and prints its metrics and the norms of tensors.
 
     Args:
       open_weights: as for `trainer.train`; used where there is no checkpoint before.
       accept_data: as for `trainer.train`.
+      sources: as for `trainer.train`.
 
     Raises:
       UserError: where config, data or tokenizer are another run's, and where the run has not reached that step.
     """
+    sources = sources or pipeline.open_sources(config)
     setup = build_setup(config)
     reader = CheckpointReader(workdir)
     _check_reached(step, workdir, reader, config)
     before = max((saved for saved in reader.steps() if saved < step), default=None)
-    data = identify_data(config, tokenizer)
+    data = identify_data(config, sources, tokenizer)
     if before is None:
         state, progress = initial_state(setup, open_weights, data)
     else:
         check_resumable(reader.meta(before)["config"], config)
         state, progress = restore_state(reader, before, setup)
     progress = check_data(progress, data, accept_data)
-    print(f"training from step {progress.step} to step {step}", flush=True)
-    sharding = setup.batch_sharding
-    compiled = {}
-    steps = pipeline.training_sampler(config, pipeline.open_sources(config.data.sources)).schedule
-    rows_of = partial(local_rows, sharding)
-    with pipeline.training_batches(config, rows_of, progress.step, tokenizer, progress.skips) as batches:
+    logger.info(f"training from step {progress.step} to step {step}")
+    program = cache(partial(compile_step, setup))
+    schedule = pipeline.training_sampler(config, sources.training).schedule
+    with pipeline.training_batches(
+        config, setup.local_rows, progress.step, tokenizer, progress.skips, sources=sources.training
+    ) as batches:
         for number in range(progress.step + 1, step + 1):
             host = next(batches)
-            shape = steps.shape(host.step)
-            batch = pipeline.to_devices(host.arrays, sharding, rows_of(shape.examples), shape.examples)
-            batch = {name: array for name, array in batch.items() if name not in pipeline.BOOKKEEPING}
+            shape = schedule.shape(host.step)
+            batch, _ = program(shape).transfer(host)
             if number == step:
                 tensors = _tensor_norms(setup, state.params, batch)  # The step donates the state's memory.
-            if shape not in compiled:
-                compiled[shape] = setup.compile_step(shape)
-            state, metrics = compiled[shape](state, batch, setup.rng)
-    first = steps.first_example(host.step)
-    print(f"step {step}: batch {host.step}, examples {first} to {first + shape.examples - 1}, seed {config.seed}\n")
+            state, metrics = program(shape).run(state, batch, setup.rng)
+    first = schedule.first_example(host.step)
+    examples = f"{first} to {first + shape.examples - 1}"
+    logger.info(f"step {step}: batch {host.step}, examples {examples}, seed {config.seed}\n")
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    print("\n".join(f"{name:<24} {value:.9g}" for name, value in values.items()) + "\n")
-    print(table(tensors))
+    logger.info("\n".join(f"{name:<24} {value:.9g}" for name, value in values.items()) + "\n")
+    logger.info(table(tensors))
     record = read_record(workdir, step)
     if record is not None:
-        print(f"\n{compare(record, host.step, values)}")
+        logger.info(f"\n{compare(record, host.step, values)}")
     return EXIT_FINISHED
 
 

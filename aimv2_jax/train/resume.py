@@ -6,7 +6,8 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aimv2_jax.config import Config, config_to_dict, flatten
+from aimv2_jax.config.load import config_to_dict, flatten
+from aimv2_jax.config.schema import Config
 from aimv2_jax.errors import UserError
 
 # All other keys must stay the same, so that the resumed run equals, step by step, a run that was never stopped.

@@ -8,7 +8,8 @@ computation can use them in another order, which also finds a device that is alw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from aimv2_jax.config import BatchShape
+from aimv2_jax.config.schema import BatchShape
+from aimv2_jax.errors import TrainingAborted
+from aimv2_jax.monitoring.events import EventKind
 from aimv2_jax.train.builder import TrainSetup
+from aimv2_jax.train.resources import Resources
 from aimv2_jax.train.step import TrainState
 
 
@@ -80,6 +84,22 @@ class SdcCheck:
             for index, path in enumerate(paths)
             if total[index]
         ]
+
+
+def abort_on_mismatch(number: int, mismatches: Sequence[Mismatch], resources: Resources) -> None:
+    """Writes an event and raises TrainingAborted if the results of step `number` differ."""
+    if not mismatches:
+        return
+    host = os.uname().nodename
+    leaves = [f"{mismatch.leaf} in {mismatch.entries} entries" for mismatch in mismatches]
+    devices = sorted({device for mismatch in mismatches for device in mismatch.devices})
+    resources.events.write(EventKind.CORRUPTION, number, leaf=leaves, device=devices, host=host)
+    more = f", and {len(leaves) - 1} more leaves" if len(leaves) > 1 else ""
+    where = ", ".join(devices) or "none of its devices, but on a device of another host"
+    raise TrainingAborted(
+        f"step {number}, computed twice, differs: {leaves[0]}{more}, on {host} on {where}; nothing of it is saved, "
+        f"{resources.newest_checkpoint()}. Exclude that host or device, and start the same command again"
+    )
 
 
 def _rotated(mesh: Mesh) -> Mesh:

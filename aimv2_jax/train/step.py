@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.train import anomaly, losses
 from aimv2_jax.train.anomaly import AnomalyState
@@ -18,18 +19,43 @@ from aimv2_jax.train.task import Batch, PretrainTask, SumCount
 
 
 class TrainState(struct.PyTreeNode):
-    """Training state. `step` counts completed steps, and is the index of the next one."""
+    """Training state.
+
+    Attributes:
+      step: number of completed steps, and the index of the next one.
+      params: the parameters.
+      opt_state: state of the optimiser.
+      anomaly: window of recent losses and gradient norms.
+      ema_params: exponential average of the parameters, which training itself does not read; None without one.
+    """
 
     step: Int[Array, ""]
     params: Any
     opt_state: Any
     anomaly: AnomalyState
+    ema_params: Any = None
 
 
-class AveragedState(TrainState):
-    """Training state with an exponential average of the parameters, which training itself does not read."""
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """Static options of the train step.
 
-    average: Any
+    Attributes:
+      microbatches: number of parts of a batch, over which the gradient is accumulated.
+      grad_shardings: shardings of the gradient; by default the compiler chooses them.
+      ema_decay: decay of `ema_params`; 0 keeps no average.
+      skip_sigma: a step whose loss or gradient norm is more standard deviations above the recent ones (anomaly.py)
+        changes nothing.
+      writes_in_order: overwrites no part of the state before everything that reads it. Otherwise XLA's CPU compiler
+        copies the whole donated state (jax 0.10's drops the order and copies anyway). The TPU compiler does not need
+        the order, and computes the state in one pass.
+    """
+
+    microbatches: int = 1
+    grad_shardings: Any = None
+    ema_decay: float = 0.0
+    skip_sigma: float | None = None
+    writes_in_order: bool = False
 
 
 def init_state(
@@ -40,15 +66,14 @@ def init_state(
 
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
-    """Returns the state before step 0 with the given parameters; with `ema_decay` the average starts at zero."""
-    step = jnp.zeros((), jnp.int32)
-    state = TrainState(step=step, params=params, opt_state=optimizer.init(params), anomaly=anomaly.initial_state())
-    return with_average(state, jax.tree.map(jnp.zeros_like, params)) if ema_decay else state
-
-
-def with_average(state: TrainState, average: Any) -> AveragedState:
-    """Adds an average to `state`; also works for trees of shapes or shardings."""
-    return AveragedState(**vars(state), average=average)
+    """Returns the state before step 0 with the given parameters; with `ema_decay` their average starts at zero."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        anomaly=anomaly.initial_state(),
+        ema_params=jax.tree.map(jnp.zeros_like, params) if ema_decay else None,
+    )
 
 
 def train_step(
@@ -60,49 +85,35 @@ def train_step(
     task: PretrainTask,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Schedule,
-    microbatches: int = 1,
-    grad_shardings: Any = None,
-    ema_decay: float = 0.0,
-    skip_sigma: float | None = None,
-    writes_in_order: bool = False,
+    options: StepOptions,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Forward, backward, clip, update. `rng` is the run's key; per-example keys fold in the example index.
 
-    A step with a non-finite loss or gradient norm changes neither parameters, optimiser state nor average. With
-    `skip_sigma` the same holds for a step whose loss or gradient norm exceeds the recent ones by more standard
-    deviations (anomaly.py). The learning rate follows the number of updates, in a cooldown the number of steps.
-
-    With `writes_in_order` no part of the state is overwritten before everything that reads it: otherwise XLA's CPU
-    compiler copies the whole donated state (jax 0.10's drops the order and copies anyway). The TPU compiler does not
-    need the order, and computes the state in one pass.
+    A step with a non-finite loss or gradient norm changes neither parameters, optimiser state nor their average. The
+    learning rate follows the number of updates, in a cooldown the number of steps.
 
     Returns the new state and float32 scalars: loss, loss_<name>, count_<name>, lr, grad_norm, param_norm;
     loss_zscore and grad_norm_zscore, standard deviations above the recent steps; skipped, 1 if nothing was changed;
     nonfinite_steps, the number of consecutive non-finite steps; and patch_utilisation, the share of the batch's patches
     that is not padding.
     """
-    sums, counts, grads = gradients(state.params, batch, rng, prefix, task, microbatches)
-    if grad_shardings is not None:
-        grads = jax.lax.with_sharding_constraint(grads, grad_shardings)
+    sums, counts, grads = gradients(state.params, batch, rng, prefix, task, options.microbatches)
+    if options.grad_shardings is not None:
+        grads = jax.lax.with_sharding_constraint(grads, options.grad_shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
     updated = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state}
-    if ema_decay:
-        updated["average"] = ema_step(state.average, updated["params"], num_updates(opt_state), ema_decay)
+    if options.ema_decay:
+        decay = options.ema_decay
+        updated["ema_params"] = ema_step(state.ema_params, updated["params"], num_updates(opt_state), decay)
 
-    loss, grad_norm = task.total(sums, counts), optax.tree.norm(grads)
+    loss = task.total(sums, counts)
+    grad_norm = optax.tree.norm(grads)
     anomaly_state, report = anomaly.detect_anomalies(state.anomaly, loss, grad_norm)
     skipped = ~report.finite
-    if skip_sigma is not None:
-        skipped |= report.is_spike(skip_sigma)
+    if options.skip_sigma is not None:
+        skipped |= report.is_spike(options.skip_sigma)
     param_norm = optax.tree.norm(state.params)
-    if writes_in_order:
-        param_norm, skipped = jax.lax.optimization_barrier((param_norm, skipped))
-    # In this order, because each entry is computed from the later ones.
-    for name in sorted(updated, key=("average", "params", "opt_state").index):
-        chosen = jax.tree.map(partial(jnp.where, skipped), getattr(state, name), updated[name])
-        if writes_in_order:
-            chosen, skipped = jax.lax.optimization_barrier((chosen, skipped))
-        updated[name] = chosen
+    updated, skipped, param_norm = _skip(state, updated, skipped, param_norm, options.writes_in_order)
     metrics = {
         "loss": loss,
         **{f"loss_{name}": losses.safe_divide(total, counts[name]) for name, total in sums.items()},
@@ -117,6 +128,25 @@ def train_step(
         "patch_utilisation": jnp.mean(batch["valid"], dtype=jnp.float32),
     }
     return state.replace(step=state.step + 1, anomaly=anomaly_state, **updated), metrics
+
+
+def _skip(
+    state: TrainState,
+    updated: dict[str, Any],
+    skipped: Bool[Array, ""],
+    param_norm: Float[Array, ""],
+    writes_in_order: bool,
+) -> tuple[dict[str, Any], Bool[Array, ""], Float[Array, ""]]:
+    """Keeps the parts of the old state where the step is `skipped`; with `writes_in_order` after all else is read."""
+    if writes_in_order:
+        param_norm, skipped = jax.lax.optimization_barrier((param_norm, skipped))
+    chosen = {}
+    # In this order, because each entry is computed from the later ones.
+    for name in sorted(updated, key=("ema_params", "params", "opt_state").index):
+        chosen[name] = jax.tree.map(partial(jnp.where, skipped), getattr(state, name), updated[name])
+        if writes_in_order:
+            chosen[name], skipped = jax.lax.optimization_barrier((chosen[name], skipped))
+    return chosen, skipped, param_norm
 
 
 def gradients(
@@ -150,7 +180,7 @@ def accumulate(
     """
 
     def objective(params, batch, prefix):
-        sums = {name: term.sum for name, term in task.loss(params, batch, prefix).items()}
+        sums = task.loss_sums(params, batch, prefix)
         return task.total(sums, counts), sums
 
     def gradient(rows):

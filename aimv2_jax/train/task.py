@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.config import AttentionMask, Config, DecoderConfig, EncoderConfig, ModelConfig, Remat
+from aimv2_jax.config.schema import AttentionMask, Config, DecoderConfig, EncoderConfig, ModelConfig, Remat
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import choose_attention
@@ -132,9 +132,14 @@ class PretrainTask:
         )
 
     def loss(self, params: Params, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, SumCount]:
-        """Computes sum and count of every loss in `weights`; the encoder attends fully within `prefix` patches."""
-        predictions = self.predict(params, batch, prefix)
+        """Computes sum and count of every loss in `weights`."""
         counts = self.counts(batch, prefix)
+        sums = self.loss_sums(params, batch, prefix)
+        return {name: SumCount(total, counts[name]) for name, total in sums.items()}
+
+    def loss_sums(self, params: Params, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, Float[Array, ""]]:
+        """Computes the sum of every loss in `weights`; the encoder attends fully within `prefix` patches."""
+        predictions = self.predict(params, batch, prefix)
         sums = {}
         if predictions.pixels is not None:
             targets = losses.patch_targets(self.normalise(batch), self.target_eps)
@@ -142,7 +147,7 @@ class PretrainTask:
             sums["image"] = losses.image_loss_sum(predictions.pixels, targets, loss_mask)
         if predictions.logits is not None:
             sums["text"] = losses.text_loss_sum(predictions.logits, batch["tokens"], self._text_loss_mask(batch))
-        return {name: SumCount(total, counts[name]) for name, total in sums.items()}
+        return sums
 
     def total(self, sums: Mapping[str, jax.Array], counts: Mapping[str, jax.Array]) -> Float[Array, ""]:
         """Computes the objective from sums over some rows and counts over the whole batch."""

@@ -17,7 +17,8 @@ import jax
 from etils import epath
 
 from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader, check_free_space, state_bytes
-from aimv2_jax.config import Config, config_digest, config_text
+from aimv2_jax.config.load import config_digest, config_text
+from aimv2_jax.config.schema import Config
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.data.sampling.skips import with_examples
@@ -25,7 +26,9 @@ from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.distributed import coordination
 from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, UserError, describe_exit
 from aimv2_jax.models.aimv2 import count_parameters
-from aimv2_jax.monitoring.events import Event, EventLog, process_age_s
+from aimv2_jax.monitoring.counters import BadRecordFile
+from aimv2_jax.monitoring.events import Event, EventKind, EventLog, process_age_s
+from aimv2_jax.monitoring.log import logger
 from aimv2_jax.monitoring.metrics import MetricsWriter
 from aimv2_jax.monitoring.profiler import Profiler
 from aimv2_jax.resilience import device_errors
@@ -37,8 +40,9 @@ from aimv2_jax.storage.locks import lock_folder
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.data_check import check_data, identify_data
 from aimv2_jax.train.init_from import RunWeights, WeightSource, warm_start
-from aimv2_jax.train.loop import TrainLoop, log
+from aimv2_jax.train.loop import TrainLoop
 from aimv2_jax.train.optimizer import decay_report
+from aimv2_jax.train.resources import Resources
 from aimv2_jax.train.resume import check_resumable, check_trunk
 from aimv2_jax.train.step import TrainState
 from aimv2_jax.untrusted import printable
@@ -55,13 +59,15 @@ def train(
     open_weights: Callable[[], WeightSource] | None = None,
     skip_examples: tuple[int, int] | None = None,
     accept_data: str | None = None,
+    sources: pipeline.Sources | None = None,
 ) -> int:
     """Trains until `train.steps`, from the newest intact checkpoint of `workdir` where there is one.
 
     Without a checkpoint, a cooldown (`train.cooldown_from`) starts from that step of its trunk, a run with `init.path`
     from the parameters of the source that `open_weights` returns (by default another run at that path), and any other
     run from fresh parameters. Batches with any of the examples [a, b) of `skip_examples` are skipped. Data and
-    tokenizer must be those of the checkpoint, unless `accept_data` is the digest of the current ones.
+    tokenizer must be those of the checkpoint, unless `accept_data` is the digest of the current ones. `sources` are the
+    config's; by default they are opened here.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_RETRY where the run was asked to stop before and has saved its last step.
@@ -71,6 +77,7 @@ def train(
       TrainingAborted: on non-finite losses or gradients, on repeated spikes, on too many bad records, and on a step
         that differs when it is computed twice.
     """
+    sources = sources or pipeline.open_sources(config)
     workdir = epath.Path(workdir)
     cache = cache_folder(config.train.compilation_cache, workdir, jax.default_backend())
     if cache is not None:
@@ -91,7 +98,7 @@ def train(
         watchdog = stack.enter_context(_start_watchdog(workdir, config, events))
         starting = stack.enter_context(contextlib.ExitStack())
         starting.enter_context(watchdog.watching("start", 0))
-        data = identify_data(config, tokenizer)
+        data = identify_data(config, sources, tokenizer)
         checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_steps)
         stack.enter_context(_close_watched(checkpointer, watchdog))
         latest = _newest_intact(checkpointer, events)
@@ -99,25 +106,33 @@ def train(
             check_resumable(checkpointer.meta(latest)["config"], config)
             if latest >= config.train.steps:
                 more = "raise train.steps to continue" if config.cooldown is None else "it has cooled down"
-                log(f"already finished: {workdir} has step {latest} of {config.train.steps}; {more}")
+                logger.info(f"already finished: {workdir} has step {latest} of {config.train.steps}; {more}")
                 return EXIT_FINISHED
         check_free_space(workdir, size)
-        writer = stack.enter_context(
-            MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
+        writer = MetricsWriter(workdir, config.train.tensorboard, config.train.wandb_project, config)
+        resources = Resources(
+            workdir=workdir,
+            tokenizer=tokenizer,
+            sources=sources,
+            checkpointer=checkpointer,
+            writer=stack.enter_context(writer),
+            bad_records=stack.enter_context(BadRecordFile(workdir, jax.process_index())),
+            events=events,
+            profiler=stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir))),
+            watchdog=watchdog,
+            initial_state=partial(initial_state, setup, open_weights, data),
         )
-        profiler = stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir)))
-
         begin_s = time.monotonic()
-        new_state = partial(initial_state, setup, open_weights, data)
         with device_errors.running(lambda: latest or 0, watchdog.failures, events):
-            state, progress = new_state() if latest is None else restore_state(checkpointer, latest, setup)
+            fresh = latest is None
+            state, progress = resources.initial_state() if fresh else restore_state(checkpointer, latest, setup)
         progress = check_data(progress, data, accept_data, events)
-        progress = apply_skips(progress, skip_examples, config, events)
+        progress = apply_skips(progress, skip_examples, config, sources, events)
         log_summary(setup, workdir, latest, size)
         _log_start(events, setup, progress.step, None if latest is None else time.monotonic() - begin_s)
         if jax.process_index() == 0:
             atomic_write(workdir / "config.txt", config_text(config).encode())
-        loop = TrainLoop(setup, workdir, tokenizer, checkpointer, writer, events, profiler, watchdog, new_state)
+        loop = TrainLoop(setup, resources)
         starting.close()
         with log_stop(events, loop):
             return loop.train(state, progress)
@@ -129,8 +144,8 @@ def _start_watchdog(workdir: epath.Path, config: Config, events: EventLog) -> Wa
     file = str(workdir / FOLDER)
 
     def write_events(hang: Hang) -> None:
-        events.write("hang", hang.step, what=hang.what, file=file)
-        events.write("stop", max(0, hang.step - 1), code=hang.code, why=str(hang))
+        events.write(EventKind.HANG, hang.step, what=hang.what, file=file)
+        events.write(EventKind.STOP, max(0, hang.step - 1), code=hang.code, why=str(hang))
 
     return Watchdog(
         workdir,
@@ -156,8 +171,9 @@ def _newest_intact(checkpointer: Checkpointer, events: EventLog) -> int | None:
     """The newest verified step; logs the damaged ones."""
     latest, damaged = checkpointer.newest_intact()
     for damage in damaged:
-        log(str(damage))
-        events.write("damaged", damage.step, files=[str(wrong) for wrong in damage.wrong], moved_to=damage.moved_to)
+        logger.info(str(damage))
+        files = [str(wrong) for wrong in damage.wrong]
+        events.write(EventKind.DAMAGED, damage.step, files=files, moved_to=damage.moved_to)
     return latest
 
 
@@ -179,7 +195,11 @@ def restore_state(reader: CheckpointReader, step: int, setup: TrainSetup) -> tup
 
 
 def apply_skips(
-    progress: TrainProgress, examples: tuple[int, int] | None, config: Config, events: EventLog
+    progress: TrainProgress,
+    examples: tuple[int, int] | None,
+    config: Config,
+    sources: pipeline.Sources,
+    events: EventLog,
 ) -> TrainProgress:
     """Adds the batches with `examples` to those that `progress` skips.
 
@@ -187,11 +207,11 @@ def apply_skips(
       UserError: where a process has other skips than process 0. Each process parses its own command line.
     """
     if examples is not None:
-        steps = pipeline.training_sampler(config, pipeline.open_sources(config.data.sources)).schedule
+        steps = pipeline.training_sampler(config, sources.training).schedule
         skips = with_examples(progress.skips, examples, steps, progress.step)
         for first, end in set(skips.ranges) - set(progress.skips.ranges):
-            log(f"skipping batches {first:,} to {end - 1:,}, for --skip_examples={examples[0]}:{examples[1]}")
-            events.write("skip", progress.step, a=first, b=end, why="--skip_examples")
+            logger.info(f"skipping batches {first:,} to {end - 1:,}, for --skip_examples={examples[0]}:{examples[1]}")
+            events.write(EventKind.SKIP, progress.step, a=first, b=end, why="--skip_examples")
         progress = progress.with_skips(skips)
     own = progress.skips.as_json()
     agreed = coordination.broadcast("batches to skip", own, config.processes.barrier_timeout_s)
@@ -205,7 +225,7 @@ def apply_skips(
 def _check_clock(events: EventLog) -> None:
     ahead_s = events.ahead_s()
     if ahead_s > _MAX_CLOCK_SKEW_S:
-        log(
+        logger.info(
             f"the clock of this machine is {ahead_s:,.0f} s behind the last line of the run's events.jsonl. Only dates "
             "and the time between two starts depend on it. Set the clock"
         )
@@ -215,9 +235,9 @@ def _log_start(events: EventLog, setup: TrainSetup, step: int, restore_s: float 
     config, devices = setup.config, setup.mesh.devices
     versions = installed_versions()
     versions["python"] = platform.python_version()
-    _log_version_changes(events.last("start"), versions)
+    _log_version_changes(events.last(EventKind.START), versions)
     events.write(
-        "start",
+        EventKind.START,
         step,
         processes=jax.process_count(),
         devices=int(devices.size),
@@ -228,7 +248,7 @@ def _log_start(events: EventLog, setup: TrainSetup, step: int, restore_s: float 
         versions=versions,
     )
     if restore_s is not None:
-        events.write("restore", step, seconds=round(restore_s, 3))
+        events.write(EventKind.RESTORE, step, seconds=round(restore_s, 3))
 
 
 def _log_version_changes(before: Event | None, versions: Mapping[str, str]) -> None:
@@ -238,7 +258,7 @@ def _log_version_changes(before: Event | None, versions: Mapping[str, str]) -> N
         return
     changes = [f"{name} {now} ({known[name]} before)" for name, now in versions.items() if known.get(name, now) != now]
     if changes:
-        log(printable(f"package versions changed since the last start of this run: {', '.join(changes)}"))
+        logger.info(printable(f"package versions changed since the last start of this run: {', '.join(changes)}"))
 
 
 @contextlib.contextmanager
@@ -249,7 +269,7 @@ def log_stop(events: EventLog, loop: TrainLoop) -> Iterator[None]:
     except BaseException as error:
         code, reason = describe_exit(error) or (EXIT_BUG, f"{type(error).__name__}: {error}")
         with contextlib.suppress(UserError):  # A full disk may be the cause of the error.
-            events.write("stop", loop.last_read_step, code=code, why=reason)
+            events.write(EventKind.STOP, loop.metrics.last_step, code=code, why=reason)
         raise
 
 
@@ -261,7 +281,7 @@ def _fresh_state(setup: TrainSetup, open_weights: Callable[[], WeightSource] | N
         return state
     source = RunWeights(init.path) if open_weights is None else open_weights()
     params, report = warm_start(setup, state.params, init, source, tokenizer)
-    log(report)
+    logger.info(report)
     return state.replace(params=params)
 
 
@@ -289,7 +309,7 @@ def lock_workdir(workdir: epath.Path) -> Iterator[None]:
         except Exception as error:  # TensorFlow and fsspec have error classes of their own.
             remedy = "Check that this machine reaches the bucket and may write there, or give another folder"
             raise UserError(f"--workdir {workdir} cannot be used", str(error), remedy) from error
-        log(f"workdir {workdir} is in a bucket, which has no locks. Make sure that no other run writes there")
+        logger.info(f"workdir {workdir} is in a bucket, which has no locks. Make sure that no other run writes there")
         yield
         return
     make_folder(workdir, "--workdir")
@@ -302,15 +322,17 @@ def log_summary(setup: TrainSetup, workdir: epath.Path, latest: int | None, size
     params = setup.abstract_state.params
     devices = setup.mesh.devices
     mesh = " x ".join(f"{name} {count}" for name, count in setup.mesh.shape.items())
-    log(f"weight decay by tensor:\n{decay_report(params)}".rstrip())
-    log(
+    logger.info(f"weight decay by tensor:\n{decay_report(params)}".rstrip())
+    logger.info(
         f"parameters: {count_parameters(params):,} (encoder {count_parameters(params['encoder']):,}, "
         f"decoder {count_parameters(params['decoder']):,}); size of a checkpoint: {size / 2**20:,.0f} MiB"
     )
-    log(f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)")
+    logger.info(
+        f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)"
+    )
     start = "from the start" if latest is None else f"continuing from step {latest}"
     cooldown = setup.config.cooldown
     if cooldown is not None:
         start = f"from step {cooldown.start} of {cooldown.trunk}" if latest is None else start
         start += f", cooling down until step {setup.config.train.steps}"
-    log(f"workdir: {workdir}, {start}")
+    logger.info(f"workdir: {workdir}, {start}")

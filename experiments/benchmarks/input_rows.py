@@ -17,7 +17,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from aimv2_jax.config import Config, build_config, mixture_counts
+from aimv2_jax.config.load import build_config
+from aimv2_jax.config.schema import Config, mixture_counts
 from aimv2_jax.data.records import decode
 from aimv2_jax.data.sampling.counter_rng import example_rng
 from aimv2_jax.data.sampling.mixture import MixtureSampler

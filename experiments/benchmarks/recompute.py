@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from aimv2_jax.cli import Parser, check_output, positive  # noqa: E402
-from aimv2_jax.config import Config, load_config  # noqa: E402
+from aimv2_jax.config.load import load_config  # noqa: E402
+from aimv2_jax.config.schema import Config  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, cli_main  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from aimv2_jax.allocator import keep_freed_memory  # noqa: E402
 from aimv2_jax.cli import Parser, positive, split_overrides  # noqa: E402
-from aimv2_jax.config import Config, build_config  # noqa: E402
+from aimv2_jax.config.load import build_config  # noqa: E402
+from aimv2_jax.config.schema import Config  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main  # noqa: E402
 from aimv2_jax.platforms import may_have_gpu, may_have_tpu  # noqa: E402
-from experiments import base  # noqa: E402
+from experiments import base, pretrain  # noqa: E402
 
 MOST_EXAMPLES = 8192  # Upper bound of the search for the largest batch.
 GIB = 2**30
@@ -75,12 +76,8 @@ def tiny() -> Any:
     return config
 
 
-def _experiment(name: str) -> Callable[[], Any]:
-    return lambda: importlib.import_module(f"experiments.pretrain_{name}").get_config()
-
-
-PRETRAIN = ["base_224", "large_224", "huge_224", "1b_224", "3b_224"]
-PRESETS = {"reference": reference, "tiny": tiny} | {name: _experiment(name) for name in PRETRAIN}
+PRETRAIN = {f"{size}_224": partial(pretrain.get_config, size) for size in pretrain.RUNS}
+PRESETS = {"reference": reference, "tiny": tiny} | PRETRAIN
 
 
 def preset_config(name: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:

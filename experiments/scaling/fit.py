@@ -23,7 +23,8 @@ from etils import epath  # noqa: E402
 from aimv2_jax.checkpoint.checkpointer import CheckpointReader  # noqa: E402
 from aimv2_jax.checkpoint.metadata import measured_on  # noqa: E402
 from aimv2_jax.cli import Parser, make_output_folder  # noqa: E402
-from aimv2_jax.config import Config, build_config, config_to_dict  # noqa: E402
+from aimv2_jax.config.load import build_config, config_to_dict  # noqa: E402
+from aimv2_jax.config.schema import Config  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main  # noqa: E402
 from aimv2_jax.monitoring.metrics import read_metrics  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402

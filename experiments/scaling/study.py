@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from aimv2_jax.config import Config, load_config
+from aimv2_jax.config.load import load_config
+from aimv2_jax.config.schema import Config
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.models.sizes import ENCODER_SIZES
@@ -43,8 +44,8 @@ _OWN_KEYS = {
 class Study:
     """Sizes (of `ENCODER_SIZES`) x samples, on one experiment.
 
-    `config` is the experiment's file: one for each size, with {size} replaced by its name, or one for all, with the
-    encoder's size changed. `settings` are additional overrides of all runs. `scale` shrinks the study: samples by the
+    `config` is the experiment: one for each size, with {size} replaced by its name, or one for all, with the encoder's
+    size changed. `settings` are additional overrides of all runs. `scale` shrinks the study: samples by the
     factor, batch and warm-up steps by its square root, which is about how the critical batch size grows with samples.
     """
 
@@ -71,7 +72,7 @@ STUDIES = {
     # The paper's §3.1: 300M to 3B parameters; one run for each size on 5 billion images, with seven cooldowns of
     # 500M to 6.4B samples [P; O: the five counts in between, each about 1.5 times the one before].
     "paper": Study(
-        str(EXPERIMENTS / "pretrain_{size}_224.py"),
+        str(EXPERIMENTS / "pretrain.py:{size}"),
         sizes=("large", "huge", "1b", "3b"),
         samples=(500_000_000, 800_000_000, 1_200_000_000, 1_800_000_000, 2_800_000_000, 4_200_000_000, 6_400_000_000),
         batch=8192,

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aot import toys
-from tiny import tiny_config
 
 from aimv2_jax.aot.collectives import Collectives
 from aimv2_jax.aot.cost_model.cycles import CompiledCostModel, ProxyCostModel, Source
 from aimv2_jax.aot.cost_model.flops import compiled_flops
 from aimv2_jax.aot.cost_model.timeline import simulate
-from aimv2_jax.aot.hlo import Module, parse_module
+from aimv2_jax.aot.hlo import Module, parse_module, scheduled
 from aimv2_jax.aot.interconnect import Layout
+from aimv2_jax.aot.program import ProgramFacts, Tensor
 from aimv2_jax.aot.replication import find_replicated
-from aimv2_jax.aot.schedule import scheduled
 from aimv2_jax.parallel.hardware import CHIPS
+from tests.aot import toys
+from tests.helpers.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -113,7 +113,8 @@ def test_kernel_when_it_states_its_cost_then_that_is_charged_by_the_rule(compile
     assert compiled_flops(module) == toys.KERNEL_FLOPS
 
 
-def test_twin_when_it_is_the_module_itself_then_every_figure_is_found(compiled):
+def test_proxy_equal_to_the_module(compiled):
+    """With the module itself as its proxy, every fusion is matched and the cycles are equal."""
     module = compiled["gradient_split"]
     compiled_model = compiled_cost_model(module)
     text = {name: [_without_cycles(line) for line in lines] for name, lines in module.computations.items()}
@@ -129,13 +130,12 @@ def _without_cycles(instruction):
     return dataclasses.replace(instruction, rest=re.sub(r'"estimated_cycles":"\d+",?', "", instruction.rest))
 
 
-def facts(*parameters: tuple[str, tuple[int, ...], tuple[int, ...]]) -> dict:
-    """Returns a worker's description of a toy program; parameters are (name, global shape, shape of one shard)."""
+def facts(*parameters: tuple[str, tuple[int, ...], tuple[int, ...]]) -> ProgramFacts:
+    """Returns the facts of a toy program; parameters are (name, global shape, shape of one shard)."""
     tensors = [
-        {"name": name, "kind": "parameter", "shape": list(whole), "part": list(part), "bytes": int(np.prod(part)) * 4}
-        for name, whole, part in parameters
+        Tensor(name, "parameter", list(whole), list(part), int(np.prod(part)) * 4) for name, whole, part in parameters
     ]
-    return {"axes": ["data", "fsdp"], "shape": [4, 4], "tensors": tensors, "batch_size": toys.ROWS}
+    return ProgramFacts({"data": 4, "fsdp": 4}, [], tensors, {}, {})
 
 
 WEIGHT = ("weight", (toys.WIDTH, toys.HIDDEN), (toys.WIDTH // 4, toys.HIDDEN))
@@ -167,5 +167,5 @@ def test_replication_when_a_parameter_enters_or_leaves_whole_then_it_is_named(co
     assert [line.split(" as ")[0] for line in violations[:2]] == ["parameter weight enters", "parameter weight leaves"]
     unsplit = (name, part, part)
     assert replicated(compiled["gradient_split"], unsplit) == []  # Small enough to stay unsplit.
-    (violation,) = replicated(compiled["gradient_split"], unsplit, unsplit_bytes=2**20)
+    (violation,) = replicated(compiled["gradient_split"], unsplit, min_unsplit_bytes=2**20)
     assert "no rule splits it" in violation

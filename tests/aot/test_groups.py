@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from aot.modules import milliseconds, row_groups, square
 
-from aimv2_jax.aot.groups import groups_of
+from aimv2_jax.aot.interconnect import groups_of
+from tests.aot.modules import milliseconds, row_groups, square
 
 ROWS = tuple(tuple(range(4 * row, 4 * row + 4)) for row in range(4))
 COLUMNS = tuple(tuple(range(column, 16, 4)) for column in range(4))

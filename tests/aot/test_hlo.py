@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from aot.modules import module
-
 from aimv2_jax.aot.cost_model.kernels import accessed_bytes
 from aimv2_jax.aot.hlo import arrays, parse_module
+from tests.aot.modules import module
 
 
 def test_arrays_when_a_tuple_with_layouts_then_types_sizes_and_bytes():

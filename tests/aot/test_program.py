@@ -11,17 +11,16 @@ import subprocess
 import sys
 
 import pytest
-from tiny import QUICKSTART, ROOT
 
-from aimv2_jax.aot import __main__ as command
-from aimv2_jax.aot import topology
+from aimv2_jax.aot import predict, topology
 from aimv2_jax.aot.__main__ import main
 from aimv2_jax.aot.compiler import compile_step
-from aimv2_jax.aot.predict import predict
+from aimv2_jax.aot.prediction import Figures, Prediction
 from aimv2_jax.aot.topology import parse_topology
 from aimv2_jax.aot.worker import Job
-from aimv2_jax.config import config_to_dict, load_config
+from aimv2_jax.config.load import config_to_dict, load_config
 from aimv2_jax.errors import UserError
+from tests.helpers.tiny import QUICKSTART, ROOT
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -59,12 +58,11 @@ def arguments(name: str, **changes: object) -> list[str]:
     return [f"--config={QUICKSTART}", f"--topology={name}", *(f"--config.{k}={v}" for k, v in settings(**changes))]
 
 
-def scheduled(name: str, slices: int, **changes: object) -> tuple[str, dict]:
-    """Returns a module compiled up to its schedule, and its figures without a proxy (no fusion cycles)."""
+def scheduled(name: str, slices: int, **changes: object) -> Figures:
+    """Returns the figures of a step compiled up to its schedule, without a proxy (no fusion cycles)."""
     overrides = [("mesh.slices", str(slices)), *settings(**changes)]
     config, described = load_config(QUICKSTART, overrides), parse_topology(name, slices)
-    compiled = compile_step(config, described, full=False)
-    return compiled.text, predict(config, described, compiled, None)
+    return predict.predict(config, described, compile_step(config, described, full=False))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,7 @@ def sixteen(tmp_path_factory) -> tuple[str, dict, str]:
             compiled.append(compile_step(*arguments, **options))
             return compiled[-1]
 
-        patch.setattr(command, "compile_step", recorded_compile)
+        patch.setattr(predict, "compile_step", recorded_compile)
         assert main([*arguments("v5e:4x4", model__encoder__depth=3), "--no-xla-attention", f"--json={report}"]) == 0
     return compiled[0].text, json.loads(report.read_text()), shown.getvalue()
 
@@ -115,10 +113,12 @@ def test_step_when_on_a_mesh_of_sixteen_then_nothing_is_replicated_and_the_parts
 
 
 @needs_compiler
-def test_default_way_takes_most_cycles_from_its_twin(sixteen):
+def test_default_way_takes_cycles_from_its_proxy(sixteen):
+    """More than 0.7 of the cycles are those of the same fusion in the proxy."""
     _, figures, shown = sixteen
     assert "PREDICTION" in shown and "by part of the model" not in shown
     assert not figures["full"] and figures["compiles"] and set(figures) >= KEYS
+    assert json.loads(json.dumps(Prediction.from_json(figures).to_json())) == figures
     # The schedule chooses the memory of a fusion's operands, so shares move between the two kinds of match.
     matched = [share for source, share in figures["cycles_from"].items() if source.startswith("the same fusion in the")]
     assert len(matched) == 2 and sum(matched) > 0.7, figures["cycles_from"]
@@ -127,10 +127,10 @@ def test_default_way_takes_most_cycles_from_its_twin(sixteen):
 
 @needs_compiler
 def test_step_when_on_two_slices_then_only_gradients_and_sums_cross():
-    _, figures = scheduled("v5e:2x2", 2)
-    crossing = {row["carries"]: row["bytes"] for row in figures["between_slices"]}
+    figures = scheduled("v5e:2x2", 2)
+    crossing = {row.carries: row.bytes for row in figures.between_slices}
     assert set(crossing) == {"gradients", "losses, counts and norms"}
-    parts = figures["hbm_parts_gib"]["parameters"] * 2**30
+    parts = figures.hbm_parts_gib["parameters"] * 2**30
     assert crossing["gradients"] == pytest.approx(parts, rel=0.05)  # Each chip sends its shard in float32.
 
 
@@ -138,9 +138,9 @@ def test_step_when_on_two_slices_then_only_gradients_and_sums_cross():
 def test_step_when_only_tensor_splits_then_compiles():
     """Each chip holds one head of two, and the kernels see only its columns."""
     sizes = {f"model__{trunk}__{key}": n for trunk in ("encoder", "decoder") for key, n in HALVED.items()}
-    _, figures = scheduled("v5e:1x2", 1, mesh__data=1, mesh__fsdp=1, mesh__tensor=2, **sizes)
-    assert figures["mesh"] == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2}
-    kernels = {row["name"]: row["count"] for row in figures["kernels"]}
+    figures = scheduled("v5e:1x2", 1, mesh__data=1, mesh__fsdp=1, mesh__tensor=2, **sizes)
+    assert figures.mesh == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2}
+    kernels = {row.name: row.count for row in figures.kernels}
     assert kernels["whole_row_attention_forward"] == kernels["whole_row_attention_backward"] == 2
 
 
@@ -152,6 +152,7 @@ def test_command_when_it_does_not_fit_then_the_compilers_sentence_and_no_figures
     shown, figures = capsys.readouterr().out, json.loads(report.read_text())
     assert "does not compile" in shown and "exceeds available HBM (15.75G)" in shown
     assert not figures["compiles"] and figures["predicted_mfu"] is None and set(figures) >= KEYS
+    assert json.loads(json.dumps(Prediction.from_json(figures).to_json())) == figures
 
 
 @needs_compiler
@@ -194,7 +195,8 @@ def test_command_when_the_compiler_is_not_installed_then_how_to_get_it(monkeypat
 
 @needs_compiler
 @pytest.mark.slow
-def test_default_way_when_deeper_than_its_twin_then_it_agrees_with_the_full_compile(tmp_path, capsys):
+def test_default_way_agrees_with_the_full_compile(tmp_path, capsys):
+    """For a model deeper than its proxy, the cycles of both ways agree to 1 %."""
     deep = arguments("v5e:2x2", model__encoder__depth=5, model__decoder__depth=4, mesh__fsdp=2)
     figures = []
     for flags in ([], ["--full", "--breakdown"]):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from aot.modules import CHIP, collectives, compute, milliseconds, module, row_groups, square
 
 from aimv2_jax.aot.collectives import Collectives
 from aimv2_jax.aot.cost_model.cycles import CompiledCostModel, Source
 from aimv2_jax.aot.cost_model.kernels import accessed_bytes
 from aimv2_jax.aot.cost_model.timeline import ScheduleTimes, simulate
-from aimv2_jax.aot.hlo import Module
-from aimv2_jax.aot.schedule import scheduled, trip_count
+from aimv2_jax.aot.hlo import Module, scheduled, trip_count
+from tests.aot.modules import CHIP, collectives, compute, milliseconds, module, row_groups, square
 
 MB = 1_000_000
 GATHER_MS = milliseconds(4 * MB, links=2)  # f32[1000000] over a row of four: 1.5 ms.

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 import aimv2_jax.data
-from aimv2_jax.data.loading.batch_builder import LocalBatch, is_flipped
+from aimv2_jax.data.loading.batch_builder import LocalBatch
 from aimv2_jax.data.pipeline import (
     REASONS,
     BatchIterator,
     HostBatch,
-    check_sources,
     evaluation_batches,
     open_sources,
     to_devices,
@@ -29,10 +28,11 @@ from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms.decode import decode_image
 from aimv2_jax.data.transforms.geometry import fit_grid, patch_coords, patchify, resize
+from aimv2_jax.data.transforms.views import is_flipped
 from aimv2_jax.errors import TrainingAborted, UserError
 
 # Tests with worker processes run serially: in parallel they would starve the tests that measure time.
-pytestmark = pytest.mark.xdist_group("shared-memory")
+pytestmark = pytest.mark.xdist_group("data workers")
 
 ROWS = range(8)
 
@@ -93,7 +93,7 @@ def test_batches_when_built_by_workers_then_the_same_bytes(make_config, flawed, 
     config = make_config(sources=flawed, data__workers=workers)
     for one, other in zip(plain, take(config, 6, tokenizer=tokenizer), strict=True):
         assert_same(one, other)
-        assert all(type(array) is np.ndarray for array in other.arrays.values())  # Copied out of shared memory.
+        assert all(type(array) is np.ndarray for array in other.arrays.values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,9 +104,8 @@ def test_batches_when_started_anywhere_then_the_same_bytes(make_config, flawed, 
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_batches_when_split_over_hosts_then_their_rows_put_together_are_the_global_batch(
-    make_config, flawed, tokenizer, plain, hosts
-):
+def test_batches_split_over_hosts(make_config, flawed, tokenizer, plain, hosts):
+    """The rows of batches that are split over hosts form the global batch together."""
     parts = [take(make_config(sources=flawed), 6, rows=ROWS[host::hosts], tokenizer=tokenizer) for host in range(hosts)]
     for whole, *shares in zip(plain, *parts, strict=True):
         for host, share in enumerate(shares):
@@ -116,7 +115,8 @@ def test_batches_when_split_over_hosts_then_their_rows_put_together_are_the_glob
         assert sorted(map(key, itertools.chain(*(share.faults for share in shares)))) == sorted(map(key, whole.faults))
 
 
-def test_batches_when_started_at_a_million_then_there_within_a_second(make_config):
+def test_batches_started_at_step_million(make_config):
+    """Batches that start at step 1,000,000 are ready within a second."""
     start = time.process_time()  # CPU time of this process, so that load from other processes does not count.
     [batch] = take(make_config(), 1, start=10**6)
     assert time.process_time() - start < 1
@@ -128,14 +128,15 @@ def test_batches_when_no_tokenizer_then_tokens_are_zero(make_config):
     assert not batch.arrays["tokens"].any() and not batch.arrays["token_valid"].any()
 
 
-def test_batches_when_the_seed_differs_then_other_pictures(make_config):
+def test_batches_with_another_seed(make_config):
+    """Another seed gives batches of other images."""
     [one], [other] = (
         take(make_config() if seed is None else dataclasses.replace(make_config(), seed=seed), 1) for seed in (None, 9)
     )
     assert (one.arrays["patches"] != other.arrays["patches"]).any(axis=(1, 2)).all()
 
 
-def boom(step):
+def boom(step, status):
     if step == 4:
         raise UserError("the disk", step, "Fix it")
     return LocalBatch(step, {"x": np.full(3, step)}, [], [])
@@ -153,7 +154,8 @@ def test_error_when_a_batch_cannot_be_built_then_raised_in_its_turn_and_ever_aft
                 next(batches)
 
 
-def test_error_when_a_worker_meets_it_then_raised_in_its_turn(make_config, make_dataset):
+def test_error_in_worker(make_config, make_dataset):
+    """An error in a worker is raised when the batch that it belongs to is due."""
     bad = {i: {"image": b"junk"} for i in range(3)}
     config = make_config(sources={"red": make_dataset("red", 3, bad)}, mixture={"red": {"alt": 1.0}}, data__workers=1)
     with training_batches(config, range, 0) as batches, pytest.raises(TrainingAborted, match="3 x undecodable_image"):
@@ -186,7 +188,8 @@ def test_close_when_batches_are_ready_then_the_thread_ends_and_nothing_follows()
     assert list(batches) == []
 
 
-def test_evaluation_when_run_then_each_kind_in_turn_twice_the_same_and_without_workers(make_config, tokenizer):
+def test_evaluation_kinds_in_turn(make_config, tokenizer):
+    """Evaluation reads each caption kind in turn, gives the same batches twice, and starts no workers."""
     config = make_config(data__workers=2)
     runs = [list(evaluation_batches(config, ROWS, tokenizer)) for _ in range(2)]
     assert [(kind, batch.step) for kind, batch in runs[0]] == [(k, i) for k in ("alt", "synthetic") for i in range(3)]
@@ -214,7 +217,8 @@ def test_evaluation_when_limited_then_the_first_of_each_source(make_config, toke
     assert texts == [f"{name} number {i}" for name in ("red", "blue") for i in range(3)] + ["", ""]
 
 
-def test_evaluation_when_a_source_lacks_the_kind_or_there_is_none_then_left_out(make_config, make_dataset, datasets):
+def test_evaluation_source_without_kind(make_config, make_dataset, datasets):
+    """Evaluation leaves out a source that lacks the caption kind, and yields nothing without sources."""
     silent = make_dataset("red", 3, {i: {"captions": {"synthetic": "a"}} for i in range(3)})
     config = make_config(eval__sources={"silent": silent, "blue": datasets["blue"]}, eval__caption_types=("alt",))
     [(_, batch)] = evaluation_batches(config, ROWS)
@@ -222,11 +226,14 @@ def test_evaluation_when_a_source_lacks_the_kind_or_there_is_none_then_left_out(
     assert list(evaluation_batches(make_config(eval__sources={}), ROWS)) == []
 
 
-def test_check_sources_when_all_is_there_then_silent(make_config):
-    check_sources(make_config())
+def test_open_sources_all_present(make_config):
+    """All sources by name, in the config's order."""
+    sources = open_sources(make_config())
+    assert list(sources.training) == list(sources.held_out) == ["red", "blue"]
 
 
-def test_check_sources_when_something_is_missing_then_a_user_error_names_it(make_config, make_dataset, datasets):
+def test_open_sources_when_something_is_missing(make_config, make_dataset, datasets):
+    """A user error names the source and what it lacks."""
     alt_only = {
         "red": make_dataset("red", 2, {i: {"captions": {"alt": "a"}} for i in range(2)}),
         "blue": datasets["blue"],
@@ -241,7 +248,17 @@ def test_check_sources_when_something_is_missing_then_a_user_error_names_it(make
     ]
     for config, message in cases:
         with pytest.raises(UserError, match=message):
-            check_sources(config)
+            open_sources(config)
+
+
+def test_batches_when_sources_are_given(make_config, monkeypatch):
+    """Sources that a start has opened are not opened again."""
+    config = make_config()
+    sources = open_sources(config)
+    monkeypatch.setattr("aimv2_jax.data.pipeline.open_datasets", None)
+    with training_batches(config, range, 0, sources=sources.training) as batches:
+        assert next(batches).step == 0
+    assert len(list(evaluation_batches(config, ROWS, sources=sources.held_out))) > 0
 
 
 @pytest.mark.parametrize("axes", [("data",), ("data", "fsdp")])
@@ -259,7 +276,8 @@ def test_to_devices_when_rows_come_in_any_order_then_the_global_array(axes):
         np.testing.assert_array_equal(np.asarray(array), arrays[name])
 
 
-def test_to_devices_when_a_row_is_not_there_then_our_bug():
+def test_to_devices_missing_row():
+    """A missing row is a bug of this package and raises AssertionError, not UserError."""
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -278,7 +296,8 @@ def test_import_when_the_pipeline_is_then_no_tensorflow_and_no_backend():
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_import_when_any_data_module_is_then_nothing_of_ours_brings_jax_tensorflow_models_or_train():
+def test_data_modules_import_no_jax():
+    """No module of data or prepare imports JAX, TensorFlow, models or train."""
     package = Path(aimv2_jax.data.__file__).parents[1]
     for path in [*package.glob("data/**/*.py"), *package.glob("prepare/**/*.py")]:
         for node in ast.parse(path.read_text()).body:
@@ -301,9 +320,10 @@ def native_config(make_config):
     return make_config(data__areas=(4, 8, 16), data__batch_size=4, model__encoder=encoder)
 
 
-def test_native_batch_when_built_then_whole_pictures_in_raster_order_and_padding_that_is_zero(native_config):
+def test_native_batch_raster_order_and_padding(native_config):
+    """A native batch has whole images as patches in raster order, and its padding is zero."""
     batches = take(native_config, 12, rows=None)
-    sampler = training_sampler(native_config, open_sources(native_config.data.sources))
+    sampler = training_sampler(native_config, open_sources(native_config).training)
     assert {batch.arrays["patches"].shape[:2] for batch in batches} == {(16, 4), (8, 8), (4, 16)}
     for batch in batches:
         arrays, first = batch.arrays, sampler.schedule.first_example(batch.step)
@@ -338,7 +358,8 @@ def test_native_batch_when_split_over_hosts_or_started_later_then_the_same_examp
                     np.testing.assert_array_equal(array, expected.arrays[name][host::hosts], err_msg=name)
 
 
-def test_native_view_when_not_upscaling_then_small_pictures_keep_their_pixels(make_config, native_config):
+def test_native_view_without_upscaling(make_config, native_config):
+    """Small images keep their pixels if a native view does not upscale."""
     config = dataclasses.replace(native_config, data=dataclasses.replace(native_config.data, upscale=False))
     batches, upscaled = take(config, 12, rows=None), take(native_config, 12, rows=None)
     used = [batch.arrays["valid"].sum(axis=1) for batch in batches]
@@ -346,7 +367,8 @@ def test_native_view_when_not_upscaling_then_small_pictures_keep_their_pixels(ma
     assert any((mine < batch.arrays["valid"].sum(axis=1)).any() for mine, batch in zip(used, upscaled))
 
 
-def test_evaluation_when_an_area_is_asked_then_whole_pictures_without_a_flip(native_config):
+def test_evaluation_with_area(native_config):
+    """Evaluation with an area reads whole images and never flips them."""
     config = dataclasses.replace(native_config, eval=dataclasses.replace(native_config.eval, area=8))
     _, batch = next(evaluation_batches(config, ROWS))
     record = decode(Source("red", config.eval.sources["red"]).read(0))

@@ -15,7 +15,7 @@ import pytest
 from aimv2_jax.data import sources
 from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import BadRecord, decode, encode
-from aimv2_jax.data.sources import Source
+from aimv2_jax.data.sources import Source, open_datasets
 from aimv2_jax.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_source_when_shards_are_dropped_while_threads_read_then_every_read_is_ri
 def test_sources_when_there_are_several_then_they_share_the_bound(make_dataset, monkeypatch):
     monkeypatch.setattr(sources, "MAX_OPEN_SHARDS", 4)
     folders = [make_dataset(name, 6, shard_bytes=1) for name in ("one", "two")]
-    pair = [Source(Path(folder).name, folder) for folder in folders]
+    pair = list(open_datasets({Path(folder).name: folder for folder in folders}).values())
     for i in range(6):
         for source in pair:
             source.read(i)
@@ -93,12 +93,12 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
 from concurrent.futures import ThreadPoolExecutor
 from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.records import Record, decode
-from aimv2_jax.data.sources import Source
+from aimv2_jax.data.sources import open_datasets
 
 folders = [sys.argv[1] + f"/{name}" for name in ("a", "b", "c")]
 for folder in folders:
     write_dataset(folder, (Record(str(i), b"picture", {"alt": "a"}) for i in range(700)), shard_bytes=1)
-sources = [Source(os.path.basename(folder), folder) for folder in folders]
+sources = list(open_datasets({os.path.basename(folder): folder for folder in folders}).values())
 assert sum(len(source.info.shards) for source in sources) == 2100
 with ThreadPoolExecutor(32) as pool:
     jobs = [(source, i * 263 % 700) for i in range(700) for source in sources] * 2

@@ -1,4 +1,4 @@
-"""Tokenizer contract, on models with and without the special pieces."""
+"""Tokenizer: ids, validity and padding of captions, with SentencePiece models that have or lack special pieces."""
 
 import io
 import os
@@ -19,7 +19,9 @@ TEXTS = [b"a wide photograph of a canyon.", b"", b"caf\xc3\xa9 \xe6\x97\xa5\xe6\
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    def trained(**ids):
+    """Trains a small SentencePiece model with the given special ids; returns its path."""
+
+    def train_model(**ids):
         model = io.BytesIO()
         words = [f"{a}{b} {b}{c}" for a in "abcdefgh" for b in "ijklmn" for c in "opqrst"]
         sentencepiece.SentencePieceTrainer.train(
@@ -29,10 +31,11 @@ def train(tmp_path_factory):
         path.write_bytes(model.getvalue())
         return str(path)
 
-    return trained
+    return train_model
 
 
-def test_encode_when_compared_with_sentencepiece_then_the_same_pieces_cut_ended_and_padded(tokenizer):
+def test_encode_matches_sentencepiece(tokenizer):
+    """A row holds SentencePiece's ids, the end id and padding, cut to T; only the pieces are valid."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=resolve_path(SAMPLE).read_bytes())
     tokens, token_valid = tokenizer.encode(TEXTS)
     assert (tokens.shape, tokens.dtype, token_valid.dtype) == ((4, 12), np.int32, bool)
@@ -43,25 +46,28 @@ def test_encode_when_compared_with_sentencepiece_then_the_same_pieces_cut_ended_
         assert valid.tolist() == [column < len(wanted) for column in range(12)]
 
 
-def test_end_follows_whole_captions_only_where_it_is_a_target(train):
-    """If the end is not a target, it follows at most T - 1 pieces, as in the reference's tokenizer."""
-    path, letters = train(pad_id=3), [b"a " * count for count in (6, 7, 8, 9)]
-    counts = [
-        len(ids) for ids in sentencepiece.SentencePieceProcessor(model_file=path).encode([x.decode() for x in letters])
-    ]
+def test_end_id_of_captions_of_about_length_t(train):
+    """If the end id is a target, only captions shorter than T have one, and longer ones than T are cut to T.
+
+    Otherwise captions are cut to T - 1 pieces, and the end id always follows, as in the reference's tokenizer.
+    """
+    path, texts = train(pad_id=3), [b"a " * count for count in (6, 7, 8, 9)]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=path)
+    counts = [len(ids) for ids in pieces.encode([text.decode() for text in texts])]
     length = counts[2]
-    learned, ignored = (Tokenizer(path, length, vocab_size=60, needs_end=needs) for needs in (True, False))
-    arrays = learned.batch_arrays(letters)
-    assert (arrays["tokens"] == learned.eos_id).sum(1).tolist() == [1, 1, 0, 0]
+    with_target, without_target = (Tokenizer(path, length, vocab_size=60, needs_end=needs) for needs in (True, False))
+    arrays = with_target.batch_arrays(texts)
+    assert (arrays["tokens"] == with_target.eos_id).sum(1).tolist() == [1, 1, 0, 0]
     assert arrays["token_valid"].sum(1).tolist() == [counts[0], counts[1], length, length]
     assert arrays["truncated"].tolist() == [False, False, False, True]
-    arrays = ignored.batch_arrays(letters)
-    assert (arrays["tokens"] == learned.eos_id).sum(1).tolist() == [1, 1, 1, 1]
+    arrays = without_target.batch_arrays(texts)
+    assert (arrays["tokens"] == without_target.eos_id).sum(1).tolist() == [1, 1, 1, 1]
     assert arrays["token_valid"].sum(1).tolist() == [counts[0], counts[1], length - 1, length - 1]
     assert arrays["truncated"].tolist() == [False, False, True, True]
 
 
-def test_model_file_of_6_gb_is_refused_before_it_is_read(tmp_path):
+def test_large_model_file_is_refused_unread(tmp_path):
+    """A file of 6 GB is refused by its size, before it is read."""
     path = tmp_path / "large.model"
     path.touch()
     os.truncate(path, 6 * 10**9)
@@ -69,44 +75,50 @@ def test_model_file_of_6_gb_is_refused_before_it_is_read(tmp_path):
         Tokenizer(str(path), 12, 768)
 
 
-def test_encode_when_in_another_batch_then_the_same_row(tokenizer):
+def test_encode_row_does_not_depend_on_the_batch(tokenizer):
+    """A caption has the same row in a batch and alone."""
     together = tokenizer.encode(TEXTS)
     for i, text in enumerate(TEXTS):
         for all_rows, alone in zip(together, tokenizer.encode([text])):
             np.testing.assert_array_equal(all_rows[i], alone[0])
 
 
-def test_encode_when_no_captions_then_no_rows(tokenizer):
+def test_encode_of_no_captions_has_no_rows(tokenizer):
+    """All arrays are empty, with the usual number of columns."""
     tokens, token_valid = tokenizer.encode([])
     assert tokens.shape == token_valid.shape == (0, 12)
     assert tokenizer.batch_arrays([])["truncated"].shape == (0,)
 
 
-def test_decode_when_encoded_then_the_text_up_to_its_end(tokenizer):
+def test_decode_stops_at_the_first_end_id(tokenizer):
+    """Decoding returns the text before the first end or padding id."""
     tokens, _ = tokenizer.encode(TEXTS)
     assert tokenizer.decode(tokens[0]) == "a wide photograph of a canyon."
     assert tokenizer.decode(tokens[1]) == ""
     assert tokenizer.decode(2 * tokens[0].tolist()) == "a wide photograph of a canyon."
 
 
-def test_sample_tokenizer_when_any_letter_then_never_unknown(tokenizer):
+def test_sample_tokenizer_knows_every_letter(tokenizer):
+    """Letters of any script and emoji are encoded without the unknown id."""
     tokens, token_valid = tokenizer.encode(["日本 ☃ ß".encode(), b"\xf0\x9f\x8c\xb5"])
     assert tokenizer.unk_id not in tokens[token_valid]
     assert tokenizer.decode(tokens[1]) == "🌵"
 
 
-def test_special_ids_when_the_file_chooses_them_then_read_from_it(train):
+def test_special_ids_come_from_the_file(train):
+    """The padding, end and unknown ids are those of the model file, in any order."""
     tokenizer = Tokenizer(train(pad_id=5, eos_id=3, unk_id=0, bos_id=4), length=6, vocab_size=60)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.num_pieces) == (5, 3, 0, 60)
     tokens, _ = tokenizer.encode([b""])
     assert tokens.tolist() == [[3, 5, 5, 5, 5, 5]]
 
 
-def test_padding_when_the_file_has_none_then_the_end_id_and_else_zero(train):
+def test_padding_of_a_file_without_a_padding_id(train):
+    """The end id pads; without an end id, 0 pads."""
     tokenizer = Tokenizer(train(pad_id=-1, eos_id=2), length=4, vocab_size=60)
     assert tokenizer.encode([b""])[0].tolist() == [[2, 2, 2, 2]]
-    endless = Tokenizer(train(pad_id=-1, eos_id=-1), length=4, vocab_size=60, needs_end=False)
-    tokens, token_valid = endless.encode([b"ai ij"])
+    without_end = Tokenizer(train(pad_id=-1, eos_id=-1), length=4, vocab_size=60, needs_end=False)
+    tokens, token_valid = without_end.encode([b"ai ij"])
     assert token_valid.sum() <= 3 and (tokens[~token_valid] == 0).all()
 
 
@@ -118,7 +130,8 @@ def test_padding_when_the_file_has_none_then_the_end_id_and_else_zero(train):
         ({"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}, (3, 2, 0)),  # With a begin id, which is not used.
     ],
 )
-def test_special_ids_when_as_others_place_them_then_text_end_and_padding_are_right(train, ids, special):
+def test_special_ids_of_other_projects(train, ids, special):
+    """Text, end and padding are right with the special ids of SigLIP, T5 and files with a begin id."""
     path = train(**ids)
     pieces = sentencepiece.SentencePieceProcessor(model_file=path).encode("ai ij")
     tokenizer = Tokenizer(path, length=8, vocab_size=60)
@@ -132,7 +145,8 @@ def test_special_ids_when_as_others_place_them_then_text_end_and_padding_are_rig
     assert tokenizer.decode(tokens[0]) == "ai ij"
 
 
-def test_vocabulary_when_equal_to_the_pieces_or_larger_then_taken_with_the_same_tokens(train):
+def test_vocab_size_may_exceed_the_pieces(train):
+    """A `vocab_size` equal to the number of pieces or larger gives the same tokens."""
     path = train()
     exact, larger = (Tokenizer(path, length=8, vocab_size=size) for size in (60, 1000))
     assert exact.num_pieces == larger.num_pieces == 60
@@ -140,7 +154,8 @@ def test_vocabulary_when_equal_to_the_pieces_or_larger_then_taken_with_the_same_
         np.testing.assert_array_equal(one, other)
 
 
-def test_user_errors_when_the_file_cannot_serve_then_one_sentence_each(train, tmp_path):
+def test_unusable_file_is_a_user_error(train, tmp_path):
+    """Each kind of unusable file has a message of its own."""
     no_end, junk = train(eos_id=-1), tmp_path / "junk.model"
     junk.write_bytes(b"not a model")
     (tmp_path / "empty.model").write_bytes(b"")
@@ -159,7 +174,8 @@ def test_user_errors_when_the_file_cannot_serve_then_one_sentence_each(train, tm
         assert message in str(error.value)
 
 
-def test_user_error_when_the_file_is_missing_then_raised_before_tensorflow_is_imported():
+def test_missing_file_is_reported_before_imports():
+    """The user error is raised before tensorflow or jax is imported."""
     program = (
         "import sys; from aimv2_jax.data.tokenizer import Tokenizer; from aimv2_jax.errors import UserError\n"
         "try: Tokenizer('absent.model', 12, 768)\n"
@@ -169,7 +185,8 @@ def test_user_error_when_the_file_is_missing_then_raised_before_tensorflow_is_im
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_tensorflow_when_loaded_then_silent_on_the_terminal():
+def test_tensorflow_loads_silently():
+    """Loading tensorflow and encoding print nothing on stdout and stderr."""
     program = f"from aimv2_jax.data.tokenizer import Tokenizer; Tokenizer({SAMPLE!r}, 12, 768).encode([b'x'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -1,1 +1,1 @@
-from trained_run import config, state, workdir  # noqa: F401
+from tests.helpers.trained_run import config, state, workdir  # noqa: F401

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
-from trained_run import picture
 
 from aimv2_jax import load_encoder
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval import features
+from tests.helpers.trained_run import disc_image
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,18 @@ def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     (folder / "below").mkdir()
     for number in range(5):
-        Image.fromarray(picture(number)[0]).save(folder / ("below" if number == 4 else ".") / f"{number}.png")
+        Image.fromarray(disc_image(number)[0]).save(folder / ("below" if number == 4 else ".") / f"{number}.png")
     (folder / "notes.txt").write_text("none")
     return folder
 
 
-def test_folder_when_features_are_written_then_a_file_a_picture_as_load_encoder_gives_them(workdir, photos, tmp_path):
+def test_features_of_folder(workdir, photos, tmp_path):
+    """A folder gives one file per image with the features that load_encoder returns."""
     arguments = [f"--checkpoint={workdir}", f"--input={photos}", "--batch-size=2"]
     assert features.main([*arguments, f"--output={tmp_path}/out", f"--pca={tmp_path}/pca.png"]) == 0
     written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.npz"))
     assert written == ["0.npz", "1.npz", "2.npz", "3.npz", "below/4.npz"]
-    expected = load_encoder(workdir)([picture(number)[0] for number in range(5)])
+    expected = load_encoder(workdir)([disc_image(number)[0] for number in range(5)])
     for name, image_features in zip(written, expected):
         file = np.load(tmp_path / "out" / name)
         assert file["features"].shape == (4, 4, 32) and file["layer"] == -1
@@ -49,16 +50,17 @@ def test_data_set_when_features_are_written_to_one_file_then_records_by_key(work
     assert [record["name"] for record in records] == ["disc/20", "disc/21", "disc/22"]
     assert {(tuple(r["shape"]), r["dtype"], r["layer"]) for r in records} == {((6, 6, 32), "float32", 1)}
     encoder = load_encoder(workdir, image_size=48)
-    [(batch, _)] = encoder.batches([picture(number)[0] for number in (20, 21, 22)])
+    [(batch, _)] = encoder.batches([disc_image(number)[0] for number in (20, 21, 22)])
     expected = np.asarray(encoder.features(**batch, layer=1))[:3]
     arrays = np.stack([np.frombuffer(record["features"], np.float32).reshape(36, 32) for record in records])
     np.testing.assert_allclose(arrays, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_pictures_when_their_names_differ_by_the_ending_then_both_are_written(workdir, tmp_path):
+def test_features_names_differ_by_suffix(workdir, tmp_path):
+    """The features of two images whose names differ only by the suffix are both written."""
     (tmp_path / "photos").mkdir()
     for ending in ("png", "bmp"):
-        Image.fromarray(picture(0)[0]).save(tmp_path / f"photos/a.{ending}")
+        Image.fromarray(disc_image(0)[0]).save(tmp_path / f"photos/a.{ending}")
     assert features.main([f"--checkpoint={workdir}", f"--input={tmp_path}/photos", f"--output={tmp_path}/out"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bmp.npz", "a.png.npz"]
 

@@ -71,7 +71,7 @@ def test_figures_when_the_run_has_no_image_loss_then_null(loaded):
     assert figures["loss_text"] == figures["loss_text_synthetic"] > 0
 
 
-def test_shuffled_text_when_pictures_are_moved_instead_then_the_same_sums(loaded):
+def test_shuffled_text_equals_shuffled_images(loaded):
     """Permuting the captions of a batch gives the same sums as permuting its images."""
     [arrays] = [
         batch.arrays
@@ -105,7 +105,8 @@ def test_derangements_when_made_then_nothing_stays_and_no_two_agree(size):
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_derangements_when_there_is_nothing_to_exchange_then_none(size):
+def test_derangements_of_fewer_than_two_items(size):
+    """Fewer than two items have no derangement."""
     assert derangements(size, 4) == []
 
 
@@ -127,9 +128,8 @@ def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, c
     assert f"{figures['loss_text_shuffled_alt']:.4f}" in printed and "5 held-out images" in printed
 
 
-def test_main_when_resolutions_are_named_then_figures_at_each_and_the_runs_own_are_the_same(
-    workdir, tmp_path, capsys, figures
-):
+def test_main_with_resolutions(workdir, tmp_path, capsys, figures):
+    """The output has figures at each named resolution, and those at the run's own resolution are unchanged."""
     file = tmp_path / "figures.json"
     arguments = ["--checkpoint", f"{workdir}:20", "--json", str(file), "--resolution", "32", "48"]
     assert main(arguments) == 0
@@ -159,7 +159,7 @@ def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(wor
         (["--checkpoint", "{workdir}", "--resolution", "tall"], "--resolution is unknown: 'tall'"),
         (["--checkpoint", "{workdir}", "--resolution", "native:"], "'native:'"),
         (["--checkpoint", "{workdir}", "--resolution", "36"], "36 px, patches of 8"),
-        (["--checkpoint", "{workdir}", "--resolution", "native:16"], "needs position embeddings for any grid"),
+        (["--checkpoint", "{workdir}", "--resolution", "native:16"], "needs position embeddings that accept any grid"),
         (["--checkpoint", "{workdir}", "--two\nlines"], "--two lines"),
     ],
 )

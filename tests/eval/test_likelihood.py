@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from trained_run import COLORS, picture, records
 
 from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.transforms import geometry
@@ -18,6 +17,7 @@ from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.probes.dataset import read_labelled_dataset
 from aimv2_jax.pretrained.model import load
 from aimv2_jax.train import losses
+from tests.helpers.trained_run import COLORS, disc_image, records
 
 CAPTIONS = ["a red disc", "a picture of a green disc on white", "blue"]
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 
 def test_caption_when_scored_then_minus_its_text_loss_by_the_whole_decoder(loaded, scorer):
     tokens, loss_mask = scorer.encode(CAPTIONS)
-    images = [picture(number)[0] for number in range(4)]
+    images = [disc_image(number)[0] for number in range(4)]
     scores = scorer(images, tokens, loss_mask)
     assert scores.shape == (4, 3) and (scores < 0).all()
     task = dataclasses.replace(loaded.task, weights={"text": 1.0})
@@ -70,7 +70,8 @@ def test_end_of_text_when_it_was_learned_then_counted(scorer):
     assert loss_mask[0].sum() == 1 + (tokens[0] > 2).sum()
 
 
-def test_classes_when_scored_then_the_mean_over_templates_and_the_prior_is_of_a_flat_picture(scorer, data):
+def test_class_scores_mean_and_prior(scorer, data):
+    """Class scores are the mean over the templates, and the prior is the score of a flat image."""
     test = read_labelled_dataset(str(data), "--data", "color", None, ())
     templates = ["a {} disc", "{}"]
     scores, prior = zeroshot.class_scores(scorer, test, templates)
@@ -100,9 +101,10 @@ def test_recall_when_ranks_are_known_then_shares_of_them():
     assert recall["recall@1"] == pytest.approx(1 / 3) and recall["recall@5"] == 1
 
 
-def test_retrieval_command_when_run_then_both_ways_and_a_picture(workdir, data, tmp_path):
+def test_retrieval_command(workdir, data, tmp_path):
+    """The retrieval command scores both directions and draws an image."""
     arguments = [f"--checkpoint={workdir}", f"--data={data}", "--kind=alt", "--examples=6"]
-    assert retrieval.main([*arguments, f"--json={tmp_path}/r.json", f"--picture={tmp_path}/r.png"]) == 0
+    assert retrieval.main([*arguments, f"--json={tmp_path}/r.json", f"--image={tmp_path}/r.png"]) == 0
     metrics = json.loads((tmp_path / "r.json").read_text())
     assert metrics["examples"] == 6 and metrics["text_to_image"]["chance@1"] == pytest.approx(1 / 6)
     with Image.open(tmp_path / "r.png") as drawn:
@@ -116,18 +118,21 @@ def test_pairs_when_captions_repeat_then_each_once(data):
         retrieval.read_pairs(str(data), "none", 10)
 
 
-def test_caption_when_nothing_is_in_it_then_told(scorer):
+def test_scorer_empty_caption(scorer):
+    """An empty caption raises UserError."""
     with pytest.raises(UserError, match="a caption has no letter"):
         scorer.encode(["red", " "])
 
 
-def test_model_without_text_when_asked_then_told(loaded):
+def test_scorer_model_without_text(loaded):
+    """A model that was not trained on text raises UserError."""
     silent = dataclasses.replace(loaded, task=dataclasses.replace(loaded.task, weights={"image": 1.0}))
     with pytest.raises(UserError, match="not trained to write text"):
         Scorer(silent)
 
 
-def test_template_when_it_has_no_place_for_the_class_then_told(workdir, data, capsys):
+def test_template_without_class(workdir, data, capsys):
+    """A template that has no place for the class ends with code 2 and an error message."""
     with pytest.raises(SystemExit) as stopped:
         zeroshot.main([f"--checkpoint={workdir}", f"--data={data}", "--label=color", "--template=a disc"])
     assert stopped.value.code == 2 and re.search("has no {} for the class", capsys.readouterr().err)

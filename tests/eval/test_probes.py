@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
-from trained_run import COLORS, records
 
 from aimv2_jax.data.dataset_info import write_dataset
 from aimv2_jax.data.transforms.decode import decode_image
@@ -20,11 +19,21 @@ from aimv2_jax.eval.probes import run as probe
 from aimv2_jax.eval.probes.__main__ import main
 from aimv2_jax.eval.probes.dataset import read_labelled_dataset, split
 from aimv2_jax.eval.probes.features import FeatureCache
-from aimv2_jax.eval.probes.heads import AttentiveHead, LinearHead
 from aimv2_jax.eval.probes.run import RandomCrops
-from aimv2_jax.eval.probes.sweep import FeatureNorm, SweepConfig, epoch_batches, ordered_batches, predict, train_sweep
+from aimv2_jax.eval.probes.sweep import (
+    GRIDS,
+    AttentiveHead,
+    FeatureNorm,
+    LinearHead,
+    SweepConfig,
+    epoch_batches,
+    ordered_batches,
+    predict,
+    train_sweep,
+)
 from aimv2_jax.pretrained.encoder import PretrainedEncoder, encoder_of, load_encoder
 from aimv2_jax.pretrained.source import open_weights
+from tests.helpers.trained_run import COLORS, records
 
 NAMES = list(COLORS)
 
@@ -75,7 +84,9 @@ def test_split_when_made_then_a_share_of_every_class_and_the_same_again(datasets
     assert not np.array_equal(split(datasets[0], 0.2, seed=2)[1], val_idx)
 
 
-def test_sets_when_they_cannot_be_probed_then_told(data, datasets):
+def test_labelled_dataset_errors(data, datasets):
+    """A dataset that cannot be probed raises a UserError that says why."""
+
     def read(label, names=None, without=(), by=None):
         return read_labelled_dataset(str(data / "test"), "--test", label, by, without, names)
 
@@ -89,9 +100,8 @@ def test_sets_when_they_cannot_be_probed_then_told(data, datasets):
             read(**arguments)
 
 
-def test_features_when_kept_then_read_again_and_not_for_another_model_or_transform(
-    workdir, datasets, tmp_path, monkeypatch
-):
+def test_feature_cache_hit_and_miss(workdir, datasets, tmp_path, monkeypatch):
+    """Stored features are read again, but not for another model or transform."""
     encoder = load_encoder(workdir)
     cache = FeatureCache(tmp_path, encoder, "patches", None, True, 16)
     computed = cache(datasets[0], "train")
@@ -163,7 +173,8 @@ def test_grid_when_trained_together_then_each_point_as_alone_with_adamw():
             rows = numbers >= 0
 
             def loss(params, batch=batch, mask_BL=mask_BL, numbers=numbers, rows=rows):
-                logits = head.apply({"params": params}, (batch - norm.mean) * norm.inv_std, mask_BL)
+                scaled, valid_BL = jnp.asarray((batch - norm.mean) * norm.inv_std), jnp.asarray(mask_BL)
+                logits = head.apply({"params": params}, scaled, valid_BL)
                 return optax.softmax_cross_entropy_with_integer_labels(logits[rows], numbers[rows]).mean()
 
             updates, state = optimizer.update(jax.grad(loss)(params), state, params)
@@ -195,7 +206,8 @@ def test_neighbours_when_they_vote_then_weighted_by_cosine():
         np.testing.assert_array_equal(votes, [0, 1])  # With all five, the two near ones outweigh the three far ones.
 
 
-def test_interval_when_many_pictures_then_the_normal_one():
+def test_interval_with_many_images():
+    """The confidence interval for many images is the normal one."""
     correct = np.arange(2000) % 4 != 0
     low, high = report.interval(correct)
     spread = 1.96 * np.sqrt(0.75 * 0.25 / 2000)
@@ -203,7 +215,8 @@ def test_interval_when_many_pictures_then_the_normal_one():
 
 
 @pytest.mark.parametrize("kind", ["attentive", "linear", "knn"])
-def test_probe_when_colours_are_asked_then_told_and_written(workdir, data, tmp_path, capsys, kind):
+def test_probe_of_colors_prints_and_writes_results(workdir, data, tmp_path, capsys, kind):
+    """A probe of colors reaches a high accuracy, and its results are printed and written."""
     flags = [f"--kind={kind}", "--epochs=20", "--batch-size=16", "--by=parity", f"--json={tmp_path}/probe.json"]
     assert run(workdir, data, *flags, f"--confusion={tmp_path}/confusion.png", f"--cache={tmp_path}/cache") == 0
     result = json.loads((tmp_path / "probe.json").read_text())
@@ -241,7 +254,8 @@ def test_crops_when_new_then_others_in_every_epoch_and_the_same_again(workdir, d
     assert len(runs[0]) == 2 and (np.abs(first - second).max(axis=(1, 2)) > 0.01).mean() > 0.9
 
 
-def test_features_when_too_large_for_what_is_kept_then_told(workdir, datasets):
+def test_features_error_too_large_for_float16(workdir, datasets):
+    """Features that are too large to be stored as float16 raise a UserError."""
     weights = open_weights(workdir)
     arrays = {name: leaf * (1e6 if name == "encoder/trunk/norm/scale" else 1) for name, leaf in weights.read().items()}
     huge = dataclasses.replace(weights, read_paths=lambda paths: {name: arrays[name] for name in paths})
@@ -254,7 +268,8 @@ def test_split_when_a_share_would_take_all_then_one_of_a_class_stays(datasets):
     assert set(datasets[0].classes[fit_idx]) == {0, 1, 2}
 
 
-def test_choice_when_made_then_without_a_look_at_the_test_pictures(workdir, data, tmp_path):
+def test_best_head_independent_of_test_images(workdir, data, tmp_path):
+    """The best head is chosen without use of the test images."""
     best = []
     for name, test in (("own", "test"), ("other", "train")):
         arguments = [f"--checkpoint={workdir}", f"--train={data}/train", f"--test={data}/{test}", "--label=color"]
@@ -265,7 +280,8 @@ def test_choice_when_made_then_without_a_look_at_the_test_pictures(workdir, data
 
 
 @pytest.mark.parametrize("augment", ["flip", "crops"])
-def test_head_when_chosen_then_trained_again_on_all_train_pictures(workdir, data, datasets, monkeypatch, augment):
+def test_head_refit_on_all_train_images(workdir, data, datasets, monkeypatch, augment):
+    """The chosen head is trained again on all train images, unless --no-refit is given."""
     trainings = []
 
     def watched(head, norm, config, steps_per_epoch, batches, width):
@@ -278,7 +294,7 @@ def test_head_when_chosen_then_trained_again_on_all_train_pictures(workdir, data
     flags = ["--kind=linear", "--epochs=2", "--batch-size=8", "--validation=0.2", "--no-floor", f"--augment={augment}"]
     assert run(workdir, data, *flags) == 0
     fit_idx, val_idx = split(datasets[0], 0.2, seed=0)
-    grid = (len(probe.SMALL_GRID), 2 * len(fit_idx))
+    grid = (len(GRIDS["small"]), 2 * len(fit_idx))
     assert trainings == [grid, (1, 2 * (len(fit_idx) + len(val_idx)))]
     trainings.clear()
     assert run(workdir, data, *flags, "--no-refit") == 0

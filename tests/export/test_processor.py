@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from real_images import write_images
 
-from aimv2_jax.data.loading.batch_builder import CenterTransform
-from aimv2_jax.data.loading.stage_timer import StageTimer
 from aimv2_jax.data.transforms.decode import open_encoded
+from aimv2_jax.data.transforms.views import View
 from aimv2_jax.export.hf_export import processor_json
 from aimv2_jax.pretrained.encoder import PretrainedEncoder
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
+from tests.helpers.real_images import write_images
 
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="extra [test]")
 
@@ -58,7 +57,7 @@ def test_processor_when_given_paths_then_equal_bytes(images, tmp_path, size):
                 "path": encoder.pixels(path),
                 "image": encoder.pixels(image),
                 "array": encoder.pixels(np.asarray(encoded.decode_full())),
-                "evaluation": CenterTransform(size)(encoded, 0, 0, StageTimer()),
+                "evaluation": View(size)(encoded),
             }
         for source, our_pixels in ours.items():
             np.testing.assert_array_equal(our_pixels, pixels.transpose(1, 2, 0), f"{path.name} as {source}")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from real_images import write_images
 
 from aimv2_jax import load_encoder
 from aimv2_jax.export import __main__ as hf
@@ -16,6 +15,7 @@ from aimv2_jax.export.hf_export import write_folder
 from aimv2_jax.export.verify import sample_images
 from aimv2_jax.pretrained.encoder import encoder_of
 from aimv2_jax.pretrained.source import open_weights
+from tests.helpers.real_images import write_images
 
 # The tests import transformers themselves: it takes seconds, which test collection should not spend.
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="extra [test]")

@@ -30,11 +30,10 @@ COUNT = 100
 
 
 def make(folder: Path, spec: str) -> None:
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    from real_images import write_images
-
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from aimv2_jax import load_encoder
     from aimv2_jax.export import __main__ as hf
+    from tests.helpers.real_images import write_images
 
     images = folder / "images"
     images.mkdir(parents=True)

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, run, stand_in
-from tiny import ROOT
+
+from tests.helpers.launching import LAUNCH, run, stand_in
+from tests.helpers.tiny import ROOT
 
 
 def ci(tmp_path: Path, found: str = "", suite: int = 0, other: int = 0, **variables: str) -> tuple[int, list[str], str]:

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, run, stand_in
-from tiny import ROOT
+
+from tests.helpers.launching import LAUNCH, run, stand_in
+from tests.helpers.tiny import ROOT
 
 FIND = LAUNCH / "find_python.sh"
 ENVIRONMENT = ["bash", "-c", ". launch/environment.sh"]

@@ -8,10 +8,11 @@ import subprocess
 
 import pytest
 import yaml
-from launching import LAUNCH, environment, stand_in
-from tiny import ROOT
 
-WORDS = {"$IMAGE": "image", "$CONFIG": "experiments/pretrain_large_224.py", "$WORKDIR": "gs://bucket/run"}
+from tests.helpers.launching import LAUNCH, environment, stand_in
+from tests.helpers.tiny import ROOT
+
+WORDS = {"$IMAGE": "image", "$CONFIG": "experiments/pretrain.py:large", "$WORKDIR": "gs://bucket/run"}
 # Fields in use of jobset.x-k8s.io/v1alpha2 (api/jobset/v1alpha2/jobset_types.go) and of batch/v1.
 FIELDS = {
     "spec": {"replicatedJobs", "network", "successPolicy", "failurePolicy", "suspend", "ttlSecondsAfterFinished"},

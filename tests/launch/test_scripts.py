@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from launching import LAUNCH, run
+
+from tests.helpers.launching import LAUNCH, run
 
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 

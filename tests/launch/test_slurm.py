@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, environment, run, stand_in
 
-pytestmark = pytest.mark.xdist_group("shared-memory")
+from tests.helpers.launching import LAUNCH, environment, run, stand_in
 
 # Imitates srun(1) for a step with one task a node: it passes the environment on, sets SLURM_STEP_* and task numbers,
 # forwards SIGTERM, rejects unknown options, and exits with the highest code of its tasks, 128 + N for one that signal N

@@ -9,14 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH, environment, run, stand_in
-from tiny import ROOT
 
-pytestmark = pytest.mark.xdist_group("shared-memory")
-needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkout's history")
+from tests.helpers.launching import LAUNCH, environment, run, stand_in
 
 NAMED = ["--name", "mine", "--zone", "us-west4-a"]
-TRAIN = ["--", "--config=experiments/pretrain_large_224.py", "--workdir=gs://bucket/a b"]
+TRAIN = ["--", "--config=experiments/pretrain.py:large", "--workdir=gs://bucket/a b"]
 QUEUED = "gcloud compute tpus queued-resources"
 WORKER = "bash aimv2_jax/launch/worker.sh"
 DRY_RUN = f"""\
@@ -24,7 +21,7 @@ DRY_RUN = f"""\
 git -C CHECKOUT archive --format=tar.gz --output=/archives/FOLDER/aimv2_jax.tar.gz COMMIT
 {QUEUED} scp /archives/FOLDER/aimv2_jax.tar.gz mine:aimv2_jax.tar.gz --node=all --worker=all --zone=us-west4-a
 {QUEUED} ssh mine --node=all --worker=all '--command=mkdir -p aimv2_jax && tar -xzf aimv2_jax.tar.gz -C aimv2_jax && {WORKER} install' --zone=us-west4-a
-{QUEUED} ssh mine --node=all --worker=all '--command={WORKER} start v5e SLICES --config=experiments/pretrain_large_224.py --workdir=gs://bucket/a\\ b' --zone=us-west4-a
+{QUEUED} ssh mine --node=all --worker=all '--command={WORKER} start v5e SLICES --config=experiments/pretrain.py:large --workdir=gs://bucket/a\\ b' --zone=us-west4-a
 {QUEUED} ssh mine --node=0 --worker=0 '--command={WORKER} follow' --zone=us-west4-a
 {QUEUED} ssh mine --node=0 --worker=0 '--command={WORKER} code' --zone=us-west4-a
 """  # noqa: E501
@@ -156,7 +153,7 @@ def test_run_when_the_trainer_ends_then_started_again_if_that_can_help(ends, cod
     (tmp_path / "unreachable").touch()  # One query fails; the script repeats it.
     done, calls = cloud("run", ends, *TRAIN)
     assert done.returncode == code, done.stderr
-    command = "-m aimv2_jax.main --config=experiments/pretrain_large_224.py --workdir=gs://bucket/a b"
+    command = "-m aimv2_jax.main --config=experiments/pretrain.py:large --workdir=gs://bucket/a b"
     for host in range(2):
         assert starts(tmp_path, host) == [command] * count
     assert (calls.count("create"), calls.count("delete"), calls.count("scp")) == (1, 0, 1)
@@ -174,7 +171,8 @@ def test_run_when_hosts_may_still_be_at_work(code, cloud, tmp_path):
 
 
 @needs_git
-def test_run_when_the_tpu_is_preempted_then_it_is_rented_anew_and_the_run_goes_on(cloud, tmp_path):
+def test_run_recreates_preempted_tpu(cloud, tmp_path):
+    """A preempted TPU is created again, and the run continues."""
     done, calls = cloud("run", "75 preempted 0", *TRAIN)
     assert done.returncode == 0, done.stderr
     assert [len(starts(tmp_path, host)) for host in range(2)] == [3, 3]
@@ -186,7 +184,8 @@ def test_run_when_the_tpu_is_preempted_then_it_is_rented_anew_and_the_run_goes_o
 
 
 @needs_git
-def test_run_when_called_again_then_it_goes_on_with_what_is_rented(cloud, tmp_path):
+def test_run_again_reuses_existing_tpu(cloud, tmp_path):
+    """A second call of `run` continues on the TPU that exists."""
     cloud("run", "1 0", *TRAIN)
     done, calls = cloud("run", "1 0", *TRAIN)
     assert done.returncode == 0, done.stderr
@@ -223,7 +222,8 @@ def start_one(host, folder: Path) -> None:
         time.sleep(0.02)
 
 
-def test_worker_when_stopped_then_the_run_saves_and_its_code_is_kept(host, tmp_path):
+def test_worker_stop_saves_and_records_exit_code(host, tmp_path):
+    """A stopped worker lets the run save, and the exit code of the run is recorded."""
     start_one(host, tmp_path)
     assert host("code").stdout == "running\n"
     again = host("start", "v6e", 2)

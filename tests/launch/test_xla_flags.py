@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from launching import LAUNCH, run
+
+from tests.helpers.launching import LAUNCH, run
 
 libtpu = pytest.importorskip("libtpu")
 

@@ -1,4 +1,4 @@
-"""Encoder inputs and outputs that the golden tensors do not cover."""
+"""Encoder: hidden states, grids and position embeddings, which the golden tensors do not cover."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def build(**changes):
     return encoder, params, pixels, valid
 
 
-def test_features_when_collected_then_every_layer_and_the_last_gives_the_output():
+def test_hidden_states_end_with_the_output():
+    """There are depth + 1 hidden states. The normalised last one equals the features, with or without collection."""
     encoder, params, pixels, valid = build()
     features, hidden_states = encoder.apply(params, pixels, grid(2, 3), valid, None, True)
     assert hidden_states.shape == (3, 2, 6, 16)
@@ -40,13 +41,15 @@ def test_features_when_collected_then_every_layer_and_the_last_gives_the_output(
     np.testing.assert_array_equal(alone, features)
 
 
-def test_learned_positions_when_the_grid_has_another_size_then_refused():
+def test_learned_positions_refuse_another_grid():
+    """The error names the number of patches with a position, and the number given."""
     encoder, params, _, _ = build()
     with pytest.raises(ValueError, match="learned positions for 6 patches, got 4"):
         encoder.apply(params, jnp.zeros((2, 4, 27)), grid(2, 2), jnp.ones((2, 4), bool))
 
 
-def test_sincos_encoder_when_another_grid_comes_then_it_is_taken_and_coordinates_matter():
+def test_sincos_encoder_accepts_any_grid():
+    """Sin-cos positions have no parameters, depend on the coordinates, and accept a larger grid."""
     encoder, params, pixels, valid = build(position="sincos")
     assert "position" not in params["params"]
     two_by_three, _ = encoder.apply(params, pixels, grid(2, 3), valid)
@@ -56,7 +59,8 @@ def test_sincos_encoder_when_another_grid_comes_then_it_is_taken_and_coordinates
     assert larger.shape == (2, 20, 16)
 
 
-def test_sincos_positions_when_computed_in_float64_then_equal():
+def test_sincos_positions_match_float64():
+    """The embeddings equal a float64 computation to 1e-6."""
     ours = np.asarray(sincos_positions(grid(5, 7, 1), 24)[0])
     rows, columns = np.divmod(np.arange(35), 7)
     frequency = 10000.0 ** (-np.arange(6) / 6)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from aimv2_jax.models.attention import MaskSpec, attend, choose_attention, padded_rows
 from aimv2_jax.models.kernels import flash_attention, short_attention
+from aimv2_jax.models.ops import with_grad_dot
 
 HEAD_DIM, HEADS = 128, 2
 # (rows, prefix of each example, valid rows of each example). Only the last case ends at a block's edge.
@@ -38,6 +39,9 @@ def results(implementation: str, mask_spec: MaskSpec, rows: int, dtype):
     weight = jnp.where(mask_spec.key_valid[..., None], weight, 0)
 
     def loss(q, k, v, grad_dot):
+        if implementation == "xla":
+            q, k, v = with_grad_dot((q, k, v), grad_dot)
+            grad_dot = None
         out = attend(q, k, v, mask_spec, grad_dot, HEADS, implementation)
         return jnp.sum((out * weight).astype(jnp.float32)), out
 

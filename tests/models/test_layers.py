@@ -10,7 +10,8 @@ from flax import linen as nn
 from flax.core import meta
 
 from aimv2_jax.models.attention import causal_mask
-from aimv2_jax.models.layers import REMAT, Cache, Linear, Precision, RMSNorm, Trunk, TrunkOptions, project, unstack
+from aimv2_jax.models.layers import REMAT, Cache, Linear, Precision, RMSNorm, Trunk, TrunkOptions, unstack
+from aimv2_jax.models.ops import project
 
 BF16 = Precision(compute=jnp.bfloat16)
 TRUNK = dict(depth=3, heads=2, hidden=24, eps=1e-5, precision=Precision())

@@ -9,11 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny import ROOT
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel.mesh import build_mesh, check_batch, local_rows
 from aimv2_jax.parallel.rules import batch_sharding
+from tests.helpers.tiny import ROOT
 
 
 @pytest.mark.parametrize(

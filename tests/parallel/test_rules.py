@@ -6,24 +6,25 @@ from pathlib import Path
 
 import jax
 import pytest
-from golden_names import paths
 from jax.sharding import PartitionSpec
-from tiny import ROOT, tiny_config
 
-from aimv2_jax.config import load_config
+from aimv2_jax.config.load import load_config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.train.builder import build_setup
+from experiments.pretrain import RUNS
+from tests.helpers.golden_names import paths
+from tests.helpers.tiny import ROOT, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "golden_configs/shardings.txt"
-PRESETS = sorted(path.stem for path in (ROOT / "experiments").glob("pretrain_*.py"))
+PRETRAIN = ROOT / "experiments/pretrain.py"
 MESH = [("mesh.data", "2"), ("mesh.fsdp", "2"), ("mesh.tensor", "2")]
 ACTIVATIONS = {"batch", "length", "activation"}
 
 
-def table(preset: str) -> str:
+def table(size: str) -> str:
     """Lists every parameter with its shape, logical axes and mesh axes, one per line."""
-    config = load_config(ROOT / f"experiments/{preset}.py", MESH)
+    config = load_config(f"{PRETRAIN}:{size}", MESH)
     setup = build_setup(config)
     shapes, names = paths(setup.abstract_state.params), paths(setup.task.logical_axes())
     shardings = paths(setup.state_shardings.params)
@@ -33,9 +34,9 @@ def table(preset: str) -> str:
     )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_rule_table_when_resolved_for_a_preset_then_every_line_matches_and_is_used(preset):
-    setup = build_setup(load_config(ROOT / f"experiments/{preset}.py", MESH))
+@pytest.mark.parametrize("size", RUNS)
+def test_rule_table_when_resolved_for_a_preset_then_every_line_matches_and_is_used(size):
+    setup = build_setup(load_config(f"{PRETRAIN}:{size}", MESH))
     axes = paths(setup.task.logical_axes())
     used = {name for names in axes.values() for name in names}
     rule_names = {name for name, _ in rules.RULES}
@@ -46,7 +47,7 @@ def test_rule_table_when_resolved_for_a_preset_then_every_line_matches_and_is_us
 
 
 def test_rule_table_when_printed_for_large_then_equals_the_golden_text():
-    text = table("pretrain_large_224")
+    text = table("large")
     print(text)
     assert text == GOLDEN.read_text(), (
         "shardings have changed; if that is intended, run python -m tests.write_golden_configs"

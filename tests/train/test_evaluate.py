@@ -15,7 +15,8 @@ from aimv2_jax.train.task import SumCount
 VALID = np.array([[True] * 8, [True] * 3 + [False] * 5, [True] + [False] * 7, [False] * 8])
 
 
-def test_fixed_prefixes_when_any_number_of_patches_then_nearest_share_within_1_and_one_less():
+def test_fixed_prefixes_of_any_patch_count():
+    """A fixed prefix is the nearest share of the patches, within 1 and one less than their number."""
     quarter, half, most = fixed_prefixes((0.25, 0.5, 0.99), VALID)
     assert quarter.tolist() == [2, 1, 1, 1] and half.tolist() == [4, 2, 1, 1] and most.tolist() == [7, 2, 1, 1]
     assert full_prefix(VALID).tolist() == [8, 3, 1, 0]
@@ -53,12 +54,14 @@ def test_evaluation_when_batches_are_unequal_then_sums_are_divided_once():
     }
 
 
-def test_evaluation_when_there_is_no_text_loss_then_no_text_figures():
+def test_evaluation_without_text_loss():
+    """An evaluation without a text loss has no text figures."""
     values = evaluate(stand_in({"image": 0.4}), None, BATCHES, lambda arrays: arrays)
     assert set(values) == {"eval_loss", "eval_loss_image"}
 
 
-def test_evaluation_when_attention_is_full_then_the_whole_picture_is_read_for_every_figure():
+def test_evaluation_with_full_attention():
+    """An evaluation with full attention reads the whole image for every figure."""
     program, prefixes = stand_in({"text": 1.0}, "full"), []
     eval_sums = program.eval_sums
     program.eval_sums = lambda params, batch, prefix: (prefixes.extend(prefix), eval_sums(params, batch, prefix))[1]
@@ -69,8 +72,9 @@ def test_evaluation_when_attention_is_full_then_the_whole_picture_is_read_for_ev
     assert prefixes == [8, 8, 8, 0]
 
 
-def test_evaluation_when_there_is_an_average_then_its_figures_stand_beside():
-    values = evaluate(stand_in({"text": 1.0}), 100.0, BATCHES, lambda arrays: arrays, average=60.0)
+def test_evaluation_with_ema_params():
+    """An evaluation with averaged parameters has their figures beside the others."""
+    values = evaluate(stand_in({"text": 1.0}), 100.0, BATCHES, lambda arrays: arrays, ema_params=60.0)
     names = ("eval_loss", "eval_loss_text", "eval_loss_text_full_prefix")
     assert values == {name: pytest.approx(300 / 16) for name in names} | {
         f"{name}_ema": pytest.approx(180 / 16) for name in names

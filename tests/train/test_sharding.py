@@ -11,8 +11,6 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 import pytest
-from golden_names import paths
-from tiny import tiny_config
 
 from aimv2_jax.data import pipeline
 from aimv2_jax.data.tokenizer import Tokenizer
@@ -21,6 +19,8 @@ from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.step import accumulate
+from tests.helpers.golden_names import paths
+from tests.helpers.tiny import tiny_config
 
 STEP = 3
 BATCH = 16

@@ -8,11 +8,11 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
 
 from aimv2_jax.train.builder import build_setup
-from aimv2_jax.train.step import train_step
+from aimv2_jax.train.step import StepOptions, train_step
 from experiments.benchmarks.step_time import synthetic_batch
+from tests.helpers.tiny import tiny_config
 
 _COPY = re.compile(r"= f32\[(?P<shape>[0-9,]+)\]\S* copy\(")
 
@@ -30,8 +30,7 @@ def steps(train_setup):
         task=train_setup.task,
         optimizer=train_setup.optimizer,
         schedule=train_setup.schedule,
-        ema_decay=train_setup.config.optimizer.ema_decay,
-        writes_in_order=False,
+        options=StepOptions(ema_decay=train_setup.config.optimizer.ema_decay),
     )
     shape = train_setup.config.batch_shapes[0]
     shapes = train_setup.abstract_state, train_setup.abstract_batch(shape), train_setup.rng

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from golden_names import paths
-from tiny import ROOT, tiny_config
 
-from aimv2_jax.config import load_config
+from aimv2_jax.config.load import load_config
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.train import losses
 from aimv2_jax.train.step import accumulate
 from aimv2_jax.train.task import abstract_key, build_task, purpose_key, run_key
+from tests.helpers.golden_names import paths
+from tests.helpers.tiny import ROOT, tiny_config
 
 LENGTH, TEXT = 4, 12
 
@@ -43,7 +43,7 @@ def batch_of(size: int, seed: int = 0, length: int = LENGTH) -> dict[str, jax.Ar
 def test_init_when_drawn_by_the_recipe_then_each_tensor_has_its_distribution():
     """RECIPE.md §5, on a model wide enough to distinguish the distributions."""
     smaller = {"model.encoder.depth": "2", "model.decoder.depth": "3", "model.decoder.vocab_size": "4096"}
-    config = load_config(ROOT / "experiments/pretrain_base_224.py", list(smaller.items()))
+    config = load_config(ROOT / "experiments/pretrain.py:base", list(smaller.items()))
     params = paths(jax.jit(build_task(config).init)(run_key(0)))
     depth = config.model.decoder.depth
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from typing import Protocol
 
 from aimv2_jax.aot.collectives import Collectives
 from aimv2_jax.aot.cost_model.fingerprint import Fingerprints
 from aimv2_jax.aot.cost_model.kernels import FREE_OPCODES, accessed_bytes, is_free, roofline_cycles
-from aimv2_jax.aot.hlo import Instruction, Module
-from aimv2_jax.aot.schedule import scheduled
+from aimv2_jax.aot.hlo import Instruction, Module, scheduled
 from aimv2_jax.parallel.hardware import Chip
 
 
 class Source(enum.StrEnum):
-    """Source of an estimate, from the most to the least reliable. The values are written to reports."""
+    """Sources of estimates, from the most to the least reliable. The values are written to reports."""
 
-    COMPILER = "the compiler's own figure"
-    PROXY = "the same fusion in the shallow twin"
-    PROXY_OTHER_MEMORY = "the same fusion in the shallow twin, operands in another memory"
-    PROXY_SCALED = "the same fusion over a shallower stack, scaled by bytes"
-    KERNEL = "the rule for kernels without a figure"
-    BYTES = "no such fusion in the twin: its bytes by the rule for kernels, and what an instruction takes at least"
-    NOTHING = "takes no time of its own"
+    COMPILER = "the compiler's estimate"
+    PROXY = "the same fusion in the shallow proxy"
+    PROXY_OTHER_MEMORY = "the same fusion in the shallow proxy, with operands in another memory"
+    PROXY_SCALED = "the same fusion over fewer layers, scaled by its bytes"
+    KERNEL = "the roofline rule for kernels"
+    BYTES = "the roofline rule and the latency of a transfer, for fusions that the proxy lacks"
+    NOTHING = "no cycles of its own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +33,8 @@ class CycleEstimate:
     source: Source
 
 
-class CostModel(Protocol):
-    """Estimates the cycles of a module's scheduled instructions."""
-
-    def estimate(self, instruction: Instruction, computation: str) -> CycleEstimate: ...
-
-
 class CompiledCostModel:
-    """Cost model of a module after code generation: its own estimates, or the roofline rule without one."""
+    """Cost model of a module after code generation: the compiler's estimates, else the roofline rule."""
 
     def __init__(self, module: Module, collectives: Collectives, chip: Chip):
         self._module = module
@@ -58,10 +50,11 @@ class CompiledCostModel:
 
 
 class ProxyCostModel:
-    """Cost model of a module before code generation: the estimates of a proxy after code generation.
+    """Cost model of a module before code generation, from the estimates of a proxy after code generation.
 
-    Fusions are matched by their computation (`fingerprint`). A fusion over a whole stack of layers has no equal in a
-    proxy with fewer layers: it is matched without the depth and scaled by its bytes, or estimated by the roofline rule.
+    The proxy is the same model with fewer layers. A fusion takes the estimate of the proxy's fusion with the same
+    computation (`fingerprint`). A fusion over a whole stack of layers has no equal in the proxy. It is matched without
+    the number of layers and scaled by its bytes; if that fails too, the roofline rule estimates it.
     """
 
     def __init__(self, module: Module, roofline: CompiledCostModel, chip: Chip, proxy: Module, depths: frozenset[int]):
@@ -71,11 +64,11 @@ class ProxyCostModel:
         self._fingerprints = Fingerprints(module, depths)
         proxy_fingerprints = Fingerprints(proxy, depths)
         self._cache: dict[tuple[str, str], CycleEstimate] = {}
-        self._exact: dict[str, int] = {}
-        self._unestimated: set[str] = set()  # Computations that the proxy contains without an estimate.
-        self._any_memory: dict[str, list[tuple[str, int]]] = {}
-        self._any_depth: dict[str, tuple[int, int]] = {}
-        hbm_writes = [math.inf]  # Cycles of instructions that write to HBM; the minimum is a transfer's latency.
+        self._exact: dict[str, float] = {}
+        self._unestimated: set[str] = set()  # Digests that occur in the proxy, but without an estimate.
+        self._any_memory: dict[str, list[tuple[str, float]]] = {}
+        self._any_depth: dict[str, tuple[float, int]] = {}
+        hbm_writes = [math.inf]  # Cycles of each instruction that writes to HBM; the minimum is a transfer's latency.
         for item in scheduled(proxy):
             instruction, cycles = item.instruction, item.instruction.estimated_cycles
             fingerprint = proxy_fingerprints.of(instruction, item.computation)
@@ -98,11 +91,8 @@ class ProxyCostModel:
 
     def _match(self, instruction: Instruction, computation: str) -> CycleEstimate:
         roofline = self._roofline.estimate(instruction, computation)
-        if (
-            instruction.opcode in FREE_OPCODES
-            or instruction.opcode == "custom-call"
-            or instruction.opcode.endswith(("-start", "-done"))
-        ):
+        opcode = instruction.opcode
+        if opcode in FREE_OPCODES or opcode == "custom-call" or opcode.endswith(("-start", "-done")):
             return roofline
         fingerprint = self._fingerprints.of(instruction, computation)
         if fingerprint.exact in self._exact:
@@ -119,8 +109,8 @@ class ProxyCostModel:
         return roofline
 
 
-def _nearest(known: list[tuple[str, int]], memories: str) -> float:
-    """Returns the cycles of the fusion with the fewest operands and results in another memory; the mean of ties."""
+def _nearest(known: list[tuple[str, float]], memories: str) -> float:
+    """Returns the cycles of the fusion with the fewest operands and results in other memories, or the mean of ties."""
     distances = [sum(a != b for a, b in zip(other, memories)) for other, _ in known]
     nearest = [cycles for distance, (_, cycles) in zip(distances, known) if distance == min(distances)]
     return sum(nearest) / len(nearest)

@@ -50,7 +50,7 @@ class _ComputationDigest:
 class Fingerprints:
     """Fingerprints of a module's instructions; `depths` are the possible leading sizes of stacked layers."""
 
-    def __init__(self, module: Module, depths: frozenset[int] = frozenset()):
+    def __init__(self, module: Module, depths: frozenset[int]):
         self._named = {name: module.named(name) for name in module.computations}
         self._stack = re.compile(rf"\[(?:{'|'.join(map(str, sorted(depths)))})(?=,)") if depths else None
         self._digests: dict[tuple[str, bool], _ComputationDigest] = {}
@@ -59,26 +59,19 @@ class Fingerprints:
         """Returns the fingerprint of an instruction of `computation`."""
         named = self._named[computation]
         operands = [named[name].shape if name in named else "" for name in instruction.operands]
+        digest, depthless_digest = (self._digest(instruction, operands, mask_depth) for mask_depth in (False, True))
+        results = [instruction.shape]
         if instruction.calls:
             called = self._digest_of(instruction.calls, mask_depth=False)
-            digest, depthless = (
-                _digest(instruction.opcode, self._digest_of(instruction.calls, mask_depth).digest)
-                for mask_depth in (False, True)
-            )
             operands = [operands[number] for number in called.parameters]
             results = [result.shape for result in called.results]
-        else:
-            digest, depthless = (
-                _digest(
-                    instruction.opcode,
-                    self._clean(instruction.shape, mask_depth),
-                    *(self._clean(shape, mask_depth) for shape in operands),
-                    self._attributes(instruction, mask_depth),
-                )
-                for mask_depth in (False, True)
-            )
-            results = [instruction.shape]
-        return Fingerprint(digest, f"{_memories(operands)}>{_memories(results)}", depthless)
+        return Fingerprint(digest, f"{_memories(operands)}>{_memories(results)}", depthless_digest)
+
+    def _digest(self, instruction: Instruction, operands: list[str], mask_depth: bool) -> str:
+        if instruction.calls:
+            return _hash(instruction.opcode, self._digest_of(instruction.calls, mask_depth).digest)
+        shapes = [self._clean(shape, mask_depth) for shape in (instruction.shape, *operands)]
+        return _hash(instruction.opcode, *shapes, self._attributes(instruction, mask_depth))
 
     def _digest_of(self, computation: str, mask_depth: bool) -> _ComputationDigest:
         key = (computation, mask_depth)
@@ -108,13 +101,13 @@ class Fingerprints:
                     parameters,
                     mask_depth,
                 )
-        return _ComputationDigest(_digest(*(digests[result.name] for result in results)), parameters, results)
+        return _ComputationDigest(_hash(*(digests[result.name] for result in results)), parameters, results)
 
     def _line(self, instruction: Instruction, operands: list[str], parameters: list[int], mask_depth: bool) -> str:
         shape = self._clean(instruction.shape, mask_depth)
         if instruction.opcode == "parameter":
             parameters.append(int(instruction.rest[1 : instruction.rest.index(")")]))
-            return _digest("parameter", str(len(parameters)), shape)
+            return _hash("parameter", str(len(parameters)), shape)
         constant = instruction.rest.partition(")")[0] if instruction.opcode == "constant" else ""
         if mask_depth and re.match(r"[su]32\[\]", instruction.shape):
             constant = ""
@@ -123,9 +116,7 @@ class Fingerprints:
             for name in _CALLED.findall(instruction.rest)
             if name in self._named
         ]
-        return _digest(
-            instruction.opcode, shape, constant, self._attributes(instruction, mask_depth), *operands, *called
-        )
+        return _hash(instruction.opcode, shape, constant, self._attributes(instruction, mask_depth), *operands, *called)
 
     def _clean(self, shape: str, mask_depth: bool) -> str:
         shape = _SPACE.sub("", shape)
@@ -146,5 +137,5 @@ def _passes_through(instruction: Instruction) -> bool:
     return instruction.opcode == "parameter" or instruction.opcode.startswith(KINDS)
 
 
-def _digest(*parts: str) -> str:
+def _hash(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

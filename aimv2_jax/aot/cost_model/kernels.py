@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from aimv2_jax.aot.hlo import Array, Instruction, Module
+from aimv2_jax.aot.hlo import Instruction, Module
 from aimv2_jax.parallel.hardware import Chip
 
 FLOPS_SHARE = 0.5
 BANDWIDTH_SHARE = 0.8
-# Custom calls without work of their own: aliases of memory, and markers of compiler passes.
-FREE_TARGETS = frozenset(
+# Custom calls that take no cycles: they alias memory or mark something for a compiler pass.
+_FREE_TARGETS = frozenset(
     {
         "AllocateBuffer",
         "AssumeGatherIndicesInBound",
@@ -20,20 +20,14 @@ FREE_TARGETS = frozenset(
         "GatherScatterIndicesBitpacked",
     }
 )
-# Opcodes without compute: aliases of values, and starts and ends of work on other units.
+# Opcodes that take no cycles: they alias values, or start or end work on another unit.
 FREE_OPCODES = frozenset(
     [
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain", "opt-barrier"),
         *("partition-id", "replica-id", "while", "call", "conditional", "send", "send-done", "recv", "recv-done"),
     ]
 )
-_MAX_SCALAR_BYTES = 64  # Instructions on scalar memory are not kernels.
-
-
-def custom_call_target(instruction: Instruction) -> str:
-    """Returns the target of a custom call, "" for other instructions."""
-    match = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
-    return match[1] if match else ""
+_MAX_SCALAR_BYTES = 64  # Instructions with results up to this size work in scalar memory and take no cycles.
 
 
 def declared_cost(instruction: Instruction) -> tuple[float, float] | None:
@@ -46,15 +40,15 @@ def declared_cost(instruction: Instruction) -> tuple[float, float] | None:
 
 
 def is_free(instruction: Instruction) -> bool:
-    """Whether an instruction without an estimate takes no cycles: it moves nothing, or another unit moves it.
+    """Whether an instruction without an estimate takes no cycles: it does no work, or another unit does it.
 
     Copies between HBM and VMEM that the compiler starts ahead (`copy-start`, `slice-start`) are free.
     """
     if instruction.opcode in FREE_OPCODES or instruction.opcode.endswith(("-start", "-update", "-done")):
         return True
     if instruction.opcode == "custom-call":
-        return custom_call_target(instruction) in FREE_TARGETS
-    return sum(map(_bytes, instruction.arrays)) <= _MAX_SCALAR_BYTES
+        return instruction.custom_call_target in _FREE_TARGETS
+    return instruction.num_bytes <= _MAX_SCALAR_BYTES
 
 
 def roofline_cycles(instruction: Instruction, computation: str, module: Module, chip: Chip) -> float:
@@ -67,80 +61,62 @@ def roofline_cycles(instruction: Instruction, computation: str, module: Module, 
 def accessed_bytes(instruction: Instruction, computation: str, module: Module) -> int:
     """Returns the bytes that an instruction reads and writes.
 
-    For an operand that is only sliced, the slices count; for an in-place update of an operand, the updated part counts
-    twice.
+    An operand that is only sliced counts the bytes of its slices. An in-place update counts the updated part twice: it
+    is read as an operand and written to the result.
     """
     if instruction.calls and instruction.calls in module.computations:
         return _fused_bytes(instruction.calls, module)
     named = module.named(computation)
-    reads = sum(_size(named[name]) for name in instruction.operands if name in named)
-    writes = _size(instruction)
+    operands = instruction.operands
+    update_index = {"dynamic-update-slice": 1, "scatter": -1}.get(instruction.opcode)
+    if update_index is not None and len(operands) > 1 and operands[-1] in named:
+        return 2 * named[operands[update_index]].num_bytes
     if instruction.opcode in ("slice", "dynamic-slice", "gather"):
-        reads = writes
-    if (
-        instruction.opcode in ("dynamic-update-slice", "scatter")
-        and len(instruction.operands) > 1
-        and instruction.operands[-1] in named
-    ):
-        return 2 * _size(named[instruction.operands[1 if instruction.opcode == "dynamic-update-slice" else -1]])
-    return reads + writes
+        return 2 * instruction.num_bytes
+    return instruction.num_bytes + sum(named[name].num_bytes for name in operands if name in named)
 
 
 def _fused_bytes(computation: str, module: Module) -> int:
     lines = module.named(computation)
-    reads = sum(
-        _read_bytes(instruction, computation, module)
-        for instruction in lines.values()
-        if instruction.opcode == "parameter"
-    )
-    root = next(instruction for instruction in lines.values() if instruction.root)
+    parameters = [line for line in lines.values() if line.opcode == "parameter"]
+    root = module.root(computation)
     results = [lines[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    reads = sum(_read_bytes(parameter, computation, module) for parameter in parameters)
     return reads + sum(_written_bytes(result, computation, module) for result in results)
 
 
 def _read_bytes(value: Instruction, computation: str, module: Module) -> int:
-    """Returns the bytes of a value that its users in a fusion read; if it is only sliced, the slices count."""
+    """Returns the bytes of a value that its users in a fusion read. A slice reads only its own bytes."""
     total = 0
     for user in module.computations[computation]:
         if value.name not in user.operands or user.opcode == "tuple":
             continue
         if user.opcode in ("slice", "dynamic-slice"):
-            total += _size(user)
+            total += user.num_bytes
         elif user.opcode == "bitcast":
             total += _read_bytes(user, computation, module)
         elif user.calls in module.computations:
-            number = user.operands.index(value.name)
-            inner = [
-                instruction for instruction in module.computations[user.calls] if instruction.opcode == "parameter"
-            ]
+            number = f"({user.operands.index(value.name)})"
             total += sum(
-                _read_bytes(instruction, user.calls, module)
-                for instruction in inner
-                if instruction.rest.startswith(f"({number})")
+                _read_bytes(line, user.calls, module)
+                for line in module.computations[user.calls]
+                if line.opcode == "parameter" and line.rest.startswith(number)
             )
         elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
-            total += _size(value)
-    return min(total, _size(value))
+            total += value.num_bytes
+    return min(total, value.num_bytes)
 
 
 def _written_bytes(result: Instruction, computation: str, module: Module) -> int:
-    """Returns the bytes of a fusion's result that are written; for an in-place update, the updated part counts."""
+    """Returns the bytes that a fusion writes for a result. An in-place update writes only the updated part."""
     lines = module.named(computation)
     while result.opcode == "bitcast" and result.operands[0] in lines:
         result = lines[result.operands[0]]
     if result.opcode == "parameter":
         return 0
     if result.opcode == "dynamic-update-slice":
-        return _size(lines[result.operands[1]])
+        return lines[result.operands[1]].num_bytes
     if result.calls in module.computations:
-        root = next(instruction for instruction in module.computations[result.calls] if instruction.root)
-        return _written_bytes(root, result.calls, module) if root.opcode != "tuple" else _size(result)
-    return _size(result)
-
-
-def _size(instruction: Instruction) -> int:
-    return sum(_bytes(array) for array in instruction.arrays)
-
-
-def _bytes(array: Array) -> int:
-    return 0 if array.dtype == "token" else array.bytes
+        root = module.root(result.calls)
+        return result.num_bytes if root.opcode == "tuple" else _written_bytes(root, result.calls, module)
+    return result.num_bytes

@@ -8,12 +8,10 @@ at its done. Collectives on the same link of the interconnect run one after anot
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 from aimv2_jax.aot.collectives import Collective, Collectives
-from aimv2_jax.aot.hlo import Instruction, Module
-from aimv2_jax.aot.schedule import trip_count
+from aimv2_jax.aot.hlo import Instruction, Module, body_of
 
 
 @dataclasses.dataclass
@@ -35,14 +33,17 @@ class ScheduleTimes:
         return self.compute_s + self.exposed_s
 
 
-def simulate(module: Module, collectives: Collectives, seconds: Callable[[Instruction, str], float]) -> ScheduleTimes:
-    """Simulates a module's schedule; `seconds(instruction, computation)` is an instruction's compute time."""
-    return _simulate(module, module.entry, collectives, seconds)
-
-
-def _simulate(
-    module: Module, computation: str, collectives: Collectives, seconds: Callable[[Instruction, str], float]
+def simulate(
+    module: Module,
+    collectives: Collectives,
+    seconds: Callable[[Instruction, str], float],
+    computation: str | None = None,
 ) -> ScheduleTimes:
+    """Simulates the schedule of a computation, by default the entry.
+
+    `seconds(instruction, computation)` is the compute time of one execution of an instruction.
+    """
+    computation = computation or module.entry
     result, now = ScheduleTimes(), 0.0
     free_at: dict[str, float] = {}  # Time at which each link is free again.
     in_flight: dict[str, list[tuple[int, float]]] = {}  # Key -> (index in the list, end) of pending collectives.
@@ -64,8 +65,9 @@ def _simulate(
         return exposed
 
     for instruction in module.computations[computation]:
-        for called, times in _bodies(module, instruction):
-            inner = _simulate(module, called, collectives, seconds)
+        if body := body_of(module, instruction):
+            called, times = body
+            inner = simulate(module, collectives, seconds, called)
             result.compute_s += inner.compute_s * times
             result.communication_s += inner.communication_s * times
             result.exposed_s += inner.exposed_s * times
@@ -89,13 +91,3 @@ def _simulate(
         for index, end in pending:
             now += wait(index, end)
     return result
-
-
-def _bodies(module: Module, instruction: Instruction) -> list[tuple[str, int]]:
-    if instruction.opcode == "while":
-        return [(re.search(r"body=%?([\w.\-]+)", instruction.rest)[1], trip_count(module, instruction))]
-    if instruction.opcode == "call":
-        return [(re.search(r"to_apply=%?([\w.\-]+)", instruction.rest)[1], 1)]
-    if instruction.opcode == "conditional":
-        return [(re.search(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)", instruction.rest)[1], 1)]
-    return []

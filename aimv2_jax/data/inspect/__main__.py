@@ -3,9 +3,10 @@
     python -m aimv2_jax.data.inspect DIR --output sheet.png
     python -m aimv2_jax.data.inspect experiments/quickstart.py --output sheet.png [--step N] [--config.KEY=VALUE ...]
 
-For DIR, a folder with dataset.json, the sheet shows images spread evenly over it with their captions and labels,
-unusable records with the reason, and the counts of dataset.json. For a config it shows the rows of the batch as the
-model gets them: cropped, flipped, patchified and reassembled, with the text decoded from their tokens.
+DIR is a folder with dataset.json. Its sheet shows the counts of dataset.json, and records spread evenly over the
+dataset: images with their captions and labels, and the reason where a record is unusable. The sheet of a config shows
+the rows of the batch as the model gets them: images cropped, flipped, patchified and reassembled, and text decoded from
+tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aimv2_jax.cli import Parser, check_output, positive, split_overrides
-from aimv2_jax.config import load_config
+from aimv2_jax.config.load import load_config, split_run
 from aimv2_jax.data.dataset_info import DATASET_FILE
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
@@ -32,33 +33,31 @@ MAX_IMAGES = 200  # Image viewers have trouble with larger sheets.
 
 
 def draw(target: str, overrides: Sequence[tuple[str, str]], step: int | None, max_images: int) -> Figure:
-    """The contact sheet of a dataset folder or of a config; raises `UserError` if `target` is neither."""
+    """Draws the contact sheet of a dataset folder or a config; raises `UserError` if `target` is neither."""
     from aimv2_jax.data.inspect.batch import batch_sheet
     from aimv2_jax.data.inspect.dataset import dataset_sheet
 
     path = resolve_path(target)
     if path.is_dir():
         if step is not None or overrides:
-            raise UserError("--step and --config.KEY are for a config, but this is a folder", target, "Leave them out")
-        return dataset_sheet(_open_dataset(target, path), target, max_images)
-    if not path.is_file():
+            raise UserError(
+                "--step and --config.KEY are for a config, but this is a folder", target, "Leave these flags out"
+            )
+        if not (path / DATASET_FILE).is_file():
+            nested = sorted(str(file.parent.relative_to(path)) for file in path.glob(f"*/{DATASET_FILE}"))
+            names = printable(", ".join(nested))
+            remedy = f"Give one of the datasets in it: {names}" if nested else "Prepare the dataset first"
+            raise UserError(
+                f"neither a prepared dataset nor a config: the folder has no {DATASET_FILE}", target, remedy
+            )
+        return dataset_sheet(Source(path.name, target, what="the dataset"), target, max_images)
+    file, _ = split_run(path)
+    if not file.is_file():
         raise UserError("no such folder or file", target, "Give the folder of a prepared dataset, or a config file")
-    if path.suffix != ".py":
-        raise UserError(
-            "neither a prepared dataset nor a config",
-            target,
-            f"Give the folder that holds {DATASET_FILE}, or a .py file",
-        )
+    if file.suffix != ".py":
+        remedy = f"Give the folder that holds {DATASET_FILE}, or a .py file"
+        raise UserError("neither a prepared dataset nor a config", target, remedy)
     return batch_sheet(load_config(path, overrides), target, step or 0, max_images)
-
-
-def _open_dataset(target: str, path: Path) -> Source:
-    if not (path / DATASET_FILE).is_file():
-        inside = sorted(str(file.parent.relative_to(path)) for file in path.glob(f"*/{DATASET_FILE}"))
-        names = printable(", ".join(inside))
-        remedy = f"Give one of the datasets in it: {names}" if inside else "Prepare the dataset first"
-        raise UserError(f"neither a prepared dataset nor a config: the folder has no {DATASET_FILE}", target, remedy)
-    return Source(path.name, target, what="the dataset")
 
 
 def _parser() -> Parser:
@@ -69,7 +68,7 @@ def _parser() -> Parser:
         "--step", type=int, metavar="N", help="the step whose batch is shown, for a config (default: 0)"
     )
     parser.add_argument(
-        "--max-pictures",
+        "--max-images",
         type=partial(positive, most=MAX_IMAGES),
         default=24,
         metavar="N",
@@ -87,10 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.step is not None and args.step > MAX_STEP:
         raise UserError("--step is too large", args.step, f"Give {MAX_STEP} or less")
     check_output(args.output, suffix=".png")
-    figure = draw(args.what, overrides, args.step, args.max_pictures)
-    from aimv2_jax.data.inspect.sheet import save
-
-    save(figure, args.output)
+    draw(args.what, overrides, args.step, args.max_images).savefig(args.output, format="png")
     print(args.output)
     return EXIT_FINISHED
 

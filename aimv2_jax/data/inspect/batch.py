@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from matplotlib.figure import Figure
 
-from aimv2_jax.config import Config, mixture_counts
+from aimv2_jax.config.schema import Config, mixture_counts
 from aimv2_jax.data import pipeline
-from aimv2_jax.data.inspect.charts import BarChart, NameChart
-from aimv2_jax.data.inspect.sheet import IMAGE_SIDE, MAX_IMAGE_SIDE, Tile, contact_sheet, fitted, magnified
+from aimv2_jax.data.inspect.sheet import IMAGE_SIDE, MAX_IMAGE_SIDE, BarChart, Tile, contact_sheet, fitted, magnified
 from aimv2_jax.data.pipeline import HostBatch
 from aimv2_jax.data.sampling.mixture import MixtureSampler
 from aimv2_jax.data.tokenizer import Tokenizer
@@ -21,7 +20,6 @@ from aimv2_jax.plotting import Pixels, counted
 
 MAX_ROWS = 256  # Rows of a batch that are read: 8192 would take half a minute, with similar histograms.
 _MAX_BARS = 20
-_MAX_SOURCES = 12
 
 
 def batch_sheet(config: Config, name: str, step: int, max_images: int) -> Figure:
@@ -32,15 +30,15 @@ def batch_sheet(config: Config, name: str, step: int, max_images: int) -> Figure
     Raises:
       UserError: if a source or the tokenizer of `config` cannot be used.
     """
-    pipeline.check_sources(config)
+    sources = pipeline.open_sources(config).training
     decoder = config.model.decoder
     tokenizer = Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
     # Built by threads of this process: the batch is the same, and workers would take seconds to start.
     without_workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0, prefetch=1))
-    sampler = pipeline.training_sampler(config, pipeline.open_sources(config.data.sources))
+    sampler = pipeline.training_sampler(config, sources)
     size = sampler.schedule.shape(step).examples
     rows = min(MAX_ROWS, size)
-    with pipeline.training_batches(without_workers, lambda _: range(rows), step, tokenizer) as batches:
+    with pipeline.training_batches(without_workers, lambda _: range(rows), step, tokenizer, sources=sources) as batches:
         batch = next(batches)
     count = min(max_images, rows)
     factor = _factor(batch, count, config.model.patch_size)
@@ -50,9 +48,12 @@ def batch_sheet(config: Config, name: str, step: int, max_images: int) -> Figure
     note += "; below them, the text decoded from their tokens."
     if rows < size:
         note += f" Counts are of the first {rows:,} rows."
-    return contact_sheet(
-        tiles, _batch_facts(config, sampler, batch), _batch_charts(config, batch), f"{name}, step {step:,}", note
-    )
+    tokens, patches = (batch.arrays[name].sum(axis=1) for name in ("token_valid", "valid"))
+    charts = [
+        _integer_histogram("Tokens a row", tokens, f"text tokens, of {decoder.text_length} with the end"),
+        _integer_histogram("Patches a row", patches, "valid patches"),
+    ]
+    return contact_sheet(tiles, _batch_facts(config, sampler, batch), charts, f"{name}, step {step:,}", note)
 
 
 def row_image(
@@ -68,7 +69,7 @@ def row_image(
 def _factor(batch: HostBatch, count: int, patch_size: int) -> int:
     """Common magnification of all images, so that their sizes compare; 0 if they must be reduced."""
     coords, valid = batch.arrays["coords"][:count], batch.arrays["valid"][:count]
-    longest = (int(coords[valid].max(initial=0)) + 1) * patch_size
+    longest = (int(coords[valid].max()) + 1) * patch_size
     return max(1, IMAGE_SIDE // longest) if longest <= MAX_IMAGE_SIDE else 0
 
 
@@ -78,70 +79,46 @@ def _row_tile(
     arrays = {name: array[row] for name, array in batch.arrays.items()}
     high, low = arrays["example_index"]
     example = (int(high) << 32) + int(low)
-    if not arrays["valid"].any():
-        return Tile(f"example {example:,}", "", {}, problem="padding")
+    draw = sampler.draw(example)
     pixels = row_image(arrays["patches"], arrays["coords"], arrays["valid"], config.model.patch_size)
     rows, columns = (size // config.model.patch_size for size in pixels.shape[:2])
-    draw = sampler.draw(example)
-    subtitle = f"{draw.source} · {draw.kind}"
     tokens = arrays["tokens"][arrays["token_valid"]]
     label = f"{rows} × {columns} patches · {counted(len(tokens), 'token')}"
     if tokenizer.unk_id is not None and (unknown := int((tokens == tokenizer.unk_id).sum())):
         label += f", {unknown} unknown"
     if arrays["truncated"]:
         label += ", no more fit"
-    texts = {label: tokenizer.decode(tokens)}
-    faults = [fault for fault in batch.faults if fault.example == example]
-    if faults:
-        texts["in place of"] = ", ".join(
-            f"{fault.key or f'record {fault.record:,}'}: {fault.reason}" for fault in faults
-        )
+    texts = {label: [tokenizer.decode(tokens)]}
+    if faults := [fault for fault in batch.faults if fault.example == example]:
+        texts["in place of"] = [f"{fault.key or f'record {fault.record:,}'}: {fault.reason}" for fault in faults]
     image = magnified(pixels, factor) if factor else fitted(pixels, MAX_IMAGE_SIDE)
-    return Tile(f"example {example:,}", subtitle, texts, image)
+    return Tile(f"example {example:,}", f"{draw.source} · {draw.kind}", texts, image)
 
 
-def _batch_facts(config: Config, sampler: MixtureSampler, batch: HostBatch) -> dict[str, str]:
+def _batch_facts(config: Config, sampler: MixtureSampler, batch: HostBatch) -> dict[str, list[str]]:
+    arrays = batch.arrays
     first, end = (sampler.schedule.first_example(step) for step in (batch.step, batch.step + 1))
-    facts = {"batch": f"examples {first:,} to {end - 1:,}"}
+    facts = {"batch": [f"examples {first:,} to {end - 1:,}"]}
     if config.data.areas:
-        facts["patches"] = f"at most {batch.arrays['valid'].shape[1]:,} each, {batch.arrays['valid'].mean():.1%} used"
-    counts = mixture_counts(config.data.mixture)
-    total = sum(count for kinds in counts.values() for count in kinds.values())
-    facts["mixture asked"] = "\n".join(
+        facts["patches"] = [f"at most {arrays['valid'].shape[1]:,} each, {arrays['valid'].mean():.1%} used"]
+    mixture = mixture_counts(config.data.mixture)
+    total = sum(sum(kinds.values()) for kinds in mixture.values())
+    facts["mixture asked"] = [
         f"{name}: " + ", ".join(f"{kind} {100 * count / total:.3g} %" for kind, count in kinds.items() if count)
-        for name, kinds in counts.items()
-    )
-    truncated = int(batch.arrays["truncated"].sum())
-    facts["captions cut to fit"] = f"{truncated:,} of {counted(len(batch.arrays['truncated']), 'row')}"
-    reasons = collections.Counter(fault.reason for fault in batch.faults)
-    facts["unusable records met"] = "\n".join(f"{reason}: {n:,}" for reason, n in sorted(reasons.items())) or "none"
-    return facts
-
-
-def _batch_charts(config: Config, batch: HostBatch) -> list[BarChart | NameChart]:
-    used = batch.arrays["valid"].any(axis=1)
-    patches = batch.arrays["valid"][used].sum(axis=1)
-    tokens = batch.arrays["token_valid"][used].sum(axis=1)
-    names = list(config.data.sources)
-    sources = collections.Counter(dict.fromkeys(names, 0))
-    sources.update(names[index] for index in batch.arrays["source"][used])
-    ordered = sources.most_common()
-    shown = dict(ordered[:_MAX_SOURCES])
-    if rest := ordered[_MAX_SOURCES:]:
-        shown[f"{len(rest)} others"] = sum(count for _, count in rest)
-    return [
-        NameChart("Rows by source", shown),
-        _integer_histogram("Tokens a row", tokens, f"text tokens, of {config.model.decoder.text_length} with the end"),
-        _integer_histogram("Patches a row", patches, "valid patches"),
+        for name, kinds in mixture.items()
     ]
+    rows = np.bincount(arrays["source"], minlength=len(config.data.sources))
+    facts["rows by source"] = [f"{name}: {count:,}" for name, count in zip(config.data.sources, rows)]
+    facts["captions cut to fit"] = [f"{arrays['truncated'].sum():,} of {counted(len(arrays['truncated']), 'row')}"]
+    reasons = collections.Counter(fault.reason for fault in batch.faults)
+    facts["unusable records met"] = [f"{reason}: {n:,}" for reason, n in sorted(reasons.items())] or ["none"]
+    return facts
 
 
 def _integer_histogram(title: str, values: np.ndarray, note: str) -> BarChart:
     """Histogram of integers, with one bar per value if the range is small."""
     low, high = int(values.min()), int(values.max())
     width = -(-(high - low + 1) // _MAX_BARS)
-    counts = np.bincount((values - low) // width)
-    bars = range(len(counts))
-    texts = [str(low + width * i) if width == 1 else f"{low + width * i}–{low + width * (i + 1) - 1}" for i in bars]
-    tick_step = -(-sum(map(len, texts)) // 36)
-    return BarChart(title, counts.tolist(), {i: texts[i] for i in bars if i % tick_step == 0}, note)
+    starts = range(low, high + 1, width)
+    labels = [str(start) if width == 1 else f"{start}–{start + width - 1}" for start in starts]
+    return BarChart(title, labels, np.bincount((values - low) // width).tolist(), note)

@@ -1,4 +1,4 @@
-"""Contact sheet layout in matplotlib: a grid of images with texts, beside it facts and histograms.
+"""Contact sheet: a grid of images with texts, beside it facts and histograms.
 
 The layout is in pixels, so that every image pixel is one pixel of the PNG (or a square of several).
 """
@@ -8,42 +8,56 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
-from aimv2_jax.data.inspect.charts import BarChart, NameChart
-from aimv2_jax.plotting import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, Pixels, draw_heading, drawable, wrap
+from aimv2_jax.plotting import BLUE, DARK, FONTS, GREY, ORANGE, STYLE, Pixels, draw_heading, wrap
 
-DOTS_PER_INCH = 100
 IMAGE_SIDE = 224  # Pixels to which an image is enlarged or reduced.
 MAX_IMAGE_SIDE = 448  # Training images between IMAGE_SIDE and this are shown at their size.
 
-# All in pixels.
-_MARGIN, _GAP, _HEAD, _PANEL, _TEXT = 15, 16, 76, 330, 200
-_LINE, _LABEL = 14, 13  # Heights of a line of text and of a label.
-_SMALL, _NORMAL = 7, 8  # Font sizes in points.
-_MAX_LETTERS = 1000  # Longer texts are cut before they are measured, which takes time.
-_FACT_GAP = 4
-_CHART_HEAD = 34  # Height of a chart's title with the space above it.
+_DOTS_PER_INCH = 100
+# Sizes in pixels.
+_MARGIN = 15
+_GAP = 16
+_HEAD_HEIGHT = 76
+_PANEL_WIDTH = 330
+_CHART_HEIGHT = 204
+_MIN_TILE_WIDTH = 200
+_LINE_HEIGHT = 13
+# Lines of a monospaced font can be broken by counting characters.
+_FONT = {"family": ["DejaVu Sans Mono", *FONTS], "size": 7}
+_CHARACTER_WIDTH = 6
+
+Line = tuple[str, str, str]
+"""(text, colour, weight)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """An image (or the text `problem` if there is none) with a title, a subtitle, and texts by label."""
+    """An image (or the text `problem` if there is none) with a title, a subtitle, and paragraphs by label."""
 
     title: str
     subtitle: str
-    texts: Mapping[str, str]
+    texts: Mapping[str, Sequence[str]]
     image: Pixels | None = None
     problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class BarChart:
+    """Counts, drawn as one labelled bar each; `note` names the axis of the labels."""
+
+    title: str
+    labels: Sequence[str]
+    counts: Sequence[int]
+    note: str
 
 
 def magnified(image: Pixels, factor: int) -> Pixels:
@@ -62,136 +76,43 @@ def fitted(image: Pixels, side: int = IMAGE_SIDE) -> Pixels:
 
 
 def contact_sheet(
-    tiles: Sequence[Tile],
-    facts: Mapping[str, str],
-    charts: Sequence[BarChart | NameChart],
-    title: str,
-    note: str,
+    tiles: Sequence[Tile], facts: Mapping[str, Sequence[str]], charts: Sequence[BarChart], title: str, note: str
 ) -> Figure:
-    """The sheet: `tiles` row by row, and facts and charts to their right."""
+    """The sheet: `tiles` row by row, and `facts` (paragraphs by label) and `charts` to their right."""
+    shapes = [tile.image.shape for tile in tiles if tile.image is not None] or [(IMAGE_SIDE, IMAGE_SIDE)]
+    box_height = max(shape[0] for shape in shapes)
+    box_width = max(_MIN_TILE_WIDTH, *(shape[1] for shape in shapes))
+    columns = _columns(len(tiles), box_width, box_height)
+    texts = [
+        _lines(tile.title, box_width, 2, weight="bold")
+        + _lines(tile.subtitle, box_width, 2, GREY)
+        + _labelled_lines(tile.texts, box_width)
+        for tile in tiles
+    ]
+    fact_lines = _labelled_lines(facts, _PANEL_WIDTH)
+    row_heights = [
+        box_height + 5 + _LINE_HEIGHT * max(map(len, texts[start : start + columns])) + _GAP
+        for start in range(0, len(tiles), columns)
+    ]
+    panel_heights = [_LINE_HEIGHT * len(fact_lines)] + [_CHART_HEIGHT] * len(charts)
+    grid_width = columns * (box_width + _GAP)
+    width = _MARGIN + grid_width + _GAP + _PANEL_WIDTH + _MARGIN
+    notes = wrap(note, int(width / 7.5), 3)
+    head = _HEAD_HEIGHT + 16 * (len(notes) - 1)
+    body = max(sum(row_heights), sum(panel_heights)) + _MARGIN
     with rc_context(STYLE):
-        return _Sheet(tiles, facts, charts).draw(title, note)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes the sheet as PNG, in the resolution of its layout."""
-    with rc_context(STYLE):
-        figure.savefig(path, dpi=DOTS_PER_INCH, format="png")
-
-
-Line = tuple[str, float, str, str, int]
-"""(text, size in points, colour, weight, height in pixels)."""
-
-
-class _Sheet:
-    def __init__(self, tiles: Sequence[Tile], facts: Mapping[str, str], charts: Sequence[BarChart | NameChart]):
-        self._tiles = tiles
-        self._charts = charts
-        self._figure = Figure(dpi=DOTS_PER_INCH, facecolor="white")
-        self._renderer = FigureCanvasAgg(self._figure).get_renderer()
-        shapes = [tile.image.shape for tile in tiles if tile.image is not None] or [(IMAGE_SIDE, IMAGE_SIDE)]
-        self._box_height, self._box_width = (max(sizes) for sizes in list(zip(*shapes))[:2])
-        self._width = max(self._box_width, _TEXT)
-        self._columns = _columns(len(tiles), self._width, self._box_height)
-        self._lines = [self._tile_lines(tile) for tile in tiles]
-        self._facts = [self._fact_lines(name, value) for name, value in facts.items()]
-        self._row_heights = [
-            self._box_height + 5 + max(_height(lines) for lines in self._lines[start : start + self._columns])
-            for start in range(0, len(tiles), self._columns)
-        ]
-
-    def draw(self, title: str, note: str) -> Figure:
-        panel_left = _MARGIN + self._columns * (self._width + _GAP) + _GAP
-        width = panel_left + _PANEL + _MARGIN
-        notes = self._wrap(note, width - 2 * _MARGIN, 9, "normal", 3)
-        head = _HEAD + 16 * (len(notes) - 1)
-        tiles_height = sum(self._row_heights) + _GAP * (len(self._row_heights) - 1)
-        panel_height = sum(_height(lines) + _FACT_GAP for lines in self._facts)
-        panel_height += sum(_CHART_HEAD + chart.height + chart.below for chart in self._charts)
-        self._height = head + max(tiles_height, panel_height) + _MARGIN
-        self._figure.set_size_inches(width / DOTS_PER_INCH, self._height / DOTS_PER_INCH)
-        self._total_width = width
-        [title] = self._wrap(title, width - 2 * _MARGIN, 13, "bold", 1) or [""]
-        draw_heading(self._figure, title, "\n".join(notes))
-        self._draw_tiles(head)
-        self._draw_panel(panel_left, head)
-        return self._figure
-
-    def _draw_tiles(self, top: int) -> None:
-        for index, (tile, lines) in enumerate(zip(self._tiles, self._lines)):
-            row, column = divmod(index, self._columns)
-            x, y = _MARGIN + column * (self._width + _GAP), top + sum(self._row_heights[:row]) + row * _GAP
-            self._rectangle(x, y, self._width, self._box_height, "#f1f1f1")
-            if tile.image is None:
-                for offset, line in enumerate(self._wrap(tile.problem, self._width - 20, 9, "bold", 5)):
-                    self._text(x + 10, y + 12 + 16 * offset, (line, 9, ORANGE, "bold", 16))
-            else:
-                height, width = tile.image.shape[:2]
-                left, above = x + (self._width - width) // 2, y + (self._box_height - height) // 2
-                self._rectangle(left - 1, above - 1, width + 2, height + 2, "#cccccc")
-                self._figure.figimage(tile.image, left, self._height - above - height, origin="upper")
-            self._text_lines(x, y + self._box_height + 5, lines)
-
-    def _draw_panel(self, x: int, y: int) -> None:
-        for lines in self._facts:
-            self._text_lines(x, y, lines)
-            y += _height(lines) + _FACT_GAP
-        for chart in self._charts:
-            y += _CHART_HEAD
-            chart.draw(self._axes(x + chart.indent, y, _PANEL - chart.indent, chart.height))
-            y += chart.height + chart.below
-
-    def _tile_lines(self, tile: Tile) -> list[Line]:
-        lines = [
-            (line, _NORMAL, DARK, "bold", _LINE) for line in self._wrap(tile.title, self._width, _NORMAL, "bold", 2)
-        ]
-        lines += [
-            (line, _SMALL, GREY, "normal", _LABEL)
-            for line in self._wrap(tile.subtitle, self._width, _SMALL, "normal", 2)
-        ]
-        for label, text in tile.texts.items():
-            labels = self._wrap(label, self._width, _SMALL, "bold", 2)
-            lines += [(line, _SMALL, BLUE, "bold", _LABEL) for line in labels]
-            wrapped = self._wrap(text, self._width, _NORMAL, "normal", 4) or ["(nothing)"]
-            lines += [(line, _NORMAL, DARK, "normal", _LINE) for line in wrapped]
-        return lines
-
-    def _fact_lines(self, name: str, value: str) -> list[Line]:
-        lines: list[Line] = [(name, _SMALL, BLUE, "bold", _LABEL)]
-        for part in value.split("\n"):
-            lines += [(line, _NORMAL, DARK, "normal", _LINE) for line in self._wrap(part, _PANEL, _NORMAL, "normal", 3)]
-        return lines
-
-    def _wrap(self, text: str, width: float, points: float, weight: str, most_lines: int) -> list[str]:
-        font = FontProperties(family=FONTS, size=points, weight=weight)
-
-        def measure(part: str) -> float:
-            return self._renderer.get_text_width_height_descent(part, font, False)[0]
-
-        return wrap(drawable(text[:_MAX_LETTERS]), width, measure, most_lines)
-
-    def _text_lines(self, x: int, y: int, lines: Sequence[Line]) -> None:
-        for line in lines:
-            self._text(x, y, line)
-            y += line[4]
-
-    def _text(self, x: int, y: int, line: Line) -> None:
-        text, points, color, weight, _ = line
-        self._figure.text(
-            x / self._total_width, 1 - y / self._height, text, va="top", size=points, color=color, weight=weight
+        figure = Figure((width / _DOTS_PER_INCH, (head + body) / _DOTS_PER_INCH), dpi=_DOTS_PER_INCH, facecolor="white")
+        draw_heading(figure, "".join(wrap(title, width // 13, 1)), "\n".join(notes))
+        parts = figure.subfigures(
+            2, 5, height_ratios=[head, body], width_ratios=[_MARGIN, grid_width, _GAP, _PANEL_WIDTH, _MARGIN]
         )
-
-    def _rectangle(self, x: int, y: int, width: int, height: int, color: str) -> None:
-        left, bottom, *size = self._to_figure_coords(x, y, width, height)
-        self._figure.add_artist(Rectangle((left, bottom), *size, color=color, linewidth=0, zorder=-1))
-
-    def _axes(self, x: int, y: int, width: int, height: int) -> Axes:
-        return self._figure.add_axes(self._to_figure_coords(x, y, width, height))
-
-    def _to_figure_coords(self, x: int, y: int, width: int, height: int) -> tuple[float, float, float, float]:
-        """A box in pixels from the upper left corner, in matplotlib's figure coordinates."""
-        across, down = self._total_width, self._height
-        return x / across, 1 - (y + height) / down, width / across, height / down
+        for axes, tile, lines in zip(_subplots(parts[1, 1], row_heights, body, columns), tiles, texts):
+            _draw_tile(figure, axes, tile, lines, box_width, box_height)
+        fact_axes, *chart_axes = _subplots(parts[1, 3], panel_heights, body)
+        _draw_lines(fact_axes, 0, 0, fact_lines)
+        for axes, chart in zip(chart_axes, charts):
+            _draw_chart(axes.inset_axes((0.11, 0.18, 0.89, 0.65)), chart)
+    return figure
 
 
 def _columns(count: int, width: int, height: int) -> int:
@@ -201,5 +122,63 @@ def _columns(count: int, width: int, height: int) -> int:
     return min(candidates, key=lambda columns: -count % columns)
 
 
-def _height(lines: Sequence[Line]) -> int:
-    return sum(line[4] for line in lines)
+def _lines(text: str, width: int, max_lines: int, color: str = DARK, weight: str = "normal") -> list[Line]:
+    return [(line, color, weight) for line in wrap(text, width // _CHARACTER_WIDTH, max_lines)]
+
+
+def _labelled_lines(texts: Mapping[str, Sequence[str]], width: int) -> list[Line]:
+    lines: list[Line] = []
+    for label, paragraphs in texts.items():
+        lines += _lines(label, width, 2, BLUE, "bold")
+        for paragraph in paragraphs:
+            lines += _lines(paragraph.strip() or "(nothing)", width, 4)
+    return lines
+
+
+def _subplots(part: SubFigure, row_heights: Sequence[int], height: int, columns: int = 1) -> list[Axes]:
+    """Subplots without gaps, row by row, and empty ones below to fill `height`; their coordinates are in pixels."""
+    edges = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0, "hspace": 0}
+    ratios = [*row_heights, height - sum(row_heights)]
+    subplots = part.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios, gridspec_kw=edges)
+    for axes in subplots.flat:
+        axes.set(xlim=(0, axes.bbox.width), ylim=(axes.bbox.height, 0))
+        axes.set_axis_off()
+    return list(subplots.flat)
+
+
+def _draw_tile(figure: Figure, axes: Axes, tile: Tile, lines: Sequence[Line], box_width: int, box_height: int) -> None:
+    axes.add_patch(Rectangle((0, 0), box_width, box_height, color="#f1f1f1", linewidth=0))
+    if tile.image is None:
+        _draw_lines(axes, 10, 12, _lines(tile.problem, box_width - 20, 5, ORANGE, "bold"))
+    else:
+        height, width = tile.image.shape[:2]
+        x = (box_width - width) // 2
+        y = (box_height - height) // 2
+        frame = Rectangle((x - 1, y - 1), width + 2, height + 2, color="#cccccc", linewidth=0, clip_on=False)
+        axes.add_patch(frame)
+        # A figure's image is not resampled, unlike that of a subplot.
+        bottom = round(axes.bbox.y1) - y - height
+        figure.figimage(tile.image, round(axes.bbox.x0) + x, bottom, origin="upper", zorder=1)
+    _draw_lines(axes, 0, box_height + 5, lines)
+
+
+def _draw_lines(axes: Axes, x: int, y: int, lines: Sequence[Line]) -> None:
+    for index, (text, color, weight) in enumerate(lines):
+        axes.text(x, y + index * _LINE_HEIGHT, text, va="top", color=color, weight=weight, clip_on=True, **_FONT)
+
+
+def _draw_chart(axes: Axes, chart: BarChart) -> None:
+    """Draws the bars; if their labels are too long for the axis, only every n-th, with that of the tallest bar."""
+    count = len(chart.counts)
+    step = -(-sum(map(len, chart.labels)) // 36)
+    first = int(np.argmax(chart.counts)) % step
+    spare = max(0.0, (5 - count) / 2)  # Keeps the bars narrow when there are few.
+    axes.bar(range(count), chart.counts, width=0.88, color=BLUE)
+    axes.set_title(chart.title, loc="left", x=-0.12, size=9)
+    axes.set_xlabel(chart.note, size=7, color=GREY, labelpad=2)
+    axes.set_xlim(-0.7 - spare, count - 0.3 + spare)
+    axes.set_xticks(range(first, count, step), chart.labels[first::step])
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.tick_params(length=0, labelsize=7, labelcolor="#555555")
+    axes.set_axisbelow(True)

@@ -1,34 +1,31 @@
-"""Builds this process's rows of one batch from a step number alone, in a worker. Numpy only.
-
-b rows of this process, L patches, P values per patch, T text tokens, R reasons.
-"""
+"""Builds this process's rows of a batch from the step number alone. Runs in workers, which do not import jax."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
-import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from aimv2_jax.data import records
 from aimv2_jax.data.loading.read_ahead import ReadAhead
-from aimv2_jax.data.loading.stage_timer import StageTimer
+from aimv2_jax.data.loading.worker_status import Activity, WorkerStatus
 from aimv2_jax.data.records import REASONS, BadRecord, Record
-from aimv2_jax.data.sampling.counter_rng import example_rng
 from aimv2_jax.data.sampling.mixture import MixtureSampler
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms import captions, geometry
-from aimv2_jax.data.transforms.decode import EncodedImage, open_encoded
+from aimv2_jax.data.transforms.decode import open_encoded
+from aimv2_jax.data.transforms.views import Size, View
 from aimv2_jax.errors import TrainingAborted
 from aimv2_jax.untrusted import shorten
 
 
 @dataclasses.dataclass(frozen=True)
 class BadExample:
-    """An unusable record that example number `example` drew."""
+    """An unusable record that was drawn for example number `example`."""
 
     example: int
     source: str
@@ -39,9 +36,14 @@ class BadExample:
 
 @dataclasses.dataclass(frozen=True)
 class LocalBatch:
-    """A batch before tokenization; `captions` are cleaned, in UTF-8, b"" in padding rows.
+    """A batch before tokenization.
 
-    `seconds` is the time spent in each stage of building, by name.
+    Attributes:
+      step: number of the batch.
+      arrays: all arrays of the batch except those of its tokens, by name.
+      captions: cleaned captions in UTF-8; b"" in padding rows.
+      faults: records that were rejected.
+      seconds: time spent in each stage of building, by name.
     """
 
     step: int
@@ -51,254 +53,228 @@ class LocalBatch:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingTransform:
-    """Random crop and flip of a training image, a function of the example number."""
+class StageTimer:
+    """Splits the time since its creation into stages; `seconds` has the time of each stage by name."""
 
-    seed: int
-    size: int
-    area: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: float
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
-    def __call__(self, image: EncodedImage, example: int, max_patches: int, timer: StageTimer) -> np.ndarray:
-        crop_rng = example_rng(self.seed, "crop", example)
-        box = geometry.crop_box(crop_rng, *image.size, self.area, self.ratio)
-        return _decode_and_resize(image, box, self.size, is_flipped(self.seed, example, self.flip), timer)
+    def lap(self, stage: str) -> None:
+        """Adds the time since the last lap to `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
-@dataclasses.dataclass(frozen=True)
-class CenterTransform:
-    """Centre square of an evaluation image, see `geometry.center_view`."""
-
-    size: int
-
-    def __call__(self, image: EncodedImage, example: int, max_patches: int, timer: StageTimer) -> np.ndarray:
-        decoded = image.decode_full()
-        timer.lap("decode")
-        pixels = geometry.center_view(decoded, self.size)
-        timer.lap("resize")
-        return pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class NativeTransform:
-    """Native resolution: the whole image with its aspect, in at most `max_patches` patches.
-
-    `flip` is the probability of a flip, which the example number decides.
-    """
-
-    seed: int
-    patch_size: int
-    upscale: bool
-    flip: float = 0.0
-
-    def __call__(self, image: EncodedImage, example: int, max_patches: int, timer: StageTimer) -> np.ndarray:
-        width, height = image.size
-        if not self.upscale:
-            max_patches = min(max_patches, max(1, width * height // self.patch_size**2))
-        rows, columns = geometry.fit_grid(width, height, max_patches)
-        size = (columns * self.patch_size, rows * self.patch_size)
-        flipped = is_flipped(self.seed, example, self.flip)
-        return _decode_and_resize(image, (0, 0, width, height), size, flipped, timer)
-
-
-def is_flipped(seed: int, example: int, probability: float) -> bool:
-    """Whether the image of an example is flipped left to right."""
-    return example_rng(seed, "flip", example).random() < probability
-
-
-def _decode_and_resize(
-    image: EncodedImage, box: geometry.Box, size: int | tuple[int, int], flipped: bool, timer: StageTimer
-) -> np.ndarray:
-    decoded, box = image.decode(box, size)
-    timer.lap("decode")
-    pixels = geometry.resize(decoded, box, size, flipped)
-    timer.lap("resize")
-    return pixels
-
-
-ImageTransform = Callable[[EncodedImage, int, int, StageTimer], np.ndarray]
-"""(image, example number, maximum number of patches, the batch's timer) -> pixels; raises `BadRecord`."""
-
-
+@dataclasses.dataclass
 class _RecordFetch:
-    """Fetches a usable record for one example: a thread reads candidates, and the builder may ask for the next one.
+    """Fetches a usable record for one example.
 
-    `record` is the last candidate read that has the caption, None when no candidate is left. `faults` are the rejected
-    ones. `choose_caption(index, count)` picks one of the `count` captions of record `index`; default: the first.
+    A thread reads candidates until one has the caption. If the builder cannot use that one, it advances to the next.
+
+    Attributes:
+      row: the example's row in this process's part of the batch.
+      kind: the kind of caption.
+      candidates: indices of the records to try.
+      view: image size -> view of the image.
+      choose_caption: (record index, number of captions) -> index of the caption; by default the first.
+      index: index of the last record read.
+      record: the last record read, which has the caption; None when no candidate is left.
+      faults: the rejected candidates.
     """
 
-    def __init__(
-        self,
-        row: int,
-        example: int,
-        source: Source,
-        kind: str,
-        candidates: Iterable[int],
-        choose_caption: Callable[[int, int], int] = lambda index, count: 0,
-    ):
-        self.row = row
-        self.example = example
-        self.source = source
-        self.kind = kind
-        self.record: Record | None = None
-        self.caption = ""
-        self.faults: list[BadExample] = []
-        self.index = -1
-        self._candidates = iter(candidates)
-        self._choose_caption = choose_caption
+    row: int
+    example: int
+    source: Source
+    kind: str
+    candidates: Iterator[int]
+    view: Callable[[Size], View]
+    status: WorkerStatus
+    choose_caption: Callable[[int, int], int] = lambda index, count: 0
+    index: int = -1
+    record: Record | None = None
+    caption: str = ""
+    faults: list[BadExample] = dataclasses.field(default_factory=list)
 
     def advance(self) -> None:
-        """Reads candidates until one has the caption; unreadable ones and those without it are rejected."""
+        """Reads candidates until one has the caption; rejects those that are unreadable or lack it."""
         self.record = None
-        for index in self._candidates:
+        for index in self.candidates:
             self.index = index
             try:
-                record = records.decode(self.source.read(index))
+                record = records.decode(self._read())
             except BadRecord as error:
-                self.reject(error)
+                self.reject(error.reason, error.key)
                 continue
             if texts := record.texts(self.kind):
                 self.record = record
-                self.caption = texts[self._choose_caption(index, len(texts))]
+                self.caption = texts[self.choose_caption(index, len(texts))]
                 return
-            self.reject(BadRecord("missing_caption", record.key))
+            self.reject("missing_caption", record.key)
+
+    def _read(self) -> bytes:
+        self.status.update(Activity.READS, self.label)
+        try:
+            return self.source.read(self.index)
+        finally:
+            self.status.update(Activity.HAS_READ, self.label)
+
+    @property
+    def label(self) -> str:
+        """Name of the last record read, for messages."""
+        return self.source.describe(self.index)
 
     @property
     def size(self) -> int:
         return len(self.record.image) if self.record else self.source.mean_bytes
 
-    def reject(self, error: BadRecord) -> None:
-        """Adds the last record read to `faults`."""
-        key = error.key and shorten(error.key)  # Keys are untrusted and may have any length.
-        self.faults.append(BadExample(self.example, self.source.name, self.index, key, error.reason))
-
-
-def render(
-    record: Record, caption: str, transform: ImageTransform, example: int, max_patches: int, timer: StageTimer
-) -> tuple[np.ndarray, bytes]:
-    """The transformed image of `example` and its cleaned caption in UTF-8; raises `BadRecord`."""
-    try:
-        text = captions.clean(caption).encode()
-        timer.lap("caption")
-        return transform(open_encoded(record.image), example, max_patches, timer), text
-    except BadRecord as error:
-        raise BadRecord(error.reason, record.key) from error
-
-
-def _array_specs(rows: int, num_patches: int, patch_size: int) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and dtype of the arrays of a batch."""
-    return {
-        "patches": ((rows, num_patches, 3 * patch_size**2), np.uint8),
-        "coords": ((rows, num_patches, 2), np.int32),
-        "valid": ((rows, num_patches), bool),
-        "example_index": ((rows, 2), np.uint32),
-        "source": ((rows,), np.int32),
-        "faults": ((rows, len(REASONS)), np.int32),
-    }
-
-
-def batch_bytes(rows: int, num_patches: int, patch_size: int) -> int:
-    """Bytes of the arrays of a `LocalBatch`."""
-    specs = _array_specs(rows, num_patches, patch_size).values()
-    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in specs)
+    def reject(self, reason: str, key: str | None) -> None:
+        """Adds the last record read to `faults`, with the reason."""
+        key = key and shorten(key)  # Keys are untrusted and may have any length.
+        self.faults.append(BadExample(self.example, self.source.name, self.index, key, reason))
 
 
 class _BatchArrays:
-    """The arrays of one batch while its rows are filled; rows never filled stay padding, with `valid` False."""
+    """The arrays of one batch while its rows are filled. Rows that are not filled are padding, with `valid` False."""
 
-    def __init__(self, step: int, examples: Sequence[int], num_patches: int, patch_size: int):
-        count = len(examples)
+    def __init__(
+        self, step: int, examples: Sequence[int], num_patches: int, patch_size: int, source_names: Iterable[str]
+    ):
+        rows = len(examples)
         self._step = step
-        self._num_patches = num_patches
         self._patch_size = patch_size
-        self._captions = [b""] * count
+        self._source_names = list(source_names)
+        self._captions = [b""] * rows
         self._faults: list[BadExample] = []
-        self.timer = StageTimer()
-        specs = _array_specs(count, num_patches, patch_size)
-        self.arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in specs.items()}
-        self.arrays["example_index"][:] = np.array([divmod(number, 1 << 32) for number in examples]).reshape(count, 2)
+        self._timer = StageTimer()
+        self._arrays = {
+            "patches": np.zeros((rows, num_patches, 3 * patch_size**2), np.uint8),
+            "coords": np.zeros((rows, num_patches, 2), np.int32),
+            "valid": np.zeros((rows, num_patches), bool),
+            "example_index": np.array([divmod(number, 1 << 32) for number in examples], np.uint32).reshape(rows, 2),
+            "source": np.zeros(rows, np.int32),
+            "faults": np.zeros((rows, len(REASONS)), np.int32),
+        }
 
-    def fill(self, row: int, pixels: np.ndarray, caption: bytes) -> None:
-        rows, columns = pixels.shape[0] // self._patch_size, pixels.shape[1] // self._patch_size
-        used = slice(rows * columns)  # The remaining patches are padding.
-        geometry.patchify(pixels, self._patch_size, out=self.arrays["patches"][row, used])
-        self.arrays["coords"][row, used] = geometry.patch_coords((rows, columns))
-        self.arrays["valid"][row, used] = True
-        self._captions[row] = caption
-        self.timer.lap("patchify")
+    def fill(self, fetches: Iterable[_RecordFetch], status: WorkerStatus) -> Iterator[_RecordFetch]:
+        """Fills the rows of `fetches`; yields the fetches that found no usable record, whose rows stay padding."""
+        for fetch in fetches:
+            self._timer.lap("read")
+            self._arrays["source"][fetch.row] = self._source_names.index(fetch.source.name)
+            status.update(Activity.BUILDS, fetch.label, self._step)
+            usable = self._fill_from(fetch)
+            # The time until the next record is read does not count as building this one.
+            status.update(Activity.HAS_READ, fetch.label)
+            if not usable:
+                yield fetch
+        status.update(Activity.HAS_BUILT, "", self._step)
 
-    def fill_from(self, fetch: _RecordFetch, transform: ImageTransform) -> bool:
-        """Fills the row of `fetch`, trying further candidates on failure; False if none works."""
+    def _fill_from(self, fetch: _RecordFetch) -> bool:
+        """Fills the row of `fetch`, trying further candidates on failure; returns False if none works."""
         while fetch.record is not None:
             try:
-                pixels, caption = render(
-                    fetch.record, fetch.caption, transform, fetch.example, self._num_patches, self.timer
-                )
+                self._fill_row(fetch.row, fetch.record, fetch.caption, fetch.view)
+                break
             except BadRecord as error:
-                self.timer.lap("decode")
-                fetch.reject(error)
+                self._timer.lap("decode")
+                fetch.reject(error.reason, fetch.record.key)
                 fetch.advance()
-                self.timer.lap("read")
-                continue
-            self.fill(fetch.row, pixels, caption)
-            break
+                self._timer.lap("read")
         for fault in fetch.faults:
-            self.arrays["faults"][fetch.row, REASONS.index(fault.reason)] += 1
+            self._arrays["faults"][fetch.row, REASONS.index(fault.reason)] += 1
         self._faults += fetch.faults
         return fetch.record is not None
 
+    def _fill_row(self, row: int, record: Record, caption: str, view_of: Callable[[Size], View]) -> None:
+        """Fills a row with an image and its cleaned caption; raises `BadRecord` if either is unusable."""
+        text = captions.clean(caption).encode()
+        self._timer.lap("caption")
+        image = open_encoded(record.image)
+        view = view_of(image.size)
+        decoded = view.decode(image)
+        self._timer.lap("decode")
+        pixels = view.resize(decoded)
+        self._timer.lap("resize")
+        arrays = (self._arrays[name][row] for name in ("patches", "coords", "valid"))
+        geometry.write_patches(pixels, self._patch_size, *arrays)
+        self._captions[row] = text
+        self._timer.lap("patchify")
+
     def to_batch(self) -> LocalBatch:
-        return LocalBatch(self._step, self.arrays, self._captions, self._faults, dict(self.timer.seconds))
+        return LocalBatch(self._step, self._arrays, self._captions, self._faults, self._timer.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingBatches:
-    """step -> this process's rows of that step's batch; `rows`: their indices in a global batch, by its size."""
+    """Builds this process's rows of a training batch; called with the step.
+
+    Args:
+      sampler: draws the source, record and caption of each example.
+      sources: the sources by name, in the config's order.
+      rows: by size of the global batch, the indices of this process's rows in it.
+      views: by number of patches per example, a function (image size, example number) -> view of the image.
+      patch_size: side of a patch.
+      read_ahead: runs the fetches.
+    """
 
     sampler: MixtureSampler
     sources: Mapping[str, Source]
     rows: Mapping[int, tuple[int, ...]]
-    transform: ImageTransform
+    views: Mapping[int, Callable[[Size, int], View]]
     patch_size: int
-    reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
+    read_ahead: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
-    def __call__(self, step: int) -> LocalBatch:
+    def __call__(self, step: int, status: WorkerStatus | None = None) -> LocalBatch:
+        status = status or WorkerStatus()
         num_patches = self.sampler.schedule.shape(step).patches
-        order = list(self.sources)
-        batch = _BatchArrays(step, self._examples(step), num_patches, self.patch_size)
-        for fetch in self.reads(step, self._fetches):
-            batch.timer.lap("read")
-            batch.arrays["source"][fetch.row] = order.index(fetch.source.name)
-            if not batch.fill_from(fetch, self.transform):
-                rejected = collections.Counter(fault.reason for fault in fetch.faults)
-                reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
-                raise TrainingAborted(
-                    f"data source {fetch.source.name!r} gave no usable record for its {fetch.kind} captions: "
-                    f"{reasons}; prepare the dataset again, or remove its weight from data.mixture"
-                )
+        batch = _BatchArrays(step, self._examples(step), num_patches, self.patch_size, self.sources)
+        for fetch in batch.fill(self.read_ahead(step, functools.partial(self._fetches, status)), status):
+            rejected = collections.Counter(fault.reason for fault in fetch.faults)
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
+            raise TrainingAborted(
+                f"data source {fetch.source.name!r} gave no usable record for its {fetch.kind} captions: "
+                f"{reasons}; prepare the dataset again, or remove its weight from data.mixture"
+            )
         return batch.to_batch()
 
     def _examples(self, step: int) -> list[int]:
         first = self.sampler.schedule.first_example(step)
         return [first + row for row in self.rows[self.sampler.schedule.shape(step).examples]]
 
-    def _fetches(self, step: int) -> Iterator[_RecordFetch]:
+    def _fetches(self, status: WorkerStatus, step: int) -> Iterator[_RecordFetch]:
+        view = self.views[self.sampler.schedule.shape(step).patches]
         for row, example in enumerate(self._examples(step)):
             draw = self.sampler.draw(example)
-            candidates = self.sampler.records(draw)
-            choose_caption = functools.partial(self.sampler.caption, draw)
-            yield _RecordFetch(row, example, self.sources[draw.source], draw.kind, candidates, choose_caption)
+            yield _RecordFetch(
+                row,
+                example,
+                self.sources[draw.source],
+                draw.kind,
+                iter(self.sampler.records(draw)),
+                functools.partial(view, example=example),
+                status,
+                functools.partial(self.sampler.caption, draw),
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatches:
-    """number -> this process's rows of that held-out batch: records in order, each once, without replacements.
+    """Builds this process's rows of a held-out batch; called with the batch number.
 
-    `examples` lists (source, number of its records) in order; `rows` are indices in the global batch of `batch_size`.
-    A record with several captions of the kind shows its first. Unusable records, and rows beyond the last example, are
-    padding rows.
+    The batches show the records in order, each once. A record with several captions of the kind shows its first.
+    Unusable records are not replaced: their rows, and rows beyond the last example, are padding.
+
+    Args:
+      sources: the sources by name, in the config's order.
+      examples: (source, number of its records), in order.
+      kind: the kind of captions.
+      batch_size: the size of a global batch.
+      rows: the indices of this process's rows in a global batch.
+      view: image size -> view of the image.
+      num_patches: patches of a row.
+      patch_size: side of a patch.
+      read_ahead: runs the fetches.
     """
 
     sources: Mapping[str, Source]
@@ -306,25 +282,23 @@ class EvaluationBatches:
     kind: str
     batch_size: int
     rows: tuple[int, ...]
-    transform: ImageTransform
+    view: Callable[[Size], View]
     num_patches: int
     patch_size: int
-    reads: ReadAhead = dataclasses.field(default_factory=ReadAhead)
+    read_ahead: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __len__(self) -> int:
         return -(-sum(count for _, count in self.examples) // self.batch_size)
 
-    def __call__(self, number: int) -> LocalBatch:
+    def __call__(self, number: int, status: WorkerStatus | None = None) -> LocalBatch:
+        status = status or WorkerStatus()
         examples = [number * self.batch_size + row for row in self.rows]
-        batch = _BatchArrays(number, examples, self.num_patches, self.patch_size)
-        order = list(self.sources)
-        for fetch in self.reads(number, self._fetches):
-            batch.timer.lap("read")
-            batch.arrays["source"][fetch.row] = order.index(fetch.source.name)
-            batch.fill_from(fetch, self.transform)
+        batch = _BatchArrays(number, examples, self.num_patches, self.patch_size, self.sources)
+        for _ in batch.fill(self.read_ahead(number, functools.partial(self._fetches, status)), status):
+            pass  # The row stays padding.
         return batch.to_batch()
 
-    def _fetches(self, number: int) -> Iterator[_RecordFetch]:
+    def _fetches(self, status: WorkerStatus, number: int) -> Iterator[_RecordFetch]:
         ends = np.cumsum([count for _, count in self.examples])
         for row, batch_row in enumerate(self.rows):
             example = number * self.batch_size + batch_row
@@ -332,4 +306,4 @@ class EvaluationBatches:
                 source_index = int(np.searchsorted(ends, example, side="right"))
                 name, count = self.examples[source_index]
                 record_index = example - (int(ends[source_index]) - count)
-                yield _RecordFetch(row, example, self.sources[name], self.kind, [record_index])
+                yield _RecordFetch(row, example, self.sources[name], self.kind, iter([record_index]), self.view, status)

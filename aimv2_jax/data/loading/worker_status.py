@@ -1,28 +1,19 @@
-"""Per-thread worker status in shared memory, readable by the trainer after a worker crash.
+"""Per-thread status of a process that builds batches, in memory that the trainer can read after a worker's crash.
 
 An update costs microseconds, a record milliseconds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
-import mmap
-import multiprocessing.resource_tracker
-import multiprocessing.shared_memory
-import os
-import secrets
 import struct
 import threading
 import time
-import weakref
-from multiprocessing.shared_memory import SharedMemory
 
-_HEADER = struct.Struct("<Qd")  # Process id and start time; 0 before the process has started.
 _ENTRY = struct.Struct("<Bdq183p")  # Activity, start time, step, record.
 _MAX_THREADS = 64  # Entries per process: the reading threads and the one that builds.
-_STATUS_BYTES = _HEADER.size + _MAX_THREADS * _ENTRY.size
+STATUS_BYTES = _MAX_THREADS * _ENTRY.size
 _MAX_DESCRIBED = 4  # Entries of a process in a description: the longest active ones.
 
 
@@ -59,31 +50,23 @@ class ThreadStatus:
 
 
 class WorkerStatus:
-    """The entries of one process's threads, in `memory` of `_STATUS_BYTES`, which may be shared with a reader."""
+    """The entries of one process's threads, in `memory` of `STATUS_BYTES` zeros that another process may read."""
 
-    def __init__(self, memory: memoryview):
-        self._memory = memory
+    def __init__(self, memory: memoryview | None = None):
+        self._memory = memoryview(bytearray(STATUS_BYTES)) if memory is None else memory
         self._lock = threading.Lock()
         self._local = threading.local()
 
-    def begin(self) -> None:
-        """Registers this process as the writer."""
-        _HEADER.pack_into(self._memory, 0, os.getpid(), time.monotonic())
-
-    @property
-    def pid(self) -> int:
-        """Process id of the writer; 0 before it has started."""
-        return _HEADER.unpack_from(self._memory)[0]
-
     @property
     def last_update_s(self) -> float:
-        """Time of the last update, or of the process's start; 0 before it has started."""
-        return max([_HEADER.unpack_from(self._memory)[1], *(entry.since_s for entry in self.read())])
+        """Time of the last update; 0 before the first."""
+        return max((entry.since_s for entry in self.read()), default=0.0)
 
     def update(self, activity: Activity, record: str, step: int = -1) -> None:
         """Replaces the calling thread's entry."""
-        offset = getattr(self._local, "offset", 0) or self._allocate_entry()
-        _ENTRY.pack_into(self._memory, offset, activity, time.monotonic(), step, record.encode()[:182])
+        if not hasattr(self._local, "offset"):
+            self._allocate_entry()
+        _ENTRY.pack_into(self._memory, self._local.offset, activity, time.monotonic(), step, record.encode()[:182])
 
     def read(self) -> list[ThreadStatus]:
         """The entries of all threads: active ones first, the longest active one at the head."""
@@ -103,7 +86,7 @@ class WorkerStatus:
 
     @staticmethod
     def _offsets() -> range:
-        return range(_HEADER.size, _STATUS_BYTES, _ENTRY.size)
+        return range(0, STATUS_BYTES, _ENTRY.size)
 
     def _read_entry(self, offset: int) -> tuple[int, float, int, bytes]:
         """Reads an entry until two reads agree, so that it is not half written."""
@@ -114,68 +97,8 @@ class WorkerStatus:
                 break
         return entry
 
-    def _allocate_entry(self) -> int:
+    def _allocate_entry(self) -> None:
         """Assigns the calling thread the entry with the oldest update."""
         with self._lock:
             self._local.offset = min(self._offsets(), key=lambda offset: _ENTRY.unpack_from(self._memory, offset)[1])
             _ENTRY.pack_into(self._memory, self._local.offset, Activity.NOTHING, time.monotonic(), -1, b"")
-        return self._local.offset
-
-
-_status = WorkerStatus(memoryview(bytearray(_STATUS_BYTES)))
-
-
-def this_process() -> WorkerStatus:
-    """The status of this process."""
-    return _status
-
-
-def attach(board: str, index: int) -> None:
-    """Writes this process's status to entry `index` of the trainer's status board from now on."""
-    global _status
-    shared = SharedMemory(board)
-    _status = WorkerStatus(_map_memory(shared)[index * _STATUS_BYTES : (index + 1) * _STATUS_BYTES])
-    shared.close()
-    _status.begin()
-
-
-class StatusBoard:
-    """The status of `count` workers, in shared memory called `name`; it is freed even when the trainer is killed."""
-
-    def __init__(self, count: int):
-        self._shared = _create_tracked(count * _STATUS_BYTES)
-        self.name = self._shared.name
-        memory = _map_memory(self._shared)
-        self.workers = [
-            WorkerStatus(memory[index * _STATUS_BYTES : (index + 1) * _STATUS_BYTES]) for index in range(count)
-        ]
-        _boards.add(self)
-
-    def close(self) -> None:
-        """Unlinks the shared memory. The last entries stay readable here."""
-        _boards.discard(self)
-        self._shared.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._shared.unlink()
-
-
-_boards: weakref.WeakSet[StatusBoard] = weakref.WeakSet()
-
-
-def open_boards() -> list[StatusBoard]:
-    """The status boards of this process that are not closed."""
-    return list(_boards)
-
-
-def _create_tracked(size: int) -> SharedMemory:
-    """Creates shared memory that is freed even if this process is killed right after."""
-    while True:
-        name = f"{multiprocessing.shared_memory._SHM_NAME_PREFIX}{secrets.token_hex(3)}"
-        multiprocessing.resource_tracker.register(name, "shared_memory")
-        with contextlib.suppress(FileExistsError):
-            return SharedMemory(name.lstrip("/"), create=True, size=size)
-
-
-def _map_memory(shared: SharedMemory) -> memoryview:
-    """An independent mapping: it stays valid after `shared` is closed."""
-    return memoryview(mmap.mmap(shared._fd, shared.size))

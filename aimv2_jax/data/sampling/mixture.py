@@ -1,8 +1,9 @@
 """Mixture sampler: pure functions from example number to (source, record, caption kind), without reading data.
 
-Weights form an exact integer cycle over the sources, and each source has a cycle over its caption kinds; both are
-interleaved as evenly as integers allow. Each caption kind of a source is its own pool, as in the paper's table of the
-mixture: every pass visits all records in a new order, and a record with several captions shows a different one.
+The config's weights are scaled to integers. Examples cycle over the sources, and the draws from a source cycle over its
+caption kinds. A cycle has each value exactly as often as its weight, spread as evenly as possible (`interleave`). Each
+caption kind of a source is a pool of its own, as in the paper's table of the mixture. Each pass over a pool visits all
+records in a new order, and shows another caption of a record that has several.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class MixtureSampler:
       seed: the run's seed.
       schedule: the batch size of each step.
       sizes: number of records of each source, by name.
-      counts: for each source, how often each caption kind occurs in one cycle (`config.mixture_counts`).
+      counts: for each source, how often each caption kind occurs in one cycle (`mixture_counts` of config/schema.py).
     """
 
     def __init__(
@@ -54,18 +55,18 @@ class MixtureSampler:
 
     @property
     def cycle_length(self) -> int:
-        """Number of examples after which every source and kind has had exactly its weight."""
+        """Number of examples in one cycle, in which each source and kind occurs exactly as often as its weight says."""
         return len(self._cycle)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Passes over each source in the first `steps` steps, all its kinds together."""
+        """Returns the passes over each source in the first `steps` steps, counting the draws of all its kinds."""
         cycles, slots = divmod(self.schedule.first_example(steps), len(self._cycle))
         drawn = [cycles * int(weight) for weight in self._weights]
         part = np.bincount(self._cycle[:slots], minlength=len(self._names))
         return {name: (drawn[i] + int(part[i])) / self._sizes[name] for i, name in enumerate(self._names)}
 
     def draw(self, example: int) -> Draw:
-        """The draw of example number `example`."""
+        """Returns the draw of example number `example`."""
         cycle, slot = divmod(example, len(self._cycle))
         source = int(self._cycle[slot])
         name, number = self._names[source], cycle * int(self._weights[source]) + int(self._rank[slot])
@@ -73,7 +74,7 @@ class MixtureSampler:
         return Draw(name, number, kind)
 
     def records(self, draw: Draw) -> Iterator[int]:
-        """The records to try for `draw`: its own, then replacements; all different, at most `MAX_ATTEMPTS`."""
+        """Yields up to `MAX_ATTEMPTS` different records to try for `draw`: its own first, then replacements."""
         size = self._sizes[draw.source]
         epoch, position = divmod(draw.number, size)
         first = permute_index(position, size, hash32(self.seed, "epoch", draw.source, draw.kind, epoch))
@@ -84,11 +85,11 @@ class MixtureSampler:
             yield other + (other >= first)
 
     def caption(self, draw: Draw, record: int, count: int) -> int:
-        """Index of the caption, of the `count` of its kind, that `record` shows for `draw`.
+        """Returns the index of the caption that `record` shows for `draw`, among its `count` captions of that kind.
 
-        Each pass over the records takes the next caption, from a start that the seed chooses for each record. So in
-        every pass each caption of a record is equally likely, and in `count` passes each comes once; as many
-        independent choices would miss a quarter of two captions, and a fraction of 1/e of many.
+        The first pass starts at a random caption of each record, and each further pass takes the next one. So in every
+        pass all captions of a record are equally likely, and `count` passes show each of them once. With `count`
+        independent choices instead, a caption would be missed with probability 1/4 for two captions, 1/e for many.
         """
         start = hash32(self.seed, "caption", draw.source, draw.kind, record)
         return (start + draw.number // self._sizes[draw.source]) % count
@@ -104,19 +105,19 @@ class _KindCycle:
         self._rank = _rank(self._cycle)
 
     def draw(self, number: int) -> tuple[str, int]:
-        """The kind of the source's `number`-th draw, and how many draws of that kind came before."""
+        """Returns the kind of the source's `number`-th draw, and how many draws of that kind came before."""
         cycle, slot = divmod(number, len(self._cycle))
         kind = int(self._cycle[slot])
         return self._kinds[kind], cycle * self._counts[kind] + int(self._rank[slot])
 
 
 def interleave(counts: list[int]) -> Int32[np.ndarray, " W"]:
-    """A sequence of W = sum(counts) slots with exactly counts[i] times the value i, spread as evenly as possible.
+    """Returns W = sum(counts) slots that hold the value i exactly counts[i] times, spread as evenly as possible.
 
-    The j-th occurrence (from 0) of i lies in the slots [floor(j W / c), ceil((j + 1) W / c)), c = counts[i]; taking the
-    earliest end first satisfies all of them (one processor, unit tasks, integer windows, full use: Baruah et al. 1996,
-    "Proportionate progress"). So after t slots of repeated cycles, i has occurred t c / W times with an error
-    below 1, and in any window with an error below 2.
+    With c = counts[i], the j-th occurrence of i (from 0) is in the slots [floor(j W / c), ceil((j + 1) W / c)). The
+    value whose window ends first comes next, which meets all windows (Baruah et al. 1996, "Proportionate progress": one
+    fully used processor, unit tasks, integer windows). So in the first t slots of repeated cycles, i occurs t c / W
+    times with an error below 1. In any t consecutive slots, the error is below 2.
     """
     total = sum(counts)
     order = np.empty(total, np.int32)
@@ -136,7 +137,7 @@ def interleave(counts: list[int]) -> Int32[np.ndarray, " W"]:
 
 
 def _rank(cycle: Int32[np.ndarray, " W"]) -> Int32[np.ndarray, " W"]:
-    """For each slot, how often its value occurs earlier in the cycle."""
+    """Returns, for each slot, how often its value occurs earlier in the cycle."""
     rank = np.empty_like(cycle)
     for value in np.unique(cycle):
         slots = np.flatnonzero(cycle == value)

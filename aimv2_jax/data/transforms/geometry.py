@@ -10,7 +10,7 @@ import math
 
 import einops
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 from PIL import Image
 
 Box = tuple[int | float, int | float, int | float, int | float]
@@ -144,6 +144,21 @@ def patchify(
     runs = pixels.reshape(rows, patch_size, columns, 3 * patch_size).swapaxes(1, 2)
     out.reshape(runs.shape)[...] = runs
     return out
+
+
+def write_patches(
+    pixels: UInt8[np.ndarray, "H W 3"],
+    patch_size: int,
+    patches: UInt8[np.ndarray, "L P"],
+    coords: Int32[np.ndarray, "L 2"],
+    valid: Bool[np.ndarray, " L"],
+) -> None:
+    """Writes an image to one row of a batch's arrays, which are zero; the patches after its last one stay padding."""
+    grid = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
+    used = slice(grid[0] * grid[1])
+    patchify(pixels, patch_size, out=patches[used])
+    coords[used] = patch_coords(grid)
+    valid[used] = True
 
 
 def unpatchify(patches: UInt8[np.ndarray, "L P"], grid: tuple[int, int], patch_size: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -22,19 +22,20 @@ by 16 x 16 pixels, on the same images) and examples.
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from aimv2_jax.allocator import keep_freed_memory
-from aimv2_jax.cli import Parser, check_output, positive
+from aimv2_jax.cli import Parser, non_negative, positive
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
-from aimv2_jax.eval.cli import add_encoder, check_layer
+from aimv2_jax.eval.cli import add_encoder, add_labels, check_files, check_layer, write_json
 from aimv2_jax.eval.probes.dataset import read_labelled_dataset, split
 from aimv2_jax.eval.probes.knn import pixel_floor
 from aimv2_jax.eval.probes.report import classification_metrics, confusion_figure, summary
-from aimv2_jax.eval.probes.run import head_probe, knn_probe
+from aimv2_jax.eval.probes.run import ProbeConfig, head_probe, knn_probe
+from aimv2_jax.eval.probes.sweep import GRIDS
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.encoder import PretrainedEncoder, encoder_of
 from aimv2_jax.pretrained.source import open_weights, untrained
@@ -51,24 +52,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--like", metavar="SPEC", help="the encoder whose architecture --checkpoint random has")
     add("--train", required=True, metavar="DATA", help="prepared train dataset with labels")
     add("--test", required=True, metavar="DATA", help="prepared test dataset with labels")
-    add("--label", required=True, metavar="NAME", help="the label to predict")
-    add("--kind", choices=("attentive", "linear", "knn"), default="attentive", help="default %(default)s")
+    add_labels(parser)
+    add("--kind", choices=("attentive", "linear", "knn"), help="default %(default)s")
     grid_help = "learning rates and weight decays (default %(default)s)"
-    add("--grid", choices=("small", "full"), default="small", help=grid_help)
+    add("--grid", choices=GRIDS, help=grid_help)
     augment_help = "augmentation of train images (default %(default)s)"
-    add("--augment", choices=("flip", "none", "crops"), default="flip", help=augment_help)
-    add("--epochs", type=positive, default=30, metavar="N", help="default %(default)s; Table A2: 100")
-    add("--warmup-epochs", type=int, default=3, metavar="N", help="default %(default)s; Table A2: 5 (ImageNet), 0")
-    add("--batch-size", type=positive, default=256, metavar="N", help="default %(default)s; Table A2: 1024, 512")
+    add("--augment", choices=("flip", "none", "crops"), help=augment_help)
+    add("--epochs", type=positive, metavar="N", help="default %(default)s; Table A2: 100")
+    add("--warmup-epochs", type=int, metavar="N", help="default %(default)s; Table A2: 5 (ImageNet), 0")
+    add("--batch-size", type=positive, metavar="N", help="default %(default)s; Table A2: 1024, 512")
     add("--no-normalise", dest="normalise", action="store_false", help="do not standardise features")
-    add("--by", metavar="NAME", help="another label; results are also reported for each of its values")
-    add(
-        "--without",
-        type=lambda text: tuple(filter(None, text.split(","))),
-        default=(),
-        metavar="A,B",
-        help="excluded values of --label",
-    )
     add(
         "--validation",
         type=_share,
@@ -79,12 +72,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--no-refit", dest="refit", action="store_false", help="do not train the chosen head again on all of --train")
     add("--encoder-batch", type=positive, metavar="N", help="images per encoder batch (default: 32 of 256 patches)")
     seed_help = "seed of the split, the order and the head (default %(default)s)"
-    add("--seed", type=_seed, default=0, metavar="N", help=seed_help)
+    add("--seed", type=non_negative, metavar="N", help=seed_help)
     add("--cache", type=Path, metavar="DIR", help="folder for computed features (default: not stored)")
     floor_help = "skip the floor, which decodes all images once more"
     add("--no-floor", dest="floor", action="store_false", help=floor_help)
-    add("--json", type=Path, metavar="FILE", help="write the metrics to this file")
-    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
+    parser.set_defaults(**vars(ProbeConfig()))
     flags = parser.parse_args(arguments)
     if (flags.checkpoint == RANDOM) != (flags.like is not None):
         parser.error("--checkpoint random and --like go together")
@@ -97,10 +89,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return flags
 
 
-def _seed(text: str) -> int:
-    return 0 if text == "0" else positive(text)
-
-
 def _share(text: str) -> float:
     try:
         value = float(text)
@@ -109,6 +97,11 @@ def _share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
     return value
+
+
+def probe_config(flags: argparse.Namespace) -> ProbeConfig:
+    """The settings of the probe among the flags."""
+    return ProbeConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(ProbeConfig)})
 
 
 def open_encoder(flags: argparse.Namespace) -> PretrainedEncoder:
@@ -134,9 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if flags.cache is not None and flags.cache.exists() and not flags.cache.is_dir():
         raise UserError("--cache is a file", str(flags.cache), "Name a folder")
-    for path, flag, suffix in ((flags.json, "--json", ""), (flags.confusion, "--confusion", ".png")):
-        if path is not None:
-            check_output(path, suffix, flag)
+    check_files(json=flags.json, confusion=flags.confusion)
     train = read_labelled_dataset(flags.train, "--train", flags.label, flags.by, flags.without)
     test = read_labelled_dataset(flags.test, "--test", flags.label, flags.by, flags.without, train.names)
     fit_idx, val_idx = split(train, flags.validation, flags.seed)
@@ -144,9 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = "--train has too few images of each class for a validation split"
         raise UserError(what, len(train), "Give a larger dataset")
     encoder = open_encoder(flags)
-    flags.encoder_batch = flags.encoder_batch or encoder.batch_size
     probe = knn_probe if flags.kind == "knn" else head_probe
-    outcome = probe(encoder, (train, test), fit_idx, val_idx, flags)
+    outcome = probe(encoder, (train, test), fit_idx, val_idx, probe_config(flags))
     floor = classification_metrics(test, pixel_floor(train, test)) if flags.floor else None
     result = {
         **classification_metrics(test, outcome.predicted),
@@ -167,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"the probe {seconds['probe']:.1f} s"
         )
     if flags.json is not None:
-        flags.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(flags.json, result)
     if flags.confusion is not None:
         heading = f"{flags.kind} probe of {flags.label}: top-1 {result['top1']:.3f}"
         note = f"{len(test)} test images. Rows are true classes, columns predicted ones."

@@ -42,8 +42,8 @@ class LabelledDataset:
 
     def image(self, index: int) -> NamedImage:
         """The encoded image of example `index`."""
-        _, record = _read(self.source, int(self.indices[index]))
-        return NamedImage(f"{self.source.name}: {record.key}", record.image)
+        _, record = read_record(self.source, int(self.indices[index]), self.source.name)
+        return named_image(self.source, record)
 
     def take(self, indices: Int[np.ndarray, " M"]) -> LabelledDataset:
         """The examples at `indices`, in that order."""
@@ -72,7 +72,7 @@ def read_labelled_dataset(
     seen: set[str] = set()
     checksum = 0
     for index in range(len(source)):
-        data, record = _read(source, index)
+        data, record = read_record(source, index, path)
         checksum = zlib.crc32(data, checksum)
         labels = record.labels
         seen |= labels.keys()
@@ -113,10 +113,15 @@ def split(dataset: LabelledDataset, share: float, seed: int) -> tuple[Int[np.nda
     return fit_idx, np.sort(val_idx)
 
 
-def _read(source: Source, index: int) -> tuple[bytes, Record]:
-    """Returns a record and its bytes."""
+def read_record(source: Source, index: int, name: str) -> tuple[bytes, Record]:
+    """The bytes and the content of record `index`; raises a `UserError` about `name` if it is unreadable."""
     try:
         data = source.read(index)
         return data, records.decode(data)
     except BadRecord as error:
-        raise UserError(f"{source.name} has an unreadable record", index, "Prepare the dataset again") from error
+        raise UserError(f"{name} has an unreadable record", index, "Prepare the dataset again") from error
+
+
+def named_image(source: Source, record: Record) -> NamedImage:
+    """The encoded image of a record, named by the record's source and key."""
+    return NamedImage(f"{source.name}: {record.key}", record.image)

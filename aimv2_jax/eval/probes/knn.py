@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from aimv2_jax.data.transforms import geometry
+from aimv2_jax.data.transforms.views import View
 from aimv2_jax.eval.probes.dataset import LabelledDataset
 from aimv2_jax.eval.probes.features import prefetch_map
 from aimv2_jax.pretrained.images import open_image
@@ -57,9 +57,9 @@ def _thumbnails(dataset: LabelledDataset) -> Float[np.ndarray, "N 768"]:
     """Whole images at 16 x 16, regardless of aspect ratio."""
 
     def load(index: int) -> np.ndarray:
-        opened = open_image(dataset.image(index))
-        image, box = opened.decode((0, 0, *opened.size), _FLOOR_SIDE)
-        return geometry.resize(image, box, _FLOOR_SIDE).astype(np.float32).reshape(-1) / 255
+        image = open_image(dataset.image(index))
+        pixels = View(_FLOOR_SIDE, (0, 0, *image.size))(image)
+        return pixels.astype(np.float32).reshape(-1) / 255
 
     groups = (range(start, min(start + 64, len(dataset))) for start in range(0, len(dataset), 64))
     return np.concatenate([np.stack(group) for group in prefetch_map(load, groups)])

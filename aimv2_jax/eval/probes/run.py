@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from aimv2_jax.data.loading.batch_builder import TrainingTransform
-from aimv2_jax.data.loading.stage_timer import StageTimer
+from aimv2_jax.data.transforms.views import RandomCrop
 from aimv2_jax.eval.probes.dataset import LabelledDataset
 from aimv2_jax.eval.probes.features import FeatureCache, FeatureSet, prefetch_map
-from aimv2_jax.eval.probes.heads import AttentiveHead, LinearHead
 from aimv2_jax.eval.probes.knn import COUNTS, vote
 from aimv2_jax.eval.probes.sweep import (
-    FULL_GRID,
-    SMALL_GRID,
+    GRIDS,
+    AttentiveHead,
     Batch,
     FeatureNorm,
+    LinearHead,
     SweepConfig,
     epoch_batches,
     ordered_batches,
@@ -39,6 +38,43 @@ _NORM_SAMPLES = 2048  # Train images that estimate mean and variance when every 
 
 
 @dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """Settings of a probe. Those from `grid` on, apart from `seed`, are for trained heads only.
+
+    Attributes:
+      kind: "attentive" or "linear" for a trained head, "knn" for a vote of the nearest images.
+      layer: the block whose output is probed; None: after the final norm.
+      encoder_batch: images per batch of the encoder; None: its default.
+      cache: folder for computed features; None: they are not stored.
+      grid: which of `GRIDS` is trained.
+      augment: views of the train images: their mirror images as well, none, or new random crops in every epoch.
+      normalise: standardise features by the mean and variance over the train images.
+      refit: train the chosen head again on all train images.
+      seed: seed of the order, the views and the head's parameters.
+    """
+
+    kind: Literal["attentive", "linear", "knn"] = "attentive"
+    layer: int | None = None
+    encoder_batch: int | None = None
+    cache: Path | None = None
+    grid: Literal["small", "full"] = "small"
+    augment: Literal["flip", "none", "crops"] = "flip"
+    epochs: int = 30
+    warmup_epochs: int = 3
+    batch_size: int = 256
+    normalise: bool = True
+    refit: bool = True
+    seed: int = 0
+
+    def feature_cache(self, encoder: PretrainedEncoder) -> FeatureCache:
+        """The cache of the features that this probe reads."""
+        pooling = "patches" if self.kind == "attentive" else "mean"
+        flips = self.kind != "knn" and self.augment == "flip"
+        batch_size = self.encoder_batch or encoder.batch_size
+        return FeatureCache(self.cache, encoder, pooling, self.layer, flips, batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class ProbeResult:
     """The predicted class of each test image, the chosen hyperparameters, and `seconds` by phase."""
 
@@ -52,10 +88,10 @@ def knn_probe(
     datasets: tuple[LabelledDataset, LabelledDataset],
     fit_idx: Indices,
     val_idx: Indices,
-    flags: argparse.Namespace,
+    config: ProbeConfig,
 ) -> ProbeResult:
     """Weighted k nearest neighbours on the mean of the patches; `val_idx` chooses k with `fit_idx` as neighbours."""
-    cache = FeatureCache(flags.cache, encoder, "mean", flags.layer, False, flags.encoder_batch)
+    cache = config.feature_cache(encoder)
     feature_sets = [cache(dataset, split) for dataset, split in zip(datasets, ("train", "test"))]
     train, test = (feature_set.features[:, 0, 0].astype(np.float32) for feature_set in feature_sets)
     classes = datasets[0].classes
@@ -73,37 +109,37 @@ def head_probe(
     datasets: tuple[LabelledDataset, LabelledDataset],
     fit_idx: Indices,
     val_idx: Indices,
-    flags: argparse.Namespace,
+    config: ProbeConfig,
 ) -> ProbeResult:
     """An attentive or linear head.
 
-    The grid is trained on `fit_idx`; its best point on `val_idx` is trained again on both with `flags.refit`.
+    The grid is trained on `fit_idx`; its best point on `val_idx` is trained again on both with `config.refit`.
     """
-    attentive, width, names = flags.kind == "attentive", encoder.spec.width, datasets[0].names
-    pooling = "patches" if attentive else "mean"
-    cache = FeatureCache(flags.cache, encoder, pooling, flags.layer, flags.augment == "flip", flags.encoder_batch)
-    grid = FULL_GRID if flags.grid == "full" else SMALL_GRID
-    size = min(flags.batch_size, len(fit_idx))
-    config = SweepConfig(grid, flags.epochs, min(flags.warmup_epochs, flags.epochs - 1), size, flags.seed)
-    features = (RandomCrops if flags.augment == "crops" else CachedFeatures)(cache, datasets)
+    grid = GRIDS[config.grid]
+    width = encoder.spec.width
+    num_classes = len(datasets[0].names)
+    size = min(config.batch_size, len(fit_idx))
+    sweep = SweepConfig(grid, config.epochs, min(config.warmup_epochs, config.epochs - 1), size, config.seed)
+    features = (RandomCrops if config.augment == "crops" else CachedFeatures)(config.feature_cache(encoder), datasets)
     start = time.perf_counter()
-    head = AttentiveHead(encoder.spec.heads, len(names)) if attentive else LinearHead(len(names))
+    is_attentive = config.kind == "attentive"
+    head = AttentiveHead(encoder.spec.heads, num_classes) if is_attentive else LinearHead(num_classes)
 
-    def train_on(indices: Indices, config: SweepConfig) -> Callable[[Iterator[Batch], int], np.ndarray]:
-        norm = features.norm(indices, config) if flags.normalise else FeatureNorm.identity(width)
+    def train_on(indices: Indices, sweep: SweepConfig) -> Callable[[Iterator[Batch], int], np.ndarray]:
+        norm = features.norm(indices, sweep) if config.normalise else FeatureNorm.identity(width)
         steps_per_epoch = -(-len(indices) // size)
-        params = train_sweep(head, norm, config, steps_per_epoch, features.epochs(indices, config), width)
+        params = train_sweep(head, norm, sweep, steps_per_epoch, features.epochs(indices, sweep), width)
         return lambda batches, count: np.concatenate(list(predict(head, norm, params, batches)), axis=1)[:, :count]
 
-    score = train_on(fit_idx, config)
+    score = train_on(fit_idx, sweep)
     log_probability, classes = score(features.train(val_idx, size), len(val_idx)), datasets[0].classes[val_idx]
     accuracy = (log_probability.argmax(-1) == classes).mean(1)
     loss = -log_probability[:, np.arange(len(val_idx)), classes].mean(1)
     best = min(range(len(grid)), key=lambda point: (-accuracy[point], loss[point]))
-    if flags.refit:  # k-NN and the pixel floor use every train image, too.
+    if config.refit:  # k-NN and the pixel floor use every train image, too.
         train_idx = np.sort(np.concatenate([fit_idx, val_idx]))
-        score = train_on(train_idx, dataclasses.replace(config, grid=grid[best : best + 1]))
-    predicted = score(features.test(size), len(datasets[1]))[0 if flags.refit else best].argmax(-1)
+        score = train_on(train_idx, dataclasses.replace(sweep, grid=grid[best : best + 1]))
+    predicted = score(features.test(size), len(datasets[1]))[0 if config.refit else best].argmax(-1)
     chosen = {"lr": grid[best][0], "weight_decay": grid[best][1], "validation_top1": float(accuracy[best])}
     return ProbeResult(predicted, chosen, _seconds(features.feature_sets, start))
 
@@ -154,14 +190,15 @@ class RandomCrops:
         return FeatureNorm.fit(features[:, None], valid, np.arange(len(indices)))
 
     def epochs(self, indices: Indices, config: SweepConfig) -> Iterator[Batch]:
-        """The batches of all epochs (`TrainingTransform`), decoded ahead of the encoder."""
+        """The batches of all epochs (`RandomCrop`), decoded ahead of the encoder."""
         dataset, size, chunk = self._datasets[0], config.batch_size, self._cache.batch_size
-        transform = TrainingTransform(config.seed, self._cache.encoder.spec.image_size, **_CROP)
+        view_of = RandomCrop(config.seed, self._cache.encoder.spec.image_size, **_CROP)
         rng = np.random.default_rng(config.seed)
 
         def crop(example: tuple[int, int]) -> np.ndarray:
             epoch, index = example
-            return transform(open_image(dataset.image(index)), epoch * len(dataset) + index, 0, StageTimer())
+            image = open_image(dataset.image(index))
+            return view_of(image.size, epoch * len(dataset) + index)(image)
 
         orders = [(epoch, rng.permutation(indices)) for epoch in range(config.epochs)]
         batches = [

@@ -1,4 +1,6 @@
-"""Trains a grid of learning rates and weight decays together: one program, each batch of features read once.
+"""Heads on frozen features, trained at a grid of learning rates and weight decays together.
+
+One program trains all points, so each batch of features is read once.
 
 G points of the grid, B batch, L patches, D width, C classes.
 """
@@ -18,11 +20,17 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.models.layers import xavier_uniform
+from aimv2_jax.models.pooling import AttentionPool
+
 Batch = tuple[Float[np.ndarray, "B L D"], Bool[np.ndarray, "B L"], Int[np.ndarray, " B"]]
 """Features, valid patches, and classes; a class of -1 marks a padding row."""
 
-FULL_GRID = tuple(itertools.product((5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1)))  # [P: Table A2]
-SMALL_GRID = tuple(itertools.product((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.1)))  # For a few thousand images. [O]
+GRIDS = {  # (learning rate, weight decay) of each point.
+    "small": tuple(itertools.product((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 0.1))),  # For a few thousand images. [O]
+    "full": tuple(itertools.product((5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3), (0.05, 0.1))),  # [P: Table A2]
+}
+_EPS = 1e-6  # RECIPE.md §11.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +44,26 @@ class SweepConfig:
     seed: int
 
 
-_EPS = 1e-6  # RECIPE.md §11.
+class AttentiveHead(nn.Module):
+    """A learned query over all patches, and a linear layer (RECIPE.md §11)."""
+
+    heads: int
+    classes: int
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, "B C"]:
+        pooled = AttentionPool(self.heads, name="pool")(features, valid)
+        return nn.Dense(self.classes, kernel_init=xavier_uniform, name="classes")(pooled)
+
+
+class LinearHead(nn.Module):
+    """A linear layer on one feature vector an image (L = 1)."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, "B C"]:
+        return nn.Dense(self.classes, kernel_init=xavier_uniform, name="classes")(features[:, 0])
 
 
 @dataclasses.dataclass(frozen=True)

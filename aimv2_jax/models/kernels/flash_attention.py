@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.kernels.short_attention import MASK_VALUE, matmul, row_dot
+from aimv2_jax.models.kernels.short_attention import MASK_VALUE, matmul
+from aimv2_jax.models.ops import row_dot
 
 ROW_MULTIPLE = 128  # The smallest block has 128 rows.
 
@@ -38,7 +39,7 @@ def attend(
 ) -> Float[Array, "B S D"]:
     """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 128.
 
-    The cotangent of `grad_dot` is sum(dy · y) over q, k and v (`attention.with_grad_dot`).
+    The cotangent of `grad_dot` is sum(dy · y) over q, k and v (`ops.with_grad_dot`).
     """
     return _attend_forward(q, k, v, prefix, key_valid, grad_dot, head_dim, interpret)[0]
 

@@ -42,7 +42,7 @@ def attend(
 ) -> Float[Array, "B S D"]:
     """Masked softmax attention at scale 1/sqrt(E), heads contiguous; S a multiple of 16 and at most `MAX_ROWS`.
 
-    The cotangent of `grad_dot` is sum(dy · y) over q, k and v (`attention.with_grad_dot`).
+    The cotangent of `grad_dot` is sum(dy · y) over q, k and v (`ops.with_grad_dot`).
     """
     return _call(_forward, (q, k, v), prefix, key_valid, head_dim, interpret)[0]
 
@@ -159,9 +159,3 @@ def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     with exact_products(a.dtype):
         dims = (((contract[0],), (contract[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def row_dot(outputs: Sequence[Float[Array, "*rows D"]], gradients: Sequence[Array]) -> Float[Array, "*rows"]:
-    """sum(dy · y) over the last dimension of all arrays, float32, with one row reduction instead of one per array."""
-    products = (y.astype(jnp.float32) * dy.astype(jnp.float32) for y, dy in zip(outputs, gradients))
-    return jnp.sum(sum(products), axis=-1)

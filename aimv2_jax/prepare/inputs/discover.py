@@ -8,14 +8,13 @@ import os
 import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from etils import epath
 
 from aimv2_jax.data.transforms.decode import FORMAT_OF
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import open_files, tables, webdataset
-from aimv2_jax.prepare.inputs.formats import FORMATS
+from aimv2_jax.prepare.inputs.reader import FORMATS
 from aimv2_jax.prepare.inputs.samples import InputShard
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.untrusted import is_inside
@@ -71,7 +70,7 @@ def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> lis
     if not given:  # Probably an unset shell variable; as a path it would be the current folder.
         raise UserError("--input is empty", given, "Give a file, a folder or a glob")
     if open_files.is_remote(given):
-        with open_files.remote_errors(given):
+        with open_files.input_errors(given):
             return _expanded(given, [str(path) for path in _remote_glob(given)], pool, follow_links)
     path = os.path.abspath(resolve_path(given))
     if os.path.lexists(path):
@@ -111,7 +110,8 @@ def _is_folder(path: str) -> bool:
 
 
 def _listing(folder: str) -> set[str]:
-    return open_files.call_on_path(folder, lambda: {str(path) for path in epath.Path(folder).iterdir()})
+    with open_files.input_errors(folder):
+        return {str(path) for path in epath.Path(folder).iterdir()}
 
 
 def _tars_of(path: str) -> list[str]:
@@ -150,5 +150,6 @@ def _recognise(path: str) -> tuple[str, list[InputShard] | UserError] | None:
     head = open_files.read_range(path, 0, _HEAD_BYTES)
     for name, input_format in FORMATS.items():
         if input_format.recognises(head, path):
-            return name, open_files.call_on_path(path, partial(input_format.shards, path, num_bytes))
+            with open_files.input_errors(path):
+                return name, input_format.shards(path, num_bytes)
     return None

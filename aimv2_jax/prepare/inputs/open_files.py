@@ -7,9 +7,9 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from etils import epath
 
@@ -26,7 +26,6 @@ _COPY_BYTES = 16 << 20
 _MIN_BOMB_BYTES, _MAX_EXPANSION = 1 << 30, 100
 _FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNREADABLE_REMEDY = "Fix its permissions, symlink or disk, or leave it out"
-_Result = TypeVar("_Result")
 
 
 class FileUnavailable(Exception):
@@ -60,7 +59,7 @@ def open_file(path: str, start: int = 0, stop: int | None = None) -> Iterator[Bi
 
 
 def _remote_pieces(path: str, start: int, stop: int) -> Iterator[bytes]:
-    with remote_errors(path), epath.Path(path).open("rb") as file:
+    with input_errors(path), epath.Path(path).open("rb") as file:
         file.seek(start)
         while data := file.read(min(_COPY_BYTES, stop - start)):
             start += len(data)
@@ -98,44 +97,35 @@ def _no_room(path: str, error: OSError) -> UserError:
 
 
 @contextlib.contextmanager
-def remote_errors(path: str) -> Iterator[None]:
-    """Converts every error inside to a `UserError` about `path`."""
+def input_errors(path: str) -> Iterator[None]:
+    """Converts errors of the system or the bucket inside to a `UserError` about `path`."""
     try:
         yield
     except UserError:
         raise
-    except KeyError as error:  # epath raises KeyError for schemes that it does not support.
-        remedy = "Give a local path, or one in a bucket (gs://)"
-        raise UserError("the storage scheme is not supported", path, remedy) from error
-    except Exception as error:  # TensorFlow's and fsspec's own types, which cannot be named without importing them.
+    except Exception as error:
+        if not is_remote(path):
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(f"input cannot be read ({error.strerror})", path, _UNREADABLE_REMEDY) from error
+        if isinstance(error, KeyError):  # epath raises it for schemes that it does not support.
+            remedy = "Give a local path, or one in a bucket (gs://)"
+            raise UserError("the storage scheme is not supported", path, remedy) from error
+        # TensorFlow and fsspec raise their own types, which cannot be named without importing them.
         raise UserError("input cannot be read", path, f"Fix the cause: {error}") from error
 
 
 def file_size(path: str) -> int:
     """Size of a file in bytes; raises `UserError` if it cannot be read."""
-    return call_on_path(path, lambda: epath.Path(path).stat().length)
+    with input_errors(path):
+        return epath.Path(path).stat().length
 
 
 def read_range(path: str, start: int, num_bytes: int) -> bytes:
     """Reads up to `num_bytes` from byte `start`; raises `UserError` if the file cannot be read."""
-
-    def read() -> bytes:
-        with epath.Path(path).open("rb") as file:
-            file.seek(start)
-            return file.read(num_bytes)
-
-    return call_on_path(path, read)
-
-
-def call_on_path(path: str, function: Callable[[], _Result]) -> _Result:
-    """Calls `function` and raises errors of the system or the bucket as `UserError` about `path`."""
-    if is_remote(path):
-        with remote_errors(path):
-            return function()
-    try:
-        return function()
-    except OSError as error:
-        raise UserError(f"input cannot be read ({error.strerror})", path, _UNREADABLE_REMEDY) from error
+    with input_errors(path), epath.Path(path).open("rb") as file:
+        file.seek(start)
+        return file.read(num_bytes)
 
 
 def read_beside(folder: str, name: str, follow_links: bool = False) -> bytes:

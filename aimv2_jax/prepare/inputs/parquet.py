@@ -14,14 +14,18 @@ from typing import Any
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import open_files
-from aimv2_jax.prepare.inputs.samples import MAX_SAMPLES, BadInput, InputShard, Sample
+from aimv2_jax.prepare.inputs.samples import MAX_SAMPLES, TABLE_CAPTIONS, BadInput, InputShard, Sample
 from aimv2_jax.prepare.inputs.text_encoding import escape_name
 
 FIELD = "a column of texts, lists of texts, numbers or truth values"
-CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
+CAPTIONS = TABLE_CAPTIONS
 IMAGES = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
 _KEYS = ("key", "__key__", "id", "uid")
 _STATUS, _FAILED = "status", "failed"  # img2dataset writes failed_to_download and failed_to_resize.
+_TEXT_TYPES = ("string", "large_string", "string_view")
+_BYTES_TYPES = ("binary", "large_binary", "binary_view")
+_LIST_TYPES = ("list", "large_list", "fixed_size_list")
+_FIELD_TYPES = ("boolean", "integer", "floating", "decimal", *_TEXT_TYPES, *_BYTES_TYPES)
 _MAGIC = b"PAR1"
 _TAIL = struct.Struct("<i4s")  # (size of the footer in bytes, magic).
 _MAX_BATCH_ROWS, _MAX_BATCH_BYTES = 32, 1 << 30
@@ -121,8 +125,7 @@ class _Columns:
         self._key = next((name for name in _KEYS if name in field_columns), None)
         # Other columns are not read, because they may be damaged or too wide.
         self._fields = [name for name in field_columns if fields is None or name in (*fields, self._key, _STATUS)]
-        _, arrow = _pyarrow()
-        is_struct = arrow.types.is_struct(schema.field(image).type)
+        is_struct = _is(schema.field(image).type, ("struct",))
         self.paths = [f"{image}.bytes" if is_struct else image, *self._fields]
 
     def batch_rows(self, group: Any) -> int:
@@ -160,9 +163,9 @@ def _image(value: Any) -> bytes | None:
 def _values(column: Any) -> list[Any]:
     """Converts a column to Python values; texts that are not UTF-8 become bytes, decimals become strings."""
     _, arrow = _pyarrow()
-    if arrow.types.is_dictionary(column.type):
+    if _is(column.type, ("dictionary",)):
         column = column.dictionary_decode()
-    if arrow.types.is_decimal(column.type):
+    if _is(column.type, ("decimal",)):
         column = column.cast(arrow.string())
     if _is_list(column.type):
         lists = column.cast(arrow.large_list(arrow.large_binary())).to_pylist()
@@ -181,51 +184,42 @@ def _text(value: bytes | None) -> str | bytes | None:
         return value
 
 
-def _is_text(kind: Any) -> bool:
-    _, arrow = _pyarrow()
-    return arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)
+def _is(kind: Any, names: Collection[str]) -> bool:
+    """Whether an Arrow type is one of `names`, such as "string"."""
+    types = _pyarrow()[1].types
+    return any(getattr(types, f"is_{name}")(kind) for name in names)
 
 
 def _is_list(kind: Any) -> bool:
     """Whether a column holds lists of texts."""
-    _, arrow = _pyarrow()
-    tests = (arrow.types.is_list, arrow.types.is_large_list, arrow.types.is_fixed_size_list)
-    return any(test(kind) for test in tests) and _is_text(kind.value_type)
+    return _is(kind, _LIST_TYPES) and _is(kind.value_type, _TEXT_TYPES)
 
 
-def _is_bytes(kind: Any) -> bool:
-    _, arrow = _pyarrow()
-    tests = (arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_binary_view)
-    return any(test(kind) for test in tests)
+def _item_type(schema: Any, name: str) -> Any:
+    """The type of a column's values; of its distinct values if they are stored as a dictionary."""
+    kind = schema.field(name).type
+    return kind.value_type if _is(kind, ("dictionary",)) else kind
 
 
 def _image_column(schema: Any) -> str | None:
     """The first column of `IMAGES` that exists once and has a type that can hold images."""
-    _, arrow = _pyarrow()
     for name in IMAGES:
         if schema.names.count(name) != 1:
             continue
-        kind = schema.field(name).type
-        kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        if _is_bytes(kind):
+        kind = _item_type(schema, name)
+        if _is(kind, _BYTES_TYPES):
             return name
-        if arrow.types.is_struct(kind) and any(f.name == "bytes" and _is_bytes(f.type) for f in kind):
+        if _is(kind, ("struct",)) and any(part.name == "bytes" and _is(part.type, _BYTES_TYPES) for part in kind):
             return name
     return None
 
 
 def _field_columns(schema: Any) -> list[str]:
-    """Columns whose values can be converted to text."""
-    _, arrow = _pyarrow()
-    numbers = (arrow.types.is_boolean, arrow.types.is_integer, arrow.types.is_floating, arrow.types.is_decimal)
-
-    def is_field(kind: Any) -> bool:
-        kind = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        return any(test(kind) for test in (*numbers, _is_text, _is_bytes, _is_list))
-
+    """Columns that exist once and whose values can be converted to text."""
     image = _image_column(schema)
-    names = [field.name for field in schema if field.name != image and is_field(field.type)]
-    return [name for name in names if schema.names.count(name) == 1]
+    names = [name for name in schema.names if name != image and schema.names.count(name) == 1]
+    kinds = {name: _item_type(schema, name) for name in names}
+    return [name for name in names if _is(kinds[name], _FIELD_TYPES) or _is_list(kinds[name])]
 
 
 def _schema(path: str, num_bytes: int) -> Any | None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+TABLE_CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")  # Default caption columns.
 MAX_SAMPLES = 10**8  # Per file; larger announced counts are treated as damage.
 
 
@@ -13,7 +14,7 @@ MAX_SAMPLES = 10**8  # Per file; larger announced counts are treated as damage.
 class InputShard:
     """Part of the input that is read in sequence: a tar, a parquet file, or rows of a table beside its images."""
 
-    kind: str  # A key of `formats.FORMATS`.
+    kind: str  # A key of `reader.FORMATS`.
     path: str  # Absolute, or with its scheme.
     num_bytes: int  # For a table beside its images, this includes an estimate of their size.
     start: int = 0  # Byte offset of a row; start=0 and stop=None mean the whole file.

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import open_files
-from aimv2_jax.prepare.inputs.samples import BadInput, InputShard, Sample
+from aimv2_jax.prepare.inputs.samples import TABLE_CAPTIONS, BadInput, InputShard, Sample
 from aimv2_jax.prepare.inputs.text_encoding import ENCODING, escape_name, parse_object, text_or_bytes
 
 IMAGES = ("file_name", "image", "path", "filename", "filepath")
@@ -138,7 +138,7 @@ class Csv:
 class Table:
     """Input format of tables in the layout `JsonLines` or `Csv`."""
 
-    CAPTIONS = ("caption", "text", "alt", "TEXT", "alt_text", "description")
+    CAPTIONS = TABLE_CAPTIONS
 
     def __init__(self, layout: type[JsonLines] | type[Csv]):
         self._layout = layout

@@ -1,0 +1,1 @@
+"""Configuration: ml_collections in, frozen dataclasses out, every value checked. Imports no jax."""

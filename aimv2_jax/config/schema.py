@@ -1,0 +1,256 @@
+"""The config as frozen dataclasses. `experiments/base.py` documents the keys, and alone has default values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
+Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # models/layers.py lists what each saves.
+AttentionMask = Literal["prefix", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    width: int
+    depth: int
+    heads: int
+    hidden: int | None
+    position: Literal["learned", "sincos"]
+    attention_mask: AttentionMask
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    width: int
+    depth: int
+    heads: int
+    hidden: int | None
+    vocab_size: int
+    text_length: int
+    remat: Remat | None
+    kind: Literal["joint", "separate", "mlp"]
+    token_keep_rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    patch_size: int
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    norm_eps: float
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    layers: Literal["scan", "loop"]
+    remat: Remat
+    attention: Literal["auto", "xla", "pallas"]
+    compute_dtype: Literal["bfloat16", "float32"]
+    param_dtype: Literal["float32"]
+
+    @property
+    def attention_trunks(self) -> dict[str, EncoderConfig | DecoderConfig]:
+        """The trunks whose blocks have attention, by name."""
+        trunks: dict[str, EncoderConfig | DecoderConfig] = {"encoder": self.encoder}
+        return trunks if self.decoder.kind == "mlp" else trunks | {"decoder": self.decoder}
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    image: bool
+    text: bool
+    alpha: float
+    predict_eos: bool
+    target_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    peak_lr: float
+    start_lr: float
+    end_lr: float
+    warmup_steps: int
+    schedule_steps: int
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    ema_decay: float
+    schedule: Literal["cosine", "half_cosine"]
+    cooldown_share: float
+    cooldown_lr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    batch_size: int
+    workers: int
+    read_threads: int
+    prefetch: int
+    image_size: int
+    crop_area: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    sources: Mapping[str, str]
+    mixture: Mapping[str, Mapping[str, float]]
+    max_bad_fraction: float
+    areas: tuple[int, ...]
+    upscale: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    sources: Mapping[str, str]
+    caption_types: tuple[str, ...]
+    batch_size: int
+    prefixes: tuple[float, ...]
+    max_examples: int | None
+    area: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    path: str
+    parts: Literal["model", "encoder"]
+    ignore: tuple[str, ...]
+    reinit: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    slices: int
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    startup_timeout_s: int
+    heartbeat_timeout_s: int
+    barrier_timeout_s: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    max_nonfinite: int
+    spike: Literal["off", "log", "skip", "rewind"]
+    spike_sigma: float
+    rewind_batches: int
+    max_rewinds: int
+    sdc_check_every: int
+    sdc_rotate_devices: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchConfig:
+    start_s: int
+    data_s: int
+    step_s: int
+    evaluation_s: int
+    save_s: int
+    stop_s: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    log_every: int
+    eval_every: int
+    eval_at_start: bool
+    save_every: int
+    keep: int
+    microbatches: int
+    reduce_dtype: Literal["float32", "bfloat16"]
+    tpu_compiler_options: Mapping[str, Mapping[str, str]]
+    compilation_cache: str | None
+    tensorboard: bool
+    wandb_project: str | None
+    profile: tuple[int, int] | None
+    keep_steps: tuple[int, ...]
+    cooldown_from: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cooldown:
+    """A branch of the run in folder `trunk`: its first `start` steps, followed by `steps` cooldown steps."""
+
+    trunk: str
+    start: int
+    steps: int
+
+
+class BatchShape(NamedTuple):
+    """Examples per batch, and patches per example including padding."""
+
+    examples: int
+    patches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    model: ModelConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    eval: EvalConfig
+    init: InitConfig
+    mesh: MeshConfig
+    processes: ProcessesConfig
+    train: TrainConfig
+    guard: GuardConfig
+    watch: WatchConfig
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a training image."""
+        side = self.data.image_size // self.model.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def batch_shapes(self) -> tuple[BatchShape, ...]:
+        """Shapes of training batches: one, or at native resolution one per area, all with equal numbers of patches."""
+        data = self.data
+        if not data.areas:
+            return (BatchShape(data.batch_size, self.num_patches),)
+        return tuple(BatchShape(data.batch_size * max(data.areas) // area, area) for area in data.areas)
+
+    @property
+    def cooldown(self) -> Cooldown | None:
+        """The cooldown branch named by `train.cooldown_from`; None if the run is not a branch."""
+        if self.train.cooldown_from is None:
+            return None
+        trunk, _, step = self.train.cooldown_from.rpartition(":")
+        share = self.optimizer.cooldown_share
+        return Cooldown(trunk, int(step), max(1, round(int(step) * share / (1 - share))))
+
+
+def mixture_counts(mixture: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, int]]:
+    """The smallest integers in the proportions of `mixture`, whose weights are read as exact decimals.
+
+    `{"a": {"alt": 0.3}, "b": {"alt": 0.28}}` gives `{"a": {"alt": 15}, "b": {"alt": 14}}`. Weights of 0 are left out.
+    """
+    exact = {
+        name: {kind: Fraction(repr(weight)) for kind, weight in kinds.items() if weight}
+        for name, kinds in mixture.items()
+        if any(kinds.values())
+    }
+    weights = [weight for kinds in exact.values() for weight in kinds.values()]
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    divisor = math.gcd(*(int(weight * scale) for weight in weights))
+    return {
+        name: {kind: int(weight * scale) // divisor for kind, weight in kinds.items()} for name, kinds in exact.items()
+    }

@@ -1,0 +1,126 @@
+"""Datasets: written completely or not at all, with exact counts."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from array_record.python.array_record_module import ArrayRecordReader
+
+from aimv2_jax.data.dataset_info import DatasetInfo, write_dataset
+from aimv2_jax.data.dataset_stats import ASPECT, SIDE, DatasetStats
+from aimv2_jax.data.records import decode, encode
+from aimv2_jax.data.shards import Shard
+from aimv2_jax.errors import UserError
+
+
+def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tmp_path, make_record):
+    records = [make_record("red", i) for i in range(9)]
+    records[4] = dataclasses.replace(records[4], captions={"alt": "only"}, labels={"coarse": "x"})
+    size = len(encode(records[0]))
+    info = write_dataset(tmp_path, iter(records), shard_bytes=3 * size)
+    assert len(info.shards) > 2
+    assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
+    assert (info.records, info.kinds, info.labels) == (9, {"alt": 9, "synthetic": 8}, ("coarse", "number"))
+    assert info.records_with == info.kinds
+    assert info.bytes == sum((tmp_path / shard.file).stat().st_size for shard in info.shards)
+    read = []
+    for shard in info.shards:
+        reader = ArrayRecordReader(str(tmp_path / shard.file))
+        assert reader.num_records() == shard.records
+        assert "group_size:1," in reader.writer_options_string()
+        read += [decode(data) for data in reader.read_all()]
+    assert read == records
+
+
+def test_dataset_counts_captions_and_the_records_that_have_them(tmp_path, make_record):
+    texts = [{"alt": "x"}, {"alt": "x", "synthetic": ["a", "b"]}, {"synthetic": ["c"]}, {"synthetic": [], "alt": "x"}]
+    info = write_dataset(tmp_path, (make_record("red", i, captions=found) for i, found in enumerate(texts)))
+    assert (info.kinds, info.records_with) == ({"alt": 3, "synthetic": 3}, {"alt": 3, "synthetic": 2})
+    assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
+    old = json.loads(info.to_json()) | {"format_version": 2, "kinds": {"alt": 3, "synthetic": 2}}
+    del old["records_with"]
+    assert DatasetInfo.from_json(json.dumps(old)).records_with == {"alt": 3, "synthetic": 2}
+
+
+def test_dataset_histograms_count_decodable_images(tmp_path, make_record):
+    """The histograms of a written dataset count the images that have a size."""
+    records = [make_record("red", i) for i in range(9)] + [make_record("red", 9, image=b"none")]
+    info = write_dataset(tmp_path, records)
+    assert {name: sum(histogram.counts) for name, histogram in info.histograms.items()} == {
+        "shorter_side_px": 9,
+        "aspect": 9,
+    }
+    side = info.histograms["shorter_side_px"]
+    assert side.edges[:4] == (16, 24, 32, 48) and side.counts[:1] == (0,) and sum(side.counts[:4]) == 9
+
+
+def test_dataset_of_another_format_is_refused(tmp_path, make_record):
+    """A dataset.json of an older or newer format, or without a number as format, is refused by its value."""
+    tree = json.loads(write_dataset(tmp_path, [make_record("red", 0)]).to_json())
+    for version in (0, 1, 4, "2", None):
+        with pytest.raises(ValueError, match=f"version {version}"):
+            DatasetInfo.from_json(json.dumps(tree | {"format_version": version}))
+
+
+@pytest.mark.parametrize(
+    ("histogram", "change"),
+    [
+        (SIDE, None),
+        (ASPECT, None),
+        (SIDE, {"counts": [-1]}),
+        (SIDE, {"counts": [10**30]}),
+        (ASPECT, {"edges": [0]}),
+        (ASPECT, {"edges": [math.nan]}),
+        (ASPECT, {"edges": [1e300]}),
+    ],
+)
+def test_dataset_when_its_histograms_cannot_be_true_then_refused(histogram, change):
+    tree = json.loads(DatasetInfo.from_stats(DatasetStats(), [], made={}).to_json())
+    if change is None:
+        del tree["histograms"][histogram]
+    for name, first in (change or {}).items():
+        tree["histograms"][histogram][name][:1] = first
+    with pytest.raises(ValueError):
+        DatasetInfo.from_json(json.dumps(tree))
+
+
+def test_dataset_info_with_stats_json_round_trip():
+    """A DatasetInfo with statistics of its preparation is read back from JSON as it was written."""
+    stats = DatasetStats()
+    stats.keep({"alt": "x"}, {"l": "y"}, (100, 50))
+    stats.drop("too_small", "a")
+    stats.change("caption_cut", "b")
+    stats.lose("damaged_tar", 2, 512, "c")
+    info = DatasetInfo.from_stats(stats, [Shard("0.arrayrecord", 1, 65536)], {"min-side": 32, "max-side": None})
+    assert info.samples == 4
+    assert DatasetInfo.from_json(info.to_json()) == info
+
+
+def test_dataset_when_written_twice_then_same_bytes(tmp_path, make_record):
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, (make_record("red", i) for i in range(5)), shard_bytes=6_000)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) > 2
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_dataset_when_the_records_fail_midway_then_no_part_of_a_shard_and_no_dataset(tmp_path, make_record):
+    def records():
+        for i in range(5):
+            yield make_record("red", i)
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        write_dataset(tmp_path, records(), shard_bytes=len(encode(make_record("red", 0))))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{i:05d}.arrayrecord" for i in range(len(names))}
+
+
+def test_dataset_when_the_folder_holds_one_then_refused(tmp_path, make_record):
+    write_dataset(tmp_path, [make_record("red", 0)])
+    before = (tmp_path / "dataset.json").read_bytes()
+    with pytest.raises(UserError, match="the folder already holds a dataset"):
+        write_dataset(tmp_path, [make_record("red", 1)])
+    assert json.loads(before) == json.loads((tmp_path / "dataset.json").read_bytes())

@@ -1,0 +1,1 @@
+from tests.helpers.trained_run import config, state, workdir  # noqa: F401

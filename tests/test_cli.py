@@ -1,0 +1,47 @@
+"""Tests of parsed and checked flags."""
+
+from pathlib import Path
+
+import pytest
+
+from aimv2_jax.cli import check_output, make_output_folder, size
+from aimv2_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("a.jpg", "does not end in .png"),
+        ("there.png", "--output is a folder"),
+        ("none/a.png", "no such folder"),
+        ("file/a.png", "no such folder"),
+    ],
+)
+def test_output_when_it_cannot_be_that_file_then_refused(tmp_path, file, message):
+    (tmp_path / "there.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=message):
+        check_output(tmp_path / file, suffix=".png")
+    check_output(tmp_path / "a.PNG", suffix=".png")
+
+
+def test_output_when_without_a_name_then_refused():
+    for file in (Path("/"), Path(".")):
+        with pytest.raises(UserError, match="--output is a folder"):
+            check_output(file)
+
+
+def test_output_folder_when_new_then_made_and_when_a_file_is_in_its_place_then_refused(tmp_path):
+    for _ in range(2):
+        make_output_folder(tmp_path / "new/one")
+    assert (tmp_path / "new/one").is_dir()
+    (tmp_path / "new/file").touch()
+    for folder in ("new/file", "new/file/in/it"):
+        with pytest.raises(UserError, match="--output is a file"):
+            make_output_folder(tmp_path / folder)
+
+
+def test_size_when_in_any_unit_then_bytes():
+    """Decimal and binary units in any case, with or without a space; a bare number counts bytes."""
+    texts = {"1GB": 10**9, "1.5 MB": 1_500_000, "64KiB": 65_536, "2gib": 2 << 30, "4000": 4000}
+    assert {text: size(text) for text in texts} == texts
