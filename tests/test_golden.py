@@ -124,12 +124,15 @@ class Pretrain:
     def task(self, layers: str, remat: str, predict_eos: bool = False) -> PretrainTask:
         config, sizes = self.config, self.sizes
         shared = {"eps": config["rms_norm_eps"], "options": TrunkOptions(layers, remat)}
-        trunk = lambda size: {  # noqa: E731
-            "width": size["width"],
-            "depth": size["depth"],
-            "heads": size["heads"],
-            "hidden": size["swiglu_hidden"],
-        }
+
+        def trunk(size):
+            return {
+                "width": size["width"],
+                "depth": size["depth"],
+                "heads": size["heads"],
+                "hidden": size["swiglu_hidden"],
+            }
+
         model = AIMv2(
             Encoder(**trunk(sizes["encoder"]), num_patches=self.length, **shared),
             Decoder(

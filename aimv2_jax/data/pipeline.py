@@ -143,16 +143,22 @@ def training_batches(
     build = TrainingBatches(
         training_sampler(config, sources),
         sources,
-        {size: tuple(int(row) for row in rows_of(size)) for size in {shape.examples for shape in shapes}},
-        views,
-        patch_size,
+        rows={size: tuple(int(row) for row in rows_of(size)) for size in {shape.examples for shape in shapes}},
+        views=views,
+        patch_size=patch_size,
         # Worker i of n builds every n-th batch. Threads of one process contend for the GIL, so no read counts as quick.
-        ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
+        read_ahead=ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
     tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
     steps = range(start_step, _MAX_STEPS)
     return BatchIterator(
-        _BuildStep(build, skips or Skips()), steps, tokenise, data.workers, data.prefetch, stall_s, on_restart
+        _BuildStep(build, skips or Skips()),
+        steps,
+        tokenise,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        stall_s=stall_s,
+        on_restart=on_restart,
     )
 
 
@@ -184,12 +190,12 @@ def evaluation_batches(
             sources,
             tuple((name, count if limit is None else min(count, limit)) for name, count in counts.items()),
             kind,
-            config.eval.batch_size,
-            tuple(int(row) for row in rows),
-            view,
-            area or config.num_patches,
-            patch_size,
-            ReadAhead(config.data.read_threads),
+            batch_size=config.eval.batch_size,
+            rows=tuple(int(row) for row in rows),
+            view=view,
+            num_patches=area or config.num_patches,
+            patch_size=patch_size,
+            read_ahead=ReadAhead(config.data.read_threads),
         )
         tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
         # Built by threads of this process: an evaluation is short, and starting workers would take seconds each time.

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from aimv2_jax.errors import EXIT_HUNG, DeviceFailure, UserError
+from aimv2_jax.errors import EXIT_HUNG, DeviceFailure, UserError, first_line
 from aimv2_jax.monitoring.events import EventKind, EventLog
 from aimv2_jax.resilience.repeated_failures import RepeatedFailures
 
@@ -77,12 +77,10 @@ def running(current_step: Callable[[], int], failures: RepeatedFailures, events:
         with contextlib.suppress(Exception):  # TensorFlow and fsspec have error classes of their own.
             failures.record(step, "device", "".join(traceback.format_exception(error)).encode(errors="replace"))
         with contextlib.suppress(UserError):  # The disk may be full.
-            events.write(EventKind.DEVICE_FAILURE, max(0, step - 1), status=_first_line(error), file=file)
+            events.write(EventKind.DEVICE_FAILURE, max(0, step - 1), status=first_line(error), file=file)
         again = ", as before at this step" if code == EXIT_HUNG else ""
         device = f"a device of process {jax.process_index()} on {os.uname().nodename}, or one that it waited for"
-        raise DeviceFailure(
-            f"{device}, failed at step {step}{again}: {_first_line(error)}; see {file}", code
-        ) from error
+        raise DeviceFailure(f"{device}, failed at step {step}{again}: {first_line(error)}; see {file}", code) from error
 
 
 def status(error: BaseException) -> str | None:
@@ -94,9 +92,4 @@ def status(error: BaseException) -> str | None:
 def _check_memory(error: BaseException, what: str) -> None:
     if status(error) == _OUT_OF_MEMORY:
         remedy = "Raise train.microbatches or mesh.fsdp, lower data.batch_size, or let model.remat recompute more"
-        raise UserError(f"the devices have too little memory for {what}", _first_line(error), remedy) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of the error's text, without the memory dump that may follow."""
-    return next(iter(str(error).splitlines()), "")
+        raise UserError(f"the devices have too little memory for {what}", first_line(error), remedy) from error

@@ -53,11 +53,6 @@ class MixtureSampler:
         self._weights = np.bincount(self._cycle, minlength=len(self._names))
         self._kinds = {name: _KindCycle(counts[name]) for name in self._names}
 
-    @property
-    def cycle_length(self) -> int:
-        """Number of examples in one cycle, in which each source and kind occurs exactly as often as its weight says."""
-        return len(self._cycle)
-
     def epochs(self, steps: int) -> dict[str, float]:
         """Returns the passes over each source in the first `steps` steps, counting the draws of all its kinds."""
         cycles, slots = divmod(self.schedule.first_example(steps), len(self._cycle))
