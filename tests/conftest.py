@@ -29,8 +29,8 @@ assert all(map(importlib.util.find_spec, CHECKED))  # A hook for a missing modul
 install_import_hook(CHECKED, "beartype.beartype")
 
 
-# Folders of long tests, which start first.
-LONG = {"end_to_end", "stress", "checkpoint", "distributed", "resilience", "train"}
+# Folders and files of long tests, which start first.
+LONG = {"end_to_end", "stress", "checkpoint", "distributed", "resilience", "train", "test_golden.py", "test_ablations.py"}
 
 
 def pytest_configure(config):
