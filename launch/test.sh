@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
   "$venv/bin/ruff" format --check .
   set -- -m "not slow"
 fi
-exec "$venv/bin/python" -m pytest --numprocesses=3 --dist=loadgroup --no-loadscope-reorder "$@"
+exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder "$@"

@@ -30,7 +30,8 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 
 # Folders and files of long tests, which start first.
-LONG = {"end_to_end", "stress", "checkpoint", "distributed", "resilience", "train", "test_golden.py", "test_ablations.py"}
+LONG = {"end_to_end", "stress", "checkpoint", "distributed", "resilience", "train"}
+LONG |= {"test_golden.py", "test_ablations.py"}
 
 
 def pytest_configure(config):

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launching import LAUNCH, environment, run, stand_in
+from tests.helpers.tiny import ROOT
+
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the checkout's history")
 
 NAMED = ["--name", "mine", "--zone", "us-west4-a"]
 TRAIN = ["--", "--config=experiments/pretrain.py:large", "--workdir=gs://bucket/a b"]
