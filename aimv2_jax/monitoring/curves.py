@@ -25,7 +25,8 @@ _PANELS = {
     "Share of time waiting for data": ("data_wait_fraction",),
 }
 _RATES = ("images_per_s", "mfu", "data_wait_fraction")  # Drawn from zero.
-_LOGARITHMIC = ("grad_norm",)
+_LOGARITHMIC = ("grad_norm",)  # Drawn on a logarithmic scale, if it has several decades.
+_LOG_RATIO = 10.0  # Ratio of maximum to minimum from which a scale is logarithmic.
 _FEW = 40  # Up to so many points get markers, and up to so many marks are opaque.
 
 
@@ -63,7 +64,9 @@ def _draw_panel(
         axes.legend(fontsize=8)
     if not curves.keys().isdisjoint(_RATES):
         axes.set_ylim(bottom=0)
-    if not curves.keys().isdisjoint(_LOGARITHMIC):
+    values = np.concatenate([points[:, 1] for points in curves.values()])
+    values = values[np.isfinite(values)]
+    if not curves.keys().isdisjoint(_LOGARITHMIC) and 0 < values.min() * _LOG_RATIO < values.max():
         axes.set_yscale("log", subs=(3,))
         axes.yaxis.set_minor_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER
@@ -222,13 +223,27 @@ def test_curves_have_a_panel_for_each_metric(run):
     figure = curves_figure([*facts.training, *facts.evaluation], {"spike": [17], "start": list(range(100))})
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
     titles = ["Loss", "Image loss", "Gradient norm", "Learning rate", "Images per second", "Model FLOPs utilisation"]
-    assert list(panels) == titles and panels["Gradient norm"].get_yscale() == "log"
+    assert list(panels) == titles
     assert [text.get_text() for text in panels["Loss"].get_legend().get_texts()] == ["loss", "eval_loss"]
     assert np.isnan(panels["Loss"].lines[0].get_ydata()[6])  # A loss that is not finite is a gap.
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["spike", "start"]
 
 
-def test_page_when_the_run_has_no_books_then_says_so_and_shows_the_curves(run):
+@pytest.mark.parametrize(("highest", "scale"), [(2.9, "linear"), (30.0, "log")])
+def test_gradient_norm_has_labelled_ticks(highest, scale):
+    """The axis of the gradient norm has at least two labels, whether its values are close or decades apart."""
+    lines = [{"step": step, "grad_norm": value} for step, value in enumerate((1.5, highest, 2.0))]
+    figure = curves_figure(lines, {})
+    FigureCanvasAgg(figure).draw()
+    [axes] = figure.axes
+    low, high = axes.get_ylim()
+    labels = [label for which in ("major", "minor") for label in axes.get_yticklabels(which=which)]
+    shown = [label for label in labels if label.get_text() and low <= label.get_position()[1] <= high]
+    assert axes.get_yscale() == scale and len(shown) >= 2
+
+
+def test_page_without_events_shows_the_curves(run):
+    """A run without an event log gets a page that says so, with the curves."""
     (run / "events.jsonl").unlink()
     facts = gather(run, NOW_S)
     words, images = parse(page(facts))
@@ -236,7 +251,8 @@ def test_page_when_the_run_has_no_books_then_says_so_and_shows_the_curves(run):
     assert facts.state() == "finished: step 40 of 40"
 
 
-def test_page_when_there_are_only_books_then_without_curves(tmp_path):
+def test_page_without_metrics_has_no_curves(tmp_path):
+    """A run with an event log alone gets a page without curves."""
     RecordedRun(tmp_path).start(0, 5)
     words, images = parse(page(gather(tmp_path, NOW_S)))
     assert "There are no metrics yet." in words and not images
