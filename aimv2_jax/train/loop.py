@@ -44,12 +44,7 @@ from aimv2_jax.train.step_metrics import Outcome, PendingStep, StepMetrics
 
 
 class TrainLoop:
-    """Runs the steps of a run.
-
-    Args:
-      setup: the config on its mesh.
-      resources: of the run.
-    """
+    """Runs the steps of a run: `setup` is its config on its mesh, `resources` its files, logs and threads."""
 
     def __init__(self, setup: TrainSetup, resources: Resources):
         self.setup = setup
