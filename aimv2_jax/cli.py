@@ -17,6 +17,7 @@ _SIZE_UNITS = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt", start=1)
 }
 _MIN_SIZE_BYTES = 1000  # A bare "1" lacks its unit.
+_RENAMED = {"--max-pictures": "--max-images", "--picture": "--image"}  # Flags of older versions.
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +27,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.splitlines())}. See --help.", file=sys.stderr)
+        renamed = [_RENAMED[word] for word in re.split(r"[\s=]", message) if word in _RENAMED]
+        remedy = f"It is called {renamed[0]} now" if renamed else "See --help"
+        print(f"error: {' '.join(message.splitlines())}. {remedy}.", file=sys.stderr)
         raise SystemExit(EXIT_USER)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aimv2_jax.cli import check_output, make_output_folder, size
+from aimv2_jax.cli import Parser, check_output, make_output_folder, size
 from aimv2_jax.errors import UserError
 
 
@@ -45,3 +45,13 @@ def test_size_when_in_any_unit_then_bytes():
     """Decimal and binary units in any case, with or without a space; a bare number counts bytes."""
     texts = {"1GB": 10**9, "1.5 MB": 1_500_000, "64KiB": 65_536, "2gib": 2 << 30, "4000": 4000}
     assert {text: size(text) for text in texts} == texts
+
+
+@pytest.mark.parametrize("words", [["--picture", "a.png"], ["--picture=a.png"]])
+def test_flag_renamed_then_new_name(words, capsys):
+    """A flag of an older version gets one line with its new name, and exit code 2."""
+    parser = Parser()
+    parser.add_argument("--image")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(words)
+    assert capsys.readouterr().err.endswith("It is called --image now.\n")
