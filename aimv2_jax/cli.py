@@ -27,8 +27,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        renamed = [_RENAMED[word] for word in re.split(r"[\s=]", message) if word in _RENAMED]
-        remedy = f"It is called {renamed[0]} now" if renamed else "See --help"
+        own_flags = re.findall(r"--[\w-]+", self.format_usage())
+        names = [_RENAMED.get(word) for word in re.split(r"[\s=]", message)]
+        remedy = next((f"It is called {name} now" for name in names if name in own_flags), "See --help")
         print(f"error: {' '.join(message.splitlines())}. {remedy}.", file=sys.stderr)
         raise SystemExit(EXIT_USER)
 

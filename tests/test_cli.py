@@ -55,3 +55,12 @@ def test_flag_renamed_then_new_name(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(words)
     assert capsys.readouterr().err.endswith("It is called --image now.\n")
+
+
+def test_flag_renamed_elsewhere_then_help(capsys):
+    """A command without the new flag does not name it for the old one."""
+    parser = Parser()
+    parser.add_argument("--image-size")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--picture", "a.png"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --picture a.png. See --help.\n")

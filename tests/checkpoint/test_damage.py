@@ -317,7 +317,7 @@ def test_step_when_killed_after_orbax_and_before_the_manifest_then_no_step_and_s
 def test_save_step_folder_exists(tmp_path):
     """A save does not replace an existing folder that has the name of its step."""
     with Checkpointer(tmp_path, keep=2) as checkpointer:
-        (tmp_path / "checkpoints" / "5").mkdir()  # Of unknown origin, so it stays even if empty.
+        (tmp_path / "checkpoints" / "5").mkdir()  # Its origin is unknown, so it stays even if empty.
         checkpointer.save(5, make_state(5), CONFIG)
         with pytest.raises(UserError, match="File exists"):
             checkpointer.wait()

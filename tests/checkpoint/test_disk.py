@@ -51,6 +51,16 @@ def go_on(workdir: Path, *wrapper: str, within: str = "pass") -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, cwd=ROOT)
 
 
+def go_on_with_mode(workdir: Path, mode: int) -> subprocess.CompletedProcess:
+    """Continues the run as an ordinary user while the folder of its checkpoints has `mode`."""
+    checkpoints = workdir / "checkpoints"
+    checkpoints.chmod(mode)
+    try:
+        return go_on(workdir, *AS_OWNER)
+    finally:
+        checkpoints.chmod(0o755)
+
+
 def mounted(mount: str) -> list[str]:
     """Command prefix that starts a process with private mounts."""
     return ["unshare", "--mount", "--map-root-user", "sh", "-c", f'{mount} && exec "$0" "$@"']
@@ -114,25 +124,15 @@ def test_save_error_disk_becomes_read_only(run):
 
 def test_save_error_folder_not_writable(run):
     """A folder without write permission is reported, and the last good step stays."""
-    checkpoints = run / "checkpoints"
-    checkpoints.chmod(0o555)
-    try:
-        done = go_on(run, *AS_OWNER)
-    finally:
-        checkpoints.chmod(0o755)
+    done = go_on_with_mode(run, 0o555)
     assert_user_error(done, "could not write the checkpoint of step 2", "Permission denied")
     assert folders(run) == ["1"]
     assert_nothing_lost(run)
 
 
 def test_folder_when_it_may_not_be_read_then_one_sentence(run):
-    checkpoints = run / "checkpoints"
-    checkpoints.chmod(0o000)
-    try:
-        done = go_on(run, *AS_OWNER)
-    finally:
-        checkpoints.chmod(0o755)
-    assert_user_error(done, "Permission denied", str(checkpoints))
+    done = go_on_with_mode(run, 0o000)
+    assert_user_error(done, "Permission denied", str(run / "checkpoints"))
     assert_nothing_lost(run)
 
 
