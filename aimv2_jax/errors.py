@@ -82,7 +82,7 @@ class StorageError(Exception):
     """Storage did not respond for a while; once it does, the same command continues.
 
     Args:
-      message: what could not be read.
+      message: what could not be read or written.
       code: EXIT_RETRY, or EXIT_HUNG where the same step could not be read before, while other records could.
     """
 
@@ -106,6 +106,11 @@ def describe_exit(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, StorageError):
         remedy = ". Start the same command again when the storage is back" if error.code == EXIT_RETRY else ""
         return error.code, f"stopped: {error}{remedy}"
+    if isinstance(error, OSError) and "://" in str(error.filename):  # A bucket; see storage/files.py.
+        if error.errno == errno.EAGAIN:
+            return describe_exit(StorageError(f"{error.filename}: {error.strerror}"))
+        remedy = "Check the name of the bucket and the rights of this machine's account"
+        return describe_exit(UserError(f"the bucket cannot be used: {error.strerror}", error.filename, remedy))
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.errno in _SYSTEM_REMEDIES:

@@ -21,7 +21,9 @@ from aimv2_jax.config.schema import Config
 from aimv2_jax.distributed.cluster import LaunchFlags, find_process
 from aimv2_jax.errors import EXIT_RETRY, UserError, cli_main
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.storage.bucket import scheme_of
 from aimv2_jax.storage.files import check_folder
+from aimv2_jax.storage.retries import DATA_RETRIES, STORAGE_RETRIES
 from aimv2_jax.version import warn_of_versions
 
 _EPILOG = """\
@@ -97,12 +99,10 @@ def _examples(text: str) -> tuple[int, int]:
 def _folder(workdir: str) -> epath.Path:
     if not workdir:
         raise UserError("--workdir is empty", workdir, "Give a folder, such as runs/mine")
-    try:
-        path = epath.Path(workdir)
-    except KeyError as error:  # epath raises it for an unknown scheme.
-        raise UserError("no such kind of storage", workdir, "Give a folder, or gs://BUCKET/FOLDER") from error
-    check_folder(path, "--workdir")
-    return path
+    check_folder(workdir, "--workdir")
+    if scheme_of(workdir) not in ("", "gs"):
+        raise UserError("--workdir: checkpoints are not written there", workdir, "Give a folder, or gs://BUCKET/FOLDER")
+    return epath.Path(workdir)
 
 
 @cli_main
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     in_process = arguments is not None
     arguments = arguments if in_process else sys.argv[1:]
+    for count in (DATA_RETRIES, STORAGE_RETRIES):
+        count.take()  # Those of an earlier run of this process are not this run's.
     from aimv2_jax.distributed import coordination
 
     trainer = coordination.trainer()

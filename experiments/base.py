@@ -161,11 +161,16 @@ def _data() -> ConfigDict:
             workers=8,  # Processes on each host that read and decode; 0: threads of the trainer. [O]
             read_threads=32,  # Concurrent record reads of each worker, ahead of decoding. [O: 50 ms a read is 640/s]
             prefetch=2,  # Batches that each worker keeps ready. [O]
+            # A host's folder for the indices of datasets in a bucket; None: one in the system's temporary folder. [O]
+            cache_dir=ml_collections.config_dict.placeholder(str),
+            cache_gb=0.0,  # Records of each dataset in a bucket that are kept in cache_dir, in GB; 0: none. [O]
             image_size=224,  # Side of the training crop, pixels. [P: A1]
             crop_area=(0.4, 1.0),  # RandomResizedCrop: fraction of the image's area. [P: A1]
             crop_ratio=(3 / 4, 4 / 3),  # RandomResizedCrop: aspect ratio, width / height. [P: A1; R: 4 / 3 for 1.33]
             flip=0.5,  # Probability of a horizontal flip. [P: A1]
-            sources={},  # Name -> folder of prepared records; "package:..." is inside the package. [P]
+            # Name -> folder of prepared records, also gs://BUCKET/SET or s3://BUCKET/SET; "package:..." is inside the
+            # package. [P]
+            sources={},
             mixture={},  # Source name -> caption type -> weight; exact over one cycle of the weights. [P: Table 2]
             max_bad_fraction=0.01,  # Fraction of unusable records above which the run stops. [O]
             # Native resolution: areas in patches. Each step draws one (RECIPE.md §9) and resizes images whole to it, at
@@ -180,7 +185,7 @@ def _data() -> ConfigDict:
 def _eval() -> ConfigDict:
     return ConfigDict(
         dict(
-            sources={},  # Held-out datasets, name -> folder; empty: no evaluation. [O]
+            sources={},  # Held-out datasets, name -> folder or URL as in data.sources; empty: no evaluation. [O]
             caption_types=("alt", "synthetic"),  # Caption types that are evaluated. [O]
             batch_size=1024,  # Examples at a time. [O]
             prefixes=(0.25, 0.5, 0.75),  # Fixed prefix lengths, as fractions of an image's patches. [O]

@@ -17,3 +17,4 @@ drill kill --kills 200
 drill corrupt --injections 200
 drill goodput
 drill hang --long
+drill bucket --kills 10 --processes 2

@@ -19,8 +19,12 @@
 #   --spot             cheaper, but preemptible at any time; --reserved: from your reservation
 #   --project PROJECT  (default: gcloud's)
 #   --flag FLAG        a flag for gcloud's create, as in --flag --service-account=...; may be repeated
+#   --mount BUCKET     mounts gs://BUCKET read-only at /mnt/BUCKET on every host (gcsfuse), for what must be a path,
+#                      such as tokenizer.path; may be repeated. Data and workdir need no mount: give gs:// URLs
 #   --dry-run          prints the commands without running them
 # For pods, first run `ssh-add ~/.ssh/google_compute_engine`, since gcloud connects to many hosts at a time.
+# The hosts read and write buckets as the TPU's service account (default: Compute Engine's); README, "Buckets", names
+# its roles. Its scope is all of Google Cloud, if no --flag --scopes=... narrows it.
 set -euo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
@@ -36,12 +40,16 @@ run | create | copy | start | follow | stop | delete) command=$1 ;;
 esac
 shift
 name='' zone='' project='' type=v5litepod-256 runtime='' slices=1 dry=false
-create_flags=()
+create_flags=() mounts=()
 while [ $# -gt 0 ]; do
   case "$1" in
-  --name | --zone | --project | --type | --runtime | --slices | --flag)
+  --name | --zone | --project | --type | --runtime | --slices | --flag | --mount)
     [ $# -ge 2 ] || fail "$1 needs a value."
-    if [ "$1" = --flag ]; then create_flags+=("$2"); else printf -v "${1#--}" %s "$2"; fi
+    case "$1" in
+    --flag) create_flags+=("$2") ;;
+    --mount) mounts+=("$2") ;;
+    *) printf -v "${1#--}" %s "$2" ;;
+    esac
     shift 2
     ;;
   --spot | --reserved) create_flags+=("$1") && shift ;;
@@ -60,6 +68,9 @@ for flag in zone project runtime; do
 done
 [[ "$type" =~ ^[-a-z0-9]+$ ]] || fail "--type is not a TPU type: '$type'. Give one such as v5litepod-256."
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices is not a number above zero: '$slices'."
+for bucket in ${mounts[@]+"${mounts[@]}"}; do
+  [[ "$bucket" =~ ^[a-z0-9][-a-z0-9_.]*$ ]] || fail "--mount is not a bucket: '$bucket'. Give its name, without gs://."
+done
 case "$type" in
 v4-*) generation=v4 image=tpu-ubuntu2204-base ;;
 v5litepod-*) generation=v5e image=v2-alpha-tpuv5-lite ;;
@@ -118,9 +129,10 @@ tracked() { # Prints a commit, on no branch, of the current tracked files; new f
   changed=$(git -C "$root" -c user.name=launch -c user.email=launch stash create)
   echo "${changed:-HEAD}"
 }
-start() { # Starts the run with a new secret for the authentication between processes.
+start() { # Mounts buckets, then starts the run with a new secret for the authentication between processes.
   local secret=${AIMV2_JAX_SECRET:-}
   $dry || secret=${secret:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+  [ ${#mounts[@]} -eq 0 ] || everywhere "bash $worker mount ${mounts[*]}"
   everywhere "${secret:+AIMV2_JAX_SECRET=$(printf %q "$secret") }bash $worker start $generation $slices$(printf ' %q' "$@")"
 }
 stop() { everywhere "bash $worker stop"; }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Commands on one host of a TPU VM; launch/tpu_vm.sh calls it on every worker, in the copied checkout.
-# Usage: bash launch/worker.sh install | start GENERATION SLICES [ARGUMENTS of aimv2_jax.main] | follow | over | code | stop
+# Usage: bash launch/worker.sh COMMAND, one of: install, mount BUCKET ..., start GENERATION SLICES [ARGUMENTS of
+#   aimv2_jax.main], follow, over, code, stop
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=../aimv2_jax_run # Log, process ID and exit code, outside the checkout, which the next copy replaces.
@@ -16,6 +17,24 @@ install)
   fi
   EXTRAS=tpu
   . launch/environment.sh
+  ;;
+mount) # Mounts buckets read-only at /mnt/BUCKET.
+  if ! command -v gcsfuse >/dev/null; then
+    key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt
+    curl -fsSL "$url/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    sudo apt-get update -qq
+    sudo apt-get install -qq -y gcsfuse
+  fi
+  for bucket in "${@:2}"; do
+    folder=/mnt/$bucket
+    if ! mountpoint -q "$folder"; then
+      sudo install -d -o "$(id -u)" "$folder"
+      # Objects in use never change, so that what gcsfuse knows of them does not expire.
+      gcsfuse -o ro --implicit-dirs --metadata-cache-ttl-secs=-1 "$bucket" "$folder"
+    fi
+  done
   ;;
 start)
   if running; then
@@ -67,7 +86,7 @@ stop) # Sends SIGTERM; the run saves and exits with 75.
   fi
   ;;
 *)
-  sed -n '2,3s/^# //p' "$0" >&2
+  sed -n '2,4s/^# //p' "$0" >&2
   exit 2
   ;;
 esac

@@ -16,6 +16,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.helpers.buckets import fake_gcs, gcs_emulator, gcs_folder, moto_s3  # noqa: F401 (fixtures)
+from tests.helpers.failing_bucket import failing_gcs, gcs_proxy  # noqa: F401 (fixtures)
 from tests.helpers.tiny import only_devices
 
 # Restores the default, since nohup ignores SIGHUP and child processes would inherit that.

@@ -1,9 +1,10 @@
 """Verified checkpoints of the training state and config, one folder a step: `WORKDIR/checkpoints/STEP/`.
 
 A step's folder has three parts: `state` (the arrays, sharded as on the devices), `meta` (a small JSON record: format,
-step, config, evaluation, and the path, shape and dtype of every array), and `manifest.json` (size and hash of every
-other file; see manifest.py). Commit and delete are atomic; see layout.py. Every file is compared with the manifest
-before any array of the step is returned. This is the only module that uses Orbax.
+step, config, evaluation, and the path, shape and dtype of every array), and `manifest.json` with `hashes.json` (size
+and hash of every other file; see manifest.py). Commit and delete are atomic; see layout.py. A step is committed as soon
+as it is written, and hashed afterwards; see hashing.py. Every file is compared with sizes and hashes before any array
+of the step is returned. This is the only module that uses Orbax.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import itertools
 import logging
 import math
@@ -28,17 +30,21 @@ from etils import epath
 from aimv2_jax.checkpoint import layout, metadata
 from aimv2_jax.checkpoint.error_text import drop_orbax_tracebacks, human_bytes, reason_of
 from aimv2_jax.checkpoint.event_loops import DrainingEventLoops
+from aimv2_jax.checkpoint.hashing import StepHasher
 from aimv2_jax.checkpoint.layout import FOLDER
 from aimv2_jax.checkpoint.manifest import FileProblem, Manifest
 from aimv2_jax.checkpoint.metadata import FORMAT_VERSION, DamagedStep, Evaluation, StepVanished
-from aimv2_jax.checkpoint.save_barrier import PeerFailed, SaveBarrier
+from aimv2_jax.checkpoint.save_barrier import PeerFailed, SaveBarrier, SaveFailure
 from aimv2_jax.config.load import config_to_dict
 from aimv2_jax.config.schema import Config
 from aimv2_jax.console import print_line
 from aimv2_jax.distributed import coordination
-from aimv2_jax.errors import UserError
-from aimv2_jax.storage.files import make_folder
+from aimv2_jax.errors import StorageError, UserError
+from aimv2_jax.storage.bucket import bucket_errors
+from aimv2_jax.storage.files import exists, is_remote, is_temporary, make_folder, with_retries
 
+SaveError = UserError | StorageError
+"""Error of a failed save: the user can fix it, or waiting for the bucket may help."""
 WeightChoice = Literal["average", "raw"]
 """Parameters to load from a run that kept an average."""
 
@@ -57,7 +63,7 @@ class CheckpointReader:
 
     def __init__(self, workdir: str | Path):
         self._folder = layout.absolute(workdir) / FOLDER
-        self._verified: dict[int, Manifest | None] = {}
+        self._verified: dict[int, Manifest] = {}
 
     def steps(self) -> list[int]:
         """All committed steps, in ascending order."""
@@ -87,7 +93,7 @@ class CheckpointReader:
         return metadata.read_meta(self._folder, step)
 
     def verify(self, step: int, progress: Callable[[int], None] | None = None) -> None:
-        """Compares every file of a step with its manifest.
+        """Compares every file of a step with its manifest and its hashes; a step without hashes is logged.
 
         Args:
           step: one of `steps()`.
@@ -97,7 +103,12 @@ class CheckpointReader:
           UserError: naming the files that are missing, extra or changed (`DamagedStep`); when the step does not exist,
             or has another format.
         """
-        self._verified[step] = metadata.verify(self._folder, step, progress)
+        self._verified[step], hashes = metadata.verify(self._folder, step, progress)
+        if hashes is None:
+            print_line(
+                f"the checkpoint of step {step} has no hashes yet, so only names and sizes of its files are verified",
+                sys.stderr,
+            )
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Restores the state of `step` with the shardings of `abstract_state` (`jax.ShapeDtypeStruct` leaves).
@@ -126,16 +137,29 @@ class CheckpointReader:
             partial_restore=partial,
         )
         path = layout.step_path(self._folder, step) / "state"
-        try:
+
+        def read() -> Any:
             with (
                 DrainingEventLoops(),
                 ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
                 jax.transfer_guard("allow"),
             ):
-                return reader.restore(path, args=args)
+                try:
+                    return reader.restore(path, args=args)
+                except Exception as error:
+                    if type(error) is Exception and error.__cause__ is not None:  # Orbax hides what TensorStore raised.
+                        raise error.__cause__ from None
+                    raise
+
+        try:
+            return with_retries(read, path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             if step not in layout.committed_steps(self._folder):
                 raise StepVanished(self._folder, step) from error
+            # Where the bucket failed, nothing is known of its files. These two mean that TensorStore has read a file.
+            was_read = getattr(error.__cause__, "errno", 0) == errno.ENODATA or "DATA_LOSS" in str(error)
+            if is_remote(path) and isinstance(error, OSError) and not was_read:
+                raise
             # Shapes and dtypes were compared before, so the files are damaged.
             raise DamagedStep(self._folder, step, [FileProblem("state", reason_of(error))]) from error
 
@@ -183,10 +207,13 @@ class Checkpointer(CheckpointReader):
         self._keep = keep
         self._keep_steps = frozenset(keep_steps)
         self._pending: concurrent.futures.Future[_Outcome] | None = None
-        self._failure: UserError | None = None  # The error of the newest save, if it failed.
+        self._failure: SaveError | None = None  # The error of the newest save, if it failed.
         self._is_reported = False
         self._consecutive_failures = 0
         self._undeleted: dict[str, str] = {}
+        if jax.process_index() == 0:
+            self._undeleted = dict.fromkeys(layout.half_written(self._folder), "of a killed save")
+        self._hasher = StepHasher(self._folder)
         self._sweep()
         self._unreadable: set[int] = set()
         self._evaluations = _read_record(self._folder, self._unreadable)
@@ -212,7 +239,7 @@ class Checkpointer(CheckpointReader):
         """The newest verified step (None if the run has no steps) and the damaged steps, which are set aside.
 
         Call it once at a start, on every process; all return the result of process 0. Steps older than the intact one
-        are not read, except those whose metadata is damaged.
+        are not read, except those whose metadata is damaged. Steps without hashes are hashed in the background.
 
         Raises:
           UserError: when there are steps and none is intact; then no step is moved.
@@ -229,6 +256,8 @@ class Checkpointer(CheckpointReader):
                 f"python -m aimv2_jax.checkpoint.verify {self._folder.parent}",
             )
         self._forget(wrong)
+        for step in result["unhashed"]:
+            self._hasher.add(step, f"hashes of step {step}")
         return result["step"], [CorruptCheckpoint(step, wrong[step], name) for step, name in result["moved"]]
 
     def set_aside_newer(self, step: int, why: str) -> list[int]:
@@ -246,7 +275,8 @@ class Checkpointer(CheckpointReader):
         newer = sorted(other for other in self._evaluations if other > step)
         if jax.process_index() == 0:
             for newest in reversed(newer):  # A kill in between leaves a shorter, valid history.
-                layout.set_aside(self._folder, newest, why)
+                with self._hasher.lock:
+                    layout.set_aside(self._folder, newest, why)
         coordination.broadcast(f"checkpoints set aside {next(_sync_ids)}", True, _NO_LIMIT_S)
         self._forget(newer)
         return newer
@@ -258,7 +288,7 @@ class Checkpointer(CheckpointReader):
         config: Config | None,
         eval_loss: float | None = None,
         extra: Mapping[str, Any] | None = None,
-    ) -> UserError | None:
+    ) -> SaveError | None:
         """Starts to save `state` as `step`, after the previous save has ended.
 
         On return the arrays are copied, so the caller may donate them. They are written in the background.
@@ -277,6 +307,7 @@ class Checkpointer(CheckpointReader):
 
         Raises:
           UserError: at the second failure in a row.
+          StorageError: if the bucket was the reason, and waiting may help.
         """
         self._settle(block=True)
         failed = self._take_failure()
@@ -295,7 +326,7 @@ class Checkpointer(CheckpointReader):
         self._pending = self._finisher.submit(self._finish, step, name, num_bytes, meta)
         return failed
 
-    def check_errors(self) -> UserError | None:
+    def check_errors(self) -> SaveError | None:
         """Returns the error of a save that failed in the background, once; cheap enough to be called every step.
 
         In a run of one process the caller then saves its current state, since no other save makes up for the step that
@@ -304,6 +335,7 @@ class Checkpointer(CheckpointReader):
 
         Raises:
           UserError: at the second failure in a row.
+          StorageError: as `save`.
         """
         self._settle(block=False)
         return self._take_failure()
@@ -314,6 +346,7 @@ class Checkpointer(CheckpointReader):
         Raises:
           UserError: when the newest save could not be written, even if that was reported before: no other save made up
             for it. Earlier steps are not affected.
+          StorageError: as `save`.
         """
         self._settle(block=True)
         self._raise_failure()
@@ -330,12 +363,20 @@ class Checkpointer(CheckpointReader):
         self.settle()
         return super().restore_part(step, abstract_part)
 
+    def stop_hashing(self) -> None:
+        """Leaves what is not hashed yet to the next start of the run, so that `close` does not wait for it."""
+        self._hasher.stop()
+
     def close(self) -> None:
-        """Waits for the save in progress, and ends the background threads; raises what `wait` raises."""
+        """Waits for the save in progress and for hashes, and ends the background threads; raises what `wait` raises."""
         try:
             self.wait()
+        except BaseException:
+            self.stop_hashing()
+            raise
         finally:
             self._finisher.shutdown()
+            self._hasher.close()
             self._sweep()
             self._orbax.close()
             self._loops.close()
@@ -363,7 +404,8 @@ class Checkpointer(CheckpointReader):
                 wrong[step] = error.wrong
         moved = [] if newest is None else [(step, layout.set_aside(self._folder, step, "damaged")) for step in wrong]
         files = [(step, [dataclasses.astuple(file) for file in files]) for step, files in wrong.items()]
-        return {"step": newest, "wrong": files, "moved": moved}
+        unhashed = [] if newest is None else layout.unhashed_steps(self._folder)
+        return {"step": newest, "wrong": files, "moved": moved, "unhashed": unhashed}
 
     def _forget(self, steps: Collection[int]) -> None:
         self._unreadable -= set(steps)
@@ -377,12 +419,12 @@ class Checkpointer(CheckpointReader):
         sync_id = next(_sync_ids)
         target = self._reserve_folder(step) if jax.process_index() == 0 else None
         target = coordination.broadcast(f"begin of checkpoint {sync_id}", target, _NO_LIMIT_S)
-        if target["reason"] is not None:
-            self._fail(self._save_error(step, num_bytes, target["reason"]))
+        if target["failure"] is not None:
+            self._fail(self._save_error(step, num_bytes, SaveFailure(**target["failure"])))
             return None
         self._barrier.begin(f"checkpoint {sync_id}")
         try:
-            with jax.transfer_guard("allow"):
+            with jax.transfer_guard("allow"), bucket_errors(self._folder):
                 self._orbax.save(
                     self._folder / target["name"],
                     args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
@@ -391,62 +433,67 @@ class Checkpointer(CheckpointReader):
         except OSError as error:
             if jax.process_count() > 1:  # Other processes may be in a collective of this save.
                 raise
-            self._fail(self._save_error(step, num_bytes, reason_of(error)))
+            self._fail(self._save_error(step, num_bytes, _failure(error)))
             return None
         return target["name"]
 
-    def _reserve_folder(self, step: int) -> dict[str, str | None]:
+    def _reserve_folder(self, step: int) -> dict[str, Any]:
         """The folder name for a new save, or the reason why it cannot start; on process 0."""
         self._sweep()  # Leftovers of a failed save would take the space of this one.
         try:
-            return {"name": layout.reserve_folder(self._folder, step), "reason": None}
+            return {"name": layout.reserve_folder(self._folder, step), "failure": None}
         except OSError as error:
-            return {"name": None, "reason": reason_of(error)}
+            return {"name": None, "failure": dataclasses.asdict(_failure(error))}
 
     def _finish(self, step: int, name: str, num_bytes: int, meta: Mapping[str, Any]) -> _Outcome:
         """Completes and commits a save, then deletes steps that need not be kept; runs in the background."""
         self._barrier.forget_before()
-        reason = self._write(step, name, meta)
+        failure = self._write(step, name, meta)
         # All processes agree on whether the step was committed.
-        reason = coordination.broadcast(f"end of {self._barrier.save}", reason, _NO_LIMIT_S)
-        if reason is not None:
-            return _Outcome(self._evaluations, self._save_error(step, num_bytes, reason))
+        failure = None if failure is None else dataclasses.asdict(failure)
+        failure = coordination.broadcast(f"end of {self._barrier.save}", failure, _NO_LIMIT_S)
+        if failure is not None:
+            return _Outcome(self._evaluations, self._save_error(step, num_bytes, SaveFailure(**failure)))
+        self._hasher.add(step, f"hashes of {self._barrier.save}")
         record = {**self._evaluations, step: metadata.evaluation(meta)}
         kept = {*sorted(record)[-self._keep :], metadata.best(record), *self._keep_steps, *self._unreadable}
         remaining = {step: value for step, value in record.items() if step in kept}
         if jax.process_index() == 0:
             for old_step in record.keys() - kept:
-                undeleted = layout.delete(self._folder, old_step)
+                with self._hasher.lock:
+                    undeleted = layout.delete(self._folder, old_step)
                 self._warn_undeleted(undeleted)
                 if undeleted and old_step in layout.committed_steps(self._folder):
                     remaining[old_step] = record[old_step]
         return _Outcome(remaining, None)
 
-    def _write(self, step: int, name: str, meta: Mapping[str, Any]) -> str | None:
+    def _write(self, step: int, name: str, meta: Mapping[str, Any]) -> SaveFailure | None:
         """Waits until no process writes any more, then commits the step; returns the reason of a failure."""
-        reason = None
+        failure = None
         try:
-            self._orbax.wait_until_finished()
+            with bucket_errors(self._folder):
+                self._orbax.wait_until_finished()
         except PeerFailed as error:
-            reason = str(error)
+            failure = error.failure
         # TensorStore raises ValueError for a full disk; Orbax raises JaxRuntimeError if process 0 cannot make folders.
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-            reason = self._barrier.fail(reason_of(error))
+            failure = self._barrier.fail(_failure(error))
             _wait_for_writers()
         if jax.process_count() > 1:
             self._barrier.end()
-        if reason is None and jax.process_index() == 0:
+        if failure is None and jax.process_index() == 0:
             try:
                 layout.commit(self._folder, name, step, metadata.manifest_header(meta))
             except (OSError, ValueError) as error:
-                reason = self._barrier.fail(reason_of(error))
-        return reason
+                failure = self._barrier.fail(_failure(error))
+        return failure
 
     def _sweep(self) -> None:
         """Deletes leftovers of failed saves and deletions, as far as possible."""
         try:
-            undeleted = layout.sweep(self._folder)
-            self._undeleted = {name: why for name, why in self._undeleted.items() if (self._folder / name).exists()}
+            with self._hasher.lock:
+                undeleted = layout.sweep(self._folder, self._undeleted)
+            self._undeleted = {name: why for name, why in self._undeleted.items() if exists(self._folder / name)}
         except OSError:  # The folder is unreadable or gone; the next save reports it.
             return
         self._warn_undeleted(undeleted)
@@ -475,12 +522,12 @@ class Checkpointer(CheckpointReader):
         else:
             self._fail(outcome.failure)
 
-    def _fail(self, failure: UserError) -> None:
+    def _fail(self, failure: SaveError) -> None:
         self._failure = failure
         self._is_reported = False
         self._consecutive_failures += 1
 
-    def _take_failure(self) -> UserError | None:
+    def _take_failure(self) -> SaveError | None:
         """The failure that was not reported yet, if any; raises the second in a row."""
         if self._failure is None or self._is_reported:
             return None
@@ -494,7 +541,7 @@ class Checkpointer(CheckpointReader):
             failure, self._failure = self._failure, None
             raise failure
 
-    def _save_error(self, step: int, num_bytes: int, reason: str) -> UserError:
+    def _save_error(self, step: int, num_bytes: int, failure: SaveFailure) -> SaveError:
         try:
             free = layout.free_bytes(self._folder)
         except OSError:  # The disk is gone.
@@ -502,9 +549,12 @@ class Checkpointer(CheckpointReader):
         room = "" if free is None else f" ({human_bytes(free)} free)"
         last = max((other for other in self._evaluations if other != step), default=None)
         good = "no checkpoint was written before" if last is None else f"the last good one, step {last}, is untouched"
+        what = f"could not write the checkpoint of step {step}, which needs {human_bytes(num_bytes)}{room}"
+        if failure.is_temporary:
+            return StorageError(f"{what}: {failure.reason}; {good}")
         return UserError(
-            f"could not write the checkpoint of step {step}, which needs {human_bytes(num_bytes)}{room}",
-            reason,
+            what,
+            failure.reason,
             f"Make room in {self._folder} or fix the error above, and start the same command again; {good}",
         )
 
@@ -514,7 +564,11 @@ class _Outcome:
     """Result of a save: the committed steps with their evaluations, and the error if it failed."""
 
     evaluations: dict[int, Evaluation | None]
-    failure: UserError | None
+    failure: SaveError | None
+
+
+def _failure(error: Exception) -> SaveFailure:
+    return SaveFailure(reason_of(error), is_temporary(error))
 
 
 def _wait_for_writers() -> None:
@@ -559,9 +613,9 @@ def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:
       UserError: when the folder does not exist, has no checkpoint, or lacks that step.
     """
     workdir, which = _split_spec(str(spec))
-    if which != "best" and (layout.absolute(spec) / FOLDER).is_dir():
+    if which != "best" and exists(layout.absolute(spec) / FOLDER):
         workdir, which = str(spec), "best"
-    if not workdir or not layout.absolute(workdir).is_dir():
+    if not workdir or not exists(layout.absolute(workdir)):
         raise UserError(f"{key}: no such folder", workdir, "Give WORKDIR, WORKDIR:STEP or WORKDIR:last")
     reader = CheckpointReader(workdir)
     steps = reader.steps()

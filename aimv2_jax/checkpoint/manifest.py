@@ -1,7 +1,9 @@
-"""Manifest of a saved step: a header, and the size and hash of every file; written after all other files.
+"""Manifest of a saved step: a header and the size of every file; and the hashes of these files, which are added later.
 
-`manifest.json` is in the step's folder and also holds a hash of itself, so that any changed byte of a step is detected.
-This module is independent of what the files contain.
+`manifest.json` is written after all other files, and a step exists from then on. Hashing reads everything back, so
+`hashes.json` follows in the background: a step that was killed in between has sizes only. Both files are in the step's
+folder and hold a hash of themselves, so that any changed byte of a hashed step is detected. This module is independent
+of what the files contain.
 """
 
 from __future__ import annotations
@@ -10,32 +12,36 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from aimv2_jax.storage.files import is_made_by_system, is_remote, read_bytes
+from aimv2_jax.storage.bucket import open_folder
+from aimv2_jax.storage.files import (
+    atomic_write,
+    is_made_by_system,
+    is_remote,
+    list_objects,
+    read_bytes,
+    remove,
+    with_retries,
+)
 from aimv2_jax.untrusted import open_regular, parse_json_object
 
 NAME = "manifest.json"
+HASHES = "hashes.json"
 MISSING, EXTRA, OTHER_CONTENTS, IRREGULAR = "missing", "extra", "other contents", "not a regular file"
-_MAX_MANIFEST_BYTES = 256 << 20  # An entry takes about 100 bytes.
+_MAX_BYTES = 256 << 20  # Of either file; an entry takes about 100 bytes.
 _CHUNK_BYTES = 2**20
+_REQUEST_BYTES = 2**23  # Of a read from a bucket.
 _THREADS = 4  # Hashing releases the GIL.
 # Errors of file systems on which folders, or files opened for reading, cannot be synced.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Size and SHA-256 of a file; processors compute SHA-256 faster than BLAKE2."""
-
-    size: int
-    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,50 +57,87 @@ class FileProblem:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """JSON header of a step, and its files by their path in the folder, without the manifest itself."""
+    """JSON header of a step, and the bytes of its files by their path in the folder, without `NAME` and `HASHES`."""
 
     header: Mapping[str, Any]
-    files: Mapping[str, Entry]
+    sizes: Mapping[str, int]
 
     def to_bytes(self) -> bytes:
-        files = {name: f"{entry.size} {entry.sha256}" for name, entry in sorted(self.files.items())}
-        return _signed({**self.header, "files": files})
+        return _signed({**self.header, "files": dict(sorted(self.sizes.items()))})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Parses the exact output of `to_bytes`; raises `ValueError` if any byte differs."""
-        try:
-            tree = parse_json_object(data)
-            del tree["digest"]
-            if _signed(tree) != data:
-                raise ValueError(OTHER_CONTENTS)
-            fields = {name: entry.split() for name, entry in tree.pop("files").items()}
-            files = {name: Entry(int(size), sha256) for name, (size, sha256) in fields.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(OTHER_CONTENTS if data else "empty") from error
-        return cls(tree, files)
+        with _parsing(data) as tree:
+            return cls(header=tree, sizes=dict(tree.pop("files")))
 
     @property
     def num_bytes(self) -> int:
         """Total size of all files."""
-        return sum(entry.size for entry in self.files.values())
+        return sum(self.sizes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Hashes:
+    """SHA-256 of a manifest and of its files; processors compute SHA-256 faster than BLAKE2."""
+
+    manifest: str
+    files: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        return _signed({"manifest": self.manifest, "files": dict(sorted(self.files.items()))})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, manifest: Manifest) -> Hashes:
+        """Parses the exact output of `to_bytes`; raises `ValueError` if any byte differs, or it is of another step."""
+        with _parsing(data) as tree:
+            hashes = cls(tree["manifest"], dict(tree["files"]))
+        if hashes.manifest != _sha256(manifest.to_bytes()) or hashes.files.keys() != manifest.sizes.keys():
+            raise ValueError("that of another manifest")
+        return hashes
 
 
 def _signed(tree: Mapping[str, Any]) -> bytes:
     """The tree as JSON, with a digest of that JSON."""
-    unsigned = json.dumps(tree, indent=1)
-    return (json.dumps({**tree, "digest": hashlib.sha256(unsigned.encode()).hexdigest()}, indent=1) + "\n").encode()
+    return (json.dumps({**tree, "digest": _sha256(json.dumps(tree, indent=1).encode())}, indent=1) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _parsing(data: bytes) -> Iterator[dict[str, Any]]:
+    """Context with the tree of the exact output of `_signed`; it raises `ValueError` for any other data."""
+    try:
+        tree = parse_json_object(data)
+        del tree["digest"]
+        if _signed(tree) != data:
+            raise ValueError(OTHER_CONTENTS)
+        yield tree
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(OTHER_CONTENTS if data else "empty") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def read(folder: epath.Path) -> Manifest | None:
     """Reads the manifest in `folder`; None if there is none; raises `ValueError` when it is damaged."""
+    data = _read(folder / NAME)
+    return None if data is None else Manifest.from_bytes(data)
+
+
+def read_hashes(folder: epath.Path, manifest: Manifest) -> Hashes | None:
+    """Reads the hashes that belong to `manifest`; None if there are none; raises `ValueError` when they are damaged."""
+    data = _read(folder / HASHES)
+    return None if data is None else Hashes.from_bytes(data, manifest)
+
+
+def _read(path: epath.Path) -> bytes | None:
     try:
-        data = read_bytes(folder / NAME, _MAX_MANIFEST_BYTES)
+        return read_bytes(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ValueError(_unreadable(error)) from error
-    return Manifest.from_bytes(data)
 
 
 def write(folder: epath.Path, header: Mapping[str, Any]) -> Manifest:
@@ -102,84 +145,122 @@ def write(folder: epath.Path, header: Mapping[str, Any]) -> Manifest:
 
     Every file is synced here, before older steps are deleted.
     """
-    names = [(name, path) for name, path in list_files(folder).items() if name != NAME]
-    entries = _in_threads(lambda item: hash_file(item[1], sync=True), names)
-    manifest = Manifest(header, {name: entry for (name, _), entry in zip(names, entries)})
+    remove(folder / HASHES)  # An earlier step in this folder of a bucket may have left them.
+    if is_remote(folder):
+        manifest = Manifest(header, file_sizes(folder))
+        atomic_write(folder / NAME, manifest.to_bytes())
+        return manifest
+    files = list_files(folder)
+    _in_threads(_sync_file, list(files.values()))
+    manifest = Manifest(header, file_sizes(folder))
     (folder / NAME).write_bytes(manifest.to_bytes())
-    if not is_remote(folder):
-        with open(folder / NAME, "rb") as file:
-            os.fsync(file.fileno())
-        for subfolder, _, _ in os.walk(folder):
-            sync_folder(subfolder)
+    _sync_file(folder / NAME)
+    for subfolder, _, _ in os.walk(folder):
+        sync_folder(subfolder)
     return manifest
 
 
-def compare(folder: epath.Path, manifest: Manifest, progress: Callable[[int], None] | None = None) -> list[FileProblem]:
-    """Returns the files of `folder` that differ from the manifest, sorted by name.
+def make_hashes(manifest: Manifest, files: Mapping[str, str]) -> Hashes:
+    """The hashes that belong to `manifest`, from those of all of its files."""
+    return Hashes(_sha256(manifest.to_bytes()), files)
+
+
+def hash_files(
+    folder: epath.Path, sizes: Mapping[str, int], progress: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """SHA-256 of the files of a step that have these sizes, by name; `progress` as in `compare`."""
+    return dict(zip(sizes, _in_threads(lambda name: hash_file(folder, name, sizes[name], progress), list(sizes))))
+
+
+def compare(
+    folder: epath.Path, manifest: Manifest, hashes: Hashes | None, progress: Callable[[int], None] | None = None
+) -> list[FileProblem]:
+    """Returns the files of `folder` that differ from the manifest and the hashes, sorted by name.
 
     Args:
       folder: of a step.
       manifest: returned by `read`.
+      hashes: returned by `read_hashes`; None: only names and sizes are compared.
       progress: called with the number of bytes read since its last call.
     """
-    existing = list_files(folder)
-    existing.pop(NAME, None)
-    extra = [FileProblem(name, EXTRA) for name in existing.keys() - manifest.files.keys()]
+    existing = file_sizes(folder)
+    extra = [FileProblem(name, EXTRA) for name in existing.keys() - manifest.sizes.keys()]
 
-    def check(item: tuple[str, Entry]) -> FileProblem | None:
-        name, expected = item
+    def check(name: str) -> FileProblem | None:
         if name not in existing:
             return FileProblem(name, MISSING)
-        what = check_file(existing[name], expected, progress)
+        size, expected = existing[name], manifest.sizes[name]
+        if size != expected:
+            return FileProblem(name, f"size {size:,} instead of {expected:,}")
+        what = None if hashes is None else _check_contents(folder, name, size, hashes.files[name], progress)
         return None if what is None else FileProblem(name, what)
 
-    entries = [item for item in manifest.files.items() if not any(map(is_made_by_system, item[0].split("/")))]
-    problems = _in_threads(check, entries)
+    names = [name for name in manifest.sizes if not any(map(is_made_by_system, name.split("/")))]
+    problems = _in_threads(check, names)
     return sorted([*filter(None, problems), *extra], key=lambda problem: problem.file)
 
 
-def check_file(path: epath.Path, expected: Entry, progress: Callable[[int], None] | None = None) -> str | None:
-    """How a file differs from its entry, or None."""
+def _check_contents(
+    folder: epath.Path, name: str, size: int, expected: str, progress: Callable[[int], None] | None
+) -> str | None:
     try:
-        size = path.stat().length
-        if size == expected.size:
-            entry = hash_file(path, progress)
-            return None if entry == expected else OTHER_CONTENTS
+        return None if hash_file(folder, name, size, progress) == expected else OTHER_CONTENTS
     except (FileNotFoundError, NotADirectoryError):
         return MISSING
     except OSError as error:
         return _unreadable(error)
     except ValueError:
         return IRREGULAR
-    return f"size {size:,} instead of {expected.size:,}"
 
 
-def check_bytes(data: bytes, expected: Entry) -> str | None:
-    """How the bytes of a small file differ from its entry, or None."""
-    if len(data) != expected.size:
-        return f"size {len(data):,} instead of {expected.size:,}"
-    return None if hashlib.sha256(data).hexdigest() == expected.sha256 else OTHER_CONTENTS
+def check_bytes(data: bytes, name: str, manifest: Manifest, hashes: Hashes | None) -> str | None:
+    """How the bytes of a small file differ from the manifest and the hashes, or None."""
+    if name not in manifest.sizes:
+        return EXTRA
+    if len(data) != manifest.sizes[name]:
+        return f"size {len(data):,} instead of {manifest.sizes[name]:,}"
+    return None if hashes is None or _sha256(data) == hashes.files[name] else OTHER_CONTENTS
 
 
-def hash_file(path: epath.Path, progress: Callable[[int], None] | None = None, sync: bool = False) -> Entry:
-    """Size and hash of a file; `sync` also flushes a local file to disk."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") if is_remote(path) else open_regular(path) as file:
+def hash_file(folder: epath.Path, name: str, size: int, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of the first `size` bytes of a file, or of all of a local one."""
+    digest = hashlib.sha256()
+    for chunk in _remote_chunks(folder, name, size) if is_remote(folder) else _local_chunks(folder / name):
+        digest.update(chunk)
+        if progress is not None:
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def _local_chunks(path: epath.Path) -> Iterator[bytes]:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-            if progress is not None:
-                progress(len(chunk))
-        if sync and not is_remote(path):
-            _sync(file.fileno())
-    return Entry(size, digest.hexdigest())
+            yield chunk
 
 
-def list_files(folder: epath.Path) -> dict[str, epath.Path]:
-    """All files below `folder` by their relative path; a symbolic link counts as a file, whatever its target.
+def _remote_chunks(folder: epath.Path, name: str, size: int) -> Iterator[bytes]:
+    objects = open_folder(folder)
+    for start in range(0, size, _REQUEST_BYTES):
+        request = functools.partial(objects.read, name, start, min(size, start + _REQUEST_BYTES))
+        yield with_retries(request, folder / name)
+
+
+def file_sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of all files below `folder` by their relative path, without the manifest and the hashes.
 
     Files that file systems and desktops create are left out, since they come and go.
     """
+    if is_remote(folder):
+        return {name: size for name, size in list_objects(folder).items() if name not in (NAME, HASHES)}
+    sizes = {}
+    for name, path in list_files(folder).items():
+        with contextlib.suppress(OSError):  # A link that leads nowhere, or a file that was deleted meanwhile.
+            sizes[name] = os.stat(path).st_size
+    return sizes
+
+
+def list_files(folder: epath.Path) -> dict[str, epath.Path]:
+    """The files of `file_sizes` on a disk; a symbolic link counts as a file, whatever its target."""
     files = {}
     for path in folder.iterdir():
         if is_made_by_system(path.name):
@@ -188,7 +269,13 @@ def list_files(folder: epath.Path) -> dict[str, epath.Path]:
             files |= {f"{path.name}/{name}": file for name, file in list_files(path).items()}
         else:
             files[path.name] = path
-    return files
+    return {name: path for name, path in files.items() if name not in (NAME, HASHES)}
+
+
+def _sync_file(path: epath.Path) -> None:
+    """Flushes the contents of a local file to disk."""
+    with open_regular(path) as file:
+        _sync(file.fileno())
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -215,7 +302,7 @@ def _unreadable(error: OSError) -> str:
     raise error
 
 
-def _in_threads(work: Callable, items: list) -> list:
+def _in_threads(work: Callable, items: Collection) -> list:
     """Maps `work` over the items in threads; results are in the order of the items."""
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="hash"))

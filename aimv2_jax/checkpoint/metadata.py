@@ -15,13 +15,13 @@ from etils import epath
 
 from aimv2_jax.checkpoint import manifest as manifests
 from aimv2_jax.checkpoint.layout import MAX_META_BYTES, META, committed_steps, step_path
-from aimv2_jax.checkpoint.manifest import FileProblem, Manifest
+from aimv2_jax.checkpoint.manifest import FileProblem, Hashes, Manifest
 from aimv2_jax.errors import UserError, first_line
 from aimv2_jax.storage.files import read_bytes
 from aimv2_jax.untrusted import as_int, parse_json_object
 from aimv2_jax.version import __version__
 
-FORMAT_VERSION = 4  # The only format that is read and written. Formats 1 to 3 were never released.
+FORMAT_VERSION = 5  # The only format that is read and written. Formats 1 to 4 were never released.
 _MAX_INT = 2**63 - 1  # Bound on the format and the step in a record.
 _MAX_SHOWN_FILES = 3  # Number of files in an error message.
 
@@ -91,8 +91,7 @@ def read_meta(folder: epath.Path, step: int) -> dict[str, Any]:
         raise DamagedStep(folder, step, [FileProblem(META, first_line(error))]) from error
     manifest = read_manifest(folder, step)
     if manifest is not None:
-        entry = manifest.files.get(META)
-        what = manifests.EXTRA if entry is None else manifests.check_bytes(data, entry)
+        what = manifests.check_bytes(data, META, manifest, read_hashes(folder, step, manifest))
         if what is not None:
             raise DamagedStep(folder, step, [FileProblem(META, what)])
     try:
@@ -121,8 +120,10 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         raise ValueError("eval_loss is no number")
 
 
-def verify(folder: epath.Path, step: int, progress: Callable[[int], None] | None = None) -> Manifest:
-    """Compares all files of a step with its manifest, and returns the manifest.
+def verify(
+    folder: epath.Path, step: int, progress: Callable[[int], None] | None = None
+) -> tuple[Manifest, Hashes | None]:
+    """Compares all files of a step with its manifest and hashes, and returns both; without hashes, only their sizes.
 
     Args:
       folder: the folder of all steps.
@@ -139,9 +140,13 @@ def verify(folder: epath.Path, step: int, progress: Callable[[int], None] | None
     if manifest is None:
         read_meta(folder, step)  # Raises the specific error.
         raise StepVanished(folder, step)
-    wrong = manifests.compare(path, manifest, progress) if path.is_dir() else [FileProblem(META, manifests.MISSING)]
+    hashes = read_hashes(folder, step, manifest)
+    try:
+        wrong = manifests.compare(path, manifest, hashes, progress)
+    except FileNotFoundError:
+        wrong = [FileProblem(META, manifests.MISSING)]
     if not wrong:
-        return manifest
+        return manifest, hashes
     if step not in committed_steps(folder):
         raise StepVanished(folder, step)
     if read_manifest(folder, step) != manifest:  # The trainer has set it aside and saved it again.
@@ -163,6 +168,14 @@ def read_manifest(folder: epath.Path, step: int) -> Manifest | None:
     if saved_step != step:
         raise DamagedStep(folder, step, [FileProblem(manifests.NAME, f"that of step {saved_step}")])
     return manifest
+
+
+def read_hashes(folder: epath.Path, step: int, manifest: Manifest) -> Hashes | None:
+    """Reads the hashes of a step with this manifest; None if there are none yet; raises `DamagedStep` when damaged."""
+    try:
+        return manifests.read_hashes(step_path(folder, step), manifest)
+    except ValueError as error:
+        raise DamagedStep(folder, step, [FileProblem(manifests.HASHES, first_line(error))]) from error
 
 
 def _refuse_other_format(path: epath.Path, version: int) -> None:

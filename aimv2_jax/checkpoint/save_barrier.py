@@ -5,6 +5,7 @@ Orbax's own barrier would wait for such a process until its timeout and could no
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import time
 
@@ -16,8 +17,25 @@ from aimv2_jax.distributed import coordination
 _MIN_POLL_S, _MAX_POLL_S = 0.02, 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class SaveFailure:
+    """Why a save failed.
+
+    Attributes:
+      reason: for the user.
+      is_temporary: whether a bucket failed that may be back later.
+    """
+
+    reason: str
+    is_temporary: bool
+
+
 class PeerFailed(Exception):
-    """Another process could not write its part of the checkpoint; the message names the process and the reason."""
+    """Another process could not write its part of the checkpoint; the reason of `failure` names the process."""
+
+    def __init__(self, failure: SaveFailure):
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
 class SaveBarrier:
@@ -67,13 +85,14 @@ class SaveBarrier:
         while len(coordination.published(name)) < jax.process_count():
             failures = coordination.published(f"{self.save}/failed") if raise_failures else {}
             if failures:
-                raise PeerFailed(failures[min(failures)])
+                raise PeerFailed(SaveFailure(**failures[min(failures)]))
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _MAX_POLL_S)
 
-    def fail(self, reason: str) -> str:
-        """Notifies the other processes that this one cannot write; returns the reason as published."""
+    def fail(self, failure: SaveFailure) -> SaveFailure:
+        """Notifies the other processes that this one cannot write; returns the failure as published."""
         if jax.process_count() > 1:
-            reason = f"process {jax.process_index()} on {socket.gethostname()}: {reason}"
-            coordination.publish(f"{self.save}/failed", reason)
-        return reason
+            where = f"process {jax.process_index()} on {socket.gethostname()}"
+            failure = dataclasses.replace(failure, reason=f"{where}: {failure.reason}")
+            coordination.publish(f"{self.save}/failed", dataclasses.asdict(failure))
+        return failure

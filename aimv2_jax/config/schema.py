@@ -89,6 +89,8 @@ class DataConfig:
     workers: int
     read_threads: int
     prefetch: int
+    cache_dir: str | None
+    cache_gb: float
     image_size: int
     crop_area: tuple[float, float]
     crop_ratio: tuple[float, float]

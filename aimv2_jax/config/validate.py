@@ -127,7 +127,13 @@ def _check_optimizer(config: Config) -> None:
 
 def _check_loader(config: Config) -> None:
     _at_least(config, 1, "data.batch_size", "data.read_threads", "data.prefetch")
-    _at_least(config, 0, "data.workers")
+    _at_least(config, 0, "data.workers", "data.cache_gb")
+    _require(
+        not config.data.cache_gb or config.data.cache_dir is not None,
+        "data.cache_gb needs data.cache_dir",
+        config.data.cache_gb,
+        "Set data.cache_dir to a folder on a disk of this host, or data.cache_gb to 0",
+    )
     keys = ["data.workers", "data.read_threads", "data.prefetch"]
     remedy = f"Give at most {_MAX_DATA_WORKERS}; a few are enough"
     _check_each(config, keys, lambda number: number <= _MAX_DATA_WORKERS, remedy, "is too large")

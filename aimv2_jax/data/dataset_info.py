@@ -1,4 +1,4 @@
-"""Datasets: a folder of ArrayRecord shards and `dataset.json`. That file is written last and marks completion."""
+"""Datasets: a folder of bag files, `records.index` and `dataset.json`, which is written last and marks completion."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 from aimv2_jax import untrusted
 from aimv2_jax.data.dataset_stats import ASPECT, SIDE, DatasetStats, Histogram, LostInput, SampleCount, count_of
+from aimv2_jax.data.record_index import write_index
 from aimv2_jax.data.records import BadRecord, Record, encode
 from aimv2_jax.data.shards import Shard, ShardWriter, move_into
 from aimv2_jax.data.transforms.decode import image_size
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.files import atomic_write
 
-FORMAT_VERSION = 3  # Version 3 of dataset.json counts the records with each kind; a record may have several captions.
-OLDEST_FORMAT = 2
+# Until version 3, shards were ArrayRecord files (see prepare/convert.py).
+FORMAT_VERSION = 4
+OLDEST_FORMAT = 4
 DATASET_FILE = "dataset.json"
 
 
@@ -25,16 +27,17 @@ DATASET_FILE = "dataset.json"
 class DatasetInfo:
     """Contents of `dataset.json`.
 
-    `kinds` counts the captions of each kind, `records_with` the records that have one or more of them, `labels` lists
-    the label names. `samples` is the number of input samples; `drops` (by reason) and `lost` did not become records,
-    `changes` counts records that differ from their samples. `made` describes how the dataset was prepared. In
-    version 2 a record has one caption of a kind.
+    `index_crc32` is the CRC-32 of `records.index`. `kinds` counts the captions of each kind, `records_with` the records
+    that have one or more of them, `labels` lists the label names. `samples` is the number of input samples; `drops` (by
+    reason) and `lost` did not become records, `changes` counts records that differ from their samples. `made` describes
+    how the dataset was prepared.
     """
 
     format_version: int
     shards: tuple[Shard, ...]
     records: int
     bytes: int
+    index_crc32: int
     kinds: dict[str, int]
     records_with: dict[str, int]
     labels: tuple[str, ...]
@@ -46,8 +49,10 @@ class DatasetInfo:
     made: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def from_stats(cls, stats: DatasetStats, shards: Iterable[Shard], made: Mapping[str, Any]) -> DatasetInfo:
-        """The info of a dataset with these shards and statistics."""
+    def from_stats(
+        cls, stats: DatasetStats, shards: Iterable[Shard], index_crc32: int, made: Mapping[str, Any]
+    ) -> DatasetInfo:
+        """The info of a dataset with these shards, index and statistics."""
         shards = tuple(shards)
         assert sum(shard.records for shard in shards) == stats.records
         return cls(
@@ -55,6 +60,7 @@ class DatasetInfo:
             shards=shards,
             records=stats.records,
             bytes=sum(shard.bytes for shard in shards),
+            index_crc32=index_crc32,
             kinds=dict(sorted(stats.kinds.items())),
             records_with=dict(sorted(stats.records_with.items())),
             labels=tuple(sorted(stats.labels)),
@@ -80,7 +86,7 @@ class DatasetInfo:
         if not {SIDE, ASPECT} <= tree["histograms"].keys():
             raise ValueError("a histogram is missing")
         kinds = _counts(tree["kinds"])
-        records_with = _counts(tree["records_with"]) if version > 2 else kinds
+        records_with = _counts(tree["records_with"])
         if records_with.keys() != kinds.keys() or any(records_with[kind] > kinds[kind] for kind in kinds):
             raise ValueError("more records with captions than captions")
         return cls(
@@ -88,6 +94,7 @@ class DatasetInfo:
             shards=tuple(Shard(str(s["file"]), count_of(s["records"]), count_of(s["bytes"])) for s in tree["shards"]),
             records=count_of(tree["records"]),
             bytes=count_of(tree["bytes"]),
+            index_crc32=count_of(tree["index_crc32"]),
             kinds=kinds,
             records_with=records_with,
             labels=tuple(map(str, tree["labels"])),
@@ -107,7 +114,7 @@ def _counts(tree: Mapping[str, Any]) -> dict[str, int]:
 def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: int = 1 << 30) -> DatasetInfo:
     """Writes `records` in order to `folder`, in shards of about `shard_bytes`; equal records give equal bytes.
 
-    Each shard is written atomically, and `dataset.json` after all shards.
+    Each file is written atomically: first the shards, then their index, then `dataset.json`.
 
     Raises:
       UserError: if the folder already holds a dataset.
@@ -123,7 +130,8 @@ def write_dataset(folder: str | Path, records: Iterable[Record], shard_bytes: in
         for record in records:
             writer.write(encode(record))
             stats.keep(record.captions, record.labels, _image_size(record.image))
-    info = DatasetInfo.from_stats(stats, writer.shards, made={})
+    index_crc32 = write_index(folder, writer.shards, folder, move_into(folder))
+    info = DatasetInfo.from_stats(stats, writer.shards, index_crc32, made={})
     atomic_write(folder / DATASET_FILE, info.to_json().encode())
     return info
 

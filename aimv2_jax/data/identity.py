@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from aimv2_jax.data.records import BadRecord
+from aimv2_jax.data.records import BadRecord, is_intact
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import StorageError
 
@@ -57,12 +57,14 @@ def _identify(source: Source) -> dict[str, Any]:
 
     def digest_of(index: int) -> str | None:
         try:
-            return _digest(source.read(index))
-        except BadRecord:  # Training replaces this record; the copy on another host may be readable.
+            data = source.read(index)
+        except BadRecord:
             return None
         except StorageError as error:
             failures.append(error)
             return None
+        # Training replaces a damaged record; the copy on another host may be intact.
+        return _digest(data) if is_intact(data) else None
 
     with ThreadPoolExecutor(_NUM_SAMPLED) as pool:
         sampled = dict(zip(map(str, indices), pool.map(digest_of, indices), strict=True))

@@ -26,9 +26,10 @@ from aimv2_jax.data.records import REASONS
 from aimv2_jax.data.sampling.mixture import MixtureSampler
 from aimv2_jax.data.sampling.schedule import BatchSchedule
 from aimv2_jax.data.sampling.skips import Skips
-from aimv2_jax.data.sources import OpenShards, Source, open_datasets
+from aimv2_jax.data.sources import Source, open_datasets
 from aimv2_jax.data.transforms.views import RandomCrop, RandomFlip, Size, View, evaluation_view
 from aimv2_jax.errors import UserError
+from aimv2_jax.storage.host_cache import HostCache
 from aimv2_jax.storage.retries import patience_s
 from aimv2_jax.untrusted import printable
 
@@ -72,9 +73,7 @@ def open_sources(config: Config) -> Sources:
       UserError: unless all can be read and have the caption kinds that the config requires.
       StorageError: if storage fails for longer than a quarter of `watch.data_s`.
     """
-    limit_s = patience_s(config.watch.data_s)
-    shards = OpenShards()
-    training = open_datasets(config.data.sources, limit_s, shards)
+    training = _open(config, config.data.sources)
     for name, kinds in mixture_counts(config.data.mixture).items():
         for kind in kinds:
             if not training[name].kinds.get(kind):
@@ -83,7 +82,7 @@ def open_sources(config: Config) -> Sources:
                     kind,
                     f"It has {_join_names(training[name].kinds)}",
                 )
-    held_out = open_datasets(config.eval.sources, limit_s, shards)
+    held_out = _open(config, config.eval.sources)
     for kind in config.eval.caption_types if held_out else ():
         if not any(source.kinds.get(kind) for source in held_out.values()):
             available = {kind for source in held_out.values() for kind in source.kinds}
@@ -93,6 +92,11 @@ def open_sources(config: Config) -> Sources:
                 f"There is {_join_names(available)}",
             )
     return Sources(training, held_out)
+
+
+def _open(config: Config, paths: Mapping[str, str]) -> dict[str, Source]:
+    cache = HostCache(config.data.cache_dir, int(config.data.cache_gb * 1e9))
+    return open_datasets(paths, patience_s(config.watch.data_s), cache)
 
 
 def _join_names(names: Any) -> str:
@@ -134,7 +138,7 @@ def training_batches(
       UserError: if a source cannot be read.
       StorageError: in place of a batch, if storage fails for longer than a quarter of `watch.data_s`.
     """
-    sources = sources or open_datasets(config.data.sources, patience_s(config.watch.data_s))
+    sources = sources or _open(config, config.data.sources)
     data, patch_size, shapes = config.data, config.model.patch_size, config.batch_shapes
     crop = RandomCrop(config.seed, data.image_size, data.crop_area, data.crop_ratio, data.flip)
     views: dict[int, Callable[[Size, int], View]] = {shape.patches: crop for shape in shapes}
@@ -175,7 +179,7 @@ def evaluation_batches(
     the open held-out sources; by default they are opened here.
     """
     if sources is None:
-        sources = open_datasets(config.eval.sources, patience_s(config.watch.data_s))
+        sources = _open(config, config.eval.sources)
     limit, area, patch_size = config.eval.max_examples, config.eval.area, config.model.patch_size
     view = functools.partial(
         evaluation_view,

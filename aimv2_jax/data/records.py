@@ -82,18 +82,21 @@ def encode(record: Record) -> bytes:
     return _HEADER.pack(version, zlib.crc32(payload)) + payload
 
 
+def is_intact(data: bytes) -> bool:
+    """Whether the checksum of a record fits."""
+    return len(data) > _HEADER.size and zlib.crc32(memoryview(data)[_HEADER.size :]) == _HEADER.unpack_from(data)[1]
+
+
 def decode(data: bytes) -> Record:
     """Parses a record; a key that is too long is shortened by `bounded_key`.
 
     Raises:
       BadRecord: `corrupt_record`, or `other_version` if only the version is wrong.
     """
-    if len(data) <= _HEADER.size:
+    if not is_intact(data):
         raise BadRecord("corrupt_record")
-    version, checksum = _HEADER.unpack_from(data)
+    version, _ = _HEADER.unpack_from(data)
     payload = memoryview(data)[_HEADER.size :]
-    if zlib.crc32(payload) != checksum:
-        raise BadRecord("corrupt_record")
     if not 1 <= version <= RECORD_VERSION:
         raise BadRecord("other_version")
     try:

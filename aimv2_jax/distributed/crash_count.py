@@ -13,7 +13,7 @@ import threading
 
 from etils import epath
 
-from aimv2_jax.storage.files import atomic_write, is_remote
+from aimv2_jax.storage.files import atomic_write, is_remote, list_names, list_objects, read_bytes
 from aimv2_jax.untrusted import as_int, parse_json_object
 
 MAX_KILLS = 3  # Kills without a new checkpoint between the first and the last.
@@ -36,7 +36,7 @@ def count_kill_within(workdir: epath.PathLike, seconds: float = _STORAGE_TIMEOUT
 def count_kill(workdir: epath.PathLike) -> int:
     """Counts one kill and returns the kills since the newest checkpoint; 1 if the workdir cannot be read."""
     kills = 1
-    with contextlib.suppress(Exception):  # Disks raise OSError, buckets raise TensorFlow's and fsspec's own types.
+    with contextlib.suppress(OSError):
         newest = _newest_step(workdir)
         kills += _kills_since(workdir, newest)
         content = {"newest_step": newest, "kills": kills}
@@ -46,23 +46,18 @@ def count_kill(workdir: epath.PathLike) -> int:
 
 def _kills_since(workdir: epath.PathLike, newest: int) -> int:
     """Kills that were counted at the same newest step."""
-    file = epath.Path(workdir) / FILE
-    if not file.exists():
-        return 0
     try:
-        content = parse_json_object(file.read_bytes())
+        content = parse_json_object(read_bytes(epath.Path(workdir) / FILE))
         return as_int(content.get("kills"), 0, _MAX_COUNT) if content.get("newest_step") == newest else 0
-    except ValueError:  # The file is damaged.
+    except (FileNotFoundError, ValueError):  # ValueError: the file is damaged.
         return 0
 
 
 def _newest_step(workdir: epath.PathLike) -> int:
     folder = epath.Path(workdir) / _CHECKPOINTS
-    # In a bucket, a step that is saved again has a folder STEP-2, and a folder without a manifest is unfinished.
-    named = re.compile(r"(\d+)(-\d+)?" if is_remote(workdir) else r"(\d+)", re.ASCII)
-    children = folder.iterdir() if folder.is_dir() else []
-    found = [(match, child) for child in children if (match := named.fullmatch(child.name))]
-    for match, child in sorted(found, key=lambda item: -int(item[0][1])):
-        if not is_remote(workdir) or ((child / _MANIFEST).exists() and not (child / _SET_ASIDE).exists()):
-            return int(match[1])
-    return 0
+    if not is_remote(workdir):
+        return max((int(name) for name in list_names(folder) if re.fullmatch(r"\d+", name, re.ASCII)), default=0)
+    # A step that is saved again has a folder STEP-2, and a folder without a manifest is unfinished.
+    found = list_objects(folder)
+    manifests = (match for name in found if (match := re.fullmatch(rf"((\d+)(-\d+)?)/{_MANIFEST}", name, re.ASCII)))
+    return max((int(match[2]) for match in manifests if f"{match[1]}/{_SET_ASIDE}" not in found), default=0)

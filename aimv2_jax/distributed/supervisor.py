@@ -406,8 +406,8 @@ def supervise(process: ProcessInfo, config: Config, workdir: epath.PathLike, arg
 def _log_errors(file: epath.Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Disks raise OSError, buckets raise TensorFlow's and fsspec's own types.
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         remedy = "Give a --workdir that all hosts can reach and write to"
         raise UserError(f"the log {file} cannot be written", reason, remedy) from error
 

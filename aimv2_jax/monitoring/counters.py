@@ -1,6 +1,6 @@
-"""Counters of examples, bad records and truncated captions by source, summed over all hosts.
+"""Counters of examples, bad records, truncated captions and retried reads by source, summed over all hosts.
 
-S sources, R reasons, C = R + 2 counts (examples, reasons, truncated captions), B batch.
+S sources, R reasons, C = R + 3 counts (examples, reasons, truncated captions, retried reads), B batch.
 """
 
 from __future__ import annotations
@@ -38,16 +38,20 @@ class ExampleCounter:
     def __init__(self, sources: Sequence[str], reasons: Sequence[str], sharding: NamedSharding):
         self._sources = list(sources)
         self._reasons = list(reasons)
-        self._lap = np.zeros((len(sources), len(reasons) + 2), np.int32)
+        self._lap = np.zeros((len(sources), len(reasons) + 3), np.int32)
         self._seen = self._lap.astype(np.int64)
         self._counts = jax.device_put(self._lap, sharding)
         self._add = jax.jit(partial(_add, num_sources=len(sources)), out_shardings=sharding)
 
     def add(
-        self, source: Int[Array, " B"], faults: Int[Array, "B R"], truncated: Bool[Array, " B"]
+        self,
+        source: Int[Array, " B"],
+        faults: Int[Array, "B R"],
+        truncated: Bool[Array, " B"],
+        read_retries: Int[Array, " B"],
     ) -> Int[Array, "S C"]:
         """Counts a batch asynchronously; returns the counts up to this batch, for `lap`."""
-        self._counts = self._add(self._counts, source, faults, truncated)
+        self._counts = self._add(self._counts, source, faults, truncated, read_retries)
         return self._counts
 
     def forget(self) -> None:
@@ -57,8 +61,8 @@ class ExampleCounter:
     def lap(self, counts: Int[Array, "S C"]) -> dict[str, int | float]:
         """Metrics of the examples between the last lap's `counts` and these.
 
-        `images/SOURCE`; `truncated_captions/SOURCE`, the share of images whose caption exceeds the text length; and
-        `bad/SOURCE/REASON` if there were any.
+        `images/SOURCE`; `truncated_captions/SOURCE`, the share of images whose caption exceeds the text length; if
+        there were any, `bad/SOURCE/REASON`, and `data_read_retries`, the reads of all sources that were retried.
         """
         current = np.asarray(jax.device_get(counts))
         counts = current - self._lap  # Correct even if int32 has wrapped over a long run.
@@ -66,9 +70,11 @@ class ExampleCounter:
         self._seen += counts
         values = {f"images/{name}": int(row[0]) for name, row in zip(self._sources, counts)}
         for name, row in zip(self._sources, counts):
-            values |= {f"bad/{name}/{why}": int(n) for why, n in zip(self._reasons, row[1:-1]) if n}
+            values |= {f"bad/{name}/{why}": int(n) for why, n in zip(self._reasons, row[1:-2]) if n}
             if row[0]:
-                values[f"truncated_captions/{name}"] = float(row[-1] / row[0])
+                values[f"truncated_captions/{name}"] = float(row[-2] / row[0])
+        if retries := int(counts[:, -1].sum()):
+            values["data_read_retries"] = retries
         return values
 
     def check(self, max_bad_fraction: float) -> None:
@@ -83,8 +89,8 @@ class ExampleCounter:
             )
 
 
-def _add(counts, source, faults, truncated, *, num_sources: int):
-    columns = jnp.ones_like(source)[:, None], faults, truncated.astype(faults.dtype)[:, None]
+def _add(counts, source, faults, truncated, read_retries, *, num_sources: int):
+    columns = jnp.ones_like(source)[:, None], faults, truncated.astype(faults.dtype)[:, None], read_retries[:, None]
     rows = jnp.concatenate(columns, axis=1)
     return counts + jax.ops.segment_sum(rows, source, num_segments=num_sources)
 

@@ -23,7 +23,7 @@ from etils import epath
 
 from aimv2_jax.console import print_line
 from aimv2_jax.storage.append import AppendFile, to_json, writing
-from aimv2_jax.storage.files import is_remote
+from aimv2_jax.storage.files import is_remote, read_bytes
 from aimv2_jax.untrusted import as_int, as_number, parse_json_object, printable
 
 _FILE = "events.jsonl"
@@ -182,7 +182,7 @@ class EventLog:
         if not self._active:
             return 0.0
         with writing(self._path):
-            lines = _tail(self._path) if self._path.exists() else []
+            lines = _tail(self._path)
         last = next((event for text in reversed(lines) if (event := _event(text)) is not None), None)
         return 0.0 if last is None else max(0.0, last.time_s - self._wall())
 
@@ -265,10 +265,12 @@ def read_events(workdir: epath.PathLike) -> list[Event]:
     stderr.
     """
     path = epath.Path(workdir) / _FILE
-    if not path.exists():
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
         return []
     events = []
-    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, text in enumerate(data.split(b"\n"), start=1):
         event = _event(text)
         if event is not None:
             events.append(event)
@@ -317,13 +319,16 @@ def _is_partial(text: str) -> bool:
 
 def _ends_with_newline(path: epath.Path) -> bool:
     """Whether a file is absent, empty, or ends with a newline."""
-    return not path.exists() or _tail(path)[-1] == b""
+    return _tail(path)[-1] == b""
 
 
 def _tail(path: epath.Path) -> list[bytes]:
-    """The last lines of a file; the first may be cut, and the last is empty if the file ends with a newline."""
-    if is_remote(path):
-        return path.read_bytes().split(b"\n")
-    with Path(path).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        return file.read().split(b"\n")
+    """The last lines of a file; the first may be cut, and the last is empty if the file is absent or ends with one."""
+    try:
+        if is_remote(path):
+            return read_bytes(path).split(b"\n")
+        with Path(path).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read().split(b"\n")
+    except FileNotFoundError:
+        return [b""]

@@ -26,7 +26,7 @@ from aimv2_jax.config.schema import Config
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.append import AppendFile, Upload, to_json, writing
-from aimv2_jax.storage.files import atomic_write, is_remote
+from aimv2_jax.storage.files import atomic_write, exists, is_remote, make_parent, read_bytes
 from aimv2_jax.untrusted import as_int, open_regular, parse_json_object, printable
 
 _FILE = "metrics.jsonl"
@@ -54,7 +54,7 @@ class MetricsWriter:
         self._tensorboard = _TensorBoard(self._path.parent / "tensorboard", config) if tensorboard else None
         self._wandb = _start_wandb(self._path.parent, wandb_project, config) if wandb_project else None
         with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_parent(self._path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends the line of `step`. A number that isn't finite becomes null, so that every line is JSON."""
@@ -112,13 +112,13 @@ class MetricsWriter:
 
 def has_metrics(workdir: str | Path) -> bool:
     """Whether the folder has a metrics file."""
-    return (epath.Path(workdir) / _FILE).exists()
+    return exists(epath.Path(workdir) / _FILE)
 
 
 def read_metrics(workdir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Reads the training lines and the evaluation lines of a run, in the order of steps; null becomes None."""
     path = epath.Path(workdir) / _FILE
-    lines = read_lines(path) if path.exists() else []
+    lines = read_lines(path) if exists(path) else []
     if not lines:
         raise UserError("no metrics in this folder", str(path), "Give the --workdir of a training run")
     return [line for line in lines if "eval_loss" not in line], [line for line in lines if "eval_loss" in line]
@@ -153,7 +153,7 @@ def _split(path: epath.Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
 
 def _read_bytes(path: epath.Path) -> bytes:
     if is_remote(path):
-        return path.read_bytes()
+        return read_bytes(path)
     try:
         with open_regular(path) as file:
             return file.read(os.fstat(file.fileno()).st_size)  # A running trainer may append to it.
@@ -170,7 +170,7 @@ def cut_lines(path: epath.Path, step: int) -> None:
 
     Damaged lines are appended to the file `NAME.damaged` in the same folder, and logged.
     """
-    if not path.exists():
+    if not exists(path):
         return
     lines, damaged = _split(path)
     kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
@@ -222,7 +222,6 @@ class _TensorBoard:
         self._writer.add_text("config", f"    {text}", step)  # Indentation marks a code block in Markdown.
         if self._scratch is not None:
             [local] = Path(folder).iterdir()
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._upload = Upload(local, self._folder / local.name)
 
     def cut_after(self, step: int) -> None:
@@ -256,9 +255,9 @@ def _start_wandb(workdir: epath.Path, project: str, config: Config) -> Any:
             'Leave the key at None, or install it: pip install "aimv2_jax[wandb]"',
         ) from error
     id_file = workdir / "wandb_id"
-    run_id = id_file.read_text() if id_file.exists() else secrets.token_hex(8)
+    run_id = read_bytes(id_file).decode() if exists(id_file) else secrets.token_hex(8)
     with writing(id_file):
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_parent(id_file)
         atomic_write(id_file, run_id.encode())
     folder = None if is_remote(workdir) else str(workdir)  # W&B's local files.
     return wandb.init(project=project, id=run_id, resume="allow", dir=folder, config=config_to_dict(config))

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from aimv2_jax.monitoring.log import logger
-from aimv2_jax.storage.files import atomic_write
+from aimv2_jax.storage.files import atomic_write, make_parent, read_bytes
 
 _FOLDER = "nonfinite"
 
@@ -31,9 +31,9 @@ def write_record(
     plain = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     text = json.dumps({"step": step, **record, "metrics": plain}, indent=1) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(path)
         atomic_write(path, text.encode())
-    except Exception as error:  # OSError, or for a bucket an error class of TensorFlow or fsspec.
+    except OSError as error:
         logger.info(f"the record of step {step} could not be written: {error}")
         return None
     return str(path)
@@ -42,7 +42,8 @@ def write_record(
 def read_record(workdir: epath.PathLike, step: int) -> dict[str, Any] | None:
     """Reads the record of a step, with its metrics as floats; None if there is none."""
     path = epath.Path(workdir) / _FOLDER / f"{step}.json"
-    if not path.exists():
+    try:
+        record = json.loads(read_bytes(path))
+    except FileNotFoundError:
         return None
-    record = json.loads(path.read_text())
     return record | {"metrics": {name: float(value) for name, value in record["metrics"].items()}}

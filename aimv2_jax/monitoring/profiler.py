@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from aimv2_jax.distributed import coordination
-from aimv2_jax.storage.files import is_remote
+from aimv2_jax.storage.files import atomic_write, is_remote, make_parent
 
 
 class Profiler:
@@ -78,5 +78,5 @@ def _upload(folder: Path, to: epath.Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             target = to / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+            make_parent(target)
+            atomic_write(target, path.read_bytes())

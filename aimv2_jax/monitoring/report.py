@@ -36,7 +36,7 @@ from aimv2_jax.monitoring.goodput import GoodputReport, compute_goodput
 from aimv2_jax.monitoring.metrics import format_duration, has_metrics, read_lines
 from aimv2_jax.monitoring.report_page import render_page
 from aimv2_jax.plotting import counted
-from aimv2_jax.storage.files import atomic_write, is_remote
+from aimv2_jax.storage.files import atomic_write, check_folder, exists, is_remote, read_bytes, with_retries
 from aimv2_jax.untrusted import as_int, as_number, is_inside, printable
 
 _METRICS = re.compile("loss.*|lr|grad_norm|images_per_s|mfu|data_wait_fraction|eval_.*")
@@ -140,12 +140,13 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
       UserError: when the folder has no run, or a file in it is damaged.
     """
     folder = epath.Path(workdir)
-    if not folder.is_dir():
+    check_folder(folder, "WORKDIR")
+    if not is_remote(folder) and not folder.is_dir():
         raise UserError("no such folder", str(workdir), "Give the --workdir of a training run")
     lines = _metric_lines(folder / "metrics.jsonl") if has_metrics(folder) else []
     events = read_events(folder)
-    config = folder / "config.txt"
-    if not lines and not events and not config.exists():
+    config = read_bytes(folder / "config.txt").decode() if exists(folder / "config.txt") else ""
+    if not lines and not events and not config:
         raise UserError("no run in this folder", str(workdir), "Give the --workdir of a training run")
     return Facts(
         workdir=printable(str(workdir), _MAX_LINE_CHARS),
@@ -154,8 +155,8 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
         evaluation=[line for line in lines if "eval_loss" in line],
         events=events,
         goodput=compute_goodput(events),
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
-        images=_images(folder),
+        config=config,
+        images=with_retries(lambda: _images(folder), folder),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from etils import epath
 from matplotlib.figure import Figure
 
-from aimv2_jax.storage.files import read_bytes
+from aimv2_jax.storage.files import read_bytes, with_retries
 
 _DOTS_PER_INCH = 160
 _MAX_IMAGE_BYTES = 2**23  # The largest figure of eval/ has less than 1 MiB.
@@ -65,7 +65,7 @@ def _image_tag(png: bytes, text: str) -> str:
 def _read_png(path: epath.Path) -> bytes | None:
     """The bytes of a PNG of limited size; None if it cannot be read."""
     try:
-        if path.stat().length > _MAX_IMAGE_BYTES:  # `read_bytes` has no limit in a bucket.
+        if with_retries(path.stat, path).length > _MAX_IMAGE_BYTES:  # `read_bytes` has no limit in a bucket.
             return None
         data = read_bytes(path, _MAX_IMAGE_BYTES)
         signature, chunk, width, height = _PNG_HEAD.unpack_from(data)

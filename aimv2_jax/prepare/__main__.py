@@ -5,7 +5,7 @@
 
 Inputs are recognised by their content: webdataset tars as img2dataset writes them, img2dataset's parquet, Hugging
 Face's image-text parquet, .jsonl and .csv tables with image files in the same folder. They are local or in a bucket
-(gs://).
+(gs:// or s3://), as is the output.
 
 FIELD is, for a tar: txt, or json:NAME for a name in the json member; for parquet and csv: a column; for jsonl: a key.
 A field may hold a list of texts, and a kind may have several fields (--caption synthetic=A synthetic=B): each text is a
@@ -24,7 +24,7 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -41,18 +41,14 @@ from aimv2_jax.prepare.inputs.discover import find_shards
 from aimv2_jax.prepare.inputs.reader import check_default_captions, check_fields
 from aimv2_jax.prepare.inputs.samples import InputShard
 from aimv2_jax.prepare.output import OutputFolder
+from aimv2_jax.prepare.report import count_lines, report
 from aimv2_jax.prepare.runners import Runner, beam_pipeline, run_beam, run_local
 from aimv2_jax.prepare.tasks import Task, partition_tasks
 from aimv2_jax.prepare.worker import Job
-from aimv2_jax.untrusted import printable
+from aimv2_jax.storage.bucket import check_scheme
 
 _MAX_NAME_LENGTH = 100  # Characters of a kind's or label's name, which every record repeats.
-_MAX_LINE_LENGTH = 10_000  # Characters of one line of the report.
-_HINTS = {  # Reason of dropped or lost samples -> hint.
-    "link_out_of_folder": "give --follow-links to follow such links",
-    "decompression_bomb": "an input is read only up to a hundred times its packed size",
-    "oversized_file": "images over 256 MiB are not read",
-}
+_MAX_SHARD_SIZE = 4 * 10**9  # In round numbers below `bag.MAX_BYTES`.
 
 
 def prepare(
@@ -74,16 +70,19 @@ def prepare(
 
     Raises:
       UserError: if the inputs, the rules or the output cannot be used, for example if no sample passes the filters.
+      StorageError: if the bucket of an input or the output fails, and may work later.
     """
+    check_scheme(output, "--output")
     output_folder = OutputFolder(output)
-    output_folder.check_free(resume)
+    with output_folder.errors():
+        output_folder.check_free(resume)
     shards = find_shards(inputs, follow_links)
     check_fields(shards, rules.fields)
     if not rules.captions:
         check_default_captions(shards)
     tasks = partition_tasks(shards, shard_size)
     command = _command(shards, rules, shard_size, follow_links)
-    with output_folder.locked():
+    with output_folder.errors(), output_folder.locked():
         finished = output_folder.begin(command, tasks, resume)
         if finished is not None:
             return finished
@@ -127,7 +126,7 @@ def _finish(
         shards += result.shards
     if not stats.records:
         output_folder.clear()
-        counts = "; ".join(_count_lines(stats.drops, stats.lost))
+        counts = "; ".join(count_lines(stats.drops, stats.lost))
         if not stats.samples:
             names = [shard.path for task in tasks for shard in task.shards]
             what = "--input has no samples" + (f" ({counts})" if counts else "")
@@ -136,7 +135,7 @@ def _finish(
         raise UserError("--input has no usable sample", counts, remedy)
     _check_names_found("--caption", rules.captions, stats.kinds, stats)
     _check_names_found("--label", rules.labels, stats.labels, stats)
-    info = DatasetInfo.from_stats(stats, shards, made=command)
+    info = DatasetInfo.from_stats(stats, shards, output_folder.add_index(shards), made=command)
     output_folder.finish(info)
     return info
 
@@ -147,41 +146,10 @@ def _check_names_found(
     """Raises if no record has a caption kind or label that was requested."""
     for name, fields in requested.items():
         if name not in found:
-            counts = "; ".join([f"0 of {stats.records:,} records", *_count_lines(stats.changes)])
+            counts = "; ".join([f"0 of {stats.records:,} records", *count_lines(stats.changes)])
             remedy = "Omit it or name another field, and give another --output or remove this one"
             pairs = " ".join(f"{name}={field}" for field in field_list(fields))
             raise UserError(f"no record has {flag} {pairs}", counts, remedy)
-
-
-def _count_lines(*counts_by_reason: Mapping[str, Any]) -> list[str]:
-    """One line per entry: its count, its reason and its first key."""
-    lines = []
-    for reason, entry in (item for counts in counts_by_reason for item in counts.items()):
-        count = entry.count if hasattr(entry, "count") else entry.samples
-        size = f", {entry.bytes:,} bytes" if hasattr(entry, "bytes") else ""
-        first = f" (first: {entry.keys[0]})" if entry.keys else ""
-        hint = f"; {_HINTS[reason]}" if reason in _HINTS else ""
-        lines.append(f"{count:,} {reason}{size}{first}{hint}")
-    return lines
-
-
-def report(info: DatasetInfo) -> str:
-    """Multi-line summary of the prepared dataset."""
-    lines = [
-        f"{info.records:,} records of {info.samples:,} samples in {len(info.shards):,} shards, {info.bytes:,} bytes",
-        "captions: " + ", ".join(_caption_counts(info)),
-    ]
-    if info.labels:
-        lines.append("labels: " + ", ".join(info.labels))
-    for title, account in (("dropped", info.drops), ("changed", info.changes), ("lost", info.lost)):
-        lines += [f"{title}: {line}" for line in _count_lines(account)]
-    return "\n".join(printable(line, _MAX_LINE_LENGTH) for line in lines)
-
-
-def _caption_counts(info: DatasetInfo) -> Iterator[str]:
-    for kind, count in info.kinds.items():
-        records = info.records_with[kind]
-        yield f"{kind} {count:,}" + (f" (of {records:,} records)" if count != records else "")
 
 
 def _aspect(text: str) -> float:
@@ -192,6 +160,13 @@ def _aspect(text: str) -> float:
     if not 1 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1 (longer side / shorter side)")
     return value
+
+
+def _shard_size(text: str) -> int:
+    num_bytes = size(text)
+    if num_bytes > _MAX_SHARD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 4GB, the limit for one file of a dataset")
+    return num_bytes
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -234,7 +209,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     repeatable: dict[str, Any] = dict(nargs="+", action="extend", default=[])
     add("--input", nargs="+", action="extend", required=True, metavar="PATH_OR_GLOB", help="files, folders or globs")
-    add("--output", required=True, metavar="DIR", help="folder of the dataset, local or gs://")
+    add("--output", required=True, metavar="DIR", help="folder of the dataset, local, gs:// or s3://")
     add(
         "--caption",
         type=_named_pair,
@@ -253,8 +228,8 @@ def _parser() -> Parser:
     add("--min-side", type=positive, default=32, metavar="N", help="minimum pixels of the shorter side (32)")
     add("--max-side", type=positive, metavar="N", help="maximum pixels of the longer side (no limit)")
     add("--max-aspect", type=_aspect, default=20.0, metavar="X", help="maximum longer side / shorter side (20)")
-    shard_size = "size of the input for one output file, which is smaller if samples are dropped (1GB)"
-    add("--shard-size", type=size, default=10**9, metavar="SIZE", help=shard_size)
+    shard_size = "size of the input for one output file, at most 4GB; smaller if samples are dropped (1GB)"
+    add("--shard-size", type=_shard_size, default=10**9, metavar="SIZE", help=shard_size)
     verify = "field with the sha256 or md5 of the image's bytes (img2dataset's is of the bytes before resizing)"
     add("--verify", metavar="FIELD", help=verify)
     add("--decode", action="store_true", help="decode every image completely, which finds truncated ones")

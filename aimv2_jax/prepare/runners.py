@@ -14,18 +14,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from aimv2_jax.data.loading.workers import start_worker
-from aimv2_jax.errors import UserError
-from aimv2_jax.prepare.output import BucketError, OutputFolder
+from aimv2_jax.errors import StorageError, UserError
+from aimv2_jax.prepare.output import RESUME_HINT, OutputFolder, TaskResult
 from aimv2_jax.prepare.tasks import Task
-from aimv2_jax.prepare.worker import RESUME_HINT, Job, run_task
 
 _MAX_MESSAGE_LENGTH = 200  # Characters of a message from Beam.
 _TASKS_PER_WORKER = 2  # Submitted tasks per worker, so that no worker waits for its next task.
+
+
+class Job(Protocol):
+    """What all tasks of a run share, and what is done with each."""
+
+    output: str
+
+    def run(self, task: Task) -> TaskResult:
+        """Runs a task and writes its result to the output folder."""
 
 
 Runner = Callable[[Sequence[Task], Job], None]
@@ -45,7 +53,7 @@ def run_local(tasks: Sequence[Task], job: Job, workers: int = 1) -> None:
 
 
 def _run_counted(task: Task, job: Job) -> tuple[int, int]:
-    stats = run_task(task, job).stats
+    stats = job.run(task).stats
     return stats.records, stats.samples
 
 
@@ -130,6 +138,7 @@ def run_beam(tasks: Sequence[Task], job: Job, pipeline: Any) -> None:
 
     Raises:
       UserError: if Beam's runner cannot be started, or a task raised a user error.
+      StorageError: if a bucket failed in a task, and may work later.
     """
     import apache_beam as beam
 
@@ -181,14 +190,14 @@ def _tasks(output: str) -> Iterator[Task]:
 
 
 def _run_recording_errors(task: Task, job: Job) -> None:
-    """Runs a task and writes a user error to the output folder: Beam turns exceptions into text of many lines.
+    """Runs a task and writes its error to the output folder: Beam turns exceptions into text of many lines.
 
-    A `BucketError` is also raised, so that runners that retry failed work do so.
+    An error of storage is also raised, so that runners that retry failed work do so.
     """
     try:
-        run_task(task, job)
-    except UserError as error:
-        with contextlib.suppress(BucketError):  # The same bucket failed again; `error` already reports it.
+        job.run(task)
+    except (UserError, StorageError) as error:
+        with contextlib.suppress(OSError):  # The same bucket failed again; `error` already reports it.
             OutputFolder(job.output).fail_task(task, error)
-        if isinstance(error, BucketError):
+        if isinstance(error, StorageError):
             raise

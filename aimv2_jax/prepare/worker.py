@@ -4,53 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Collection, Iterator
 
 from aimv2_jax.data.dataset_stats import DatasetStats
 from aimv2_jax.data.records import encode
 from aimv2_jax.data.shards import ShardWriter
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import StorageError, UserError
 from aimv2_jax.prepare.filters import DroppedSample, Rules, check
 from aimv2_jax.prepare.inputs import reader as inputs
 from aimv2_jax.prepare.inputs.samples import BadInput, InputShard, Sample
-from aimv2_jax.prepare.output import OutputFolder, TaskResult
+from aimv2_jax.prepare.output import RESUME_HINT, OutputFolder, TaskResult
 from aimv2_jax.prepare.slow_samples import SlowSampleLog
 from aimv2_jax.prepare.tasks import Task
-
-RESUME_HINT = "then run the same command with --resume to keep finished work"
+from aimv2_jax.storage.files import is_temporary
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Arguments that all tasks of a run share."""
+    """Preparation in the folder `output` by `rules`, which all its tasks share."""
 
     output: str
     rules: Rules
 
+    def run(self, task: Task) -> TaskResult:
+        """Writes the shards of `task` and then its result, which depends only on the task and the rules.
 
-def run_task(task: Task, job: Job) -> TaskResult:
-    """Writes the shards of `task` and then its result, which depends only on the task and the rules.
-
-    Raises:
-      UserError: if the input cannot be opened, or the output cannot be written.
-    """
-    output, stats = OutputFolder(job.output), DatasetStats()
-    try:
-        with (
-            output.scratch() as scratch,
-            ShardWriter(scratch, output.add_file, task.limit, task.prefix) as writer,
-            SlowSampleLog() as log,
-        ):
-            for shard in task.shards:
-                _prepare_shard(shard, job.rules, stats, writer, log)
-        result = TaskResult(tuple(writer.shards), stats)
-        output.finish_task(task, result)
-    except OSError as error:  # `_read_errors` converts those of the input.
-        what = f"--output cannot be written: {_reason(error)}"
-        remedy = f"Free some space there or fix the cause, {RESUME_HINT}"
-        raise UserError(what, error.filename or job.output, remedy) from error
-    return result
+        Raises:
+          UserError: if the input cannot be opened, or the output cannot be written.
+          StorageError: if the bucket of the input or output fails, and may work later.
+        """
+        output, stats = OutputFolder(self.output), DatasetStats()
+        with output.errors():  # `_read_errors` converts those of the input.
+            with (
+                output.scratch() as scratch,
+                ShardWriter(scratch, output.add_file, task.limit, task.prefix) as writer,
+                SlowSampleLog() as log,
+            ):
+                for shard in task.shards:
+                    _prepare_shard(shard, self.rules, stats, writer, log)
+            result = TaskResult(tuple(writer.shards), stats)
+            output.finish_task(task, result)
+        return result
 
 
 def _prepare_shard(
@@ -87,9 +81,8 @@ def _read_errors(shard: InputShard) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"--input cannot be read: {_reason(error)}"
-        raise UserError(what, error.filename or shard.path, f"Fix it or leave it out, {RESUME_HINT}") from error
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
+        reason, path = error.strerror or str(error), error.filename or shard.path
+        if is_temporary(error):
+            raise StorageError(f"--input cannot be read: {reason}: {path}; --resume keeps finished work") from error
+        what = f"--input cannot be read: {reason}"
+        raise UserError(what, path, f"Fix it or leave it out, {RESUME_HINT}") from error

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from aimv2_jax.errors import EXIT_HUNG, DeviceFailure, UserError, first_line
+from aimv2_jax.errors import EXIT_HUNG, DeviceFailure, StorageError, UserError, first_line
 from aimv2_jax.monitoring.events import EventKind, EventLog
 from aimv2_jax.resilience.repeated_failures import RepeatedFailures
 
@@ -74,9 +74,9 @@ def running(current_step: Callable[[], int], failures: RepeatedFailures, events:
         if status(error) not in _FAILURES:
             raise
         code, file = failures.exit_code(step), str(failures.file(step, "device"))
-        with contextlib.suppress(Exception):  # TensorFlow and fsspec have error classes of their own.
+        with contextlib.suppress(OSError):
             failures.record(step, "device", "".join(traceback.format_exception(error)).encode(errors="replace"))
-        with contextlib.suppress(UserError):  # The disk may be full.
+        with contextlib.suppress(UserError, StorageError):  # The disk may be full.
             events.write(EventKind.DEVICE_FAILURE, max(0, step - 1), status=first_line(error), file=file)
         again = ", as before at this step" if code == EXIT_HUNG else ""
         device = f"a device of process {jax.process_index()} on {os.uname().nodename}, or one that it waited for"

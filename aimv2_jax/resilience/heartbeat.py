@@ -128,12 +128,10 @@ def _kill_trainer(trainer: int, channel: int, beat: Heartbeat) -> None:
 
 
 def _record(file: str, text: str) -> None:
-    from etils import epath
+    from aimv2_jax.storage.files import atomic_write, make_parent
 
-    from aimv2_jax.storage.files import atomic_write
-
-    with contextlib.suppress(Exception):  # TensorFlow and fsspec have error classes of their own.
-        epath.Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        make_parent(file)
         atomic_write(file, text.encode())
 
 

@@ -12,7 +12,7 @@ import re
 from etils import epath
 
 from aimv2_jax.errors import EXIT_HUNG, EXIT_RETRY
-from aimv2_jax.storage.files import atomic_write
+from aimv2_jax.storage.files import atomic_write, list_names, make_parent, read_bytes, remove
 
 FOLDER = "hangs"
 _FILE_NAME = re.compile(r"(\d+)-\d+-\w+\.txt")
@@ -41,7 +41,7 @@ class RepeatedFailures:
 
     def record(self, step: int, what: str, text: bytes) -> None:
         """Records that `what` hung or failed at `step`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_parent(self.file(step, what))
         atomic_write(self.file(step, what), text)
 
     def retire(self, saved: int) -> None:
@@ -52,13 +52,13 @@ class RepeatedFailures:
         if self._process == 0:
             for step, file in self._counted():
                 if step <= saved:
-                    # TensorFlow and fsspec have error classes of their own. A file that stays counts once too often.
-                    with contextlib.suppress(Exception):
-                        file.rename(file.with_name(f"{file.stem}-before-{saved:08d}.txt"))
+                    with contextlib.suppress(OSError):  # A file that stays counts once too often.
+                        atomic_write(file.with_name(f"{file.stem}-before-{saved:08d}.txt"), read_bytes(file))
+                        remove(file)
 
     def _counted(self) -> list[tuple[int, epath.Path]]:
         try:
-            files = list(self.folder.iterdir())
-        except Exception:  # The folder is missing. TensorFlow and fsspec have error classes of their own.
+            names = list_names(self.folder)
+        except OSError:
             return []
-        return [(int(match[1]), file) for file in files if (match := _FILE_NAME.fullmatch(file.name))]
+        return [(int(match[1]), self.folder / match[0]) for match in map(_FILE_NAME.fullmatch, names) if match]

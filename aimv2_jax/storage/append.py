@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from aimv2_jax.errors import UserError
-from aimv2_jax.storage.files import atomic_write, is_remote
+from aimv2_jax.errors import StorageError, UserError
+from aimv2_jax.storage.files import atomic_write, is_remote, is_temporary, make_parent, read_bytes
 
 # Interval between uploads of a file. Each uploads the whole file, and a bucket accepts one write a second.
 _UPLOAD_INTERVAL_S = 10.0
@@ -43,14 +43,14 @@ class Upload:
         self._changed.set()
 
     def flush(self) -> None:
-        """Uploads the file if it has changed; raises the errors of the bucket."""
+        """Uploads the file if it has changed; raises OSError."""
         with self._lock:
             if not self._changed.is_set():
                 return
             self._changed.clear()  # Cleared before reading, so that later writes are uploaded again.
             try:
                 atomic_write(self._path, self._local.read_bytes())
-            except Exception:
+            except OSError:
                 self._changed.set()
                 raise
 
@@ -62,7 +62,7 @@ class Upload:
 
     def _run(self) -> None:
         while not self._ended.wait(_UPLOAD_INTERVAL_S):
-            with contextlib.suppress(Exception):  # Retried; `flush` raises it.
+            with contextlib.suppress(OSError):  # Retried; `flush` raises it.
                 self.flush()
 
 
@@ -84,8 +84,7 @@ class AppendFile:
     def write(self, data: bytes) -> None:
         """Appends `data`: on a disk it is written when this returns, in a bucket some seconds later."""
         if self._file is None:
-            if not is_remote(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_parent(self._path)
             self._open()
         elif self._upload is None and _is_deleted(self._file):
             self._file.close()
@@ -97,7 +96,7 @@ class AppendFile:
             self._upload.changed()
 
     def flush(self) -> None:
-        """Waits until all data is at `path`; raises OSError, or the bucket's own exception."""
+        """Waits until all data is at `path`; raises OSError."""
         if self._upload is not None:
             self._upload.flush()
 
@@ -118,10 +117,13 @@ class AppendFile:
         if not is_remote(self._path):
             self._file = _open_to_append(Path(self._path))
             return
+        try:
+            before = read_bytes(self._path)
+        except FileNotFoundError:
+            before = b""
         self._folder = tempfile.TemporaryDirectory(prefix="upload-")
         local = Path(self._folder.name) / self._path.name
-        if self._path.exists():
-            local.write_bytes(self._path.read_bytes())
+        local.write_bytes(before)
         self._file = local.open("ab", buffering=0)
         self._upload = Upload(local, self._path)
 
@@ -171,14 +173,11 @@ def to_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def writing(path: epath.Path) -> Iterator[None]:
-    """Converts write errors inside the context to a `UserError` that names the file."""
+    """Converts write errors inside the context to a `UserError` that names the file, or to a `StorageError`."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) or is_remote(path):  # Buckets raise TensorFlow's or fsspec's own exceptions.
-            reason = getattr(error, "strerror", None) or str(error)
-            remedy = "Make room, or give a --workdir that can be written"
-            raise UserError(f"{path} cannot be written", reason, remedy) from error
-        raise
+    except OSError as error:
+        if is_temporary(error):
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from error
+        remedy = "Make room, or give a --workdir that can be written"
+        raise UserError(f"{path} cannot be written", error.strerror or str(error), remedy) from error

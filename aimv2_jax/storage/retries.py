@@ -1,4 +1,4 @@
-"""Retries of reads from storage that fails temporarily (a mounted bucket, a network disk).
+"""Retries of reads from storage that fails temporarily (a bucket, mounted or not, or a network disk).
 
 A record that storage fails to return is not a bad record: after a restart the read may succeed, and a run that had
 skipped the record would then train on a different example.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from aimv2_jax.errors import StorageError, UserError
+from aimv2_jax.storage.bucket import look_up_credentials, scheme_of
 
 PATIENCE_S = 150.0
 """Default retry time for failing storage, if the config disables the watchdog (`patience_s`)."""
@@ -25,8 +24,10 @@ PATIENCE_S = 150.0
 # ends.
 _WATCH_DIVISOR = 4
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.05, 5.0
-_ERRNO_BY_TEXT = {os.strerror(number): number for number in errno.errorcode}
-_SYSTEM_CALL = re.compile(r"\w+\(\) failed: ([^;]+)")
+_LOGGED_AFTER_S = 0.5  # A busy bucket fails single requests all the time, which are counted, not logged.
+# A bucket that answers "no access" or "no such object" may do so for a moment, while credentials are renewed.
+_ANSWERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENODATA)
+_ANSWER_PATIENCE_S = 8.0
 
 _Result = TypeVar("_Result")
 
@@ -36,84 +37,129 @@ def patience_s(data_s: float) -> float:
     return data_s / _WATCH_DIVISOR or PATIENCE_S
 
 
-def system_errno(error: BaseException) -> int | None:
-    """The errno of a failed system call; None if `error` has another cause, such as a checksum.
+class RetryCount:
+    """Number of retries of this process; threads may add to it."""
 
-    array_record raises a RuntimeError with the message of the Riegeli library, which begins with the system call and
-    the text of strerror(3): "pread() failed: Input/output error; reading FILE; at byte 841458; ...". Observed with
-    array_record 0.8.6 for files that are missing, forbidden, folders or loops of links, and for errors injected by
-    `strace -e inject=pread64:error=EIO` (EIO, ESTALE, ENOTCONN, ETIMEDOUT, EAGAIN, ENOMEM, EBUSY; likewise openat).
-    """
-    if isinstance(error, OSError):
-        return error.errno
-    match = _SYSTEM_CALL.match(str(error)) if isinstance(error, RuntimeError) else None
-    return _ERRNO_BY_TEXT.get(match[1].strip(), errno.EIO) if match else None
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._value = 0
+
+    def add(self) -> None:
+        """Counts one retry."""
+        with self._lock:
+            self._value += 1
+
+    def take(self) -> int:
+        """The number since the last call."""
+        with self._lock:
+            value, self._value = self._value, 0
+        return value
 
 
-def retry(call: Callable[[], _Result], path: Path, patience_s: float) -> _Result:
-    """Calls `call`, which reads the file `path`, with growing pauses until no system call fails.
+DATA_RETRIES = RetryCount()
+"""Retried reads of the data."""
+
+STORAGE_RETRIES = RetryCount()
+"""Other retried requests to buckets: those of workdirs, and of inputs and outputs of a preparation."""
+
+
+def retry(call: Callable[[], _Result], path: str | os.PathLike, patience_s: float) -> _Result:
+    """Calls `call`, which reads the file or object `path`, with growing pauses until it raises no `OSError`.
 
     The retry time is shared by all threads of the process that read from the same folder: after `patience_s` without a
-    success, every further call fails after one attempt.
+    success, every further call fails after one attempt. While other reads from a bucket succeed, one that it is too
+    busy for is retried without end. Each retry is counted in `DATA_RETRIES`.
 
     Raises:
       StorageError: when it has failed for `patience_s`.
-      UserError: when retries cannot help: the process has too many files open, or may not read the file.
+      UserError: when retries cannot help: the process has too many files open, may not read the file, or the file is
+        shorter than it was. A bucket's answer of this kind, or that it has no such object, is believed after 8 s.
     """
     pause_s, began_s = _MIN_PAUSE_S, None
     while True:
         try:
             result = call()
-        except Exception as error:
-            number = system_errno(error)
-            if number is None:
+        except OSError as error:
+            if error.errno is None:
                 raise
-            if number in (errno.EMFILE, errno.ENFILE):
+            if error.errno in (errno.EMFILE, errno.ENFILE):
                 remedy = "Raise the limit on open files (ulimit -n), or lower data.workers"
                 raise UserError("too many files are open to read another shard", str(path), remedy) from error
+            if error.errno == errno.EINVAL and scheme_of(path):
+                remedy = "Check the bucket's name and region"
+                raise UserError(f"the data cannot be read ({_reason(error)})", str(path), remedy) from error
+            is_answer = error.errno == errno.ENODATA or (scheme_of(path) and error.errno in _ANSWERS)
             began_s = began_s or time.monotonic()
-            left_s = patience_s - _OUTAGES.duration_s(path, began_s, os.strerror(number), patience_s)
+            outage_s = _OUTAGES.duration_s(path, _reason(error), patience_s)
+            own_s = time.monotonic() - began_s
+            if is_answer:
+                left_s = min(patience_s, _ANSWER_PATIENCE_S) - own_s
+            elif scheme_of(path) and error.errno == errno.EAGAIN:  # A bucket that refuses some reads is busy, not away.
+                left_s = patience_s - outage_s
+            else:
+                left_s = patience_s - max(outage_s, own_s)
             if left_s <= 0:
-                raise _final_error(path, number, patience_s) from error
+                raise _final_error(path, error, patience_s) from error
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+            DATA_RETRIES.add()
+            if error.errno == errno.EACCES and scheme_of(path):
+                look_up_credentials(path)
         else:
             _OUTAGES.end(path)
             return result
 
 
-def _final_error(path: Path, number: int, patience_s: float) -> Exception:
-    reason = os.strerror(number)
-    if number in (errno.EACCES, errno.EPERM):
-        return UserError(
-            f"a shard of the data cannot be read ({reason})", str(path), "Give yourself permission to read it"
-        )
+def _reason(error: OSError) -> str:
+    return error.strerror or os.strerror(error.errno or errno.EIO)
+
+
+def _final_error(path: str | os.PathLike, error: OSError, patience_s: float) -> Exception:
+    reason, scheme = _reason(error), scheme_of(path)
+    if error.errno == errno.ENODATA:
+        what, remedy = "a file of the data is shorter than dataset.json says", "Copy the whole dataset again"
+        return UserError(what, str(path), remedy)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        remedy = "Give yourself permission to read it"
+        if scheme:
+            remedy = "Log in, or give the account of this machine the right to read the bucket's objects"
+        return UserError(f"a shard of the data cannot be read ({reason})", str(path), remedy)
+    if scheme and error.errno == errno.ENOENT:
+        return UserError(f"an object of the data is gone ({reason})", str(path), "Restore it, or copy the set again")
     return StorageError(f"the data cannot be read since {patience_s:.0f} s: {reason}: {path}")
 
 
 class _Outages:
-    """Folders from which reads fail, with the time of the first failure."""
+    """Folders from which reads fail, with the time of the first failure after the last success."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._since_s: dict[Path, float] = {}
+        self._since_s: dict[str, float] = {}
+        self._logged: set[str] = set()
 
-    def duration_s(self, path: Path, began_s: float, reason: str, patience_s: float) -> float:
-        """How long reads from the folder of `path` have been failing; logs the first failure."""
+    def duration_s(self, path: str | os.PathLike, reason: str, patience_s: float) -> float:
+        """How long reads from the folder of `path` have been failing; logs it once it is more than a blip."""
+        folder = os.path.dirname(path)
         with self._lock:
-            new = path.parent not in self._since_s
-            since_s = self._since_s.setdefault(path.parent, began_s)
-        if new and patience_s > 0:
+            duration_s = time.monotonic() - self._since_s.setdefault(folder, time.monotonic())
+            is_news = duration_s >= min(_LOGGED_AFTER_S, patience_s) > 0 and folder not in self._logged
+            if is_news:
+                self._logged.add(folder)
+        if is_news:
             _log(f"cannot read {path} ({reason}); retrying for up to {patience_s:.0f} s")
-        return time.monotonic() - min(since_s, began_s)
+        return duration_s
 
-    def end(self, path: Path) -> None:
+    def end(self, path: str | os.PathLike) -> None:
         """Ends the outage of the folder of `path` after a successful read."""
-        if self._since_s:
-            with self._lock:
-                since_s = self._since_s.pop(path.parent, None)
-            if since_s is not None:
-                _log(f"{path.parent} can be read again, after {time.monotonic() - since_s:.1f} s")
+        if not self._since_s:
+            return
+        folder = os.path.dirname(path)
+        with self._lock:
+            since_s = self._since_s.pop(folder, None)
+            was_logged = folder in self._logged
+            self._logged.discard(folder)
+        if since_s is not None and was_logged:
+            _log(f"{folder} can be read again, after {time.monotonic() - since_s:.1f} s")
 
 
 _OUTAGES = _Outages()

@@ -141,7 +141,8 @@ class TrainLoop:
                 host = next(batches)
         except StorageError as error:
             examples = range(*map(self.sampler.schedule.first_example, (batch, batch + 1)))
-            raise storage_failure(error, self.config, number, examples, self.watchdog.failures) from error
+            sources = self.resources.sources.training.values()
+            raise storage_failure(error, sources, number, examples, self.watchdog.failures) from error
         assert host.step == batch
         if not self.first_batch_synced:
             # The first collective has a shorter time-out than the other processes' workers may need.
@@ -226,6 +227,7 @@ class TrainLoop:
         events = self.resources.events
         steps = self.config.train.steps
         if outcome is Outcome.STOPPED:
+            self.resources.checkpointer.stop_hashing()
             step = self.current_step
             logger.info(f"stopped on request: step {step} of {steps} is saved; the same command continues from it")
             events.write(EventKind.PROGRESS, step, **self.resources.time_accounting.seconds())

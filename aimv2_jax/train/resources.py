@@ -11,7 +11,7 @@ from etils import epath
 from aimv2_jax.checkpoint.checkpointer import Checkpointer
 from aimv2_jax.data.pipeline import Sources
 from aimv2_jax.data.tokenizer import Tokenizer
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import StorageError, UserError
 from aimv2_jax.monitoring.counters import BadRecordFile
 from aimv2_jax.monitoring.events import EventLog, TimeAccounting
 from aimv2_jax.monitoring.metrics import MetricsWriter
@@ -53,8 +53,8 @@ class Resources:
 
     def newest_checkpoint(self) -> str:
         """A clause for error messages that names the newest checkpoint."""
-        # A failed save raises UserError here; the caller's own message ends the run.
-        with contextlib.suppress(UserError), self.watchdog.watching("save"):
+        # A failed save is raised here; the caller's own message ends the run.
+        with contextlib.suppress(UserError, StorageError), self.watchdog.watching("save"):
             self.checkpointer.wait()  # A save may be in progress.
         latest = self.checkpointer.latest_step()
         return "there is no checkpoint yet" if latest is None else f"the newest checkpoint is that of step {latest}"

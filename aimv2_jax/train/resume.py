@@ -36,6 +36,8 @@ MAY_CHANGE = {
     "data.workers": "which process reads a batch; its contents follow from the step",
     "data.read_threads": "when a record is read",
     "data.prefetch": "when a batch is read",
+    "data.cache_dir": "where a host keeps what it has read",
+    "data.cache_gb": "how much of what it has read a host keeps",
     "data.max_bad_fraction": "when the run aborts; changes no example",
     "data.sources.*": "a folder may move; names and records stay, since the order of examples depends on them",
     "tokenizer.path": "a file may move",
@@ -44,6 +46,7 @@ MAY_CHANGE = {
 }
 # Under these patterns keys may also be added or removed; under the others only values may change.
 _MAY_COME_AND_GO = ("eval.*", "guard.*", "watch.*", "processes.*", "train.profile", "train.tpu_compiler_options.*")
+_MAY_COME_AND_GO += ("data.cache_dir", "data.cache_gb")
 
 # Keys of a cooldown. A branch may differ from its trunk in these and in the keys above.
 COOLDOWN = ("train.cooldown_from", "optimizer.cooldown_share", "optimizer.cooldown_lr")

@@ -6,8 +6,8 @@ import time
 
 import jax
 
+from aimv2_jax.checkpoint.checkpointer import SaveError
 from aimv2_jax.config.schema import Config
-from aimv2_jax.errors import UserError
 from aimv2_jax.monitoring.events import EventKind, TimeClass
 from aimv2_jax.monitoring.log import logger
 from aimv2_jax.resilience.progress import TrainProgress
@@ -79,8 +79,8 @@ class Saver:
         self._stall_s = 0.0
         return stall_s
 
-    def _log_failure(self, number: int, failure: UserError, when: str) -> None:
-        logger.info(f"{failure} The save is tried once more, {when}.")
+    def _log_failure(self, number: int, failure: SaveError, when: str) -> None:
+        logger.info(f"{str(failure).removesuffix('.')}. The save is tried once more, {when}.")
         self._resources.events.write(EventKind.SAVE_FAILED, number, why=str(failure))
 
     def _retire_failures(self) -> None:

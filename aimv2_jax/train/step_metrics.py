@@ -21,6 +21,7 @@ from aimv2_jax.monitoring.metrics import ProgressLine, Stopwatch
 from aimv2_jax.monitoring.nonfinite import write_record
 from aimv2_jax.parallel.rules import replicated
 from aimv2_jax.resilience.rewind import Spike
+from aimv2_jax.storage.retries import DATA_RETRIES, STORAGE_RETRIES
 from aimv2_jax.train.builder import TrainSetup
 from aimv2_jax.train.compiled_step import CompiledStep
 from aimv2_jax.train.resources import Resources
@@ -121,9 +122,13 @@ class StepMetrics:
         events = self._resources.events
         values |= self.stopwatch.lap()
         values["save_stall_s"] = self._saver.take_stall_s()
+        if retries := STORAGE_RETRIES.take():
+            values["storage_retries"] = retries
         values["mfu"] = model_flops_utilisation(self._config, values["model_tflops_per_s"], self._devices)
         input_values, advice = self.input_monitor.lap(values["step_time_s"], values["data_wait_fraction"])
         counts = self.counter.lap(pending.counts)
+        if retries := DATA_RETRIES.take():  # Of this process itself, as when it opens the data.
+            counts["data_read_retries"] = counts.get("data_read_retries", 0) + retries
         epochs = {f"epochs/{name}": passes for name, passes in self._sampler.epochs(pending.batch + 1).items()}
         self._resources.writer.write(number, values | input_values | counts | epochs)
         events.write(EventKind.PROGRESS, number, **self._resources.time_accounting.seconds())

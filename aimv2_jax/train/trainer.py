@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.data.sampling.skips import with_examples
 from aimv2_jax.data.tokenizer import Tokenizer
 from aimv2_jax.distributed import coordination
-from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, UserError, describe_exit
+from aimv2_jax.errors import EXIT_BUG, EXIT_FINISHED, StorageError, UserError, describe_exit
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.monitoring.counters import BadRecordFile
 from aimv2_jax.monitoring.events import Event, EventKind, EventLog, process_age_s
@@ -35,7 +36,7 @@ from aimv2_jax.resilience import device_errors
 from aimv2_jax.resilience.progress import TrainProgress
 from aimv2_jax.resilience.repeated_failures import FOLDER
 from aimv2_jax.resilience.watchdog import Hang, Watchdog, register_dump_signal
-from aimv2_jax.storage.files import atomic_write, is_remote, make_folder
+from aimv2_jax.storage.files import atomic_write, is_remote, is_temporary, make_folder, remove
 from aimv2_jax.storage.locks import lock_folder
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.data_check import check_data, identify_data
@@ -162,6 +163,9 @@ def _close_watched(checkpointer: Checkpointer, watchdog: Watchdog) -> Iterator[N
     """Waits for the save in progress at the end, also after an error, for as long as a save may take."""
     try:
         yield
+    except BaseException:
+        checkpointer.stop_hashing()
+        raise
     finally:
         with watchdog.watching("save"):
             checkpointer.close()
@@ -268,7 +272,7 @@ def log_stop(events: EventLog, loop: TrainLoop) -> Iterator[None]:
         yield
     except BaseException as error:
         code, reason = describe_exit(error) or (EXIT_BUG, f"{type(error).__name__}: {error}")
-        with contextlib.suppress(UserError):  # A full disk may be the cause of the error.
+        with contextlib.suppress(UserError, StorageError):  # A full disk may be the cause of the error.
             events.write(EventKind.STOP, loop.metrics.last_step, code=code, why=reason)
         raise
 
@@ -304,17 +308,28 @@ def _use_compilation_cache(folder: str) -> None:
 def lock_workdir(workdir: epath.Path) -> Iterator[None]:
     """Creates the workdir, and locks it against a second trainer."""
     if is_remote(workdir):
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except Exception as error:  # TensorFlow and fsspec have error classes of their own.
-            remedy = "Check that this machine reaches the bucket and may write there, or give another folder"
-            raise UserError(f"--workdir {workdir} cannot be used", str(error), remedy) from error
+        _check_writable(workdir)
         logger.info(f"workdir {workdir} is in a bucket, which has no locks. Make sure that no other run writes there")
         yield
         return
     make_folder(workdir, "--workdir")
     with lock_folder(Path(workdir) / _LOCK, "--workdir", workdir):
         yield
+
+
+def _check_writable(workdir: epath.Path) -> None:
+    """Writes and deletes an object in a bucket, so that a refusal ends the run before anything compiles."""
+    probe = workdir / f"probe-{secrets.token_hex(4)}"
+    try:
+        atomic_write(probe, b"")
+        remove(probe)
+    except OSError as error:
+        if is_temporary(error):
+            raise StorageError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+        remedy = (
+            "Create the bucket, or give this machine's account the right to list, read, write and delete objects there"
+        )
+        raise UserError(f"--workdir {workdir} cannot be used", error.strerror, remedy) from error
 
 
 def log_summary(setup: TrainSetup, workdir: epath.Path, latest: int | None, size: int) -> None:

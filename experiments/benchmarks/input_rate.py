@@ -190,7 +190,9 @@ def _processor() -> str:
 @cli_main
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("--input", nargs="+", metavar="DIR", help="prepared datasets with alt captions")
+    parser.add_argument(
+        "--input", nargs="+", metavar="DIR", help="prepared datasets with alt captions, also gs:// or s3://"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE.json, the table to FILE.md")
     parser.add_argument("--make", metavar="DIR", help="only make the datasets, in DIR")
     parser.add_argument("--rows", nargs="+", choices=list(input_rows.ROWS), default=list(input_rows.ROWS))

@@ -34,6 +34,8 @@ processes.initialize(ProcessInfo(f"127.0.0.1:{port}", 2, index), ProcessesConfig
 sharding = jax.NamedSharding(jax.make_mesh((4,), ("data",)), jax.P("data"))
 """
 AGREE = """
+hashed, hash_files = [], manifest.hash_files
+manifest.hash_files = lambda folder, sizes, *more: (hashed.append(list(sizes)), hash_files(folder, sizes, *more))[1]
 saved = {step: jax.jit(lambda: {"w": jnp.arange(64.0) * step}, out_shardings=sharding)() for step in range(6)}
 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved[0])
 
@@ -48,13 +50,14 @@ with Checkpointer(workdir, keep=3) as checkpointer:
     assert checkpointer.set_aside_newer(2, "rewound") == [3] and checkpointer.steps() == [1, 2]
     checkpointer.save(3, saved[4], None)
     assert_restored(checkpointer, 3, 4)  # On both: neither continues before the commit.
-    processes.barrier("restored", 60)
-    if index == 0:
-        file = max((Path(workdir) / "checkpoints/3/state/d").iterdir(), key=lambda file: file.stat().st_size)
-        data = bytearray(file.read_bytes())
-        data[50] ^= 1
-        file.write_bytes(data)
-    processes.barrier("harmed", 60)
+processes.barrier("hashed", 60)
+print("hashed", {file for files in hashed for file in files})
+if index == 0:
+    file = max((Path(workdir) / "checkpoints/3/state/d").iterdir(), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[50] ^= 1
+    file.write_bytes(data)
+processes.barrier("harmed", 60)
 with Checkpointer(workdir, keep=3) as checkpointer:
     newest, damages = checkpointer.newest_intact()
     print(newest, checkpointer.steps(), *damages)
@@ -142,7 +145,10 @@ def run_two(script: str, folder: Path, workdir: Path) -> list[str]:
 
 
 def test_steps_when_2_processes_save_set_aside_and_restore_then_they_know_the_same(tmp_path):
-    for log in run_two(AGREE, tmp_path, tmp_path):
+    logs = run_two(AGREE, tmp_path, tmp_path)
+    for index, log in enumerate(logs):
+        assert f"state/ocdbt.process_{index}/" in log and f"state/ocdbt.process_{1 - index}/" not in log
+        assert ("meta/metadata" in log) == (index == 0)
         assert "2 [1, 2] the checkpoint of step 3 is damaged and was set aside as checkpoints/damaged-3-1: " in log
     assert folders(tmp_path) == ["1", "2", "damaged-3-1", "rewound-3-1"]
     CheckpointReader(tmp_path).verify(2)  # Raises if it is damaged.

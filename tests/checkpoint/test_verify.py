@@ -76,7 +76,7 @@ def test_step_when_named_then_only_that_is_read(run, capsys):
 def test_step_of_another_format(run, capsys):
     set_format(run, 2, 1)
     assert main([str(run)]) == 2
-    assert "has a format that this aimv2_jax does not read: 'format 1, needed is 4'" in capsys.readouterr().err
+    assert "has a format that this aimv2_jax does not read: 'format 1, needed is 5'" in capsys.readouterr().err
 
 
 def test_step_when_its_trainer_deletes_it_meanwhile_then_left_out(run, capsys, monkeypatch):

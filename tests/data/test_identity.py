@@ -28,12 +28,15 @@ def test_identity_when_records_are_few(make_dataset):
     assert list(identity_of(make_dataset("red", 1))["sources"]["red"]["sampled"]) == ["0"]
 
 
+REWORDED = {"alt": "RED number 0", "synthetic": "A picture of red, the 0th."}  # As long as before.
+
+
 @pytest.mark.parametrize(
     ("size", "changes", "shard_bytes", "sides"),
     [
         (50, {}, 10_000, ["60 records", "50 records"]),
         (60, {}, 1, ["shards", "60 shards"]),
-        (60, {0: {"captions": {"alt": "new"}}}, 10_000, ["record 0 with digest", "record 0 with digest"]),
+        (60, {0: {"captions": REWORDED}}, 10_000, ["record 0 with digest", "record 0 with digest"]),
         (60, {30: {"image": b"x" * 100_000}}, 10_000, ["sizes of shards", "sizes of shards"]),
     ],
 )
@@ -62,7 +65,7 @@ def test_identity_when_a_sampled_record_is_damaged(make_dataset, tmp_path):
     """An unreadable record is replaced in training; bit rot on one host does not change the identity."""
     folder = make_dataset("red", 20, shard_bytes=1)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    file = copy / "00000.arrayrecord"
+    file = copy / "00000.bag"
     damaged = bytearray(file.read_bytes())
     damaged[100] ^= 1
     file.write_bytes(damaged)

@@ -187,7 +187,8 @@ def test_dataset_sheet_unusable_records(make_dataset):
     """A dataset sheet shows, in place of the image of an unusable record, the reason."""
     changes = {0: {"image": b""}, 2: {"image": b"junk", "key": "the/bad one"}}
     folder = Path(make_dataset("bad", 4, changes, shard_bytes=1))
-    (folder / "00003.arrayrecord").write_bytes(b"")
+    index = folder / "records.index"
+    index.write_bytes(index.read_bytes()[:-4] + bytes(4))  # Record 3 would end before it begins.
     figure = dataset_sheet(Source("bad", str(folder)), "bad", 9)
     assert len(figure.images) == 1
     assert {"empty_image", "undecodable_image", "unreadable_record", "the/bad one", "record 3"} <= set(texts(figure))
@@ -247,13 +248,12 @@ def test_dataset_sheet_size_bars_sum_to_images(datasets):
 def test_dataset_sheet_with_prepare_stats(tmp_path, make_record):
     """The sheet of a dataset with statistics of its preparation shows its drops and the sizes of all records."""
     stats, folder = DatasetStats(), tmp_path / "red"
-    write_dataset(folder, (make_record("red", i) for i in range(9)))
+    info = write_dataset(folder, (make_record("red", i) for i in range(9)))
     for _ in range(9):
         stats.keep({"alt": ""}, {}, (900, 600))
     stats.drop("too_small", "tiny one")
     stats.lose("damaged_header", 4, 5000, None)
-    shards = Source("red", str(folder)).info.shards
-    (folder / "dataset.json").write_text(DatasetInfo.from_stats(stats, shards, {}).to_json())
+    (folder / "dataset.json").write_text(DatasetInfo.from_stats(stats, info.shards, info.index_crc32, {}).to_json())
     figure = dataset_sheet(Source("red", str(folder)), "red", 2)
     assert {"14 samples, 5 dropped or lost", "too_small: 1 (first: tiny one)", "damaged_header: 4, 5 kB"} <= set(
         texts(figure)
@@ -262,6 +262,26 @@ def test_dataset_sheet_with_prepare_stats(tmp_path, make_record):
         axes = chart(figure, title)
         assert [bar.get_height() for bar in axes.patches] == [9]
         assert [tick.get_text() for tick in axes.get_xticklabels()] == [label]
+
+
+def test_main_checks_the_index(make_dataset, tmp_path, monkeypatch):
+    """The sheet of a dataset says whether its index fits its shards, and which shard it does not fit."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    folder = Path(make_dataset("red", 7, shard_bytes=1))
+    index, shard, info = folder / "records.index", folder / "00004.bag", folder / "dataset.json"
+    good = {path: path.read_bytes() for path in (index, shard, info)}
+    other_crc32 = good[info].replace(b'"index_crc32": ', b'"index_crc32": 1')
+    for words_of_index, damage in {
+        "that of all shards": {},
+        "has other ends than 00002.bag": {index: good[index][:8] + b"\1" + good[index][9:]},
+        "00004.bag does not end with the ends of 1 records": {shard: good[shard][:-1] + b"\1"},
+        "has another CRC-32 than dataset.json": {info: other_crc32},
+    }.items():
+        for path, data in (good | damage).items():
+            path.write_bytes(data)
+        assert main([str(folder), "--output", str(tmp_path / "a.png")]) == 0
+        assert words_of_index in words(drawn[-1])
 
 
 def test_main_when_given_a_set_then_a_png_of_the_size_that_its_tiles_need(tmp_path, capsys):
@@ -310,7 +330,7 @@ def test_main_user_errors(tmp_path, capsys, arguments, message):
     (tmp_path / "empty.py").touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "void").mkdir()
-    (tmp_path / "void/dataset.json").write_text(DatasetInfo.from_stats(DatasetStats(), [], made={}).to_json())
+    (tmp_path / "void/dataset.json").write_text(DatasetInfo.from_stats(DatasetStats(), [], 0, made={}).to_json())
     (tmp_path / "several/\x1b[31mred\n").mkdir(parents=True)
     (tmp_path / "several/\x1b[31mred\n/dataset.json").touch()
     default = [] if "--output" in arguments else ["--output", str(tmp_path / "sheet.png")]

@@ -71,6 +71,7 @@ def test_batch_when_made_then_the_arrays_of_the_contract(plain, tokenizer):
         "tokens": ((8, 12), np.int32),
         "token_valid": ((8, 12), bool),
         "truncated": ((8,), bool),
+        "read_retries": ((8,), np.int32),
         "example_index": ((8, 2), np.uint32),
         "source": ((8,), np.int32),
         "faults": ((8, len(REASONS)), np.int32),

@@ -1,6 +1,7 @@
 """Temporary storage failures change no example; permanent ones end the run with the code for a restart."""
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -12,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aimv2_jax.data import sources
-from aimv2_jax.data.pipeline import training_batches
-from aimv2_jax.data.records import BadRecord, encode
+from aimv2_jax.data.pipeline import open_sources, training_batches
+from aimv2_jax.data.records import encode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_RETRY, StorageError, UserError, describe_exit
 from aimv2_jax.storage import retries
-from aimv2_jax.storage.retries import patience_s, system_errno
+from aimv2_jax.storage.retries import patience_s
 from tests.helpers.failing_storage import away, fail_reads
 
 # Tests with worker processes run one at a time, since parallel ones would starve time-dependent tests.
@@ -32,7 +32,7 @@ def red(make_dataset):
 
 
 def shard(folder, index=1):
-    return folder / f"{index:05d}.arrayrecord"
+    return folder / f"{index:05d}.bag"
 
 
 def replaced_by(make):
@@ -47,6 +47,14 @@ def replaced_by(make):
 
 
 looped = replaced_by(lambda file: file.symlink_to(file))
+
+
+@contextlib.contextmanager
+def emptied(file):
+    data = file.read_bytes()
+    os.truncate(file, 0)
+    yield
+    file.write_bytes(data)
 
 
 @contextlib.contextmanager
@@ -73,51 +81,45 @@ def forbidden(file):
 
 
 @pytest.mark.parametrize(
-    ("failing", "name"),
+    ("failing", "error", "what"),
     [
-        (away, "ENOENT"),
-        (replaced_by(lambda file: file.mkdir()), "EISDIR"),
-        (looped, "ELOOP"),
-        (no_more_files, "EMFILE"),
-        (forbidden, "EACCES"),
+        (away, StorageError, "No such file or directory"),
+        (replaced_by(lambda file: file.mkdir()), StorageError, "Is a directory"),
+        (looped, StorageError, "Too many levels of symbolic links"),
+        (no_more_files, UserError, r"too many files are open .*ulimit -n"),
+        (forbidden, UserError, r"Permission denied.*Give yourself permission"),
+        (emptied, UserError, "shorter than dataset.json says"),
     ],
 )
-def test_errno_when_array_record_cannot_open(red, failing, name):
-    with failing(shard(red)), pytest.raises(RuntimeError) as error:
-        sources._open(shard(red)).read([0])
-    assert retries.errno.errorcode[system_errno(error.value)] == name
+def test_read_when_its_shard_fails(red, failing, error, what):
+    """Each failure of a shard ends with an error that says so, and none is taken for a damaged record."""
+    source = Source("red", str(red), patience_s=0.1)
+    with failing(shard(red)), pytest.raises(error, match=what):
+        source.read(1)
 
 
-def test_errno_when_array_record_cannot_read(red):
-    reader = sources._open(shard(red))
-    reader.read([0])
-    assert fail_reads(red) == 1
-    with pytest.raises(RuntimeError, match=r"^pread\(\) failed: Input/output error") as error:
-        reader.read([0])
-    assert retries.errno.errorcode[system_errno(error.value)] == "EIO"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch (computed 0x9b, stored 0x57)"),
-        RuntimeError("ArrayRecord file should be at least 64KB big"),
-        ValueError("open() failed: Input/output error"),
-        MemoryError(),
-    ],
-)
-def test_errno_when_no_system_call_failed(error):
-    assert system_errno(error) is None
-
-
-def test_read_when_it_fails_once(red, make_record, capfd):
+def test_read_when_it_fails_once(red, make_record):
+    """A read that fails once is made again, and counted."""
     source = Source("red", str(red))
     source.read(1)
     assert fail_reads(red) == 1
+    retries.DATA_RETRIES.take()
     assert source.read(1) == encode(make_record("red", 1))
+    assert retries.DATA_RETRIES.take() == 1
+
+
+def test_read_when_an_outage_lasts(red, make_record, capfd):
+    """An outage is logged once when it is more than a blip, and its end."""
+    source = Source("red", str(red))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(away(shard(red)))
+        timer = threading.Timer(1.0, stack.pop_all().close)
+        timer.start()
+        assert source.read(1) == encode(make_record("red", 1))
+        timer.join()
     stderr = capfd.readouterr().err
-    assert f"cannot read {shard(red)} (Input/output error); retrying for up to 150 s" in stderr
-    assert f"{red} can be read again, after 0." in stderr
+    assert stderr.count(f"cannot read {shard(red)} (No such file or directory); retrying for up to 150 s") == 1
+    assert f"{red} can be read again, after 1." in stderr
 
 
 def test_read_when_the_shard_is_away_for_a_while(red, make_record):
@@ -134,7 +136,7 @@ def test_read_when_the_shard_stays_away(red, make_record):
     source = Source("red", str(red), patience_s=0.3)
     with away(shard(red)), away(shard(red, 2)):
         began_s = time.monotonic()
-        with pytest.raises(StorageError, match=r"since 0 s: No such file or directory: .*00001\.arrayrecord") as error:
+        with pytest.raises(StorageError, match=r"since 0 s: No such file or directory: .*00001\.bag") as error:
             source.read(1)
         assert 0.3 <= time.monotonic() - began_s < 3
         code, line = describe_exit(error.value)
@@ -146,35 +148,18 @@ def test_read_when_the_shard_stays_away(red, make_record):
     assert source.read(2) == encode(make_record("red", 2))
 
 
-def test_read_when_the_shard_is_forbidden(red):
-    source = Source("red", str(red), patience_s=0.1)
-    with forbidden(shard(red)), pytest.raises(UserError, match=r"Permission denied.*00001.*Give yourself permission"):
-        source.read(1)
-
-
-def test_read_when_the_record_is_damaged_then_nothing_is_tried_again(red):
-    file = shard(red)
-    damaged = bytearray(file.read_bytes())
-    damaged[100] ^= 1
-    file.write_bytes(damaged)
-    began_s = time.monotonic()
-    with pytest.raises(BadRecord, match="unreadable_record"):
-        Source("red", str(red)).read(1)
-    assert time.monotonic() - began_s < 1
-
-
 def test_source_when_its_folder_fails_at_the_start(red, monkeypatch):
-    """stat(2) fails with ENOTCONN for a mounted bucket whose daemon has ended (fuse(4)); pathlib raises that."""
-    is_dir, errors = Path.is_dir, [OSError(retries.errno.ENOTCONN, os.strerror(retries.errno.ENOTCONN), str(red))] * 2
+    """A mounted bucket whose daemon has ended (ENOTCONN, fuse(4)) is waited for when a source is opened."""
+    scandir, errors = os.scandir, [OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(red))] * 2
 
     def failing(path):
         if path == red and errors:
             raise errors.pop()
-        return is_dir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(Path, "is_dir", failing)
+    monkeypatch.setattr(os, "scandir", failing)
     assert len(Source("red", str(red))) == 5
-    errors += [OSError(retries.errno.ENOTCONN, os.strerror(retries.errno.ENOTCONN), str(red))] * 99
+    errors += [OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(red))] * 99
     with pytest.raises(StorageError, match="Transport endpoint is not connected"):
         Source("red", str(red), patience_s=0.2)
 
@@ -196,7 +181,8 @@ def test_batches_when_reads_fail_once_then_the_same_bytes(make_config, datasets,
         for _ in range(8):
             failed += sum(map(fail_reads, copies.values()))
             actual.append(next(batches))
-    assert failed > 0
+    retries_made = sum(int(batch.arrays.pop("read_retries").sum()) for batch in actual)
+    assert failed > 0 and retries_made > 0
     for batch, reference in zip(actual, expected, strict=True):
         assert batch.faults == reference.faults == []
         for name, array in batch.arrays.items():
@@ -206,13 +192,30 @@ def test_batches_when_reads_fail_once_then_the_same_bytes(make_config, datasets,
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_when_storage_stays_away(make_config, red, datasets, workers):
     config = make_config({"red": str(red), "blue": datasets["blue"]}, watch__data_s=2, data__workers=workers)
+    sources = open_sources(config).training
     with contextlib.ExitStack() as stack:
         for index in range(5):
-            stack.enter_context(looped(shard(red, index)))  # Listed, but unreadable, so that the run starts.
-        batches = stack.enter_context(training_batches(config, range, 0))
-        with pytest.raises(StorageError, match=r"since 0 s: Too many levels of symbolic links: .*arrayrecord"):
+            stack.enter_context(looped(shard(red, index)))
+        batches = stack.enter_context(training_batches(config, range, 0, sources=sources))
+        with pytest.raises(StorageError, match=r"since 0 s: Too many levels of symbolic links: .*bag"):
             list(itertools.islice(batches, 4))
 
 
 def test_patience_when_nothing_is_watched():
     assert (patience_s(600), patience_s(0)) == (150, retries.PATIENCE_S)
+
+
+def test_busy_bucket_is_waited_for(monkeypatch):
+    """A read that a bucket refuses for long is no outage while other reads from it succeed."""
+    monkeypatch.setattr(retries, "_MAX_PAUSE_S", 0.05)
+    attempts = itertools.count()
+
+    def throttled():
+        if next(attempts) < 20:
+            retries.retry(lambda: b"other", "gs://bucket/set/b.bag", 0.3)
+            raise OSError(errno.EAGAIN, "the bucket fails (429)", "gs://bucket/set/a.bag")
+        return b"record"
+
+    began_s = time.monotonic()
+    assert retries.retry(throttled, "gs://bucket/set/a.bag", 0.3) == b"record"
+    assert time.monotonic() - began_s > 0.6

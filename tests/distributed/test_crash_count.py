@@ -10,7 +10,7 @@ import pytest
 from aimv2_jax.checkpoint.layout import FOLDER
 from aimv2_jax.distributed import crash_count
 from aimv2_jax.distributed.crash_count import count_kill
-from tests.helpers.bucket import NAME, stand_in
+from aimv2_jax.storage.files import atomic_write
 
 
 def test_kills_when_a_checkpoint_comes_between(tmp_path):
@@ -22,18 +22,16 @@ def test_kills_when_a_checkpoint_comes_between(tmp_path):
     assert count_kill(tmp_path) == 1
 
 
-def test_kills_when_the_run_is_in_a_bucket(tmp_path, monkeypatch):
+def test_kills_when_the_run_is_in_a_bucket(gcs_folder):
     """A folder counts as a step once it has a manifest; STEP-2 is a step that was saved again."""
-    steps = stand_in(tmp_path / "bucket", monkeypatch) / "run" / FOLDER
-    workdir = f"{NAME}/run"
-    (steps / "50").mkdir(parents=True)
-    (steps / "50" / "manifest.json").touch()
-    assert count_kill(workdir) == 1
-    (steps / "100").mkdir()  # Half written.
-    assert [count_kill(workdir), count_kill(workdir)] == [2, 3]
-    (steps / "100-2").mkdir()
-    (steps / "100-2" / "manifest.json").touch()
-    assert count_kill(workdir) == 1
+    atomic_write(f"{gcs_folder}/{FOLDER}/50/manifest.json", b"{}")
+    assert count_kill(gcs_folder) == 1
+    atomic_write(f"{gcs_folder}/{FOLDER}/100/state/d/1", b"half written")
+    atomic_write(f"{gcs_folder}/{FOLDER}/200/manifest.json", b"{}")
+    atomic_write(f"{gcs_folder}/{FOLDER}/200/set_aside.json", b"{}")
+    assert [count_kill(gcs_folder), count_kill(gcs_folder)] == [2, 3]
+    atomic_write(f"{gcs_folder}/{FOLDER}/100-2/manifest.json", b"{}")
+    assert count_kill(gcs_folder) == 1
 
 
 def test_kills_when_the_disk_hangs(tmp_path, monkeypatch):

@@ -17,11 +17,11 @@ from aimv2_jax.main import main
 from aimv2_jax.monitoring.counters import ExampleCounter
 from aimv2_jax.monitoring.metrics import read_metrics
 from aimv2_jax.train.builder import TrainSetup, build_setup
-from aimv2_jax.train.task import PretrainTask
+from tests.helpers.programs import shared_programs  # noqa: F401
 from tests.helpers.runs import assert_bitwise, saved_state
 from tests.helpers.tiny import tiny_arguments, tiny_config
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
 TRUNK = {
     "optimizer__schedule": "half_cosine", "optimizer__schedule_steps": 24, "train__steps": 24, "train__save_every": 8,
@@ -124,20 +124,34 @@ def test_branch_when_stopped_and_its_trunk_is_gone_then_goes_on_bitwise_as_the_b
     assert "it has cooled down" in capsys.readouterr().out
 
 
-def test_branch_when_its_trunk_skipped_a_step(tmp_path, monkeypatch):
+def test_branch_when_its_trunk_skipped_a_step(tmp_path, monkeypatch, capsys):
     """The learning rate falls completely within the cooldown's steps, from the rate that the trunk had reached."""
-    original = PretrainTask.loss_sums
+    compile_step = TrainSetup.compile_step
 
-    def loss_sums(self, params, batch, prefix):
-        times = jnp.where(batch["example_index"][0, 1] // 16 == 5, jnp.nan, 1.0)
-        return {name: total * times for name, total in original(self, params, batch, prefix).items()}
+    def compile_skipping(setup, shape):
+        step = compile_step(setup, shape)
 
-    monkeypatch.setattr(PretrainTask, "loss_sums", loss_sums)
-    changes = {"train__steps": 10, "eval__sources": {}}
-    assert main(tiny_arguments(tmp_path / "trunk", **TRUNK | changes)) == EXIT_FINISHED
-    assert main(tiny_arguments(tmp_path / "branch", **cooling(tmp_path / "trunk", 10, **changes))) == EXIT_FINISHED
-    top = float(build_setup(tiny_config(**TRUNK)).schedule(jnp.asarray(9)))
-    assert list(rates(tmp_path / "branch").values()) == pytest.approx([top, 1e-6 + (top - 1e-6) / 2], rel=1e-6)
+        def call(state, *args):
+            if int(state.step) != 5:
+                return step(state, *args)
+            decoder = state.params["decoder"]
+            begin = decoder["begin"]
+            decoder["begin"] = jax.device_put(np.full(begin.shape, np.nan, np.float32), begin.sharding)
+            after, metrics = step(state, *args)
+            after.params["decoder"]["begin"] = begin
+            return after, metrics
+
+        return call
+
+    changes = {"train__steps": 20, "eval__sources": {}}
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainSetup, "compile_step", compile_skipping)
+        assert main(tiny_arguments(tmp_path / "trunk", **TRUNK | changes)) == EXIT_FINISHED
+    assert "its update is skipped" in capsys.readouterr().out
+    assert main(tiny_arguments(tmp_path / "branch", **cooling(tmp_path / "trunk", 20, **changes))) == EXIT_FINISHED
+    top = float(build_setup(tiny_config(**TRUNK)).schedule(jnp.asarray(19)))
+    expected = [1e-6 + (top - 1e-6) * left / 4 for left in (4, 3, 2, 1)]
+    assert list(rates(tmp_path / "branch").values()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

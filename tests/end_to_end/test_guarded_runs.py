@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -32,13 +33,16 @@ from aimv2_jax.train.replay import replay
 from aimv2_jax.train.sdc_check import SdcCheck
 from aimv2_jax.train.task import PretrainTask
 from tests.helpers.bytes_tokenizer import BytesTokenizer
+from tests.helpers.programs import shared_programs  # noqa: F401
 from tests.helpers.runs import saved_state
 from tests.helpers.tiny import only_devices, tiny_config
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
 BATCH = 16
-NOT_FINITE = [5, 6, 12, 13, 14]  # One list for all tests, because it is compiled into the step.
+# One list for all tests with non-finite losses, and one for all with spikes, because they are compiled into the step.
+NOT_FINITE = (5, 6, 12, 13, 14)
+SPIKES = (44, 70)
 SETTINGS = dict(
     eval__sources={},
     train__log_every=1,
@@ -57,9 +61,9 @@ def train(workdir: Path, skip_examples=None, **changes) -> int:
     return trainer.train(config, workdir, tokenizer, skip_examples=skip_examples)
 
 
-@contextlib.contextmanager
-def corrupted(batches: list[int], factor: float):
-    """Multiplies the losses and gradients of the given batches by `factor`."""
+@functools.cache  # Equal corruptions are one function, so that `shared_programs` knows them as one.
+def corrupted_sums(batches: tuple[int, ...], factor: float):
+    """The task's `loss_sums` with losses and gradients of the given batches multiplied by `factor`."""
     original = PretrainTask.loss_sums
 
     def loss_sums(self, params, batch, prefix):
@@ -67,11 +71,15 @@ def corrupted(batches: list[int], factor: float):
         scale = jnp.where(jnp.isin(number, jnp.array(batches)), factor, 1.0)
         return {name: total * scale for name, total in original(self, params, batch, prefix).items()}
 
-    PretrainTask.loss_sums = loss_sums
-    try:
+    return loss_sums
+
+
+@contextlib.contextmanager
+def corrupted(batches: tuple[int, ...], factor: float):
+    """Runs within multiply the losses and gradients of the given batches by `factor`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainTask, "loss_sums", corrupted_sums(batches, factor))
         yield
-    finally:
-        PretrainTask.loss_sums = original
 
 
 def state(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -149,7 +157,7 @@ def test_run_when_a_loss_is_tenfold_then_it_goes_back_and_is_exactly_the_run_wit
 ):
     barriers, changes = [], dict(guard__spike="rewind", guard__rewind_batches=10)
     monkeypatch.setattr(loop.coordination, "barrier", lambda name, timeout_s: barriers.append(name))
-    with corrupted([44], 10.0):
+    with corrupted(SPIKES, 10.0):
         assert train(tmp_path, **changes) == EXIT_FINISHED
     output = capsys.readouterr().out
     assert "rewinding to step 30, skipping batches 35 to 44 (1 of 20)" in output
@@ -182,7 +190,7 @@ def test_run_when_killed_around_a_rewind_then_the_next_start_decides_the_same(wi
         raise Killed
 
     changes = dict(guard__spike="rewind", guard__rewind_batches=10)
-    with corrupted([44], 10.0):
+    with corrupted(SPIKES, 10.0):
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(Checkpointer, "set_aside_newer", killed)
             train(tmp_path, **changes)
@@ -194,14 +202,15 @@ def test_run_when_killed_around_a_rewind_then_the_next_start_decides_the_same(wi
 
 def test_run_when_every_course_has_spikes_then_it_gives_up_after_so_many(tmp_path):
     with (
-        corrupted([40, 42], 10.0),
+        corrupted(SPIKES, 10.0),
         pytest.raises(TrainingAborted, match=r"rewound 1 times already, the limit of guard.max_rewinds"),
     ):
-        train(tmp_path, guard__spike="rewind", guard__rewind_batches=2, guard__max_rewinds=1)
+        train(tmp_path, guard__spike="rewind", guard__rewind_batches=2, guard__max_rewinds=1, train__steps=80)
+    assert read_events(tmp_path)[-1].step > SPIKES[0] + 2
 
 
 def test_run_when_a_spike_is_to_be_skipped_then_its_update_alone_is_left_out(tmp_path, capsys):
-    with corrupted([44], 10.0):
+    with corrupted(SPIKES, 10.0):
         for steps, save_every in ((44, 0), (46, 1)):  # Step 44 is saved as the last one.
             changes = dict(guard__spike="skip", train__steps=steps, train__save_every=save_every, train__keep=5)
             assert train(tmp_path, **changes) == EXIT_FINISHED
@@ -241,12 +250,16 @@ def flipped(tree, rng: np.random.Generator):
     return jax.tree.unflatten(jax.tree.structure(tree), flat), jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+# One mesh and interval for both tests of runs, which so share the two compiled steps.
+FOUR_DEVICES = dict(mesh__data=2, mesh__fsdp=2, guard__sdc_check_every=5)
+
+
 @pytest.mark.parametrize(("devices", "trials"), [(4, 5), pytest.param(1, 100, marks=pytest.mark.slow)])
 def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every_time(
     tmp_path, monkeypatch, devices, trials
 ):
     """With four devices the second computation has each shard on another device."""
-    mesh = dict(mesh__data=2, mesh__fsdp=2) if devices == 4 else dict(mesh__data=1)
+    changes = FOUR_DEVICES if devices == 4 else dict(mesh__data=1, guard__sdc_check_every=5)
     rng, original, found = np.random.default_rng(0), SdcCheck.differences, []
 
     def tried(self, first, second):
@@ -261,7 +274,7 @@ def test_step_when_computed_twice_then_the_same_and_a_flipped_bit_is_found_every
 
     monkeypatch.setattr(SdcCheck, "differences", tried)
     with only_devices(devices), pytest.raises(TrainingAborted, match="tried"):
-        train(tmp_path, guard__sdc_check_every=2, train__steps=2, **mesh)
+        train(tmp_path, train__steps=5, **changes)
     assert found == [True] * trials
 
 
@@ -306,10 +319,9 @@ def test_run_when_a_device_computes_wrongly_then_stopped_before_the_save_naming_
         return flipped(again, rng)[0] if int(again[0].step) == 10 else again
 
     monkeypatch.setattr(SdcCheck, "start", broken)
-    with pytest.raises(
-        TrainingAborted, match=r"step 10, computed twice, differs: .* entries, on .*; nothing of it is saved"
-    ):
-        train(tmp_path, guard__sdc_check_every=5, train__steps=20)
+    message = r"step 10, computed twice, differs: .* entries, on .*; nothing of it is saved"
+    with only_devices(4), pytest.raises(TrainingAborted, match=message):
+        train(tmp_path, train__steps=20, **FOUR_DEVICES)
     assert CheckpointReader(tmp_path).steps() == []
     [event] = [event for event in read_events(tmp_path) if event.kind == "corruption"]
     assert event.step == 10 and event.values["device"]
@@ -370,7 +382,7 @@ def test_run_when_a_save_fails_just_before_a_spike(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Checkpointer, "settle", watched)
     # Simulates a slow disk: the failure is seen only after the rewind.
     monkeypatch.setattr(Checkpointer, "check_errors", lambda self: check(self) if seen else None)
-    with corrupted([44], 10.0):
+    with corrupted(SPIKES, 10.0):
         assert train(tmp_path, guard__spike="rewind", guard__rewind_batches=10, train__keep=9) == EXIT_FINISHED
     output = capsys.readouterr().out
     assert "rewinding to step 30" in output and "step 40, which needs" in output

@@ -247,10 +247,9 @@ def test_loop_when_a_step_is_running_then_the_next_batch_is_handed_to_the_device
 
 
 def test_loop_when_it_starves_then_says_what_to_change(tmp_path, monkeypatch, capsys):
-    slow = partial(SlowSource, delay_s=0.05, journal=tmp_path / "journal")
+    slow = partial(SlowSource, delay_s=0.03, journal=tmp_path / "journal")
     monkeypatch.setattr("aimv2_jax.data.sources.Source", slow)
-    arguments = unevaluated(tmp_path / "run", data__read_threads=1)
-    assert main(arguments) == 0
+    assert main(unevaluated(tmp_path / "run", data__read_threads=1, train__steps=8, train__log_every=2)) == 0
     output = capsys.readouterr().out
     assert output.count("steps wait for data") == 1
     assert "slowest is read" in output and "raise data.read_threads from 1, or data.workers from 0" in output

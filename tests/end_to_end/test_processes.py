@@ -118,27 +118,6 @@ def test_processes_when_they_have_joined_then_know_all_hosts_agree_with_process_
     assert lines[1] == [*lines[0], *(f"waited 1 s for the {name} {late}" for name in (True, False))]
 
 
-# Process 0 has jax's coordinator, without which jax on the other process also ends at once.
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_run_when_a_process_is_killed_then_the_others_end_in_time_naming_it_and_its_host(tmp_path, victim):
-    workdir = tmp_path / "run"
-    arguments = tiny_arguments(workdir, train__steps=100_000, train__save_every=0, **TINY)
-    with LocalProcesses(2, tmp_path / "out", arguments) as several:
-        several.wait_for(lambda: "step       2/" in several.output(0)[0])
-        killed_s = several.kill(victim)
-        [other] = {0, 1} - {victim}
-        assert several.processes[other].wait(HEARTBEAT_S) == EXIT_RETRY
-        assert time.monotonic() - killed_s < HEARTBEAT_S
-        error = several.output(other)[1]
-        assert f"process {victim} on {HOST} is missing" in error
-        assert error.count("\n") == 1, error
-        assert error in (workdir / "logs" / f"process_{other:05d}.log").read_text()
-        deadline_s = time.monotonic() + HEARTBEAT_S
-        while running_in(workdir):
-            assert time.monotonic() < deadline_s, "a trainer has outlived its supervisor"
-            time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_stop_in_the_start_of_a_resumed_run(tmp_path):
     """SIGTERM to one of two processes that resume from step 3 and still compile: both save step 4 and exit with 75."""
@@ -175,20 +154,20 @@ def running_in(workdir: Path) -> list[str]:
 
 
 class Stopped(NamedTuple):
-    """A run of several processes that was stopped and resumed, and an uninterrupted run of as many steps."""
+    """A run of several processes that was stopped and resumed."""
 
     count: int
     steps: int
     workdir: Path
-    straight: Path
-    outputs: list[tuple[str, str]]  # Outputs of the uninterrupted run's processes.
+    settings: dict[str, object]
+    outputs: list[tuple[str, str]]  # Outputs of the processes after the resume.
 
 
 @pytest.fixture(scope="module", params=[2, FOUR])
 def stopped(request, tmp_path_factory) -> Stopped:
     """One process gets SIGTERM: all save the same step, exit with 75 in time, and compile nothing when restarted."""
     count, folder = request.param, tmp_path_factory.mktemp("stopped")
-    workdir, straight, cache = folder / "run", folder / "straight", folder / "compiled"
+    workdir, cache = folder / "run", folder / "compiled"
     settings = TINY | dict(data__workers=1, train__compilation_cache=cache)
     cache.mkdir()
     for name in ("train_step", "init_state"):  # Reuse what is compiled so far; no other test writes to this folder.
@@ -215,22 +194,60 @@ def stopped(request, tmp_path_factory) -> Stopped:
     steps, compiled = stopped + 3, set(cache.glob("*train_step*"))
     assert compiled
     settings["data__workers"] = 0
-    for path in (workdir, straight):
-        with LocalProcesses(count, folder / "out2", tiny_arguments(path, train__steps=steps, **settings)) as several:
-            several.finish()
-            outputs = [several.output(index) for index in range(count)]
+    with LocalProcesses(count, folder / "out2", tiny_arguments(workdir, train__steps=steps, **settings)) as several:
+        several.finish()
+        outputs = [several.output(index) for index in range(count)]
     assert set(cache.glob("*train_step*")) == compiled
-    return Stopped(count, steps, workdir, straight, outputs)
+    return Stopped(count, steps, workdir, settings, outputs)
+
+
+class Killed(NamedTuple):
+    """A run without interruption, until one of its processes was killed."""
+
+    victim: int
+    workdir: Path
+    codes: dict[int, int]  # Exit codes of the other processes.
+    ended_s: float  # Seconds from the kill until the last of them ended.
+    errors: dict[int, str]  # What they wrote to stderr.
+
+
+# Process 0 has jax's coordinator, without which jax on the other process also ends at once.
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow)])
+def killed(request, stopped, tmp_path_factory) -> Killed:
+    """A run like the stopped one, killed after it has saved the step at which that one ended."""
+    folder, victim, count = tmp_path_factory.mktemp("killed"), request.param, stopped.count
+    changes = dict(train__steps=100_000, train__save_every=0, train__keep_steps=(stopped.steps,))
+    arguments = tiny_arguments(folder / "run", **stopped.settings | changes)
+    with LocalProcesses(count, folder / "out", arguments) as several:
+        several.wait_for(lambda: CheckpointReader(folder / "run").steps() == [stopped.steps])
+        killed_s = several.kill(victim)
+        others = sorted(set(range(count)) - {victim})
+        codes = {index: several.processes[index].wait(HEARTBEAT_S) for index in others}
+        ended_s = time.monotonic() - killed_s
+        deadline_s = time.monotonic() + HEARTBEAT_S
+        while running_in(folder / "run"):
+            assert time.monotonic() < deadline_s, "a trainer has outlived its supervisor"
+            time.sleep(0.1)
+        return Killed(victim, folder / "run", codes, ended_s, {index: several.output(index)[1] for index in others})
+
+
+def test_others_end_when_a_process_is_killed(killed):
+    """They end in time, with the code for a retry, and name the process and its host."""
+    assert set(killed.codes.values()) == {EXIT_RETRY} and killed.ended_s < HEARTBEAT_S
+    for index, error in killed.errors.items():
+        assert f"process {killed.victim} on {HOST} is missing" in error
+        assert error.count("\n") == 1, error
+        assert error in (killed.workdir / "logs" / f"process_{index:05d}.log").read_text()
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(workdir)[0]]
 
 
-def test_run_when_stopped_goes_on_exactly(stopped):
-    """The state and all losses equal those of the uninterrupted run."""
-    assert_bitwise(saved_state(stopped.workdir, stopped.steps), saved_state(stopped.straight, stopped.steps))
-    assert losses(stopped.workdir) == losses(stopped.straight)
+def test_run_when_stopped_goes_on_exactly(stopped, killed):
+    """The state and all losses equal those of the run without interruption."""
+    assert_bitwise(saved_state(stopped.workdir, stopped.steps), saved_state(killed.workdir, stopped.steps))
+    assert losses(stopped.workdir) == losses(killed.workdir)[: stopped.steps]
     assert [step for step, _ in losses(stopped.workdir)] == list(range(1, stopped.steps + 1))
 
 
@@ -239,7 +256,7 @@ def test_losses_when_several_processes_train(stopped, tmp_path):
     config = tiny_config(train__steps=stopped.steps, train__save_every=0, **TINY)
     with only_devices(stopped.count):
         assert trainer.train(config, tmp_path, BytesTokenizer("", config.model.decoder.text_length)) == EXIT_FINISHED
-    ours, theirs = (read_metrics(path)[0] for path in (stopped.straight, tmp_path))
+    ours, theirs = (read_metrics(path)[0] for path in (stopped.workdir, tmp_path))
     assert [line["count_image"] for line in ours] == [line["count_image"] for line in theirs]
     # float32 over several devices: sums are computed in another order.
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-6)
@@ -250,6 +267,6 @@ def test_output_when_several_processes_train(stopped):
     last, count = f"finished: step {stopped.steps}", stopped.count
     assert f"{count} process(es)" in stopped.outputs[0][0] and last in stopped.outputs[0][0]
     assert not any(out for out, _ in stopped.outputs[1:])
-    logs = [(stopped.straight / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
+    logs = [(stopped.workdir / "logs" / f"process_{index:05d}.log").read_text() for index in range(count)]
     assert last in logs[0]
     assert all(f"process {index} of {count} on {HOST}" in log for index, log in enumerate(logs))

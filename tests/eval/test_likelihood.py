@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_caption_when_scored_then_minus_its_text_loss_by_the_whole_decoder(loade
     images = [disc_image(number)[0] for number in range(4)]
     scores = scorer(images, tokens, loss_mask)
     assert scores.shape == (4, 3) and (scores < 0).all()
-    task = dataclasses.replace(loaded.task, weights={"text": 1.0})
+    predict = jax.jit(dataclasses.replace(loaded.task, weights={"text": 1.0}).predict)
     for row, image in enumerate(images):
         patches = geometry.patchify(scorer.encoder.pixels(image), 8)[None]
         for column in range(3):
@@ -60,7 +61,7 @@ def test_caption_when_scored_then_minus_its_text_loss_by_the_whole_decoder(loade
                 "tokens": jnp.asarray(tokens[column : column + 1]),
                 "token_valid": jnp.arange(tokens.shape[1])[None] < loss_mask[column].sum() - 1,
             }
-            logits = task.predict(loaded.params, batch, jnp.array([16])).logits
+            logits = predict(loaded.params, batch, jnp.array([16])).logits
             loss = losses.text_loss_sum(logits, batch["tokens"], jnp.asarray(loss_mask[column : column + 1]))
             assert scores[row, column] == pytest.approx(-float(loss), rel=2e-6)
 

@@ -138,8 +138,8 @@ LOSSES = {"aimv1": {"image"}, **{name: {"text"} for name in NAMES if name.starts
 ALL = {"image", "text"}
 # The other ablations differ from AIMv2 only in numbers; these represent them.
 TRAINED = [*LOSSES, "separate_decoders", "ema", "curriculum_1_112"]
-# Other programs in this test contain the changes of these.
-SLOW = {"captioning_full", "captioning_prefix", "curriculum_1_112"}
+# Other programs in this test contain the changes of these; tests/end_to_end/test_average.py trains with an average.
+SLOW = {"captioning_full", "captioning_prefix", "curriculum_1_112", "ema"}
 
 
 @pytest.fixture(scope="module")

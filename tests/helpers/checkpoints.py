@@ -66,9 +66,11 @@ def save_all(workdir, losses, keep=10):
 
 
 def sign_again(workdir, step, **header):
-    """Rewrites the manifest of a step for its current files, so that only the reader of a file can detect damage."""
+    """Rewrites manifest and hashes of a step for its current files, so that only their reader can detect damage."""
     folder = epath.Path(workdir) / "checkpoints" / str(step)
-    manifest.write(folder, {**manifest.read(folder).header, **header})
+    signed = manifest.write(folder, {**manifest.read(folder).header, **header})
+    hashes = manifest.make_hashes(signed, manifest.hash_files(folder, signed.sizes))
+    (folder / manifest.HASHES).write_bytes(hashes.to_bytes())
 
 
 def edit_meta(workdir, step, edit):

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.helpers.launching import LAUNCH, environment, stand_in
+from tests.helpers.launching import LAUNCH, environment, run, stand_in
 from tests.helpers.tiny import ROOT
 
 WORDS = {"$IMAGE": "image", "$CONFIG": "experiments/pretrain.py:large", "$WORKDIR": "gs://bucket/run"}
@@ -33,9 +33,9 @@ FAILED = (
 )
 
 
-def filled(words: dict[str, str]) -> dict:
-    """Returns the JobSet after `envsubst`, which inserts values verbatim."""
-    text = (LAUNCH / "gke_jobset.yaml").read_text()
+def filled(words: dict[str, str], sed: str = "") -> dict:
+    """Returns the JobSet after `sed` and `envsubst`, which inserts values verbatim."""
+    text = run(["sed", sed, LAUNCH / "gke_jobset.yaml"]).stdout
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
     for word, value in words.items():
         assert body.count(word) == 1
@@ -130,6 +130,32 @@ def test_jobset_takes_any_character_in_its_words():
     container = filled(words)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert container["image"] == "r/image:1"
     assert container["args"] == ["--config=my: config's.py", '--workdir=gs://b/run #1 "x" {y}']
+
+
+def pod_template(jobset: dict) -> dict:
+    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+
+
+def test_jobset_mounts_bucket_where_asked(jobset, container):
+    """The documented sed command mounts a bucket by GKE's driver, read-only; without it the pods mount nothing."""
+    [sed] = re.findall(r"sed '(.*)' launch/gke_jobset.yaml", (LAUNCH / "gke_jobset.yaml").read_text())
+    plain, mounted = pod_template(jobset), pod_template(filled(WORDS, sed.replace("BUCKET/BUCKET", "BUCKET/mine")))
+    assert "volumes" not in plain["spec"] and "volumeMounts" not in container
+    assert mounted.pop("metadata") == {"annotations": {"gke-gcsfuse/volumes": "true"}}  # A string, as the API wants.
+    [volume] = mounted["spec"].pop("volumes")
+    [mount] = mounted["spec"]["containers"][0].pop("volumeMounts")
+    assert mounted == plain  # Nothing else changes.
+    attributes = volume["csi"].pop("volumeAttributes")
+    assert volume == {"name": "bucket", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True}}
+    assert attributes["bucketName"] == "mine" and "implicit-dirs" in attributes["mountOptions"].split(",")
+    assert mount == {"name": volume["name"], "mountPath": "/mnt/mine", "readOnly": True}
+
+
+def test_pods_run_as_readmes_service_account(jobset):
+    """The pods' service account is the one that the README creates and gives its roles."""
+    account = pod_template(jobset)["spec"]["serviceAccountName"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"kubectl create serviceaccount {account}\n" in readme and f"/subject/ns/default/sa/{account}" in readme
 
 
 def test_container_has_no_privileges_beyond_locking_memory(container):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_run_when_dry_then_the_commands_are_printed_and_none_is_run(flags, slice
         (["delete", *NAMED], f"{QUEUED} delete mine --force --quiet --zone=us-west4-a"),
         (["stop", *NAMED], f"{QUEUED} ssh mine --node=all --worker=all '--command={WORKER} stop' --zone=us-west4-a"),
         (
+            ["start", *NAMED, "--mount", "a", "--mount", "b_1", "--", "--config=a.py"],
+            "\n".join(
+                f"{QUEUED} ssh mine --node=all --worker=all '--command={WORKER} {order}' --zone=us-west4-a"
+                for order in ("mount a b_1", "start v5e 1 --config=a.py")
+            ),
+        ),
+        (
             ["create", *NAMED, "--type", "v6e-256", "--reserved", "--project", "p"],
             f"{QUEUED} create mine --accelerator-type=v6e-256 --runtime-version=v2-alpha-tpuv6e --node-id=mine"
             " --reserved --zone=us-west4-a --project=p",
@@ -63,8 +71,8 @@ def test_run_when_dry_then_the_commands_are_printed_and_none_is_run(flags, slice
     ],
 )
 def test_command_when_dry_then_printed(words, expected):
-    done = tpu_vm(*words, "--dry-run")
-    assert (done.returncode, done.stdout.strip()) == (0, expected)
+    done = tpu_vm(*words[:1], "--dry-run", *words[1:])
+    assert (done.returncode, [line.strip() for line in done.stdout.splitlines()]) == (0, expected.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,8 @@ def test_command_when_dry_then_printed(words, expected):
         (["create", "--name", "Mine", "--zone", "a"], "'Mine'"),
         (["create", "--name", "a", "--zone", "a;b"], "'a;b'"),
         (["create", *NAMED, "--type", "v4-8 x"], "'v4-8 x'"),
+        (["create", *NAMED, "--mount", "gs://a"], "'gs://a'"),
+        (["create", *NAMED, "--mount", "a;b"], "'a;b'"),
         (["create", "--name"], "--name needs a value"),
     ],
 )
@@ -118,13 +128,23 @@ echo "$*" >>"$CLOUD/started$HOST"
 echo "$AIMV2_JAX_SECRET" >>"$CLOUD/secrets$HOST"
 words=($ENDS)
 end=${words[$(($(wc -l <"$CLOUD/started$HOST") - 1))]}
-sleep 0.3
+command -p sleep 0.3
 if [ "$end" = preempted ]; then
   echo SUSPENDED >"$CLOUD/state"
   kill -KILL $PPID
   exit 1
 fi
 exit "$end"
+"""
+# Reaps orphans at once, as the init of a TPU VM does: `tail --pid` follows a process until it is reaped.
+INIT = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+script = subprocess.Popen(sys.argv[1:])
+while True:
+    pid, status = os.wait()
+    if pid == script.pid:
+        sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
@@ -133,11 +153,13 @@ def cloud(tmp_path):
     """Runs the script on the fake cloud, where runs end as in `ends`; returns the result and gcloud's calls."""
     programs = tmp_path / "programs"
     stand_in(programs, "gcloud", GCLOUD)
+    stand_in(programs, "sleep", "command -p sleep 0.05")  # What the scripts wait for comes at once.
     trainer = stand_in(programs, "trainer", TRAINER)
 
     def ran(command: str, ends: str, *words: object):
         variables = {"CLOUD": tmp_path, "PYTHON": trainer, "ENDS": ends, "POLL_S": 0.1, "TMPDIR": tmp_path}
-        done = run(["bash", LAUNCH / "tpu_vm.sh", command, *NAMED, *words], environment(programs, **variables))
+        script = ["bash", LAUNCH / "tpu_vm.sh", command, *NAMED, *words]
+        done = run([sys.executable, "-c", INIT, *script], environment(programs, **variables))
         return done, (tmp_path / "calls").read_text()
 
     return ran
@@ -244,3 +266,17 @@ def test_worker_when_its_host_crashed_then_the_run_is_lost(host, tmp_path):
     os.killpg(pid, signal.SIGKILL)
     assert host("over").returncode == 0
     assert host("code").stdout == "lost\n"
+
+
+def test_worker_mounts_buckets_once(host, tmp_path):
+    """Each bucket is mounted read-only at /mnt/BUCKET, unless it is mounted already; a failed mount is an error."""
+    stand_in(tmp_path, "sudo", 'echo "$@" >>sudo')
+    stand_in(tmp_path, "mountpoint", 'grep -qs " $2$" mounts')
+    stand_in(tmp_path, "gcsfuse", 'echo "$@" >>mounts; [[ "$*" != *broken* ]]')
+    assert host("mount", "one", "two").returncode == host("mount", "one").returncode == 0
+    options = "-o ro --implicit-dirs --metadata-cache-ttl-secs=-1"
+    folder = tmp_path / "aimv2_jax"
+    assert (folder / "mounts").read_text() == "".join(f"{options} {name} /mnt/{name}\n" for name in ("one", "two"))
+    owned = f"install -d -o {os.getuid()}"
+    assert (folder / "sudo").read_text() == "".join(f"{owned} /mnt/{name}\n" for name in ("one", "two"))
+    assert host("mount", "broken").returncode != 0

@@ -24,14 +24,15 @@ def counter():
     return ExampleCounter(["a", "b"], REASONS, replicated(build_mesh(1, -1, 1, 1)))
 
 
-def add(counter, source, faults, truncated=None):
+def add(counter, source, faults, truncated=None, retries=None):
     truncated = [False] * len(source) if truncated is None else truncated
-    return counter.add(jnp.asarray(source), jnp.asarray(faults), jnp.asarray(truncated))
+    retries = [0] * len(source) if retries is None else retries
+    return counter.add(*map(jnp.asarray, (source, faults, truncated, retries)))
 
 
 def test_tally_when_batches_are_added_then_laps_count_each_once(counter):
     add(counter, [0, 1, 1], [[0, 0], [2, 0], [0, 1]], [True, False, False])
-    counts = add(counter, [1, 1, 1], [[0, 0], [0, 0], [1, 0]], [True, False, True])
+    counts = add(counter, [1, 1, 1], [[0, 0], [0, 0], [1, 0]], [True, False, True], [3, 0, 1])
     later = add(counter, [0], [[0, 0]])
     assert counter.lap(counts) == {
         "images/a": 1,
@@ -40,6 +41,7 @@ def test_tally_when_batches_are_added_then_laps_count_each_once(counter):
         "bad/b/missing_caption": 1,
         "truncated_captions/a": 1.0,
         "truncated_captions/b": 0.4,
+        "data_read_retries": 4,
     }
     assert counter.lap(later) == {"images/a": 1, "images/b": 0, "truncated_captions/a": 0.0}
 

@@ -15,7 +15,7 @@ import pytest
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.monitoring.events import EventLog, TimeAccounting, TimeClass, process_age_s, read_events
-from tests.helpers.bucket import NAME, stand_in
+from aimv2_jax.storage.files import atomic_write, read_bytes
 from tests.helpers.full_disk import files_of_at_most
 
 SAVE = dict(seconds=0.5)
@@ -140,15 +140,14 @@ def test_write_when_the_disk_is_full_then_user_error_and_later_lines_stay_whole(
     assert [event.step for event in read_events(tmp_path)] == [1, 3]
 
 
-def test_events_in_a_bucket_when_a_half_line_is_there_then_repaired_too(tmp_path, monkeypatch):
-    bucket = stand_in(tmp_path / "bucket", monkeypatch)
-    (bucket / "run").mkdir()
-    (bucket / "run/events.jsonl").write_bytes(b'{"kind": "save", "step": 1')
-    with EventLog(f"{NAME}/run") as events:
+def test_events_in_bucket_after_half_line(gcs_folder):
+    """A half line of a killed process is separated from the next event in a bucket, too."""
+    atomic_write(f"{gcs_folder}/events.jsonl", b'{"kind": "save", "step": 1')
+    with EventLog(gcs_folder) as events:
         events.write("save", 2, **SAVE)
         events.flush()
-        assert [event.step for event in read_events(f"{NAME}/run")] == [2]
-    assert json.loads(_text(bucket / "run").splitlines()[-1])["step"] == 2
+        assert [event.step for event in read_events(gcs_folder)] == [2]
+    assert json.loads(read_bytes(f"{gcs_folder}/events.jsonl").splitlines()[-1])["step"] == 2
 
 
 def test_spending_when_time_goes_by_then_what_is_nothing_else_is_steps():

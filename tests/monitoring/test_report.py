@@ -7,6 +7,7 @@ import io
 import json
 import os
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from aimv2_jax.monitoring import report, report_page
 from aimv2_jax.monitoring.curves import curves_figure
 from aimv2_jax.monitoring.events import EventKind, EventLog
 from aimv2_jax.monitoring.report import gather, page, summary
-from tests.helpers.bucket import NAME, stand_in
+from aimv2_jax.storage.files import atomic_write, read_bytes
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 NOW_S = 5000.0
@@ -393,10 +394,11 @@ def test_command_when_it_cannot_work_then_one_sentence(tmp_path, capsys, make, f
     assert message in error and error.count("\n") == 1
 
 
-def test_command_when_the_run_is_in_a_bucket_then_reads_and_writes_there(run, tmp_path, monkeypatch):
-    bucket = stand_in(tmp_path / "bucket", monkeypatch)
+def test_command_run_in_bucket(run, gcs_folder):
+    """The report of a run in a bucket is read and written there."""
     Image.new("RGB", (8, 8)).save(run / "captions.png")
-    os.rename(run, bucket / "run")
-    assert report.main([f"{NAME}/run"]) == EXIT_FINISHED
-    words, images = parse((bucket / "run/report.html").read_text(encoding="utf-8"))
+    for file in filter(Path.is_file, run.rglob("*")):
+        atomic_write(f"{gcs_folder}/{file.relative_to(run)}", file.read_bytes())
+    assert report.main([gcs_folder]) == EXIT_FINISHED
+    words, images = parse(read_bytes(f"{gcs_folder}/report.html").decode())
     assert "finished: step 40 of 40" in words and "captions.png" in words and len(images) == 2

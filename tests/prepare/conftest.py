@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aimv2_jax.storage.bucket import file_system
 from tests.helpers.datasets import datasets, make_dataset, make_record  # noqa: F401
 
 
@@ -62,6 +63,28 @@ def files_of():
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     return files
+
+
+@pytest.fixture(scope="session")
+def upload():
+    def upload(server, folder, url):
+        """Writes all files of a local folder to the folder `url` of a server, which it returns."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                server.write(f"{url}/{path.relative_to(folder)}", path.read_bytes())
+        return url
+
+    return upload
+
+
+@pytest.fixture(scope="session")
+def objects_of():
+    def objects(url):
+        """All objects of a folder of a bucket with their bytes."""
+        system, root = file_system(url), url.partition("://")[2]
+        return {path[len(root) + 1 :]: system.cat_file(path) for path in system.find(url)}
+
+    return objects
 
 
 @pytest.fixture(scope="session")

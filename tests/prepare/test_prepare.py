@@ -65,7 +65,11 @@ def test_prepare_records_and_info(run, tars):
     assert [sum(histogram.counts) for histogram in info.histograms.values()] == [60, 60]
     sizes = [(folder / shard.file).stat().st_size for shard in info.shards]
     assert len(sizes) > 6 and sizes == [shard.bytes for shard in info.shards] and sum(sizes) == info.bytes
-    assert {path.name for path in folder.iterdir()} == {"dataset.json", *(shard.file for shard in info.shards)}
+    assert {path.name for path in folder.iterdir()} == {
+        "dataset.json",
+        "records.index",
+        *(shard.file for shard in info.shards),
+    }
     size = sum(path.stat().st_size for path in tars.iterdir())
     assert info.made["input"] == {"shards": 6, "bytes": size, "first": "00000.tar", "last": "00005.tar"}
     assert info.made["caption"] == {"alt": "json:alt", "short": "txt"} and info.made["shard-size"] == 30_000
@@ -75,7 +79,7 @@ def test_prepare_records_and_info(run, tars):
 def test_prepare_when_inputs_are_small_then_several_share_a_shard(run):
     _, said, folder = run("--caption", "alt=json:alt", "--shard-size", "1GB")
     assert "in 1 shards" in said
-    assert [path.name for path in folder.glob("*.arrayrecord")] == ["00000-00000.arrayrecord"]
+    assert [path.name for path in folder.glob("*.bag")] == ["00000-00000.bag"]
 
 
 def test_prepare_when_no_caption_is_named_then_the_usual_one(run):
@@ -160,6 +164,8 @@ def test_keep_and_label_when_given_then_only_those(run):
         (["--shard-size", "3XB"], "--shard-size: '3XB' is not a size such as 1GB"),
         (["--shard-size", "-1GB"], "--shard-size"),
         (["--shard-size", "1"], "--shard-size: '1' is below 1000 bytes"),
+        (["--shard-size", "4.1GB"], "--shard-size: '4.1GB' is more than 4GB"),
+        (["--shard-size", "9" * 400 + ".5 GB"], "is more than 4GB"),
         (["--min-side", "0"], "--min-side: '0' is not a whole number above zero"),
         (["--min-side", "1e3"], "--min-side: '1e3'"),
         (["--max-side", "31"], "--max-side is below --min-side: 31"),
@@ -300,11 +306,12 @@ def test_disk_full(run, tmp_path, tars, make_image, make_tar, files_of):
     flags = ("--shard-size", "40KB")
     _, _, straight = run("--shard-size", "40KB", given=given, output="straight")
     with files_of_at_most(32 << 10):
-        # The first task's shard also takes one block of 64 KiB.
         said = refused(run(*flags, given=given))
-    assert "--output cannot be written: File too large" in said and "--resume" in said
+    assert re.search(r"--output cannot be used: File too large: '.*/\.parts/\.00001-00000\.bag", said)
+    assert "--resume" in said
     folder = tmp_path / "out"
-    assert not list(folder.glob("*.arrayrecord")) and not (folder / "dataset.json").exists()
+    assert [path.name for path in folder.glob("*.bag")] == ["00000-00000.bag"]  # The first task fits.
+    assert not (folder / "dataset.json").exists()
     assert not list((folder / ".parts").glob("*.part"))
     assert "unfinished dataset" in refused(run(*flags, given=given)) and "--resume" in refused(run(*flags, given=given))
     assert "--shard-size is not 40000, with which this work began: 50000" in refused(
@@ -318,7 +325,7 @@ def test_disk_full(run, tmp_path, tars, make_image, make_tar, files_of):
 
 
 def test_output_when_another_run_is_at_it_then_refused_with_and_without_resume(run, tmp_path):
-    with files_of_at_most(32 << 10):
+    with files_of_at_most(16 << 10):
         refused(run(*FLAGS))
     with (tmp_path / "out/.parts/lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -394,7 +401,7 @@ def test_run_killed_midway(many, straight, tmp_path, files_of, how):
     assert process.returncode == (130 if how == signal.SIGINT else -9)
     assert said == "interrupted\n" or how == signal.SIGKILL
     assert_gone(pids)
-    left = sorted((tmp_path / "out").glob("*.arrayrecord"))
+    left = sorted((tmp_path / "out").glob("*.bag"))
     assert left and not (tmp_path / "out/dataset.json").exists()
     times = {path.name: path.stat().st_mtime_ns for path in left}
     finished = {
@@ -450,8 +457,8 @@ def test_resume_when_what_is_finished_is_gone_cut_or_damaged_then_made_again(run
         assert run(*FLAGS)[0] == 2
     for number, text in enumerate(("", '{"shards": [', "[]", '{"shards": [{}], "stats": {}}')):
         (tmp_path / f"out/.parts/{number + 3:05d}.json").write_text(text)
-    (tmp_path / "out/00000-00000.arrayrecord").unlink()
-    cut = tmp_path / "out/00002-00000.arrayrecord"
+    (tmp_path / "out/00000-00000.bag").unlink()
+    cut = tmp_path / "out/00002-00000.bag"
     cut.write_bytes(cut.read_bytes()[:-1])
     code, _, folder = run(*FLAGS, "--resume")
     assert code == 0 and files_of(folder) == files_of(straight)
@@ -465,7 +472,7 @@ def test_resume_finds_shards_that_were_overwritten(run, tmp_path, files_of, monk
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_finish", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert run(*FLAGS)[0] == 2
-    overwritten, touched = (tmp_path / f"out/0000{number}-00000.arrayrecord" for number in (1, 2))
+    overwritten, touched = (tmp_path / f"out/0000{number}-00000.bag" for number in (1, 2))
     overwritten.write_bytes(os.urandom(overwritten.stat().st_size))
     os.utime(touched, (1, 1))
     code, _, folder = run(*FLAGS, "--resume")
@@ -486,10 +493,10 @@ def test_runners_when_local_with_one_and_two_workers_and_beam_then_the_same_byte
 
 def test_beam_user_error_in_task(tmp_path, tars, capsys):
     """A user error in a Beam task is printed as one line."""
-    with files_of_at_most(32 << 10):
+    with files_of_at_most(16 << 10):
         code = main(["--input", str(tars), "--output", str(tmp_path / "out"), *FLAGS, "--runner", "beam"])
     said = capsys.readouterr().err
-    assert code == 2 and "error: --output cannot be written: File too large" in said
+    assert code == 2 and "error: --output cannot be used: File too large" in said
     assert "--resume" in said
 
 

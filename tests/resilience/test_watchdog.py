@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,23 +206,26 @@ with dog(step_s=1) as d, d.watching("step", 1):
     print("went on", flush=True)"""
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_watchdog_when_the_process_was_suspended(tmp_path, whole):
+def test_watchdog_when_the_process_was_suspended(tmp_path):
     """Suspended for three times the heartbeat's limit, alone or with the heartbeat process, as schedulers do.
 
     `kill -STOP` sends SIGSTOP to one process; Slurm's suspend and cgroup's freezer stop all processes of a job.
     """
     program = PROGRAM.replace("CODE", HELD_UP.replace("\n", "\n    "))
     command = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        process.stdout.readline()
-        send = partial(os.killpg if whole else os.kill, process.pid)
-        send(signal.SIGSTOP)
+    options = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    with contextlib.ExitStack() as stack:
+        sends = {}
+        for send in (os.kill, os.killpg):
+            process = stack.enter_context(subprocess.Popen(command, start_new_session=True, **options))
+            process.stdout.readline()
+            send(process.pid, signal.SIGSTOP)
+            sends[process] = send
         time.sleep(4.5)
-        send(signal.SIGCONT)
-        assert process.stdout.readline() == "went on\n" and process.wait(10) == 0
+        for process, send in sends.items():
+            send(process.pid, signal.SIGCONT)
+        for process in sends:
+            assert process.stdout.readline() == "went on\n" and process.wait(10) == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -8,15 +8,11 @@ import time
 
 import pytest
 
-from aimv2_jax.errors import UserError
+from aimv2_jax.errors import StorageError, UserError
 from aimv2_jax.storage import append
 from aimv2_jax.storage.append import AppendFile
-from tests.helpers.bucket import NAME, stand_in
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    return stand_in(tmp_path / "bucket", monkeypatch)
+from aimv2_jax.storage.files import atomic_write, exists, read_bytes
+from tests.helpers.failing_bucket import fail, succeed
 
 
 def test_local_file_append(tmp_path):
@@ -59,44 +55,56 @@ def test_file_when_a_link_or_a_pipe_then_refused(tmp_path):
     assert (tmp_path / "victim").read_text() == "dear"
 
 
-def test_bucket_file_flush_or_close(bucket):
+def test_bucket_file_flush_or_close(gcs_folder):
     """A flush or close uploads all written bytes to the bucket, after the earlier contents of the file."""
-    (bucket / "folder").mkdir()
-    (bucket / "folder/file").write_bytes(b"zero\n")
-    file = AppendFile(f"{NAME}/folder/file")
+    url = f"{gcs_folder}/file"
+    atomic_write(url, b"zero\n")
+    file = AppendFile(url)
     for number in range(3):
         file.write(b"%d\n" % number)
     file.flush()
-    assert (bucket / "folder/file").read_bytes() == b"zero\n0\n1\n2\n"
+    assert read_bytes(url) == b"zero\n0\n1\n2\n"
     file.write(b"last\n")
     file.close()
-    assert (bucket / "folder/file").read_bytes() == b"zero\n0\n1\n2\nlast\n"
+    assert read_bytes(url) == b"zero\n0\n1\n2\nlast\n"
 
 
-def test_bucket_file_without_flush(bucket, monkeypatch):
+def test_bucket_file_without_flush(gcs_folder, monkeypatch):
     """Bytes written to a file in a bucket are uploaded soon even without a flush."""
     monkeypatch.setattr(append, "_UPLOAD_INTERVAL_S", 0.05)
-    file = AppendFile(f"{NAME}/file")
+    file = AppendFile(f"{gcs_folder}/file")
     file.write(b"one\n")
     deadline_s = time.monotonic() + 10
-    while not (bucket / "file").exists() or (bucket / "file").read_bytes() != b"one\n":
+    while not exists(f"{gcs_folder}/file"):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+    assert read_bytes(f"{gcs_folder}/file") == b"one\n"
     file.close()
 
 
-def test_bucket_file_upload_error(bucket, monkeypatch):
-    """If the bucket refuses an upload once, flush raises the error and no bytes are lost."""
-    atomic_write = append.atomic_write
-
-    def refuse(path, data):
-        raise RuntimeError("503 Service Unavailable")
-
-    monkeypatch.setattr(append, "atomic_write", refuse)
-    file = AppendFile(f"{NAME}/file")
+@pytest.mark.parametrize("kind, error", [("503", StorageError), ("403", UserError)])
+def test_bucket_file_upload_error(failing_gcs, kind, error):
+    """If the bucket fails for long, flush raises an error that tells whether to wait, and nothing is lost."""
+    url = f"{failing_gcs.new_folder()}/file"
+    file = AppendFile(url)
     file.write(b"one\n")
-    with pytest.raises(RuntimeError, match="503"):
+    fail(failing_gcs, kind)
+    with pytest.raises(error, match="file cannot be written"), append.writing(file._path):
         file.flush()
-    monkeypatch.setattr(append, "atomic_write", atomic_write)
+    succeed(failing_gcs)
     file.close()
-    assert (bucket / "file").read_bytes() == b"one\n"
+    assert read_bytes(url) == b"one\n"
+
+
+def test_bucket_file_when_it_cannot_be_read(failing_gcs):
+    """A file whose earlier contents cannot be read is not begun anew."""
+    url = f"{failing_gcs.new_folder()}/file"
+    atomic_write(url, b"one\n")
+    fail(failing_gcs, "404", "503", only="GET")
+    file = AppendFile(url)
+    with pytest.raises(StorageError), append.writing(file._path):
+        file.write(b"two\n")
+    succeed(failing_gcs)
+    file.write(b"three\n")
+    file.close()
+    assert read_bytes(url) == b"one\nthree\n"

@@ -89,6 +89,8 @@ def inject(step: Path, kind: str, way: str, rng: random.Random) -> Injection | N
             return None
         path.write_bytes(data[: rng.randrange(len(data))] if way == "truncate" else b"")
     elif way == "delete":
+        if file == "hashes.json":  # Without hashes a step is one that was killed before it was hashed.
+            return None
         path.unlink()
     elif way == "swap":
         other = rng.choice([name for name, content in contents.items() if content != data])
@@ -106,8 +108,9 @@ def check(workdir: Path, injection: Injection) -> None:
     good, newest = STEPS[-2:]
     checkpoints = workdir / "checkpoints"
     damaged = files_of(checkpoints / str(newest))
-    # A damaged manifest cannot report other files.
-    named = [file for file in injection.files if file == "manifest.json"] or list(injection.files)
+    # A damaged manifest or hashes cannot report other files.
+    signed = [file for file in ("manifest.json", "hashes.json") if file in injection.files]
+    named = signed[:1] or list(injection.files)
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(newest))
     for part in (wanted, {"params": wanted["params"]}):
         reader = CheckpointReader(workdir)

@@ -4,9 +4,9 @@ python tests/stress/kill.py --kills 20 --json kill.json
 
 Each kill sends SIGKILL to the trainer at a random moment. Of four kills in a row:
 
-- one comes at about start-up: during imports, restore, compilation or the first reads;
-- two come during training, evaluation and saves;
-- one comes when a save has just begun.
+- two come during training, evaluation and saves, the first of all while the compilation cache is empty;
+- one comes when a save has just begun;
+- one comes at about start-up: during imports, restore, the load of compiled programs or the first reads.
 
 After each kill, no process of the trainer may remain. At most the steps between two saves may be lost, plus those
 during a save in progress. At the end, parameters, optimiser state and metrics must equal those of the undisturbed run
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -47,12 +46,12 @@ from tests.stress.trainer import (  # noqa: E402
 # Delays of each step and of each commit of a save. Without them, dozens of steps would run during a save.
 _STEP_DELAY_S, _SAVE_DELAY_S = 0.03, 0.1
 _TRAIN_S = 2.0  # Maximum delay of a kill in training: about two intervals between saves.
-WHEN = ("starting", "training", "saving", "training")
+WHEN = ("training", "saving", "starting", "training")
 _ENDLESS = 10**6
 _FINAL_STEPS = 20  # Undisturbed steps after the last kill.
 # Metrics that depend on timing, and so differ between runs.
 _TIMED = ("images_per_s", "step_time_s", "data_wait_fraction", "data_queue_depth", "mfu", "model_tflops_per_s")
-_TIMED += ("save_stall_s",)
+_TIMED += ("save_stall_s", "data_read_retries", "storage_retries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +67,7 @@ class Kill:
       lost: steps that this start logged and the next start repeats.
       processes: number of the trainer's processes before the kill.
       gone_after_s: seconds from the kill until all of them were gone.
+      started_s: seconds from the trainer's start until its first step was in the metrics, if it got that far.
     """
 
     when: str
@@ -78,6 +78,7 @@ class Kill:
     lost: int
     processes: int
     gone_after_s: float
+    started_s: float | None
 
     def check(self, save_every: int) -> None:
         """Raises AssertionError if too many steps were lost."""
@@ -89,9 +90,9 @@ class Kill:
 def kill_once(workdir: Path, generator: random.Random, when: str, start_s: float) -> Kill:
     """Starts the trainer, kills it in the phase `when` (of `WHEN`), and waits until its processes are gone.
 
-    `start_s` is the duration of a start-up, from `start_up_s`.
+    `start_s` is about the duration of a start-up.
     """
-    begin_s = time.monotonic()
+    begin_s, started_s = time.monotonic(), None
     before = last_step(workdir)
     first_line = count_lines(workdir)
     newest, _ = saved_steps(workdir, first_line)
@@ -100,11 +101,13 @@ def kill_once(workdir: Path, generator: random.Random, when: str, start_s: float
             time.sleep(generator.uniform(0, 1.5 * start_s))
         else:
             _wait_for(lambda: last_step(workdir) > before, trainer)
+            started_s = round(time.monotonic() - begin_s, 2)
             if when == "training":
                 time.sleep(generator.uniform(0, _TRAIN_S))
         processes = len(trainer.resources())
         if when == "saving":
-            _wait_for(lambda: saved_steps(workdir, first_line)[1] is not None, trainer)
+            # After a committed step, so that the next start has something to go on from.
+            _wait_for(lambda: all(saved_steps(workdir, first_line)), trainer)
             time.sleep(generator.uniform(0, _SAVE_DELAY_S))
         trainer.check_running()
         trainer.process.send_signal(signal.SIGKILL)
@@ -117,7 +120,7 @@ def kill_once(workdir: Path, generator: random.Random, when: str, start_s: float
     # Metrics beyond the newest checkpoint remain until the next start truncates them. If this start logged no step,
     # they are from the previous start, whose lost steps are already counted.
     lost = 0 if step == before else max(0, step - saved)
-    return Kill(when, round(after_s, 2), step, saved, saving, lost, processes, round(gone_after_s, 2))
+    return Kill(when, round(after_s, 2), step, saved, saving, lost, processes, round(gone_after_s, 2), started_s)
 
 
 def _wait_for(condition: Callable[[], bool], trainer: Trainer) -> None:
@@ -129,19 +132,7 @@ def _wait_for(condition: Callable[[], bool], trainer: Trainer) -> None:
         time.sleep(0.02)
 
 
-def start_up_s(folder: Path) -> float:
-    """Measures the seconds until a trainer's first step is in the metrics, with a warm compilation cache."""
-    workdir = folder / "first"
-    for _ in range(2):
-        shutil.rmtree(workdir, ignore_errors=True)
-        workdir.mkdir()
-        start = time.monotonic()
-        with Trainer(workdir, train__steps=_ENDLESS) as trainer:
-            _wait_for(lambda: last_step(workdir) > 0, trainer)
-    return time.monotonic() - start
-
-
-def compare(workdir: Path, undisturbed: Path, steps: int) -> int:
+def compare(workdir: Path | str, undisturbed: Path, steps: int) -> int:
     """Returns the number of values in the state; raises AssertionError unless states and metrics are bitwise equal."""
     import jax
     import numpy as np
@@ -173,10 +164,11 @@ def drill(kills: int, seed: int, folder: Path) -> dict[str, object]:
     workdir, undisturbed = folder / "killed", folder / "undisturbed"
     workdir.mkdir()
     undisturbed.mkdir()
-    start_s = start_up_s(folder)
-    for number in range(1, kills + 1):
+    start_s = 0.0
+    for number in range(kills):
         done.append(kill_once(workdir, generator, WHEN[number % 4], start_s))
-        print(f"kill {number}/{kills}: {done[-1]}", flush=True)
+        start_s = done[-1].started_s or start_s
+        print(f"kill {number + 1}/{kills}: {done[-1]}", flush=True)
         done[-1].check(SAVE_EVERY)
     steps = last_step(workdir) + _FINAL_STEPS
     for path in (workdir, undisturbed):

@@ -27,5 +27,7 @@ def test_run_when_it_hangs(tmp_path, what, starts):
     assert (events[-1].kind, events[-1].values["code"]) == ("stop", hung.codes[-1])
 
 
+@pytest.mark.slow
 def test_worker_when_it_stalls_once_then_it_is_started_again_and_the_run_finishes(tmp_path):
+    """Short forms: the restart in `worker` above, and the same examples in data/loading/test_batch_iterator.py."""
     hang.stall_once(tmp_path, timeout_s=15.0)

@@ -18,7 +18,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import local_rows
 from aimv2_jax.train.builder import TrainSetup, build_setup
-from aimv2_jax.train.step import accumulate
+from aimv2_jax.train.step import TrainState, accumulate
 from tests.helpers.golden_names import paths
 from tests.helpers.tiny import tiny_config
 
@@ -54,11 +54,11 @@ def host_batch(rows, tokenizer) -> dict[str, np.ndarray]:
         return next(batches).arrays
 
 
-def run(setup: TrainSetup, arrays: dict[str, np.ndarray]):
-    """Returns prefixes, the state after one step, and its metrics for one global batch."""
+def run(setup: TrainSetup, arrays: dict[str, np.ndarray], initial: TrainState):
+    """Returns prefixes, the state after one step from `initial`, and its metrics for one global batch."""
     batch = pipeline.to_devices(arrays, setup.batch_sharding, np.arange(BATCH), BATCH)
     batch = {name: batch[name] for name in setup.abstract_batch(setup.config.batch_shapes[0])}
-    state = setup.init()
+    state = jax.device_put(initial, setup.state_shardings)
     with rules.scope(setup.mesh):
         prefix = jax.jit(setup.task.sample_prefix)(setup.rng, batch)
     after, metrics = setup.compile_step(setup.config.batch_shapes[0])(state, batch, setup.rng)
@@ -71,9 +71,15 @@ def gradients(state) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def one_device(tokenizer):
+def initial() -> TrainState:
+    """The initial state, the same on all meshes (tests/parallel/test_rules.py)."""
+    return jax.device_get(build_setup(tiny_config(**SIZES, mesh__data=1), jax.devices()[:1]).init())
+
+
+@pytest.fixture(scope="module")
+def one_device(initial, tokenizer):
     setup = build_setup(tiny_config(**SIZES, mesh__data=1), jax.devices()[:1])
-    return run(setup, host_batch(range(BATCH), tokenizer))
+    return run(setup, host_batch(range(BATCH), tokenizer), initial)
 
 
 def assert_same(first, second):
@@ -98,10 +104,12 @@ def assert_sharded_throughout(capfd) -> None:
 
 
 @pytest.mark.parametrize("mesh", mark_slow(MESHES))
-def test_step_when_on_eight_devices_then_the_numbers_of_one_device(mesh, one_device, tokenizer, always_compiled, capfd):
+def test_step_when_on_eight_devices_then_the_numbers_of_one_device(
+    mesh, initial, one_device, tokenizer, always_compiled, capfd
+):
     data, fsdp, tensor = MESHES[mesh]
     setup = build_setup(tiny_config(**SIZES, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor))
-    result = run(setup, host_batch(range(BATCH), tokenizer))
+    result = run(setup, host_batch(range(BATCH), tokenizer), initial)
     assert_same(one_device, result)
     assert_sharded_throughout(capfd)
     for leaf, sharding in zip(jax.tree.leaves(result[1]), jax.tree.leaves(setup.state_shardings)):
@@ -113,18 +121,23 @@ WAYS = {
         mesh__slices=2, mesh__data=2, mesh__fsdp=2, model__layers="loop", model__remat="attention"
     ),
     "slices and all others": dict(mesh__slices=2, mesh__fsdp=2, mesh__tensor=2, model__remat="matmuls"),
-    "kernels on every axis": dict(
-        mesh__slices=2, mesh__fsdp=2, mesh__tensor=2, model__attention="pallas", model__decoder__remat="full"
+    "kernels on every axis, microbatches": dict(
+        mesh__slices=2,
+        mesh__fsdp=2,
+        mesh__tensor=2,
+        model__attention="pallas",
+        model__decoder__remat="full",
+        train__microbatches=2,
     ),
     "kernels on one device": dict(mesh__data=1, model__attention="pallas", model__layers="loop"),
 }
 
 
 @pytest.mark.parametrize("way", mark_slow(WAYS))
-def test_step_when_run_in_any_way_then_the_numbers_of_the_plain_one(way, one_device, tokenizer):
+def test_step_when_run_in_any_way_then_the_numbers_of_the_plain_one(way, initial, one_device, tokenizer):
     config = tiny_config(**SIZES, **WAYS[way])
     setup = build_setup(config, jax.devices()[: 1 if config.mesh.data == 1 and config.mesh.slices == 1 else 8])
-    assert_same(one_device, run(setup, host_batch(range(BATCH), tokenizer)))
+    assert_same(one_device, run(setup, host_batch(range(BATCH), tokenizer), initial))
 
 
 def test_program_when_gradients_are_to_be_summed_in_bfloat16_on_cpus_then_refused():
@@ -132,9 +145,9 @@ def test_program_when_gradients_are_to_be_summed_in_bfloat16_on_cpus_then_refuse
         build_setup(tiny_config(train__reduce_dtype="bfloat16"))
 
 
-def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(one_device, tokenizer):
+def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(initial, one_device, tokenizer):
     config = tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, model__compute_dtype="bfloat16")
-    _, state, metrics = run(build_setup(config), host_batch(range(BATCH), tokenizer))
+    _, state, metrics = run(build_setup(config), host_batch(range(BATCH), tokenizer), initial)
     _, plain_state, plain = one_device
     expected = gradients(plain_state)
     assert metrics["loss"] != plain["loss"]
@@ -145,9 +158,10 @@ def test_step_when_in_bfloat16_then_its_loss_is_nearly_that_of_float32(one_devic
         np.testing.assert_allclose(leaf, expected[path], rtol=0, atol=5e-2 * np.abs(expected[path]).max(), err_msg=path)
 
 
-def test_step_when_microbatched_on_eight_devices_then_the_numbers_of_one_device(one_device, tokenizer):
+@pytest.mark.slow  # One of the ways above has microbatches, too.
+def test_step_when_microbatched_on_eight_devices_then_the_numbers_of_one_device(initial, one_device, tokenizer):
     setup = build_setup(tiny_config(**SIZES, mesh__data=4, mesh__fsdp=2, train__microbatches=2))
-    assert_same(one_device, run(setup, host_batch(range(BATCH), tokenizer)))
+    assert_same(one_device, run(setup, host_batch(range(BATCH), tokenizer), initial))
 
 
 def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_then_that_of_one(tokenizer):
@@ -156,7 +170,7 @@ def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_t
         loss__image=False, model__decoder__kind="separate", model__decoder__token_keep_rate=0.4, model__layers="scan"
     )
     meshes = [dict(mesh__data=1), dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)]
-    arrays, results = host_batch(range(BATCH), tokenizer), []
+    arrays, results, params = host_batch(range(BATCH), tokenizer), [], None
     for mesh in meshes:
         setup = build_setup(tiny_config(**SIZES, **kind, **mesh), jax.devices()[: 1 if mesh == meshes[0] else 8])
         arrays = {name: arrays[name] for name in setup.abstract_batch(setup.config.batch_shapes[0])}
@@ -166,8 +180,10 @@ def test_gradient_when_rows_are_dropped_and_decoders_separate_on_eight_devices_t
             prefix, kept = task.sample_prefix(rng, batch), task.sample_kept_tokens(rng, batch)
             return kept, accumulate(params, {**batch, **kept}, prefix, task.counts(batch, prefix), task, 1)
 
+        params = jax.device_get(setup.init().params) if params is None else params
         with rules.scope(setup.mesh):
-            results.append(jax.device_get(jax.jit(gradient)(setup.init().params, batch, setup.rng)))
+            sharded = jax.device_put(params, setup.state_shardings.params)
+            results.append(jax.device_get(jax.jit(gradient)(sharded, batch, setup.rng)))
     (kept, (sums, grads)), (kept_2, (sums_2, grads_2)) = results
     assert kept["kept"].shape == (BATCH, 6)
     np.testing.assert_array_equal(kept["kept"], kept_2["kept"])

@@ -3,8 +3,9 @@
     python -m aimv2_jax.data.inspect DIR --output sheet.png
     python -m aimv2_jax.data.inspect experiments/quickstart.py --output sheet.png [--step N] [--config.KEY=VALUE ...]
 
-DIR is a folder with dataset.json. Its sheet shows the counts of dataset.json, and records spread evenly over the
-dataset: images with their captions and labels, and the reason where a record is unusable. The sheet of a config shows
+DIR is a folder with dataset.json, local or in a bucket. Its sheet shows the counts of dataset.json, whether the index
+of the records is that of the shards, and records spread evenly over the dataset: images with their captions and labels,
+and the reason where a record is unusable. The sheet of a config shows
 the rows of the batch as the model gets them: images cropped, flipped, patchified and reassembled, and text decoded from
 tokens.
 """
@@ -14,14 +15,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from aimv2_jax.cli import Parser, check_output, positive, split_overrides
 from aimv2_jax.config.load import load_config, split_run
 from aimv2_jax.data.dataset_info import DATASET_FILE
+from aimv2_jax.data.record_index import find_damage
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
+from aimv2_jax.storage.bucket import scheme_of
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.untrusted import printable
 
@@ -35,22 +38,21 @@ MAX_IMAGES = 200  # Image viewers have trouble with larger sheets.
 def draw(target: str, overrides: Sequence[tuple[str, str]], step: int | None, max_images: int) -> Figure:
     """Draws the contact sheet of a dataset folder or a config; raises `UserError` if `target` is neither."""
     from aimv2_jax.data.inspect.batch import batch_sheet
-    from aimv2_jax.data.inspect.dataset import dataset_sheet
 
     path = resolve_path(target)
-    if path.is_dir():
+    if scheme_of(target) or path.is_dir():
         if step is not None or overrides:
             raise UserError(
                 "--step and --config.KEY are for a config, but this is a folder", target, "Leave these flags out"
             )
-        if not (path / DATASET_FILE).is_file():
+        if not (scheme_of(target) or (path / DATASET_FILE).is_file()):
             nested = sorted(str(file.parent.relative_to(path)) for file in path.glob(f"*/{DATASET_FILE}"))
             names = printable(", ".join(nested))
             remedy = f"Give one of the datasets in it: {names}" if nested else "Prepare the dataset first"
             raise UserError(
                 f"neither a prepared dataset nor a config: the folder has no {DATASET_FILE}", target, remedy
             )
-        return dataset_sheet(Source(path.name, target, what="the dataset"), target, max_images)
+        return _draw_dataset(target, max_images)
     file, _ = split_run(path)
     if not file.is_file():
         raise UserError("no such folder or file", target, "Give the folder of a prepared dataset, or a config file")
@@ -58,6 +60,15 @@ def draw(target: str, overrides: Sequence[tuple[str, str]], step: int | None, ma
         remedy = f"Give the folder that holds {DATASET_FILE}, or a .py file"
         raise UserError("neither a prepared dataset nor a config", target, remedy)
     return batch_sheet(load_config(path, overrides), target, step or 0, max_images)
+
+
+def _draw_dataset(target: str, max_images: int) -> Figure:
+    from aimv2_jax.data.inspect.dataset import dataset_sheet
+
+    source = Source(PurePath(target).name, target, what="the dataset")
+    folder = target if scheme_of(target) else resolve_path(target)
+    damage = find_damage(folder, source.info.shards, source.info.index_crc32)
+    return dataset_sheet(source, target, max_images, index=damage or "that of all shards")
 
 
 def _parser() -> Parser:

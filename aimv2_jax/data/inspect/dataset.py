@@ -20,14 +20,15 @@ from aimv2_jax.plotting import counted
 _MAX_CAPTIONS = 3  # Captions shown per kind and record.
 
 
-def dataset_sheet(source: Source, name: str, max_images: int) -> Figure:
-    """Draws images spread evenly over the dataset, and the counts of its dataset.json."""
+def dataset_sheet(source: Source, name: str, max_images: int, index: str = "not checked") -> Figure:
+    """Draws images spread evenly over the dataset, the counts of its dataset.json, and what its `index` is like."""
     count = min(max_images, len(source))
     tiles = [_record_tile(source, int(index)) for index in np.linspace(0, len(source) - 1, count).round()]
     bad = sum(tile.image is None for tile in tiles)
     note = f"{count:,} of {len(source):,} records, spread evenly; large ones downscaled, small ones upscaled"
     note += f"; {bad:,} of these cannot be used" if bad else ""
-    return contact_sheet(tiles, _dataset_facts(source.info), _size_charts(source.info), f"Dataset {name}", note)
+    facts = _dataset_facts(source.info) | {"index": [index]}
+    return contact_sheet(tiles, facts, _size_charts(source.info), f"Dataset {name}", note)
 
 
 def _record_tile(source: Source, index: int) -> Tile:

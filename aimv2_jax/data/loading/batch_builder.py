@@ -20,6 +20,7 @@ from aimv2_jax.data.transforms import captions, geometry
 from aimv2_jax.data.transforms.decode import open_encoded
 from aimv2_jax.data.transforms.views import Size, View
 from aimv2_jax.errors import TrainingAborted
+from aimv2_jax.storage.retries import DATA_RETRIES
 from aimv2_jax.untrusted import shorten
 
 
@@ -155,6 +156,7 @@ class _BatchArrays:
             "example_index": np.array([divmod(number, 1 << 32) for number in examples], np.uint32).reshape(rows, 2),
             "source": np.zeros(rows, np.int32),
             "faults": np.zeros((rows, len(REASONS)), np.int32),
+            "read_retries": np.zeros(rows, np.int32),
         }
 
     def fill(self, fetches: Iterable[_RecordFetch], status: WorkerStatus) -> Iterator[_RecordFetch]:
@@ -202,6 +204,8 @@ class _BatchArrays:
         self._timer.lap("patchify")
 
     def to_batch(self) -> LocalBatch:
+        if len(self._captions):  # Those since the batch before, in any row: all rows are summed.
+            self._arrays["read_retries"][0] = DATA_RETRIES.take()
         return LocalBatch(self._step, self._arrays, self._captions, self._faults, self._timer.seconds)
 
 

@@ -24,7 +24,7 @@ from aimv2_jax.errors import UserError
 
 _FINISHED_BATCHES = 2  # Batches that the finishing thread keeps ready, besides those of the workers.
 
-BOOKKEEPING = ("source", "faults", "truncated")
+BOOKKEEPING = ("source", "faults", "truncated", "read_retries")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class HostBatch:
     `arrays`: `patches [b L P] uint8`, `coords [b L 2] int32`, `valid [b L] bool`, `tokens [b T] int32`,
     `token_valid [b T] bool`, `example_index [b 2] uint32` (high and low word of the example number),
     `source [b] int32` (index into the config's list of sources), `faults [b R] int32` (unusable records that the
-    example drew, by `REASONS`), `truncated [b] bool` (captions with more pieces than fit); `BOOKKEEPING` names those
+    example drew, by `REASONS`), `truncated [b] bool` (captions with more pieces than fit), `read_retries [b] int32`
+    (reads of the data that were retried, in any row); `BOOKKEEPING` names those
     that no model reads. `seconds` is the time spent in each stage of building, by name.
     """
 

@@ -1,7 +1,8 @@
 """Read-ahead: a thread pool fetches the records of coming examples while earlier ones are decoded.
 
-When every read takes 50 ms (a mounted bucket, a parallel file system), 32 reads at a time are 640 records per second.
-When reads are quick (a local disk), handing them to threads costs more than it saves, and no threads are used.
+When every read takes 50 ms (a bucket, a parallel file system), 32 reads at a time are 640 records per second. The
+number of reads in flight follows their measured latency. When reads are quick (a local disk), handing them to threads
+costs more than it saves, and no threads are used.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ QUICK_S = 0.0005
 _SLOW_BUDGET_S = 0.02  # Accumulated time above `quick_s` before the threads start for good.
 _MAX_SLOW_READ_S = _SLOW_BUDGET_S / 4  # Cap per read, so that one hiccup does not start the pool.
 _FETCHES_PER_THREAD = 2  # In flight or ready, so that a thread finds work while an image is decoded.
+_MARGIN = 2.0  # Fetches in flight or ready, relative to those that are in flight at the mean latency.
+_MIN_FETCHES = 4
+_MEAN_OF = 32  # Fetches over which latency and demand are averaged.
 
 
 class Fetch(Protocol):
@@ -45,7 +49,7 @@ class ReadAhead:
     Safe to use from several threads, each building its own batch; pickles without its threads.
 
     Args:
-      threads: concurrent fetches; 0: the consumer runs each fetch when it takes it.
+      threads: the maximum of concurrent fetches; 0: the consumer runs each fetch when it takes it.
       stride: after batch n comes batch n + stride, whose fetches start while those of n are still being taken; None:
         the next batch is unknown, and no fetch starts before its batch is requested.
       quick_s: while fetches take no longer than this, the consumer runs them itself.
@@ -106,14 +110,22 @@ class ReadAhead:
 
 
 class _Window(Generic[F]):
-    """The fetches that are in flight, or completed and not yet taken."""
+    """The fetches that are in flight, or completed and not yet taken.
 
-    def __init__(self, pool: ThreadPoolExecutor, wanted: Iterator[tuple[int, F]], length: int):
+    By Little's law, a consumer that works for `interval` seconds on each fetch keeps latency / interval of them in
+    flight. A window of that length, with a margin, hides the latency, and holds no more memory and threads than that.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, wanted: Iterator[tuple[int, F]], max_length: int):
         self._pool = pool
         self._wanted = wanted
-        self._length = length
+        self._max_length = max_length
+        self._length = max_length  # Until both means are known.
         self._waiting: collections.deque[tuple[int, F, Future[None]]] = collections.deque()
         self._waiting_bytes = 0
+        self._latency_s = _Mean()
+        self._interval_s = _Mean()
+        self._taken_at_s: float | None = None
         self._lock = threading.Lock()
 
     def next_batch(self) -> int | None:
@@ -124,10 +136,19 @@ class _Window(Generic[F]):
     def take(self) -> F:
         """The next fetch, completed."""
         _, fetch, done = self._waiting.popleft()
+        if self._taken_at_s is not None:
+            self._interval_s.add(time.perf_counter() - self._taken_at_s)
+        self._adapt_length()
         self._start_more()
         done.result()
+        self._taken_at_s = time.perf_counter()  # The wait for the fetch is not the consumer's work.
         self._add_bytes(-fetch.size)
         return fetch
+
+    def _adapt_length(self) -> None:
+        if self._latency_s.count >= _MEAN_OF and self._interval_s.count >= _MEAN_OF:
+            needed = _MARGIN * self._latency_s.value / max(self._interval_s.value, 1e-9)
+            self._length = int(min(max(needed, _MIN_FETCHES), self._max_length))
 
     def _start_more(self) -> None:
         while not self._waiting or (len(self._waiting) < self._length and self._waiting_bytes < MAX_WAITING_BYTES):
@@ -139,9 +160,24 @@ class _Window(Generic[F]):
 
     def _run(self, fetch: F) -> None:
         expected = fetch.size
+        start_s = time.perf_counter()
         fetch.advance()
         self._add_bytes(fetch.size - expected)
+        with self._lock:
+            self._latency_s.add(time.perf_counter() - start_s)
 
     def _add_bytes(self, size: int) -> None:
         with self._lock:
             self._waiting_bytes += size
+
+
+class _Mean:
+    """Running mean in which the last `_MEAN_OF` values have most of the weight."""
+
+    def __init__(self):
+        self.count = 0
+        self.value = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.value += (value - self.value) / min(self.count, _MEAN_OF)

@@ -1,8 +1,9 @@
 """Readers of image-text pairs in tars, tables and folders.
 
-An input is a PATH or GLOB, local or gs://. Its format is recognised by its content. A folder means every input in it
-and in its subfolders; hidden files, links to folders and files of other formats are skipped. A link that leads out of
-the folder is an error without --follow-links: otherwise a crafted folder could make any file of this machine be read.
+An input is a PATH or GLOB, local or in a bucket. Its format is recognised by its content. A folder means every input in
+it and in its subfolders; hidden files, links to folders and files of other formats are skipped. A link that leads out
+of the folder is an error without --follow-links: otherwise a crafted folder could make any file of this machine be
+read.
 
   webdataset  a .tar or .tar.gz with members NAME.jpg (.jpeg, .png, .webp, .gif, .bmp), NAME.txt, NAME.json in any
               order; other images (.tif, .avif, .heic, .jxl) are recognised, and dropped as undecodable_image.

@@ -6,23 +6,23 @@ import dataclasses
 import glob
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-from etils import epath
 
 from aimv2_jax.data.transforms.decode import FORMAT_OF
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import open_files, tables, webdataset
 from aimv2_jax.prepare.inputs.reader import FORMATS
 from aimv2_jax.prepare.inputs.samples import InputShard
+from aimv2_jax.storage.bucket import check_scheme, file_system, scheme_of
+from aimv2_jax.storage.files import exists, is_remote, list_names, list_objects, with_retries
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.untrusted import is_inside
 
 _HEAD_BYTES = 64 << 10
 _THREADS = 64  # Requests to a bucket are slow but run in parallel.
 # Suffixes of files that are not opened in folders, which may hold millions of them.
-_SKIPPED_SUFFIXES = tuple(f".{suffix}" for suffix in (*FORMAT_OF, "txt", "arrayrecord"))
+_SKIPPED_SUFFIXES = tuple(f".{suffix}" for suffix in (*FORMAT_OF, "txt", "arrayrecord", "bag"))
 _SUPPORTED_FORMATS = (
     "Supported inputs are webdataset tars, parquet with a column of images, and .jsonl or .csv tables whose rows name "
     "their images in a column " + ", ".join(tables.IMAGES)
@@ -41,6 +41,7 @@ def find_shards(inputs: Sequence[str], follow_links: bool = False) -> list[Input
     """
     found: dict[tuple[str, int], InputShard] = {}
     for given in inputs:
+        check_scheme(given, "--input")
         with ThreadPoolExecutor(_THREADS) as pool:
             candidates = pool.map(_recognise, _candidates(given, pool, follow_links))
             results = [result for result in candidates if result is not None]
@@ -62,56 +63,79 @@ def find_shards(inputs: Sequence[str], follow_links: bool = False) -> list[Input
 
 def _real(path: str) -> str:
     """Path of a file with all links resolved."""
-    return path if open_files.is_remote(path) else os.path.realpath(path)
+    return path if is_remote(path) else os.path.realpath(path)
 
 
 def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
     """Paths that `given` matches, sorted."""
     if not given:  # Probably an unset shell variable; as a path it would be the current folder.
         raise UserError("--input is empty", given, "Give a file, a folder or a glob")
-    if open_files.is_remote(given):
+    if is_remote(given):
         with open_files.input_errors(given):
-            return _expanded(given, [str(path) for path in _remote_glob(given)], pool, follow_links)
+            return _without_companions(_remote_paths(given), pool)
     path = os.path.abspath(resolve_path(given))
     if os.path.lexists(path):
-        return _expanded(given, [path], pool, follow_links)
+        return _without_companions(_expanded([path], follow_links), pool)
     matches = glob.glob(path, recursive=True)
     if not follow_links:  # The user chose a named path, but not the files that a pattern matches.
         _refuse_links(matches)
-    return _expanded(given, matches, pool, follow_links)
-
-
-def _remote_glob(given: str) -> list[epath.Path]:
-    path = epath.Path(given)
-    if path.exists():
-        return [path]
-    if not glob.has_magic(given):
-        return []
-    scheme, _, rest = given.partition("://")
-    bucket, _, pattern = rest.partition("/")
-    return list(epath.Path(f"{scheme}://{bucket}").glob(pattern))
-
-
-def _expanded(given: str, matches: list[str], pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
     if not matches:
-        raise UserError("--input does not exist", given, "Give a file, a folder or a glob that matches files")
+        raise _missing(given)
+    return _without_companions(_expanded(matches, follow_links), pool)
+
+
+def _missing(given: str) -> UserError:
+    return UserError("--input does not exist", given, "Give a file, a folder or a glob that matches files")
+
+
+def _remote_paths(given: str) -> set[str]:
+    """Objects of a bucket that `given` names, matches or contains; those of a folder as `_walk` filters them."""
+    if objects := list_objects(given):
+        return _inputs_below(given, objects)
+    if exists(given):
+        return {given}
+    matches = {}
+    if glob.has_magic(given):
+        matches = with_retries(lambda: file_system(given).glob(given, detail=True), given)
+    if not matches:
+        raise _missing(given)
     paths: set[str] = set()
-    for match, is_folder in zip(matches, pool.map(_is_folder, matches)):
-        paths.update(_walk(match, follow_links) if is_folder else [match])
-    # Files that img2dataset writes beside a tar belong to it, even if the tar itself is not given.
+    for name, entry in matches.items():
+        if "/." in name and "/." not in given:  # As for a local glob, "*" matches nothing hidden.
+            continue
+        path = f"{scheme_of(given)}://{name}"
+        paths |= _inputs_below(path, list_objects(path)) if entry["type"] == "directory" else {path}
+    return paths
+
+
+def _inputs_below(folder: str, names: Iterable[str]) -> set[str]:
+    """Paths of the objects in `folder` that may be inputs; "/" ends the name of a marker of an empty folder."""
+    return {
+        f"{folder.rstrip('/')}/{name}"
+        for name in names
+        if not any(part.startswith(".") for part in name.split("/"))
+        and not name.lower().endswith((*_SKIPPED_SUFFIXES, "/"))
+    }
+
+
+def _expanded(matches: Sequence[str], follow_links: bool) -> set[str]:
+    paths: set[str] = set()
+    for match in matches:
+        paths.update(_walk(match, follow_links) if os.path.isdir(match) else [match])
+    return paths
+
+
+def _without_companions(paths: set[str], pool: ThreadPoolExecutor) -> list[str]:
+    """`paths` in order, without the files that img2dataset writes beside a tar, even if the tar is not among them."""
     tars = {path: _tars_of(path) for path in paths}
     folders = {posixpath.dirname(path) for path in paths if tars[path] and not paths.intersection(tars[path])}
     existing = paths.union(*pool.map(_listing, folders))
     return sorted(path for path in paths if not existing.intersection(tars[path]))
 
 
-def _is_folder(path: str) -> bool:
-    return epath.Path(path).is_dir()
-
-
 def _listing(folder: str) -> set[str]:
     with open_files.input_errors(folder):
-        return {str(path) for path in epath.Path(folder).iterdir()}
+        return {f"{folder}/{name}" for name in list_names(folder)}
 
 
 def _tars_of(path: str) -> list[str]:
@@ -122,14 +146,14 @@ def _tars_of(path: str) -> list[str]:
 
 def _walk(folder: str, follow_links: bool) -> list[str]:
     paths = []
-    for parent, folders, names in epath.Path(folder).walk():
+    for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [
-            posixpath.join(str(parent), name)
+            posixpath.join(parent, name)
             for name in names
             if not name.startswith(".") and not name.lower().endswith(_SKIPPED_SUFFIXES)
         ]
-    if not (follow_links or open_files.is_remote(folder)):
+    if not follow_links:
         _refuse_links(paths, folder)
     return paths
 
@@ -144,7 +168,7 @@ def _refuse_links(paths: list[str], folder: str | None = None) -> None:
 
 def _recognise(path: str) -> tuple[str, list[InputShard] | UserError] | None:
     """(format, shards or error) of the file at `path`; None if it is not an input."""
-    if not open_files.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
         return None  # Opening a pipe would block forever.
     num_bytes = open_files.file_size(path)
     head = open_files.read_range(path, 0, _HEAD_BYTES)

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
-from etils import epath
-
 from aimv2_jax import untrusted
-from aimv2_jax.errors import UserError
-from aimv2_jax.storage.files import is_remote
+from aimv2_jax.errors import StorageError, UserError
+from aimv2_jax.storage.bucket import file_system
+from aimv2_jax.storage.files import is_remote, is_temporary, with_retries
 
 MISSING = "no_image"  # The usual reason for a sample without an image.
 MAX_FILE_BYTES = 256 << 20  # Per image, text or json; ten times the file of a 100-megapixel camera.
@@ -43,7 +42,7 @@ def open_file(path: str, start: int = 0, stop: int | None = None) -> Iterator[Bi
     That range of a remote file is first copied to a temporary file.
 
     Raises:
-      UserError: if a remote file cannot be read or copied. Errors of a local disk stay OSErrors.
+      UserError, StorageError: if a remote file cannot be read or copied. Errors of a local disk stay OSErrors.
     """
     if not is_remote(path):
         with open(path, "rb", buffering=_READ_BYTES) as file:
@@ -59,9 +58,10 @@ def open_file(path: str, start: int = 0, stop: int | None = None) -> Iterator[Bi
 
 
 def _remote_pieces(path: str, start: int, stop: int) -> Iterator[bytes]:
-    with input_errors(path), epath.Path(path).open("rb") as file:
-        file.seek(start)
-        while data := file.read(min(_COPY_BYTES, stop - start)):
+    with input_errors(path):
+        stop = min(stop, _size(path))
+        while start < stop:
+            data = _read_remote(path, start, min(start + _COPY_BYTES, stop))
             start += len(data)
             yield data
 
@@ -98,34 +98,35 @@ def _no_room(path: str, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def input_errors(path: str) -> Iterator[None]:
-    """Converts errors of the system or the bucket inside to a `UserError` about `path`."""
+    """Converts errors of the disk or the bucket inside.
+
+    Raises:
+      StorageError: if a bucket failed, and may work later.
+      UserError: about `path`, for every other error.
+    """
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            if not isinstance(error, OSError):
-                raise
-            raise UserError(f"input cannot be read ({error.strerror})", path, _UNREADABLE_REMEDY) from error
-        if isinstance(error, KeyError):  # epath raises it for schemes that it does not support.
-            remedy = "Give a local path, or one in a bucket (gs://)"
-            raise UserError("the storage scheme is not supported", path, remedy) from error
-        # TensorFlow and fsspec raise their own types, which cannot be named without importing them.
-        raise UserError("input cannot be read", path, f"Fix the cause: {error}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if is_temporary(error):
+            raise StorageError(f"input cannot be read ({reason}): {path}") from error
+        raise UserError(f"input cannot be read ({reason})", path, _UNREADABLE_REMEDY) from error
 
 
 def file_size(path: str) -> int:
-    """Size of a file in bytes; raises `UserError` if it cannot be read."""
+    """Size of a file in bytes; raises as `input_errors` if it cannot be read."""
     with input_errors(path):
-        return epath.Path(path).stat().length
+        return _size(path)
 
 
 def read_range(path: str, start: int, num_bytes: int) -> bytes:
-    """Reads up to `num_bytes` from byte `start`; raises `UserError` if the file cannot be read."""
-    with input_errors(path), epath.Path(path).open("rb") as file:
-        file.seek(start)
-        return file.read(num_bytes)
+    """Reads up to `num_bytes` from byte `start`; raises as `input_errors` if the file cannot be read."""
+    with input_errors(path):
+        if is_remote(path):
+            return _read_remote(path, start, min(start + num_bytes, _size(path)))
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(num_bytes)
 
 
 def read_beside(folder: str, name: str, follow_links: bool = False) -> bytes:
@@ -135,27 +136,32 @@ def read_beside(folder: str, name: str, follow_links: bool = False) -> bytes:
       FileUnavailable: `link_out_of_folder` if a link leads out of a local `folder` and must not be followed,
         `oversized_file` beyond `MAX_FILE_BYTES`, and `MISSING` if it does not exist, is no regular file, or `name`
         leads out of `folder`.
+      OSError: if a bucket fails temporarily.
     """
     if not _is_below(name):
         raise FileUnavailable(MISSING)
     try:
         if is_remote(folder):
-            return _read_remote(f"{folder}/{name}")
+            return _read_whole(f"{folder}/{name}")
         return untrusted.read_file(os.path.join(folder, name), MAX_FILE_BYTES, None if follow_links else folder)
     except untrusted.OutsideFolder as error:
         raise FileUnavailable("link_out_of_folder") from error
     except untrusted.TooLarge as error:
         raise FileUnavailable("oversized_file") from error
     except (OSError, ValueError) as error:
+        if is_temporary(error):  # Otherwise the dataset would depend on the moment at which it was prepared.
+            raise
         raise FileUnavailable(MISSING) from error
 
 
 def size_beside(folder: str, name: str) -> int:
     """Size of the file `name` of `folder` in bytes, following all links; 0 if there is none."""
-    with contextlib.suppress(Exception):  # Bucket backends raise their own types.
-        if _is_below(name):
-            return min(epath.Path(f"{folder}/{name}").stat().length, MAX_FILE_BYTES)
-    return 0
+    try:
+        return min(_size(f"{folder}/{name}"), MAX_FILE_BYTES) if _is_below(name) else 0
+    except (OSError, ValueError) as error:
+        if is_temporary(error):
+            raise
+        return 0
 
 
 def _is_below(name: str) -> bool:
@@ -163,13 +169,26 @@ def _is_below(name: str) -> bool:
     return bool(path.parts) and not (path.is_absolute() or ".." in path.parts or is_remote(name))
 
 
-def _read_remote(path: str) -> bytes:
-    data = None
-    # Bucket backends raise their own types. An image that cannot be read only costs its sample.
-    with contextlib.suppress(Exception), epath.Path(path).open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if data is None:
-        raise FileNotFoundError(path)
-    if len(data) > MAX_FILE_BYTES:
+def _size(path: str) -> int:
+    if is_remote(path):
+        return with_retries(lambda: file_system(path).size(path), path)
+    return os.stat(path).st_size
+
+
+def _read_whole(path: str) -> bytes:
+    num_bytes = _size(path)
+    if num_bytes > MAX_FILE_BYTES:
         raise untrusted.TooLarge(path)
-    return data
+    return _read_remote(path, 0, num_bytes)
+
+
+def _read_remote(path: str, start: int, stop: int) -> bytes:
+    """Bytes start..stop of an object; raises OSError, ENODATA if it ends before."""
+
+    def read() -> bytes:
+        data = file_system(path).cat_file(path, start=start, end=stop)
+        if len(data) != stop - start:
+            raise OSError(errno.ENODATA, "the object is shorter", path)
+        return data
+
+    return with_retries(read, path) if start < stop else b""

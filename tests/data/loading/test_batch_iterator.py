@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aimv2_jax.data.dataset_info import DATASET_FILE
 from aimv2_jax.data.loading import worker_status, workers
 from aimv2_jax.data.loading.batch_builder import LocalBatch
 from aimv2_jax.data.loading.batch_iterator import BatchIterator, HostBatch
@@ -117,11 +116,13 @@ def test_error_when_a_worker_builds(unpicklable, raised):
 
 @pytest.fixture
 def hung_disk(make_config, datasets, tmp_path):
-    """A config over a source with an unreadable shard: a named pipe without a writer."""
+    """A config, and its open sources, of which one has an unreadable shard: a named pipe without a writer."""
     folder = tmp_path / "red"
     shutil.copytree(datasets["red"], folder)
     sources = {"red": str(folder), "blue": datasets["blue"]}
-    shard = sorted(file for file in folder.iterdir() if file.name != DATASET_FILE)[1]
+    config = make_config(sources=sources, data__workers=1, data__prefetch=1)
+    opened = open_sources(config).training
+    shard = folder / opened["red"].info.shards[1].file
     shard.rename(tmp_path / "kept")
     os.mkfifo(shard)
 
@@ -129,13 +130,13 @@ def hung_disk(make_config, datasets, tmp_path):
         shard.unlink(missing_ok=True)
         (tmp_path / "kept").rename(shard)
 
-    return make_config(sources=sources, data__workers=1, data__prefetch=1), shard, repair
+    return config, opened, shard, repair
 
 
 def test_worker_when_the_disk_hangs_then_record_and_shard_are_named_and_the_examples_are_the_same(
     hung_disk, make_config
 ):
-    config, shard, repair = hung_disk
+    config, sources, shard, repair = hung_disk
     failures = []
 
     def restart(failure):
@@ -143,10 +144,9 @@ def test_worker_when_the_disk_hangs_then_record_and_shard_are_named_and_the_exam
         assert f"({shard.name})" in batches.last_read()
         repair()
 
-    with training_batches(config, range, 0, stall_s=1.0, on_restart=restart) as batches:
+    with training_batches(config, range, 0, stall_s=1.0, on_restart=restart, sources=sources) as batches:
         restarted = list(itertools.islice(batches, 4))
     [failure] = failures
-    sources = open_sources(config).training
     words = failure.at.split()
     assert words[:2] == ["reads", "record"] and shard.name in failure.at
     assert sources["red"].describe(int(words[2])) in failure.at
@@ -178,7 +178,7 @@ def test_notes_when_many_threads_make_them_then_those_under_way_come_first_and_t
         thread.start()
         thread.join()
         if number == 20:
-            assert status.describe().startswith("reads record 7, for 0.0 s") and len(status.read()) == 21
+            assert status.describe().startswith("reads record 7, for 0.") and len(status.read()) == 21
     assert len(status.read()) == worker_status._MAX_THREADS
     status.update(worker_status.Activity.BUILDS, "ä" * 200, 12)
     assert status.describe().startswith("builds step 12 from ää")

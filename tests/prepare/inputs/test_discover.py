@@ -1,11 +1,13 @@
 """Discovery of inputs in files, folders, globs and buckets."""
 
-import collections
 import dataclasses
+import errno
 import gzip
 import os
 import pickle
 import sys
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +15,7 @@ import pytest
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import discover, open_files, reader, tables
+from tests.helpers.buckets import clients_of, proxy
 from tests.helpers.small_inputs import image_bytes, packed, pairs, read_all
 
 TABLE = pyarrow.table({"image": [b"1"], "caption": ["a"]})
@@ -182,75 +185,55 @@ def test_parquet_pyarrow_missing(tree, monkeypatch):
 
 
 @pytest.fixture
-def calls():
-    """Number of requests to the bucket, by method."""
-    return collections.Counter()
+def uploaded(tree, gcs_folder, fake_gcs, upload):
+    def uploaded():
+        """URL of a folder of a bucket with the files of `tree`."""
+        return upload(fake_gcs, tree, gcs_folder)
 
-
-@pytest.fixture
-def bucket(tree, calls, monkeypatch):
-    """gs://bucket with the files of `tree`, as etils accesses it, without any use of the local disk."""
-    from etils.epath import backend, gpath
-
-    class Bucket(backend._OsPathBackend):
-        pass
-
-    def local(path):
-        return str(path).replace("gs://bucket", str(tree))
-
-    def remote(path):
-        return str(path).replace(str(tree), "gs://bucket")
-
-    def method(name):
-        original = getattr(backend._OsPathBackend, name)
-
-        def counted(self, path, *args, **options):
-            calls[name] += 1
-            return original(self, local(path), *args, **options)
-
-        return counted
-
-    for name in ("open", "exists", "isdir", "stat", "listdir"):
-        setattr(Bucket, name, method(name))
-    Bucket.glob = lambda self, path: [remote(p) for p in backend._OsPathBackend.glob(self, local(path))]
-    Bucket.walk = lambda self, top, **kw: ((remote(p), d, f) for p, d, f in os.walk(local(top)))
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Bucket())
-    return "gs://bucket"
+    return uploaded
 
 
 @pytest.mark.parametrize("given", ["", "/*/*"])
-def test_bucket_when_given_then_the_same_samples(tree, bucket, given):
+def test_bucket_input_gives_the_same_samples(tree, uploaded, given):
+    """Inputs in a bucket are the same shards and samples as those of a disk."""
     (tree / "images/a.jpg").write_bytes(image_bytes(0))
+    (tree / "images/.hidden").mkdir()
+    (tree / "images/.hidden/00000.tar").write_bytes(packed(pairs(1)))
+    bucket = uploaded()
     there, here = discover.find_shards([bucket + given]), discover.find_shards([str(tree)])
     assert [shard.path for shard in there] == [shard.path.replace(str(tree), bucket) for shard in here]
     assert [read_all(shard) for shard in there] == [read_all(shard) for shard in here]
 
 
 @pytest.mark.parametrize(("given", "listings"), [("00000.parquet", 1), ("*.parquet", 1), ("*", 0), ("", 0)])
-def test_bucket_when_of_many_tables_beside_tars_then_asked_once_for_each_folder(tree, bucket, calls, given, listings):
-    for number in range(30):
+def test_bucket_folder_of_tables_is_listed_once(tree, uploaded, monkeypatch, given, listings):
+    """Tables that may belong to tars cost one listing for each folder, not one for each table."""
+    for number in range(10):
         (tree / f"tars/{number:05d}.tar").write_bytes(packed(pairs(1)))
         (tree / f"tars/{number:05d}.parquet").write_bytes(b"PAR1")
+    bucket, listed = uploaded(), []
+    list_names = discover.list_names
+    monkeypatch.setattr(discover, "list_names", lambda folder: listed.append(folder) or list_names(folder))
     if given.endswith("parquet"):
         with pytest.raises(UserError, match="no readable input files"):
             discover.find_shards([f"{bucket}/tars/{given}"])
     else:
         assert {shard.kind for shard in discover.find_shards([f"{bucket}/tars/{given}"])} == {"webdataset"}
-    assert (calls["exists"], calls["listdir"]) == (1, listings)
+    assert listed == [f"{bucket}/tars"] * listings
 
 
-def test_bucket_copy_disk_full(bucket, full_disk):
+def test_bucket_copy_disk_full(uploaded, full_disk):
     """If the copy of a shard from a bucket fills the disk, UserError blames the disk and not the input."""
-    [found] = discover.find_shards([f"{bucket}/tars/00000.tar"])
+    [found] = discover.find_shards([f"{uploaded()}/tars/00000.tar"])
     with full_disk, pytest.raises(UserError, match=r"no space in .*copy of an input \(No space.*00000\.tar'.*TMPDIR"):
         read_all(found)
 
 
-def test_bucket_when_a_table_is_in_parts_then_no_more_than_a_part_is_copied(tree, bucket, monkeypatch):
+def test_bucket_table_in_parts_is_copied_in_parts(tree, uploaded, monkeypatch):
+    """Of a table in a bucket that is read in parts, no more than a part is copied."""
     monkeypatch.setattr(tables, "CHUNK_ROWS", 10)
     (tree / "images/other.csv").write_text("path,caption\n" + "".join(f"a.jpg,{n}\n" for n in range(25)))
-    shards = discover.find_shards([f"{bucket}/images/other.csv"])
+    shards = discover.find_shards([f"{uploaded()}/images/other.csv"])
     copied = []
     pieces = open_files._remote_pieces
     monkeypatch.setattr(open_files, "_remote_pieces", lambda *a: (copied.append(len(d)) or d for d in pieces(*a)))
@@ -260,33 +243,47 @@ def test_bucket_when_a_table_is_in_parts_then_no_more_than_a_part_is_copied(tree
     assert copied == [shard.stop - shard.start for shard in shards]
 
 
-def test_bucket_input_missing(bucket):
-    """An input that is missing in its bucket raises UserError."""
+def test_bucket_input_missing(uploaded):
+    """An input that is missing in its bucket raises UserError, as does one in a bucket that does not exist."""
     with pytest.raises(UserError, match=r"^--input does not exist"):
-        discover.find_shards([f"{bucket}/missing.tar"])
+        discover.find_shards([f"{uploaded()}/missing.tar"])
+    with pytest.raises(UserError, match=r"^input cannot be read \(no such object or bucket.*gs://missing/tars"):
+        discover.find_shards(["gs://missing/tars"])
 
 
-def test_bucket_shard_deleted(bucket):
+def test_bucket_shard_deleted(uploaded):
     """A shard that is gone from its bucket raises UserError."""
-    [shard] = discover.find_shards([f"{bucket}/tars/00000.tar"])
-    with pytest.raises(UserError, match=r"input cannot be read.*gs://bucket/tars/gone\.tar"):
+    [shard] = discover.find_shards([f"{uploaded()}/tars/00000.tar"])
+    with pytest.raises(UserError, match=r"input cannot be read \(no such object.*/tars/gone\.tar"):
         list(reader.read(dataclasses.replace(shard, path=shard.path.replace("00000", "gone"))))
 
 
-def test_bucket_image_too_large(tree, bucket, monkeypatch):
+def test_bucket_image_too_large(tree, uploaded, monkeypatch):
     """An image in a bucket that is too large is not read."""
     (tree / "images/a.jpg").write_bytes(image_bytes(0))
     monkeypatch.setattr(open_files, "MAX_FILE_BYTES", 100)
     with pytest.raises(open_files.FileUnavailable, match="oversized_file"):
-        open_files.read_beside(f"{bucket}/images", "a.jpg")
+        open_files.read_beside(f"{uploaded()}/images", "a.jpg")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "gone.jpg", "../tars/00000.tar", "gs://bucket/tars/00000.tar"])
-def test_bucket_image_unavailable(tree, bucket, name):
+def test_bucket_image_unavailable(tree, uploaded, name):
     """An image that cannot be read from its bucket is reported as no_image."""
     (tree / "images/a.jpg").write_bytes(image_bytes(0))
+    bucket = uploaded()
     if name == "a.jpg":
         assert open_files.read_beside(f"{bucket}/images", name) == image_bytes(0)
         return
     with pytest.raises(open_files.FileUnavailable, match="no_image"):
         open_files.read_beside(f"{bucket}/images", name)
+
+
+def test_bucket_image_that_fails_is_not_missing(tree, uploaded, fake_gcs, monkeypatch):
+    """An image whose bucket fails ends the preparation, which would otherwise depend on the moment."""
+    (tree / "images/a.jpg").write_bytes(image_bytes(0))
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=AsyncMock()))
+    bucket = uploaded()
+    with proxy(fake_gcs, failures=1.0, kinds=("503",), only="a.jpg") as proxied, clients_of(proxied):
+        with pytest.raises(OSError, match="the bucket fails") as failure:
+            open_files.read_beside(f"{bucket}/images", "a.jpg")
+        assert failure.value.errno == errno.EAGAIN
