@@ -150,7 +150,7 @@ def _train(
 ) -> list[Kill]:
     """Kills the run `kills` times, and lets it finish then."""
     done, arguments = [], flags(f"{url}/run", f"{url}/data", folder, steps)
-    start_s = 10.0
+    start_s = 20.0  # About two starts while requests fail.
     while True:
         start = time.monotonic()
         is_last = len(done) == kills
