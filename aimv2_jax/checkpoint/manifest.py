@@ -36,9 +36,9 @@ from aimv2_jax.untrusted import open_regular, parse_json_object
 NAME = "manifest.json"
 HASHES = "hashes.json"
 MISSING, EXTRA, OTHER_CONTENTS, IRREGULAR = "missing", "extra", "other contents", "not a regular file"
-_MAX_BYTES = 256 << 20  # Of either file; an entry takes about 100 bytes.
+_MAX_BYTES = 256 << 20  # Either file may have so many; an entry takes about 100.
 _CHUNK_BYTES = 2**20
-_REQUEST_BYTES = 2**23  # Of a read from a bucket.
+_REQUEST_BYTES = 2**23  # One read from a bucket asks for so many.
 _THREADS = 4  # Hashing releases the GIL.
 # Errors of file systems on which folders, or files opened for reading, cannot be synced.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)

@@ -19,7 +19,6 @@ from aimv2_jax.storage.files import atomic_write
 
 # Until version 3, shards were ArrayRecord files (see prepare/convert.py).
 FORMAT_VERSION = 4
-OLDEST_FORMAT = 4
 DATASET_FILE = "dataset.json"
 
 
@@ -81,7 +80,7 @@ class DatasetInfo:
         """Parses `dataset.json`; raises `ValueError`, `KeyError` or `TypeError` for invalid text."""
         tree = untrusted.parse_json_object(text)
         version = tree["format_version"]
-        if version not in range(OLDEST_FORMAT, FORMAT_VERSION + 1):
+        if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}")
         if not {SIDE, ASPECT} <= tree["histograms"].keys():
             raise ValueError("a histogram is missing")

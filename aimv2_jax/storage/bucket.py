@@ -33,7 +33,7 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}
 _FILE_SYSTEMS = {"gs": "gcsfs", "s3": "s3fs"}
 MAX_CONCURRENT_REQUESTS = 128
 """Ranged reads in flight per process; further ones wait."""
-_READ_RETRIES = {"max_retries": 0}  # Of TensorStore; `retries.retry` makes and counts them.
+_READ_RETRIES = {"max_retries": 0}  # TensorStore makes none; `retries.retry` makes and counts them.
 
 # Status that begins TensorStore's messages (absl::StatusCode).
 _ERRNO_BY_STATUS = {
