@@ -7,14 +7,12 @@ stay in the system's page cache, shared by all processes of the host, and no pro
 
 from __future__ import annotations
 
-import collections
 import errno
 import os
 import struct
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from aimv2_jax.data.bag import read_ends
 from aimv2_jax.data.shards import MoveFile, Shard
 from aimv2_jax.storage.bucket import open_folder
 from aimv2_jax.storage.files import part_path, with_retries
+from aimv2_jax.storage.ordered import map_in_order
 
 INDEX_FILE = "records.index"
 ENTRY_BYTES = 4
@@ -126,14 +125,7 @@ def find_damage(folder: str | os.PathLike, shards: Sequence[Shard], crc32: int) 
 
 def _read_entries(folder: str | os.PathLike, shards: Sequence[Shard]) -> Iterator[bytes]:
     """Yields the entries of each shard in order, as the shards have them; raises as `write_index`."""
-    waiting: collections.deque[Future[bytes]] = collections.deque()
-    with ThreadPoolExecutor(_READERS) as pool:
-        for shard in shards:
-            waiting.append(pool.submit(_shard_entries, os.fspath(folder), shard))
-            if len(waiting) >= _READERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return map_in_order(partial(_shard_entries, os.fspath(folder)), shards, _READERS)
 
 
 def _shard_entries(folder: str, shard: Shard) -> bytes:

@@ -19,13 +19,13 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.bucket import ObjectFolder
+from aimv2_jax.storage.ordered import map_in_order
 from aimv2_jax.storage.retries import retry
 
 _COPY_BYTES = 32 << 20
@@ -169,15 +169,14 @@ def _copy(
 ) -> int:
     """Copies an object in order, several ranges at a time; returns its CRC-32."""
     crc32 = 0
-    ranges = [(start, min(start + _COPY_BYTES, num_bytes)) for start in range(0, num_bytes, _COPY_BYTES)]
-    with ThreadPoolExecutor(_COPY_THREADS) as pool:
-        waiting = []
-        while ranges or waiting:
-            while ranges and len(waiting) < _COPY_THREADS:  # Bounds the memory of what came before its turn.
-                waiting.append(pool.submit(retry, partial(source.read, name, *ranges.pop(0)), url, patience_s))
-            data = waiting.pop(0).result()
-            crc32 = zlib.crc32(data, crc32)
-            write(data)
+
+    def read(start: int) -> bytes:
+        stop = min(start + _COPY_BYTES, num_bytes)
+        return retry(partial(source.read, name, start, stop), url, patience_s)
+
+    for data in map_in_order(read, range(0, num_bytes, _COPY_BYTES), _COPY_THREADS):
+        crc32 = zlib.crc32(data, crc32)
+        write(data)
     return crc32
 
 
