@@ -30,6 +30,7 @@ REQUIRES = [
     "array-record>=0.8.3",
     "tensorflow-text>=2.20",
     "sentencepiece>=0.2.1",
+    "tokenizers>=0.23",
     "ml-collections>=1.1",
     "einops>=0.8",
     "absl-py>=2.1",
@@ -64,14 +65,21 @@ setup(
     description="Pre-training of AIMv2 vision encoders in JAX / Flax, on TPU pods, exact and reproducible",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    # The code is Apache-2.0; each bundled image has its own licence (data/sample/ATTRIBUTION.md).
-    license_expression="Apache-2.0 AND CC0-1.0 AND CC-BY-3.0 AND CC-BY-3.0-US AND CC-BY-4.0 AND CC-BY-SA-3.0"
+    # The code is Apache-2.0; each bundled image has its own licence (data/sample/ATTRIBUTION.md), and the class names
+    # and prompt templates of ImageNet are under MIT (eval/imagenet_prompts/ATTRIBUTION.md).
+    license_expression="Apache-2.0 AND MIT AND CC0-1.0 AND CC-BY-3.0 AND CC-BY-3.0-US AND CC-BY-4.0 AND CC-BY-SA-3.0"
     " AND CC-BY-SA-4.0 AND LicenseRef-Public-Domain",
-    license_files=["LICENSE", "aimv2_jax/data/sample/ATTRIBUTION.md", "aimv2_jax/data/sample/licenses/*"],
+    license_files=[
+        "LICENSE",
+        "aimv2_jax/data/sample/ATTRIBUTION.md",
+        "aimv2_jax/data/sample/licenses/*",
+        "aimv2_jax/eval/imagenet_prompts/ATTRIBUTION.md",
+        "aimv2_jax/eval/imagenet_prompts/LICENSE-MIT.txt",
+    ],
     python_requires=">=3.11,<3.14",
     classifiers=[f"Programming Language :: Python :: {version}" for version in PYTHONS],
     packages=find_packages(include=["aimv2_jax", "aimv2_jax.*"]),
-    package_data={"aimv2_jax": ["data/sample/**/*"]},
+    package_data={"aimv2_jax": ["data/sample/**/*", "eval/imagenet_prompts/*"]},
     install_requires=REQUIRES,
     extras_require={
         "tpu": TPU,

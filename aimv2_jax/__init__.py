@@ -36,13 +36,18 @@ for _name, _value in _BUCKET_SETTINGS.items():
     os.environ.setdefault(_name, _value)
 
 if TYPE_CHECKING:
+    from aimv2_jax.pretrained.dual_encoder import load_dual_encoder
     from aimv2_jax.pretrained.encoder import load_encoder
     from aimv2_jax.pretrained.model import load as load_model
 
-__all__ = ["__version__", "load_encoder", "load_model"]
+__all__ = ["__version__", "load_dual_encoder", "load_encoder", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load_dual_encoder":
+        from aimv2_jax.pretrained.dual_encoder import load_dual_encoder
+
+        return load_dual_encoder
     if name == "load_encoder":
         from aimv2_jax.pretrained.encoder import load_encoder
 

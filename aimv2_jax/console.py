@@ -1,4 +1,4 @@
-"""Console output that survives a closed pipe or terminal."""
+"""Console output that survives a closed pipe or terminal, and without the noise of libraries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import TextIO
 
 # The reader, the terminal or the descriptor is gone for good.
@@ -26,6 +28,19 @@ def print_line(text: str, output: TextIO | None = None) -> None:
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # The stream may be closed or without a descriptor.
             _redirect_to_null(output, permanently=error.errno in _CLOSED)
+
+
+@contextlib.contextmanager
+def silence_stderr() -> Iterator[None]:
+    """Discards what is written to stderr meanwhile, by code in other languages too."""
+    with tempfile.TemporaryFile() as sink:
+        stderr = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _redirect_to_null(output: TextIO, permanently: bool) -> None:

@@ -150,23 +150,22 @@ def _handle_early_signals() -> None:
 def _train(command: Command) -> int:
     warn_of_versions()  # Called before the import of jax, which may fail with other versions.
     from aimv2_jax.data import pipeline
-    from aimv2_jax.data.tokenizer import Tokenizer
+    from aimv2_jax.data.tokenizer import load_tokenizer
 
     config = command.config
     sources = pipeline.open_sources(config)
-    decoder = config.model.decoder
-    tokenizer = Tokenizer(
-        config.tokenizer.path, decoder.text_length, decoder.vocab_size, needs_end=config.loss.predict_eos
-    )
+    tokenizer = load_tokenizer(config)
     from aimv2_jax.pretrained.init_source import find_weight_source
+    from aimv2_jax.pretrained.teacher import find_teacher
     from aimv2_jax.train.trainer import train
 
-    open_weights = find_weight_source(config)
+    weights = dict(open_weights=find_weight_source(config), open_teacher=find_teacher(config))
+    data = dict(accept_data=command.accept_data, sources=sources)
     if command.replay is not None:
         from aimv2_jax.train.replay import replay
 
-        return replay(config, command.workdir, tokenizer, command.replay, open_weights, command.accept_data, sources)
-    return train(config, command.workdir, tokenizer, open_weights, command.skip_examples, command.accept_data, sources)
+        return replay(config, command.workdir, tokenizer, command.replay, **weights, **data)
+    return train(config, command.workdir, tokenizer, skip_examples=command.skip_examples, **weights, **data)
 
 
 if __name__ == "__main__":

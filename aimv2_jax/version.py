@@ -30,6 +30,7 @@ _PACKAGES = (
     "ftfy",
     "sentencepiece",
     "tensorflow-text",
+    "tokenizers",
 )
 _BOUNDED = ("jax", "flax")
 

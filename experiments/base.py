@@ -9,14 +9,19 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    # "pretrain": AIMv2; "lit": a text tower is aligned with a frozen encoder, whose weights come from `init` [P];
+    # "distill": AIMv2 that also learns from a frozen teacher [O: the recipe; Apple distilled L from 3B].
+    config.task = "pretrain"
     config.seed = 0  # All randomness is a function of (seed, purpose, example number). [O]
     config.model = _model()
     config.loss = _loss()
+    config.lit = _lit()
+    config.distill = _distill()
     config.optimizer = _optimizer()
     config.data = _data()
     config.tokenizer = ConfigDict(
         dict(
-            path="",  # A SentencePiece .model file; the recipe's has 32,000 pieces. [R]
+            path="",  # A SentencePiece .model file (the recipe's has 32,000 pieces [R]) or a tokenizer.json.
         )
     )
     config.eval = _eval()
@@ -126,6 +131,67 @@ def _loss() -> ConfigDict:
             alpha=0.4,  # Weight of the image loss; total = text + alpha x image. [P]
             predict_eos=True,  # Whether the end token is a target. [O: a decoder that cannot stop cannot caption]
             target_eps=1e-6,  # Added to a patch's variance before the square root. [R]
+        )
+    )
+
+
+def _lit() -> ConfigDict:
+    """Keys of task "lit". The text tower is as released; of its training the paper gives only the number of pairs."""
+    return ConfigDict(
+        dict(
+            text=dict(
+                width=768,  # [R]
+                depth=12,  # [R]
+                heads=6,  # [R]
+                hidden=ml_collections.config_dict.placeholder(int),  # Like the encoder's. [R]
+                vocab_size=49_408,  # Rows of the token table: CLIP's vocabulary. [R]
+                text_length=77,  # Tokens of a caption, always with its end token. [R]
+            ),
+            embed_dim=768,  # Channels of the common space. [R]
+            # "softmax": cross-entropy of each image over the captions of the batch and the reverse, as CLIP; "sigmoid":
+            # each pair by itself, as SigLIP. [O]
+            loss="softmax",
+            chunks=1,  # Parts of a device's rows that are compared with the batch in turn, to save memory. [O]
+            # Parts of the model that are trained; the encoder never is. [P]
+            trainable=("head", "image_projection", "text", "text_projection", "logit_scale", "logit_bias"),
+        )
+    )
+
+
+def _distill() -> ConfigDict:
+    """Keys of task "distill". Apple says only that the large model was distilled from 3B, so all of them are ours."""
+    return ConfigDict(
+        dict(
+            # The teacher: a run or an export (WORKDIR, WORKDIR:STEP, WORKDIR:last), a Hugging Face folder, or a
+            # .safetensors file. It is read before the first step only, and saved with every checkpoint. [O]
+            path="",
+            # The teacher's sizes, which must be those of the file: programs are compiled and predicted without it. [O]
+            encoder=dict(
+                width=3072,  # [P: 3B]
+                depth=24,  # [P]
+                heads=24,  # [P]
+                hidden=ml_collections.config_dict.placeholder(int),  # Like the student's. [R]
+                position="learned",  # "learned" for one resolution, its own, or "sincos". [P]
+            ),
+            # The teacher's decoder; None: it has none, or none is needed. Text as in model.decoder. [O]
+            decoder=dict(
+                width=1024,  # [P]
+                depth=12,  # [P]
+                heads=8,  # [R]
+                hidden=ml_collections.config_dict.placeholder(int),  # Like the student's. [R]
+                kind="joint",  # As in model.decoder. [P]
+            ),
+            # Side of the teacher's training crop, pixels: the same crop as the student's, resized. None: the student's
+            # own patches. [O]
+            image_size=ml_collections.config_dict.placeholder(int),
+            # Weights of the losses against the teacher, 0 to leave one out: patch features after the final norm
+            # through a linear map, text logits, and predicted patches. [O]
+            features=1.0,
+            logits=1.0,
+            pixels=0.0,
+            own=1.0,  # Factor of the student's own losses, which `loss` configures; 0: none. [O]
+            feature_loss="cosine",  # "cosine": 1 - cosine of the angle, or "l2": mean squared difference. [O]
+            temperature=1.0,  # Divides logits before the softmax; the loss is multiplied by its square. [O: Hinton's]
         )
     )
 

@@ -24,8 +24,10 @@ from tests.helpers.tiny import only_devices
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Array annotations of these modules are checked while the tests run.
 CHECKED = ["models", "parallel.collectives", "data.transforms.geometry", "data.sampling.mixture", "data.tokenizer"]
-CHECKED += ["train.losses", "train.task", "train.optimizer", "monitoring.counters", "eval.generate"]
-CHECKED += ["eval.features", "eval.likelihood", "eval.probes.knn", "eval.probes.sweep"]
+CHECKED += ["train.losses", "train.task", "train.optimizer", "train.contrastive", "monitoring.counters"]
+CHECKED += ["eval.generate", "eval.features", "eval.likelihood", "eval.probes.knn", "eval.probes.sweep"]
+CHECKED += ["data.sentencepiece_model", "data.tokenizer_json", "train.pretrain_task", "train.lit_task"]
+CHECKED += ["train.distill_losses", "train.distill_task"]
 CHECKED = [f"aimv2_jax.{module}" for module in CHECKED]
 assert all(map(importlib.util.find_spec, CHECKED))  # A hook for a missing module would be silent.
 install_import_hook(CHECKED, "beartype.beartype")

@@ -20,6 +20,7 @@ import pytest
 from einops import rearrange
 from safetensors.numpy import load_file
 
+from aimv2_jax.export import apple_export
 from aimv2_jax.export.hf_export import write_folder
 from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import MaskSpec
@@ -32,8 +33,9 @@ from aimv2_jax.pretrained.hf_import import read_weights
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
 from aimv2_jax.train import anomaly, losses
 from aimv2_jax.train.optimizer import adamlh, is_decayed, learning_rate
+from aimv2_jax.train.pretrain_task import PretrainTask
 from aimv2_jax.train.step import StepOptions, TrainState, accumulate, train_step
-from aimv2_jax.train.task import PretrainTask, run_key
+from aimv2_jax.train.task import run_key
 from tests.helpers.golden_names import APPLE_PRETRAIN, nested, paths, to_ours
 
 LARGEST_ENTRY = 2e-5
@@ -446,6 +448,19 @@ def test_apples_released_names_when_read_then_blocks_and_features_equal(golden_d
         if spec.head:
             features = spec.pooled_head().apply({"params": params["head"]}, features, valid)
         assert_close(features, images.outputs[f"{last}{grid}"], f"{last}{grid}")
+
+
+@pytest.mark.parametrize("name", ["learned", "native", "attention_pool"])
+def test_apple_model_written_again(golden_dir, tmp_path, name):
+    """A model under Apple's names is read and written again with the same tensors bit for bit."""
+    file = golden_dir / "apple_aim" / name / "params.safetensors"
+    heads = read_json(golden_dir / "apple_aim/config.json")["models"][name]["heads"]
+    apple_export.write_folder(tmp_path, read_weights(file, heads), "float32")
+    theirs, ours = load_file(file), load_file(tmp_path / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for tensor in theirs:
+        np.testing.assert_array_equal(ours[tensor], theirs[tensor], err_msg=tensor, strict=True)
+    assert read_weights(tmp_path).spec == read_weights(file, heads).spec
 
 
 def test_sincos_positions_when_any_grid_then_equal_to_every_source(golden_dir):

@@ -12,7 +12,8 @@ import jax
 
 from aimv2_jax.config.load import config_text, load_config
 from aimv2_jax.train.optimizer import decay_report
-from aimv2_jax.train.task import build_task, run_key
+from aimv2_jax.train.task import run_key
+from aimv2_jax.train.tasks import build_task
 from tests.config.test_config import GOLDEN, QUICKSTART, experiments, golden_file
 from tests.experiments.test_ablations import summary
 from tests.parallel.test_rules import table

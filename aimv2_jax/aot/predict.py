@@ -38,18 +38,20 @@ def predict_step(config: Config, topology: Topology, full: bool) -> Figures | Re
 
 
 def proxy_config(config: Config) -> Config:
-    """Returns `config` with few layers in encoder and decoder."""
+    """Returns `config` with few layers in every trunk."""
 
     def shallow(trunk: Any) -> Any:
-        return dataclasses.replace(trunk, depth=min(_PROXY_DEPTH, trunk.depth))
+        return trunk and dataclasses.replace(trunk, depth=min(_PROXY_DEPTH, trunk.depth))
 
-    model = config.model
+    model, lit, distill = config.model, config.lit, config.distill
     model = dataclasses.replace(model, encoder=shallow(model.encoder), decoder=shallow(model.decoder))
-    return dataclasses.replace(config, model=model)
+    lit = dataclasses.replace(lit, text=shallow(lit.text))
+    distill = dataclasses.replace(distill, encoder=shallow(distill.encoder), decoder=shallow(distill.decoder))
+    return dataclasses.replace(config, model=model, lit=lit, distill=distill)
 
 
 def _stack_depths(config: Config) -> frozenset[int]:
-    return frozenset({config.model.encoder.depth, config.model.decoder.depth})
+    return frozenset(trunk.depth for trunk in config.trunks.values())
 
 
 def predict(

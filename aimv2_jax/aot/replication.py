@@ -150,16 +150,19 @@ def _rows_of_one_device(facts: ProgramFacts, config: Config) -> set[int]:
 
 
 def _lengths(config: Config) -> set[int]:
-    length, text = config.batch_shapes[0].patches, config.model.decoder.text_length
+    length, text = config.batch_shapes[0].patches, config.text.text_length
+    images = {length, num_kept_tokens(config.model.decoder.token_keep_rate, length)}
+    if config.teacher_image_size is not None:
+        images.add(math.prod(config.teacher_grid))
     sizes = {text - 1, text}
-    for image in (length, num_kept_tokens(config.model.decoder.token_keep_rate, length)):
+    for image in images:
         sizes |= {image - 1, image, image + text - 1, image + text}
     return sizes
 
 
 def _model_sizes(config: Config) -> set[int]:
-    sizes = {config.model.decoder.vocab_size, *_lengths(config)}
-    for trunk in (config.model.encoder, config.model.decoder):
+    sizes = {config.text.vocab_size, *_lengths(config)}
+    for trunk in config.trunks.values():
         sizes |= {
             trunk.width,
             trunk.heads,

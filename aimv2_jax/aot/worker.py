@@ -97,7 +97,7 @@ def _tensors(tree: Any, kind: str | None = None) -> list[Tensor]:
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         part = leaf.sharding.shard_shape(leaf.shape)
-        kind_of_leaf = kind or ("parameter" if name.startswith("params/") else "optimiser")
+        kind_of_leaf = kind or ("parameter" if name.startswith(("params/", "frozen/")) else "optimiser")
         num_bytes = math.prod(part) * leaf.dtype.itemsize
         tensors.append(Tensor(name, kind_of_leaf, list(leaf.shape), list(part), num_bytes))
     return tensors

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 
 from aimv2_jax.checkpoint import layout, metadata
 from aimv2_jax.checkpoint.error_text import drop_orbax_tracebacks, human_bytes, reason_of
@@ -125,6 +126,28 @@ class CheckpointReader:
           UserError: when a file is damaged; when an array of `abstract_part` is missing, or has another shape or dtype.
         """
         return self._restore(step, abstract_part, partial=True)
+
+    def restore_params(
+        self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], weights: WeightChoice = "average"
+    ) -> dict[str, jax.Array]:
+        """Restores parameters by path ("encoder/trunk/norm/scale"), trained or frozen; other arrays are dropped.
+
+        Args:
+          step: one of `steps()`.
+          wanted: shape, dtype and sharding by path.
+          weights: "average": averaged parameters where the run kept them; "raw": those of the step.
+
+        Raises:
+          UserError: as `restore_part`.
+        """
+        meta = self.meta(step)
+        leaf_of = {path: leaf for leaf, path in param_leaves(meta, weights).items()}
+        tree = params_tree(meta, weights)  # An array that is in no tree is reported as missing there.
+        leaves = {path: leaf_of.get(path, f"{tree}/{path}") for path in wanted}
+        abstract = {leaves[path]: leaf for path, leaf in wanted.items()}
+        restored = self.restore_part(step, traverse_util.unflatten_dict(abstract, sep="/"))
+        flat = traverse_util.flatten_dict(restored, sep="/")
+        return {path: flat[leaf] for path, leaf in leaves.items()}
 
     def _restore(self, step: int, abstract: Any, partial: bool) -> Any:
         meta = self.meta(step)
@@ -601,6 +624,16 @@ def params_tree(meta: Mapping[str, Any], weights: WeightChoice = "average") -> s
     """
     has_average = any(leaf.startswith("ema_params/") for leaf in meta["leaves"])
     return "ema_params" if weights == "average" and has_average else "params"
+
+
+def param_leaves(meta: Mapping[str, Any], weights: WeightChoice = "average") -> dict[str, str]:
+    """Paths of all parameters by the name of their leaf in the state that `meta` describes.
+
+    `{"params/encoder/…": "encoder/…"}`; trained parameters are in the tree that `params_tree` names, the others in
+    "frozen".
+    """
+    prefixes = (f"{params_tree(meta, weights)}/", "frozen/")
+    return {leaf: leaf.partition("/")[2] for leaf in meta["leaves"] if leaf.startswith(prefixes)}
 
 
 def parse_spec(spec: str | Path, key: str = "--checkpoint") -> tuple[str, int]:

@@ -11,24 +11,27 @@ from typing import Literal, NamedTuple
 TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
 Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # models/layers.py lists what each saves.
 AttentionMask = Literal["prefix", "full"]
+Output = Literal["pixels", "logits"]
+LOSS_OUTPUTS: dict[str, Output] = {"image": "pixels", "text": "logits"}  # The decoder's output of each own loss.
+LIT_TRAINABLE = ("head", "image_projection", "text", "text_projection", "logit_scale", "logit_bias")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class TrunkConfig:
     width: int
     depth: int
     heads: int
     hidden: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig(TrunkConfig):
     position: Literal["learned", "sincos"]
     attention_mask: AttentionMask
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    width: int
-    depth: int
-    heads: int
-    hidden: int | None
+class DecoderConfig(TrunkConfig):
     vocab_size: int
     text_length: int
     remat: Remat | None
@@ -50,12 +53,6 @@ class ModelConfig:
     compute_dtype: Literal["bfloat16", "float32"]
     param_dtype: Literal["float32"]
 
-    @property
-    def attention_trunks(self) -> dict[str, EncoderConfig | DecoderConfig]:
-        """The trunks whose blocks have attention, by name."""
-        trunks: dict[str, EncoderConfig | DecoderConfig] = {"encoder": self.encoder}
-        return trunks if self.decoder.kind == "mlp" else trunks | {"decoder": self.decoder}
-
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -64,6 +61,45 @@ class LossConfig:
     alpha: float
     predict_eos: bool
     target_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig(TrunkConfig):
+    vocab_size: int
+    text_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LitConfig:
+    text: TextTowerConfig
+    embed_dim: int
+    loss: Literal["softmax", "sigmoid"]
+    chunks: int
+    trainable: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherEncoderConfig(TrunkConfig):
+    position: Literal["learned", "sincos"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherDecoderConfig(TrunkConfig):
+    kind: Literal["joint", "separate", "mlp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    path: str
+    encoder: TeacherEncoderConfig
+    decoder: TeacherDecoderConfig | None
+    image_size: int | None
+    features: float
+    logits: float
+    pixels: float
+    own: float
+    feature_loss: Literal["cosine", "l2"]
+    temperature: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +234,12 @@ class BatchShape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    task: Literal["pretrain", "lit", "distill"]
     seed: int
     model: ModelConfig
     loss: LossConfig
+    lit: LitConfig
+    distill: DistillConfig
     optimizer: OptimizerConfig
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -215,12 +254,78 @@ class Config:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of a training image."""
-        side = self.data.image_size // self.model.patch_size
+        return self._grid(self.data.image_size)
+
+    def _grid(self, image_size: int) -> tuple[int, int]:
+        side = image_size // self.model.patch_size
         return side, side
 
     @property
     def num_patches(self) -> int:
         return math.prod(self.grid)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Pixel values of a patch."""
+        return self.model.patch_size**2 * len(self.model.pixel_mean)
+
+    @property
+    def text(self) -> DecoderConfig | TextTowerConfig:
+        """The trunk that reads captions; it has their length and vocabulary."""
+        return self.lit.text if self.task == "lit" else self.model.decoder
+
+    @property
+    def attention_trunks(self) -> dict[str, TrunkConfig]:
+        """The trunks whose blocks have attention, by config key."""
+        return {key: trunk for key, trunk in self.trunks.items() if getattr(trunk, "kind", "joint") != "mlp"}
+
+    @property
+    def trunks(self) -> dict[str, TrunkConfig]:
+        """The trunks of the task, by config key."""
+        trunks: dict[str, TrunkConfig] = {"model.encoder": self.model.encoder}
+        if self.task == "lit":
+            return trunks | {"lit.text": self.lit.text}
+        trunks["model.decoder"] = self.model.decoder
+        if self.task == "distill":
+            trunks["distill.encoder"] = self.distill.encoder
+            if self.teacher_outputs:
+                assert self.distill.decoder is not None  # validate.py
+                trunks["distill.decoder"] = self.distill.decoder
+        return trunks
+
+    @property
+    def own_losses(self) -> dict[str, float]:
+        """Weights of the losses against image and caption, by name; without those that are switched off."""
+        weights = {"image": self.loss.alpha} if self.loss.image else {}
+        weights |= {"text": 1.0} if self.loss.text else {}
+        if self.task != "distill":
+            return weights
+        return {name: self.distill.own * weight for name, weight in weights.items() if self.distill.own}
+
+    @property
+    def teacher_outputs(self) -> tuple[Output, ...]:
+        """What the teacher's decoder predicts."""
+        if self.task != "distill":
+            return ()
+        weights: dict[Output, float] = {"pixels": self.distill.pixels, "logits": self.distill.logits}
+        return tuple(output for output, weight in weights.items() if weight)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What the decoder predicts in training, for its own losses and for those against a teacher."""
+        own = {LOSS_OUTPUTS[name] for name in self.own_losses}
+        return tuple(output for output in LOSS_OUTPUTS.values() if output in own or output in self.teacher_outputs)
+
+    @property
+    def teacher_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of a teacher's training image."""
+        return self._grid(self.distill.image_size or self.data.image_size)
+
+    @property
+    def teacher_image_size(self) -> int | None:
+        """Side of the teacher's own training image; None without a teacher, or if it sees the student's image."""
+        size = self.distill.image_size if self.task == "distill" else None
+        return None if size == self.data.image_size else size
 
     @property
     def batch_shapes(self) -> tuple[BatchShape, ...]:

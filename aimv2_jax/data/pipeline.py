@@ -150,10 +150,11 @@ def training_batches(
         rows={size: tuple(int(row) for row in rows_of(size)) for size in {shape.examples for shape in shapes}},
         views=views,
         patch_size=patch_size,
+        teacher_size=config.teacher_image_size,
         # Worker i of n builds every n-th batch. Threads of one process contend for the GIL, so no read counts as quick.
         read_ahead=ReadAhead(data.read_threads, data.workers or None, QUICK_S if data.workers else 0.0),
     )
-    tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
+    tokenise = _Tokenise(tokenizer, config.text.text_length)
     steps = range(start_step, _MAX_STEPS)
     return BatchIterator(
         _BuildStep(build, skips or Skips()),
@@ -199,9 +200,10 @@ def evaluation_batches(
             view=view,
             num_patches=area or config.num_patches,
             patch_size=patch_size,
+            teacher_size=config.teacher_image_size,
             read_ahead=ReadAhead(config.data.read_threads),
         )
-        tokenise = _Tokenise(tokenizer, config.model.decoder.text_length)
+        tokenise = _Tokenise(tokenizer, config.text.text_length)
         # Built by threads of this process: an evaluation is short, and starting workers would take seconds each time.
         with BatchIterator(build, range(len(build)), tokenise, workers=0, prefetch=config.data.prefetch) as batches:
             for batch in batches:

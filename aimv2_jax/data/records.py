@@ -108,4 +108,5 @@ def decode(data: bytes) -> Record:
         raise BadRecord("corrupt_record") from error
     if not isinstance(record.image, bytes) or not all(isinstance(text, str) for text in texts):
         raise BadRecord("corrupt_record")
-    return dataclasses.replace(record, key=bounded_key(record.key))
+    key = bounded_key(record.key)
+    return record if key is record.key else dataclasses.replace(record, key=key)

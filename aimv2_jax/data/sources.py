@@ -117,7 +117,7 @@ class Source:
         return f"record {index} of {self.name} ({self.info.shards[self._shard_of(index)].file})"
 
     def _shard_of(self, index: int) -> int:
-        return int(np.searchsorted(self._ends, index, side="right"))
+        return int(self._ends.searchsorted(index, side="right"))
 
     def _use_cache(self, cache: HostCache, key: str) -> None:
         num_bytes = ENTRY_BYTES * len(self)

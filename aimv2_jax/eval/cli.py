@@ -12,12 +12,12 @@ from aimv2_jax.cli import check_output, positive
 from aimv2_jax.errors import UserError
 from aimv2_jax.pretrained.model import Resolution
 
+_RUN_HELP = "WORKDIR (its best step), WORKDIR:STEP or WORKDIR:last"
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+
+def add_checkpoint(parser: argparse.ArgumentParser, help_text: str = _RUN_HELP) -> None:
     """Adds the flags that name a trained model."""
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="SPEC", help="WORKDIR (its best step), WORKDIR:STEP or WORKDIR:last"
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="SPEC", help=help_text)
     _add_weights(parser)
 
 

@@ -39,8 +39,9 @@ from aimv2_jax.eval.cli import add_encoder, check_files, check_layer
 from aimv2_jax.eval.plots import image_grid
 from aimv2_jax.eval.probes.dataset import named_image, read_record
 from aimv2_jax.platforms import skip_absent_tpu
-from aimv2_jax.pretrained.encoder import PretrainedEncoder, load_encoder
+from aimv2_jax.pretrained.encoder import PretrainedEncoder, encoder_of
 from aimv2_jax.pretrained.images import ImageLike
+from aimv2_jax.pretrained.source import open_weights
 
 _RECORDS_SUFFIX = ".array_record"
 _MAX_NAME_BYTES = 255  # Limit of common file systems for one file name.
@@ -183,9 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     count, images = named_images(flags.input)
     check_files(pca=flags.pca)
-    encoder = load_encoder(
-        flags.checkpoint, flags.dtype, flags.image_size, flags.area, flags.heads, weights=flags.weights
-    )
+    weights = open_weights(flags.checkpoint, flags.heads, flags.weights)
+    print(weights.pixel_statistics())
+    encoder = encoder_of(weights, flags.dtype, flags.image_size, flags.area)
     depth = encoder.spec.depth
     check_layer(flags.layer, depth)
     to_records = flags.output.name.endswith(_RECORDS_SUFFIX)

@@ -43,7 +43,8 @@ from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.model import PretrainedModel, check_held_out, load
 from aimv2_jax.train import losses
 from aimv2_jax.train.evaluate import Totals, fixed_prefixes
-from aimv2_jax.train.task import Batch, Params, PretrainTask, SumCount
+from aimv2_jax.train.pretrain_task import PretrainTask
+from aimv2_jax.train.task import Batch, Params, SumCount
 
 # A patch is flat if its pixel values (0 … 1) vary within each channel by less than two of 255 levels, about the noise
 # that JPEG adds. Channels may differ from each other (its colour): all flat patches of one colour have the same target.

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.data.records import BadRecord
-from aimv2_jax.data.transforms import captions as texts
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.generate import caption_logits, prefill
 from aimv2_jax.models.aimv2 import AIMv2
@@ -23,6 +21,7 @@ from aimv2_jax.pretrained.encoder import PretrainedEncoder
 from aimv2_jax.pretrained.encoder_spec import encoder_spec_of
 from aimv2_jax.pretrained.images import ImageLike
 from aimv2_jax.pretrained.model import PretrainedModel
+from aimv2_jax.pretrained.texts import clean_text
 from aimv2_jax.train import losses
 
 
@@ -48,7 +47,7 @@ class Scorer:
         Raises:
           UserError: for a caption without a letter.
         """
-        tokens, valid = self._tokenizer.encode([_clean(caption).encode() for caption in captions])
+        tokens, valid = self._tokenizer.encode([clean_text(caption).encode() for caption in captions])
         predict_eos = self._loaded.task.predict_eos
         return tokens, np.asarray(losses.text_loss_mask(jnp.asarray(valid), jnp.ones(len(valid), bool), predict_eos))
 
@@ -65,13 +64,6 @@ class Scorer:
     @cached_property
     def _score(self) -> Any:
         return jax.jit(partial(_scores, self._loaded.task.model, self._loaded.task.normalise))
-
-
-def _clean(caption: str) -> str:
-    try:
-        return texts.clean(caption)
-    except BadRecord as error:
-        raise UserError("a caption has no letter", caption, "Leave it out") from error
 
 
 def _scores(

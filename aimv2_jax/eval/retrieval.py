@@ -1,11 +1,14 @@
-"""Image-to-text and text-to-image retrieval by the decoder's likelihood.
+"""Image-to-text and text-to-image retrieval, by embeddings in one space or by the decoder's likelihood.
 
     python -m aimv2_jax.eval.retrieval --checkpoint SPEC --data data/test --kind alt --image retrieval.png
 
-SPEC is a run with its decoder, or an export with --whole; --data is a prepared dataset. Every caption is scored for
-every image, so the cost grows with the square of --examples. An image is retrieved by the caption's likelihood, a
-caption by its likelihood standardised over the images, so that short or common captions and those of high variance do
-not win everywhere.
+SPEC is a model with a text tower: a LiT run (WORKDIR, WORKDIR:STEP, WORKDIR:last), its export, a Hugging Face
+Aimv2Model folder, or Apple's file. Images and captions are retrieved by the cosine of their embeddings.
+Or SPEC is a run with its decoder, or an export with --whole. Then every caption is scored for every image, so the cost
+grows with the square of --examples. An image is retrieved by the caption's likelihood, a caption by its likelihood
+standardised over the images, so that short or common captions and those of high variance do not win everywhere.
+
+--data is a prepared dataset.
 --json writes text_to_image and image_to_text, each {recall@1, recall@5, recall@10, chance@1}, and examples.
 """
 
@@ -25,12 +28,13 @@ from aimv2_jax.cli import Parser, positive
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.eval.cli import add_checkpoint, check_files, write_json
+from aimv2_jax.eval.image_text import load_image_text_model
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.plots import image_cards
 from aimv2_jax.eval.probes.dataset import named_image, read_record
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.pretrained.dual_encoder import PretrainedDualEncoder
 from aimv2_jax.pretrained.images import NamedImage
-from aimv2_jax.pretrained.model import load
 from aimv2_jax.untrusted import printable
 
 _RECALL_DEPTHS = (1, 5, 10)
@@ -63,6 +67,17 @@ def read_pairs(path: str, kind: str, count: int) -> tuple[list[NamedImage], list
     return list(image_of.values()), list(image_of)
 
 
+def caption_scores(
+    model: PretrainedDualEncoder | Scorer, images: Sequence[NamedImage], captions: Sequence[str]
+) -> tuple[Float[np.ndarray, "N N"], Float[np.ndarray, "N N"]]:
+    """Scores of every caption for every image: those that retrieve images, and those that retrieve captions."""
+    if isinstance(model, PretrainedDualEncoder):
+        cosines = model.image_embeddings(images) @ model.text_embeddings(captions).T
+        return cosines, cosines
+    likelihoods = model(images, *model.encode(captions))
+    return likelihoods, (likelihoods - likelihoods.mean(0)) / np.maximum(likelihoods.std(0), 1e-6)
+
+
 def ranks(scores: Float[np.ndarray, "N N"]) -> Int[np.ndarray, " N"]:
     """Rank of the correct column, the diagonal, in each row: the number of others that score at least as high."""
     return (scores >= np.diag(scores)[:, None]).sum(1) - 1
@@ -76,7 +91,7 @@ def recalls(scores: Float[np.ndarray, "N N"]) -> dict[str, float]:
 
 
 def retrieval_figure(
-    images: Sequence[np.ndarray], captions: Sequence[str], scores: Float[np.ndarray, "N N"], note: str
+    images: Sequence[np.ndarray], captions: Sequence[str], scores: Float[np.ndarray, "N N"], heading: str, note: str
 ) -> Figure:
     """Images beside the captions retrieved for them, best first, and their own caption."""
     texts = []
@@ -84,14 +99,14 @@ def retrieval_figure(
         best = np.argsort(-scores[row], kind="stable")[:_DRAWN_CAPTIONS]
         retrieved = {f"retrieved, {rank + 1}": captions[column] for rank, column in enumerate(best)}
         texts.append(retrieved | {f"its own, rank {ranks(scores)[row] + 1} of {len(captions)}": captions[row]})
-    return image_cards(images[: len(texts)], texts, "Captions retrieved by likelihood", note)
+    return image_cards(images[: len(texts)], texts, heading, note)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses and checks the command line."""
     summary, _, epilog = __doc__.partition("\n\n")
     parser = Parser(prog="python -m aimv2_jax.eval.retrieval", description=summary, epilog=epilog)
-    add_checkpoint(parser)
+    add_checkpoint(parser, "the model, see below")
     add = parser.add_argument
     add("--data", required=True, metavar="DATA", help="a prepared dataset")
     add("--kind", default="alt", metavar="KIND", help="caption kind (default %(default)s)")
@@ -115,18 +130,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     check_files(json=flags.json, image=flags.image)
     images, captions = read_pairs(flags.data, flags.kind, flags.examples)
-    scorer = Scorer(load(flags.checkpoint, flags.weights))
-    scores = scorer(images, *scorer.encode(captions))
-    standardised = (scores - scores.mean(0)) / np.maximum(scores.std(0), 1e-6)
-    metrics = {"text_to_image": recalls(scores.T), "image_to_text": recalls(standardised)}
+    model = load_image_text_model(flags.checkpoint, flags.weights)
+    to_images, to_captions = caption_scores(model, images, captions)
+    metrics = {"text_to_image": recalls(to_images.T), "image_to_text": recalls(to_captions)}
     for name, recall in metrics.items():
         print(f"{name.replace('_', ' ')}: " + ", ".join(f"{key} {value:.3f}" for key, value in recall.items()))
     if flags.json is not None:
         write_json(flags.json, metrics | {"examples": len(captions)})
     if flags.image is not None:
-        pixels = [scorer.encoder.pixels(image) for image in images[:_DRAWN_IMAGES]]
-        note = f"Of {len(captions)} captions ({flags.kind}), by likelihood standardised over the images."
-        retrieval_figure(pixels, captions, standardised, note).savefig(flags.image, dpi=110)
+        by, detail = "likelihood", " standardised over the images"
+        if isinstance(model, PretrainedDualEncoder):
+            by, detail = "cosine", " of the embeddings"
+        pixels = [model.encoder.pixels(image) for image in images[:_DRAWN_IMAGES]]
+        note = f"Of {len(captions)} captions ({flags.kind}), by {by}{detail}."
+        heading = f"Captions retrieved by {by}"
+        retrieval_figure(pixels, captions, to_captions, heading, note).savefig(flags.image, dpi=110)
     return EXIT_FINISHED
 
 

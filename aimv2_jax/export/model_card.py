@@ -10,9 +10,12 @@ from pathlib import Path
 from aimv2_jax.config.load import config_text
 from aimv2_jax.config.schema import Config, mixture_counts
 from aimv2_jax.data.sampling.schedule import BatchSchedule
+from aimv2_jax.export import usage
 from aimv2_jax.monitoring.metrics import has_metrics, read_metrics
+from aimv2_jax.pretrained.dual_encoder_spec import DualEncoderSpec, TextSpec
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
 from aimv2_jax.pretrained.lazy_weights import LazyWeights, TrainingInfo
+from aimv2_jax.pretrained.param_names import Naming
 from aimv2_jax.untrusted import printable
 
 # Config keys with private paths and project names, which are left out of a published card.
@@ -26,17 +29,20 @@ _PRIVATE_KEYS = (
 )
 
 
-def model_card(weights: LazyWeights, dtype: str, tensors: int) -> str:
+def model_card(weights: LazyWeights, dtype: str, tensors: int, naming: Naming = "hf") -> str:
     """The model card as Markdown, with the metadata header of model hubs."""
-    spec = weights.spec
     count = sum(math.prod(shape) for shape in weights.shapes.values())
+    spec, dual = weights.image, isinstance(weights.spec, DualEncoderSpec)
+    library = "timm" if naming == "apple" else "transformers"
+    pipeline = "zero-shot-image-classification" if dual else "image-feature-extraction"
+    title = "An AIMv2 vision encoder with a text tower" if dual else "An AIMv2 vision encoder"
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\ntags:\n- aimv2\n- vision\n---",
-        "# An AIMv2 vision encoder",
-        f"{count:,} parameters in {tensors} tensors, {dtype}; {spec.depth} blocks, width {spec.width}, "
-        f"{spec.heads} heads, patches of {spec.patch_size} x {spec.patch_size} pixels. "
+        f"---\nlibrary_name: {library}\npipeline_tag: {pipeline}\ntags:\n- aimv2\n- vision\n---",
+        f"# {title}",
+        f"{count:,} parameters in {tensors} tensors, {dtype}; {_sizes(spec)}, patches of {spec.patch_size} x "
+        f"{spec.patch_size} pixels. {_text_sizes(weights.spec) if dual else ''}"
         "Method: [AIMv2](https://arxiv.org/abs/2411.14402).",
-        _usage(spec),
+        _usage(weights, naming),
     ]
     if weights.training is None:
         parts.append(f"Converted from {_escape(Path(weights.source).name)}. Its training details are unknown.")
@@ -45,34 +51,20 @@ def model_card(weights: LazyWeights, dtype: str, tensors: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(spec: EncoderSpec) -> str:
-    if spec.area is None:
-        preprocessing = (
-            f"The input is {spec.image_size} x {spec.image_size} pixels: the shorter side of an image is resized to "
-            f"{spec.image_size}, then the centre is cropped."
-        )
-        size = ""
-    else:
-        preprocessing = (
-            "The input is a whole image at its own size and aspect ratio. **Resize it first so that both sides are "
-            f"multiples of {spec.patch_size}**: `Aimv2VisionModel` drops the remaining pixels at the right and at the "
-            "bottom, and the image processor does not resize. Pass one image per call, or images of one size. The "
-            f"config lists the numbers of patches used in training; {spec.area} is a good default."
-        )
-        sides = f"[max(1, round(side / {spec.patch_size})) * {spec.patch_size} for side in image.size]"
-        size = f"\nimage = image.resize({sides})"
-    return f"""{preprocessing}
+def _sizes(spec: EncoderSpec | TextSpec) -> str:
+    return f"{spec.depth} blocks, width {spec.width}, {spec.heads} heads"
 
-```python
-from transformers import AutoImageProcessor, Aimv2VisionModel
-from transformers.image_utils import load_image
 
-processor = AutoImageProcessor.from_pretrained("PATH")
-model = Aimv2VisionModel.from_pretrained("PATH")
-image = load_image("image.jpg")  # Upright, in RGB.{size}
-pixels = processor(image, return_tensors="pt").to(model.dtype)
-features = model(**pixels).last_hidden_state  # [1, patches, {spec.width}]
-```"""
+def _text_sizes(spec: DualEncoderSpec) -> str:
+    return f"Text tower: {_sizes(spec.text)}, {spec.text.vocab_size:,} tokens; embeddings of {spec.embed_dim}. "
+
+
+def _usage(weights: LazyWeights, naming: Naming) -> str:
+    if naming == "apple":
+        return usage.apple_names(weights.spec)
+    if isinstance(weights.spec, DualEncoderSpec):
+        return usage.transformers_dual_encoder(weights.spec, weights.tokenizer is not None)
+    return usage.transformers_encoder(weights.spec)
 
 
 def _training(training: TrainingInfo) -> list[str]:

@@ -1,7 +1,8 @@
-"""Verifies an export: reads it back and compares tensors and the features of real images."""
+"""Verifies an export: reads it back and compares tensors, and features or embeddings of real images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ from aimv2_jax.data import records
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms.decode import decode_image
 from aimv2_jax.errors import UserError
-from aimv2_jax.export.hf_export import cast
+from aimv2_jax.export.folder import cast
+from aimv2_jax.pretrained.dual_encoder import dual_encoder_of
+from aimv2_jax.pretrained.dual_encoder_spec import DualEncoderSpec
 from aimv2_jax.pretrained.encoder import encoder_of
+from aimv2_jax.pretrained.encoder_spec import EncoderSpec
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
 from aimv2_jax.pretrained.model import load
-from aimv2_jax.pretrained.source import open_weights
+from aimv2_jax.pretrained.source import open_dual_weights, open_weights
 from aimv2_jax.storage.paths import resolve_path
 
 _IMAGES = "package:data/sample/test/photo"
@@ -34,15 +38,17 @@ def sample_images(count: int = _NUM_IMAGES) -> list[Image.Image]:
 
 
 def check_written(folder: Path, weights: LazyWeights, dtype: str) -> str:
-    """Compares `folder` with the encoder `weights` that were written there as `dtype`; returns a line to print.
+    """Compares `folder` with the `weights` that were written there as `dtype`; returns a line to print.
 
-    Every tensor must equal the source's, rounded to `dtype`, bit for bit; features must agree within that rounding.
+    Every tensor must equal the source's, rounded to `dtype`, bit for bit; features, or the embeddings of both towers,
+    must agree within that rounding.
 
     Raises:
       UserError: for a value that is too large for `dtype`.
       RuntimeError: for any difference: our bug, or a faulty disk.
     """
-    written = open_weights(folder)
+    dual = isinstance(weights.spec, DualEncoderSpec)
+    written = (open_dual_weights if dual else open_weights)(folder)
     if (written.spec, written.shapes) != (weights.spec, weights.shapes):
         raise RuntimeError(f"{folder} describes another model than was written: {written.spec}, {weights.spec}")
     for name in weights.shapes:
@@ -53,18 +59,30 @@ def check_written(folder: Path, weights: LazyWeights, dtype: str) -> str:
         [written_tensor] = written.read([name]).values()
         if not np.array_equal(rounded, written_tensor):
             raise RuntimeError(f"{folder} has {name} with other values than were written")
-    images = sample_images()
-    before, after = (encoder_of(lazy_weights)(images) for lazy_weights in (weights, written))
-    difference = max(_difference(expected, actual) for expected, actual in zip(before, after))
+    outputs, what = (_embeddings, "embeddings") if dual else (_features, "features")
+    difference = max(_difference(expected, actual) for expected, actual in zip(outputs(weights), outputs(written)))
     if not difference <= _TOLERANCES[dtype]:
         raise RuntimeError(
-            f"{folder} gives other features than its source: they differ by {difference:.1e} of the largest entry"
+            f"{folder} gives other {what} than its source: they differ by {difference:.1e} of the largest entry"
         )
     return (
         f"verified: {len(weights.shapes)} tensors are equal bit for bit"
-        f"{'' if dtype == 'float32' else f', rounded to {dtype}'}; features of {len(images)} images differ by "
-        f"{difference:.1e} of the largest entry"
+        f"{'' if dtype == 'float32' else f', rounded to {dtype}'}; {what} of {_NUM_IMAGES} images"
+        f"{' and texts' if dual else ''} differ by {difference:.1e} of the largest entry"
     )
+
+
+def _features(weights: LazyWeights[EncoderSpec]) -> Sequence[np.ndarray]:
+    """Features of the bundled photographs."""
+    return encoder_of(weights)(sample_images())
+
+
+def _embeddings(weights: LazyWeights[DualEncoderSpec]) -> Sequence[np.ndarray]:
+    """Embeddings of the bundled photographs, and of random tokens."""
+    text, model = weights.spec.text, dual_encoder_of(weights)
+    tokens = np.random.default_rng(0).integers(text.vocab_size, size=(_NUM_IMAGES, text.length))
+    tokens[:, -1] = text.end_id
+    return model.image_embeddings(sample_images()), model.text_embeddings_of_tokens(tokens)
 
 
 def check_model(folder: Path, spec: str, weights: WeightChoice) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.decoder import Decoder, Output, Predictions
+from aimv2_jax.config.schema import Output
+from aimv2_jax.models.decoder import Decoder, Predictions
 
 
 class SeparateDecoders(nn.Module):

@@ -7,17 +7,16 @@ N layers.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from aimv2_jax.config.schema import Output
 from aimv2_jax.models import ops
 from aimv2_jax.models.attention import causal_mask
 from aimv2_jax.models.layers import Linear, Precision, Trunk, TrunkOptions, named, symmetric_uniform
-
-Output = Literal["pixels", "logits"]
 
 
 class Predictions(NamedTuple):

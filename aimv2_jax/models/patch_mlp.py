@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from aimv2_jax.models.decoder import Output, Predictions
+from aimv2_jax.config.schema import Output
+from aimv2_jax.models.decoder import Predictions
 from aimv2_jax.models.layers import (
     Linear,
     Precision,

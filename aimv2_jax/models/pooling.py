@@ -7,8 +7,12 @@ from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from aimv2_jax.models.layers import xavier_uniform
+from aimv2_jax.models.layers import Linear, Precision, named, parameter, xavier_uniform
 from aimv2_jax.models.precision import exact_products
+from aimv2_jax.parallel import collectives
+
+_QUERY_AXES = ("heads",)
+_MATRIX_AXES = ("embed", "heads")
 
 
 class AttentionPool(nn.Module):
@@ -23,7 +27,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, "B D"]:
         width = features.shape[-1]
-        query_D = self.param("query", nn.initializers.normal(0.02), (width,))
+        query_D = parameter(self, "query", named(nn.initializers.normal(0.02), *_QUERY_AXES), (width,))
         key_DHE, value_DHE = (
             rearrange(_Matrix(width, name=name)(width), "d (h e) -> d h e", h=self.heads) for name in ("key", "value")
         )
@@ -41,15 +45,28 @@ class _Matrix(nn.Module):
 
     @nn.compact
     def __call__(self, features: int) -> Float[Array, "{features} {self.width}"]:
-        return self.param("kernel", xavier_uniform, (features, self.width))
+        kernel = parameter(self, "kernel", named(xavier_uniform, *_MATRIX_AXES), (features, self.width))
+        return collectives.all_gather_weight(kernel, _MATRIX_AXES)
 
 
 class PooledHead(nn.Module):
-    """Head of Hugging Face and Apple encoders with `use_head`: attention pooling and a linear layer with bias."""
+    """Head of Hugging Face and Apple encoders with `use_head`: attention pooling and a linear layer with bias.
+
+    Computed in float32.
+    """
 
     heads: int
 
     @nn.compact
     def __call__(self, features: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+        features = features.astype(jnp.float32)
+        output = Linear(
+            features.shape[-1],
+            ("attended", "output"),
+            Precision(),
+            kernel_init=nn.initializers.lecun_normal(),
+            bias_init=nn.initializers.zeros,
+            name="output",
+        )
         with exact_products(features.dtype):
-            return nn.Dense(features.shape[-1], name="output")(AttentionPool(self.heads, name="pool")(features, valid))
+            return output(AttentionPool(self.heads, name="pool")(features, valid))

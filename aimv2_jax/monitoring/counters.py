@@ -40,7 +40,8 @@ class ExampleCounter:
         self._reasons = list(reasons)
         self._lap = np.zeros((len(sources), len(reasons) + 3), np.int32)
         self._seen = self._lap.astype(np.int64)
-        self._counts = jax.device_put(self._lap, sharding)
+        # Computed: `device_put` compares the values of all processes, a collective that waits 30 s for a slow process.
+        self._counts = jax.jit(partial(jnp.zeros, self._lap.shape, jnp.int32), out_shardings=sharding)()
         self._add = jax.jit(partial(_add, num_sources=len(sources)), out_shardings=sharding)
 
     def add(

@@ -13,15 +13,19 @@ blocked on saves), down (between two starts), or other.
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
+import html
+import io
 import itertools
 import math
 import re
+import string
+import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +35,35 @@ from aimv2_jax.cli import Parser, check_output
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.monitoring.curves import curves_figure
-from aimv2_jax.monitoring.events import Event, read_events
+from aimv2_jax.monitoring.events import Event, EventKind, read_events
 from aimv2_jax.monitoring.goodput import GoodputReport, compute_goodput
 from aimv2_jax.monitoring.metrics import format_duration, has_metrics, read_lines
-from aimv2_jax.monitoring.report_page import render_page
 from aimv2_jax.plotting import counted
 from aimv2_jax.storage.files import atomic_write, check_folder, exists, is_remote, read_bytes, with_retries
 from aimv2_jax.untrusted import as_int, as_number, is_inside, printable
 
 _METRICS = re.compile("loss.*|lr|grad_norm|images_per_s|mfu|data_wait_fraction|eval_.*")
-_EXCLUDED_FOLDERS = ("checkpoints", "compiled", "tensorboard", "profile", "wandb")
-_EXCLUDED_IMAGES = ("curves.png",)  # Written by eval/visualize.py; the page draws newer curves.
+# Folders without images for people, and the curves of eval/visualize.py, of which the page draws newer ones.
+_EXCLUDED = ("checkpoints", "compiled", "tensorboard", "profile", "wandb", "curves.png")
 _MAX_IMAGES = 6
-_MAX_STEP = 2**53
+_MAX_IMAGE_BYTES = 2**23  # The largest figure of eval/ has less than 1 MiB.
+_MAX_IMAGE_PIXELS = 25_000_000
+_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # Followed by width and height.
+_DOTS_PER_INCH = 160
 _MAX_LINE_CHARS = 1000
 _RUNNING_S = 300.0  # A run whose last event is more recent than this counts as running.
 
-_STATUS_LABELS = {
-    "stopped": "stopped on request",
-    "guard": "stopped by a guard",
-    "hung": "ended after a hang",
-    "killed": "no end was logged: killed, or it cannot reach its workdir",
-}
-_STATUS_REMEDIES = {  # After any other end, the remedy is to start again.
-    "finished": "",
-    "running": "",
-    "guard": "Find the cause in the events below before you start it again.",
-    "error": "Fix what the message names, then start the same command again.",
-    "bug": "Report the traceback that the run printed.",
-}
 _START_AGAIN = "Start the same command again: it continues from the newest checkpoint."
+_STATUSES = {  # Label and remedy. Any other status is its own label, and the remedy is to start again.
+    "finished": ("finished", ""),
+    "running": ("running", ""),
+    "stopped": ("stopped on request", _START_AGAIN),
+    "hung": ("ended after a hang", _START_AGAIN),
+    "killed": ("no end was logged: killed, or it cannot reach its workdir", _START_AGAIN),
+    "guard": ("stopped by a guard", "Find the cause in the events below before you start it again."),
+    "error": ("error", "Fix what the message names, then start the same command again."),
+    "bug": ("bug", "Report the traceback that the run printed."),
+}
 # Descriptions of notable events, with remedies. Routine kinds, such as saves and progress, are not listed.
 _DESCRIPTIONS = {
     "damaged": "checkpoint is damaged: {files}; moved to {moved_to}. Check the disk",
@@ -77,6 +80,21 @@ _DESCRIPTIONS = {
     "worker_restarted": "a loader worker {what}, and all workers were restarted; it {at}",
     "corruption": "recomputation gave different bits: {leaf} on {device} of {host}. Take the device out of use",
 }
+_TEMPLATE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>$title</title>
+<style>
+body { max-width: 980px; margin: 24px auto; padding: 0 24px; color: #222; font: 15px/1.5 system-ui, sans-serif; }
+h1, h2 { margin: 28px 0 8px; font-size: 18px; overflow-wrap: anywhere; break-after: avoid; }
+h1 { font-size: 26px; }
+img { display: block; max-width: 100%; break-inside: avoid; }
+pre { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+</style>
+<h1>$title</h1>
+$sections
+</html>
+""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +108,14 @@ class Facts:
     events: Sequence[Event]
     goodput: GoodputReport
     config: str
-    images: Mapping[str, epath.Path]  # The newest PNGs by caption.
+    total_steps: int | None  # Steps that the config asks for; None if unknown.
+    images: Mapping[str, bytes]  # The newest PNGs by caption; empty if they cannot be read.
 
     @property
     def step(self) -> int:
         """The last step in the metrics or the event log."""
         lines = [line["step"] for line in (*self.training[-1:], *self.evaluation[-1:])]
         return max([*lines, *(start.to_step for start in self.goodput.starts[-1:])], default=0)
-
-    @property
-    def total_steps(self) -> int | None:
-        """The last step of the run; None if unknown."""
-        match = re.search(r"^train\.steps = (\d{1,18})$", self.config, re.MULTILINE)
-        return int(match[1]) if match else None
 
     @property
     def best_evaluation(self) -> Mapping[str, Any] | None:
@@ -123,22 +136,9 @@ class Facts:
         is_recent = self.read_s - self.events[-1].time_s < max(_RUNNING_S, 3 * longest_gap_s)
         return "running" if is_recent else "killed"
 
-    def state(self) -> str:
-        """The status and step of the run, and why it ended."""
-        total = "" if self.total_steps is None else f" of {self.total_steps:,}"
-        text = f"{_STATUS_LABELS.get(self.status, self.status)}: step {self.step:,}{total}"
-        if self.status in ("running", "killed"):
-            return f"{text}, last event {format_duration(max(0.0, self.read_s - self.events[-1].time_s))} ago"
-        why = self.goodput.starts[-1].why if self.events and self.status != "finished" else ""
-        return f"{text} ({why})" if why else text
-
 
 def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
-    """Reads all facts of a run.
-
-    Raises:
-      UserError: when the folder has no run, or a file in it is damaged.
-    """
+    """Reads all facts of a run; raises `UserError` if the folder has no run, or a file in it is damaged."""
     folder = epath.Path(workdir)
     check_folder(folder, "WORKDIR")
     if not is_remote(folder) and not folder.is_dir():
@@ -148,6 +148,7 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
     config = read_bytes(folder / "config.txt").decode() if exists(folder / "config.txt") else ""
     if not lines and not events and not config:
         raise UserError("no run in this folder", str(workdir), "Give the --workdir of a training run")
+    total_steps = re.search(r"^train\.steps = (\d{1,18})$", config, re.MULTILINE)
     return Facts(
         workdir=printable(str(workdir), _MAX_LINE_CHARS),
         read_s=time.time() if now_s is None else now_s,
@@ -156,22 +157,22 @@ def gather(workdir: epath.PathLike, now_s: float | None = None) -> Facts:
         events=events,
         goodput=compute_goodput(events),
         config=config,
-        images=with_retries(lambda: _images(folder), folder),
+        total_steps=int(total_steps[1]) if total_steps else None,
+        images={caption: _read_png(path) for caption, path in with_retries(lambda: _images(folder), folder).items()},
     )
 
 
 def _metric_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Reads the lines of metrics.jsonl; a line with an impossible step or value is skipped and logged."""
+    """Reads the lines of metrics.jsonl; a line with an impossible value is skipped and logged."""
     lines = []
     for line in read_lines(path):
         try:
-            as_int(line["step"], 0, _MAX_STEP)
+            as_int(line["step"], 0, 2**53)  # The limit of the event log.
             for value in line.values():
                 if value is not None:
                     as_number(value, math.inf)
         except (ValueError, OverflowError):
-            shown = printable(str(line)[:80])
-            print_line(f"{path}: a line with an impossible step or value is skipped ({shown})", sys.stderr)
+            print_line(f"{path}: a line with an impossible value is skipped ({printable(str(line)[:80])})", sys.stderr)
         else:
             lines.append(line)
     return lines
@@ -180,59 +181,93 @@ def _metric_lines(path: epath.Path) -> list[dict[str, Any]]:
 def _images(folder: epath.Path) -> dict[str, epath.Path]:
     """The newest PNGs, without those that a link leads to elsewhere, since the page is shared with others."""
 
-    def is_own(path: epath.Path) -> bool:
-        return not path.name.startswith(".") and (is_remote(path) or is_inside(path, folder))
+    def own(parent: epath.Path) -> list[epath.Path]:
+        shown = [path for path in parent.iterdir() if not path.name.startswith(".") and path.name not in _EXCLUDED]
+        return [path for path in shown if is_remote(path) or is_inside(path, folder)]
 
-    own = [path for path in folder.iterdir() if is_own(path)]
-    parents = [folder, *(path for path in own if path.is_dir() and path.name not in _EXCLUDED_FOLDERS)]
-    paths = [path for parent in parents for path in parent.iterdir() if is_own(path) and path.exists()]
-    images = [path for path in paths if path.name.lower().endswith(".png") and path.name not in _EXCLUDED_IMAGES]
-    ages = [(-path.stat().mtime, path) for path in images]
+    parents = [folder, *(path for path in own(folder) if path.is_dir())]
+    images = [path for parent in parents for path in own(parent) if path.name.lower().endswith(".png")]
+    ages = [(-path.stat().mtime, path) for path in images if path.exists()]
     newest = sorted(ages)[:_MAX_IMAGES]
     return {f"{printable(str(path.relative_to(folder)))}, {_date(-age)}": path for age, path in newest}
 
 
+def _read_png(path: epath.Path) -> bytes:
+    """The bytes of a PNG of limited size; empty if it cannot be read."""
+    try:
+        if with_retries(path.stat, path).length > _MAX_IMAGE_BYTES:  # `read_bytes` has no limit in a bucket.
+            return b""
+        data = read_bytes(path, _MAX_IMAGE_BYTES)
+        width, height = struct.unpack_from(">II", data, len(_PNG_START))
+    except (OSError, ValueError, struct.error):
+        return b""
+    return data if data.startswith(_PNG_START) and width * height <= _MAX_IMAGE_PIXELS else b""
+
+
 def summary(facts: Facts, max_rows: int = 40) -> str:
     """The report as text, with the newest starts and events."""
-    return "\n\n".join(f"{title}\n{text}" for title, text in _sections(facts, max_rows).items())
+    return "\n\n".join(f"{title}\n{text}" for title, text in _sections(facts, max_rows))
 
 
 def page(facts: Facts, max_rows: int = 1000) -> str:
-    """The report as an HTML page, with the newest starts and events."""
+    """The report as a self-contained HTML page without scripts, with the newest starts and events."""
+    images = {"Metrics": _curves(facts)} | facts.images
+    captions = [(title, "" if png else "The image cannot be read.") for title, png in facts.images.items()]
+    parts = []
+    for title, text in [*_sections(facts, max_rows), ("Config", facts.config), *captions]:
+        parts.append(f"<h2>{html.escape(title)}</h2>")
+        if images.get(title):
+            data = base64.b64encode(images[title]).decode()
+            parts.append(f'<img src="data:image/png;base64,{data}" alt="{html.escape(title)}">')
+        if text:
+            parts.append(f"<pre>{html.escape(text)}</pre>")
+    name = html.escape(epath.Path(facts.workdir).name or facts.workdir)
+    return _TEMPLATE.substitute(title=name, sections="\n".join(parts))
+
+
+def _curves(facts: Facts) -> bytes:
+    """A PNG of the metrics over steps with the events marked in it; empty if there are no metrics."""
     marks = collections.defaultdict(list)
     for event in facts.events:
-        if event.kind in _DESCRIPTIONS or event.kind == "start":
+        if event.kind in _DESCRIPTIONS or event.kind == EventKind.START:
             marks[event.kind].append(event.step)
     if facts.best_evaluation is not None:
         marks["best held-out loss"].append(facts.best_evaluation["step"])
     figure = curves_figure([*facts.training, *facts.evaluation], marks)
-    sections = _sections(facts, max_rows) | {"Config": facts.config}
-    figures = {} if figure is None else {"Metrics": figure}
-    return render_page(epath.Path(facts.workdir).name or facts.workdir, sections, figures, facts.images)
+    file = io.BytesIO()
+    if figure is not None:
+        figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)
+    return file.getvalue()
 
 
-def _sections(facts: Facts, max_rows: int) -> dict[str, str]:
-    """Text of each section by title, without empty sections; its lines are safe to print on a terminal."""
-    sections = {
-        facts.workdir: _state(facts),
-        "Metrics": _metrics(facts),
-        "Time": _time(facts.goodput),
-        "Starts": _starts(facts.goodput, max_rows),
-        "Events": _events(facts.events, max_rows),
-        "Data": _data(facts.training),
-    }
-    return {
-        title: "\n".join(printable(line, _MAX_LINE_CHARS) for line in lines)
-        for title, lines in sections.items()
+def _sections(facts: Facts, max_rows: int) -> list[tuple[str, str]]:
+    """Title and text of each section, without empty sections; all lines are safe to print on a terminal."""
+    sections = (
+        (facts.workdir, _state(facts)),
+        ("Metrics", _metrics(facts)),
+        ("Time", _time(facts.goodput)),
+        ("Starts", _starts(facts.goodput, max_rows)),
+        ("Events", _events(facts.events, max_rows)),
+        ("Data", _data(facts.training)),
+    )
+    return [
+        (title, "\n".join(printable(line, _MAX_LINE_CHARS) for line in lines if line))
+        for title, lines in sections
         if lines
-    }
+    ]
 
 
 def _state(facts: Facts) -> list[str]:
-    """State, remedy, and identity: devices, config, versions and dates."""
-    remedy = _STATUS_REMEDIES.get(facts.status, _START_AGAIN)
-    lines = [facts.state(), remedy] if remedy else [facts.state()]
-    starts = [event for event in facts.events if event.kind == "start"]
+    """Status, remedy, and identity: devices, config, versions and dates."""
+    label, remedy = _STATUSES.get(facts.status, (facts.status, _START_AGAIN))
+    total = "" if facts.total_steps is None else f" of {facts.total_steps:,}"
+    state = f"{label}: step {facts.step:,}{total}"
+    if facts.status in ("running", "killed"):
+        state += f", last event {format_duration(max(0.0, facts.read_s - facts.events[-1].time_s))} ago"
+    elif facts.status != "finished" and facts.events and facts.goodput.starts[-1].why:
+        state += f" ({facts.goodput.starts[-1].why})"
+    lines = [state, remedy]
+    starts = [event for event in facts.events if event.kind == EventKind.START]
     if starts:
         lines.append(_filled("{devices} x {device_kind}, {processes} processes; config {config}", starts[-1]))
         lines.append(_filled("versions: {versions}", starts[-1]))
@@ -243,16 +278,13 @@ def _state(facts: Facts) -> list[str]:
 
 def _metrics(facts: Facts) -> list[str]:
     """Newest metrics, and those of the best evaluation."""
-    named = [("training", line) for line in facts.training[-1:]]
-    named += [("held out", line) for line in facts.evaluation[-1:]]
-    if facts.best_evaluation is not None:
-        named.append(("held out, best", facts.best_evaluation))
-    if not named:
-        return ["There are no metrics yet."]
+    best = [] if facts.best_evaluation is None else [facts.best_evaluation]
+    shown = {"training": facts.training[-1:], "held out": facts.evaluation[-1:], "held out, best": best}
     return [
         f"{label}, step {line['step']:,}: {_text({name: line[name] for name in line if _METRICS.fullmatch(name)})}"
-        for label, line in named
-    ]
+        for label, lines in shown.items()
+        for line in lines
+    ] or ["There are no metrics yet."]
 
 
 def _time(report: GoodputReport) -> list[str]:
@@ -304,14 +336,11 @@ def _events(events: Sequence[Event], max_rows: int) -> list[str]:
     notable = [event for event in events if event.kind in _DESCRIPTIONS]
     if not notable:
         return ["No events except starts, steps, saves and evaluations."] if events else []
-    counts = collections.Counter(event.kind for event in notable)
-    return [
-        _text(counts),
-        *(
-            _filled(f"step {event.step:,}, {_date(event.time_s)}: {_DESCRIPTIONS[event.kind]}", event)
-            for event in notable[-max_rows:]
-        ),
+    rows = [
+        _filled(f"step {event.step:,}, {_date(event.time_s)}: {_DESCRIPTIONS[event.kind]}", event)
+        for event in notable[-max_rows:]
     ]
+    return [_text(collections.Counter(event.kind for event in notable)), *rows]
 
 
 def _data(training: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -346,7 +375,7 @@ def _text(value: Any) -> str:
 
 def _date(time_s: float) -> str:
     """Date and time of seconds since 1970."""
-    return datetime.fromtimestamp(max(0.0, time_s), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(max(0.0, time_s)))
 
 
 @cli_main

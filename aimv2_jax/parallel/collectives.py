@@ -1,4 +1,4 @@
-"""Explicit collectives on logical axes: local map, all-gather of weights, reduce-scatter of gradients.
+"""Explicit collectives on logical axes: local map, all-gather of weights and rows, reduce-scatter of gradients.
 
 Models name axes; `parallel/rules.py` sets mesh and rules (`rules.scope`). Without a mesh these functions are the plain
 computation. The expensive communication is explicit instead of left to the partitioner: a weight is gathered in the
@@ -20,7 +20,7 @@ Axes = tuple[str, ...]
 
 
 def map_local(function: Callable[..., Any], arrays: Sequence[tuple[Array, Axes]], out: Axes) -> Any:
-    """Applies `function(*arrays)` to each device's local shards; `function` must not need the other shards."""
+    """Applies `function(*arrays)` to each device's local shards; it reads others only by `all_gather_rows`."""
     if jax.sharding.get_abstract_mesh().size <= 1:  # The size is 0 without a mesh.
         return function(*(array for array, _ in arrays))
     specs = tuple(nn.logical_to_mesh_axes(axes) for _, axes in arrays)
@@ -39,6 +39,12 @@ def all_gather_weight(weight: Array, axes: Axes) -> Array:
         for entry in nn.logical_to_mesh_axes(axes)
     )
     return jax.lax.with_sharding_constraint(weight, PartitionSpec(*spec))
+
+
+def all_gather_rows(rows: Array) -> Array:
+    """All-gathers the batch from the local rows, within a function of `map_local`; gradients are reduce-scattered."""
+    batch_axes = _batch_axes()
+    return rows if batch_axes is None else jax.lax.all_gather(rows, batch_axes, tiled=True)
 
 
 def reduce_scatter_grad(partial: Callable[..., Array], rows: Sequence[Array], axes: Axes, reduce_dtype: Any) -> Array:

@@ -26,11 +26,11 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("activation", None),  # D of [B, L, D]
     # Parameters. Matrices are split by rows, because a sixteenth of 1024 columns would fill half a tile of 128.
     ("embed", "fsdp"),  # D rows of q, k, v, gate, up and of both heads; columns of the patch embedding [P, D]
-    ("heads", "tensor"),  # columns of q, k, v [D, H·E]
+    ("heads", "tensor"),  # columns of q, k, v [D, H·E], the query of attention pooling [H·E]
     ("attended", ("fsdp", "tensor")),  # rows of attention's out [H·E, D]
     ("mlp", "tensor"),  # columns of gate, up [D, F]
     ("hidden", ("fsdp", "tensor")),  # rows of down [F, D]
-    ("features", "fsdp"),  # rows of the image projection [C, D]
+    ("features", "fsdp"),  # rows of the image projection [C, D] and of projections to a shared space
     ("vocab_in", ("fsdp", "tensor")),  # rows of the token table [V, D]
     ("vocab", "tensor"),  # columns of the text head [D, V]
     ("output", None),  # D columns of out, down, image projection, token table

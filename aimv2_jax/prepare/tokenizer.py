@@ -1,4 +1,4 @@
-"""Deterministic training of a SentencePiece model on captions of prepared datasets, in bounded memory."""
+"""Deterministic training of a SentencePiece model on captions of prepared datasets, in bounded memory; CLIP's BPE."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from aimv2_jax.data.sampling.counter_rng import hash32, permute_index
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms import captions
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
+from aimv2_jax.prepare.clip_tokenizer import VOCABULARY, clip_tokenizer, read_merges
 from aimv2_jax.storage.files import atomic_write
 from aimv2_jax.untrusted import printable
 
@@ -31,14 +32,21 @@ _TOO_HIGH = re.compile(r"Please set it to a value <= (\d+)")
 _TOO_LOW = re.compile(r"smaller than required_chars. \d+ vs (\d+)")
 
 _DESCRIPTION = """\
-Trains a tokenizer.
+Makes a tokenizer.
 
     python -m aimv2_jax.prepare.tokenizer train --input DIR ... --vocab-size N --output FILE.model
+    python -m aimv2_jax.prepare.tokenizer clip --vocabulary open_clip_torch-3.3.0-py3-none-any.whl --output FILE.json
 """
 _TRAIN_DESCRIPTION = f"""\
 Trains a SentencePiece model on the cleaned captions of prepared datasets; pad {PAD_ID}, end {END_ID}, unknown
 {UNKNOWN_ID}, no begin token. The same input and flags give the same file. To use it, set tokenizer.path to the file and
 model.decoder.vocab_size to at least its number of pieces.
+"""
+_CLIP_DESCRIPTION = """\
+Writes CLIP's tokenizer, with the ids of OpenAI's models, as a tokenizer.json. Its vocabulary (MIT licence) is in the
+wheel of open-clip-torch, which need not be installed:
+
+    pip download open-clip-torch --no-deps
 """
 
 
@@ -183,6 +191,12 @@ def _parser() -> Parser:
         "--no-byte-fallback", action="store_true", help="encode rare characters as unknown, not as bytes"
     )
     train.add_argument("--overwrite", action="store_true", help="replace FILE.model")
+    clip = commands.add_parser("clip", help="write CLIP's tokenizer as a tokenizer.json", description=_CLIP_DESCRIPTION)
+    clip.add_argument(
+        "--vocabulary", type=Path, required=True, metavar="FILE", help=f"wheel of open-clip-torch, or its {VOCABULARY}"
+    )
+    clip.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="file to write")
+    clip.add_argument("--overwrite", action="store_true", help="replace FILE.json")
     return parser
 
 
@@ -193,6 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_output(args.output)
     if args.output.exists() and not args.overwrite:
         raise UserError("--output already exists", str(args.output), "Give another file, or --overwrite")
+    (_train if args.command == "train" else _write_clip)(args)
+    return EXIT_FINISHED
+
+
+def _train(args: argparse.Namespace) -> None:
     sources = _open(args.input, args.kind)
     texts, unusable = sample_captions(sources, args.kind, args.max_captions, args.seed)
     if not texts:
@@ -203,7 +222,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{args.output}: {args.vocab_size:,} pieces from {len(texts):,} captions of {len(sources)} datasets{left_out}"
     )
-    return EXIT_FINISHED
+
+
+def _write_clip(args: argparse.Namespace) -> None:
+    tokenizer = clip_tokenizer(read_merges(args.vocabulary))
+    atomic_write(args.output, tokenizer.to_str(pretty=True).encode())
+    print(f"{args.output}: {tokenizer.get_vocab_size():,} pieces")
 
 
 if __name__ == "__main__":

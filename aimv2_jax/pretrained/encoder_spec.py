@@ -81,7 +81,8 @@ class EncoderSpec:
         params = {"encoder": meta.unbox(self.encoder().init(rng, patches, coords, valid)["params"])}
         if self.head:
             features = jnp.zeros((1, rows * columns, self.width))
-            params["head"] = self.pooled_head().init(jax.random.fold_in(rng, 1), features, valid)["params"]
+            head = self.pooled_head().init(jax.random.fold_in(rng, 1), features, valid)["params"]
+            params["head"] = meta.unbox(head)
         return params
 
     def _abstract(self) -> Any:

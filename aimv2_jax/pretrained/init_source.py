@@ -1,4 +1,4 @@
-"""Initial weights from a Hugging Face or Apple encoder, which `init.path` may name in place of a run."""
+"""Weights from a Hugging Face or Apple encoder, which `init.path` and `distill.path` may name in place of a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import jax
 
 from aimv2_jax.config.schema import Config
 from aimv2_jax.errors import UserError
-from aimv2_jax.pretrained.encoder_spec import encoder_spec_of
+from aimv2_jax.pretrained.encoder_spec import EncoderSpec, encoder_spec_of
 from aimv2_jax.pretrained.hf_import import is_foreign, read_weights
 from aimv2_jax.train.init_from import WeightSource
 
-# Spec fields that do not show in tensor shapes but change the encoder's function, and the config key of each.
-_MUST_MATCH = {
-    "heads": "model.encoder.heads",
+# Spec fields of preprocessing and norms, which do not show in tensor shapes, and the config key of each.
+SHARED_FIELDS = {
     "patch_size": "model.patch_size",
     "norm_eps": "model.norm_eps",
     "pixel_mean": "model.pixel_mean",
@@ -25,25 +24,23 @@ _MUST_MATCH = {
 
 
 class PretrainedWeights:
-    """Weights of a Hugging Face folder, or of a safetensors file in its or Apple's names, for a config's run.
+    """Weights of a Hugging Face folder, or of a safetensors file in its or Apple's names, for a run.
+
+    Args:
+      path: the folder or file.
+      heads: attention heads of a file, which does not contain them.
 
     Raises:
-      UserError: as `read_weights`; also for heads, patches, eps or pixel statistics that differ from the config.
+      UserError: as `read_weights`.
     """
 
     tokenizer = None
 
-    def __init__(self, config: Config):
-        is_file = not Path(config.init.path).is_dir()
-        self._weights = read_weights(config.init.path, config.model.encoder.heads if is_file else None)
+    def __init__(self, path: str, heads: int):
+        self._weights = read_weights(path, None if Path(path).is_dir() else heads)
         self.name = self._weights.source
         self.shapes = self._weights.shapes
-        theirs, ours = self._weights.spec, encoder_spec_of(config)
-        for field, key in _MUST_MATCH.items():
-            if getattr(theirs, field) != getattr(ours, field):
-                what = f"config init.path was made with another {key}"
-                values = f"{getattr(theirs, field)} there, {getattr(ours, field)} here"
-                raise UserError(what, values, f"Set {key} to the value there")
+        self.spec = self._weights.spec
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]:
         arrays = self._weights.read(wanted)
@@ -56,4 +53,25 @@ class PretrainedWeights:
 def find_weight_source(config: Config) -> Callable[[], WeightSource] | None:
     """A function that opens the Hugging Face or Apple encoder at `init.path`; None for any other path."""
     path = config.init.path
-    return partial(PretrainedWeights, config) if path and is_foreign(path) else None
+    return partial(_open_init, config) if path and is_foreign(path) else None
+
+
+def _open_init(config: Config) -> PretrainedWeights:
+    """Opens the encoder at `init.path`; raises UserError for heads, patches, eps or statistics that differ."""
+    weights = PretrainedWeights(config.init.path, config.model.encoder.heads)
+    fields = {"heads": "model.encoder.heads", **SHARED_FIELDS}
+    check_fields("init.path", weights.spec, encoder_spec_of(config), fields)
+    return weights
+
+
+def check_fields(source: str, theirs: EncoderSpec, ours: EncoderSpec, fields: Mapping[str, str]) -> None:
+    """Raises UserError for the first of `fields` that differs; `fields` maps fields to config keys, `source` is one."""
+    for field, key in fields.items():
+        check_equal(source, key, getattr(theirs, field), getattr(ours, field))
+
+
+def check_equal(source: str, key: str, theirs: object, ours: object) -> None:
+    """Raises UserError if a value of the model at the config key `source` is not that of config `key`."""
+    if theirs != ours:
+        what = f"config {source} was made with another {key}"
+        raise UserError(what, f"{theirs} there, {ours} here", f"Set {key} to the value there")

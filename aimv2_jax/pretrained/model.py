@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh
 
-from aimv2_jax.checkpoint.checkpointer import CheckpointReader, WeightChoice, params_tree, parse_spec
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader, WeightChoice, param_leaves, parse_spec
 from aimv2_jax.config.load import build_config, config_to_dict
 from aimv2_jax.config.schema import Config, TokenizerConfig
-from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.position_embeddings import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.pretrained.tokenizer_file import tokenizer_beside
 from aimv2_jax.storage.paths import resolve_path
-from aimv2_jax.train.task import Params, PretrainTask, build_task, run_key
+from aimv2_jax.train.pretrain_task import PretrainTask, build_pretrain_task
+from aimv2_jax.train.task import Params, run_key
 
-TOKENIZER = "tokenizer.model"
-"""File name of the run's tokenizer in an export with `--whole`."""
+TEXT_PROJECTION = "text_projection/kernel"
+"""A parameter that only models with a text tower have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +84,15 @@ class PretrainedModel:
         if config.model.encoder.position == "learned" and config.grid != self.config.grid:
             table = resize_positions(params["encoder"]["position"], self.config.grid, config.grid)
             params = params | {"encoder": params["encoder"] | {"position": table}}
-        return dataclasses.replace(self, config=config, task=build_task(config), params=params)
+        return dataclasses.replace(self, config=config, task=build_pretrain_task(config), params=params)
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, from the config's path or from an export's own file."""
-        config, decoder = self.config, self.config.model.decoder
-        return Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
+        return load_tokenizer(self.config)
 
-    def tokenizer_file(self) -> bytes:
-        """The bytes of the tokenizer's file; raises `UserError` as `tokenizer` does."""
-        self.tokenizer()
-        return resolve_path(self.config.tokenizer.path).read_bytes()
+    def tokenizer_file(self) -> tuple[str, bytes]:
+        """The usual name and the bytes of the tokenizer's file; raises `UserError` as `tokenizer` does."""
+        return self.tokenizer().file_name, resolve_path(self.config.tokenizer.path).read_bytes()
 
 
 def load(spec: str, weights: WeightChoice = "average") -> PretrainedModel:
@@ -111,21 +112,36 @@ def load(spec: str, weights: WeightChoice = "average") -> PretrainedModel:
     reader = CheckpointReader(workdir)
     meta = reader.meta(step)
     name = f"{workdir}:{step}"
+    if TEXT_PROJECTION in param_leaves(meta).values():
+        remedy = (
+            "Give a pre-training run; load_encoder, load_dual_encoder, eval.zeroshot and eval.retrieval take this one"
+        )
+        raise UserError("a LiT run has no decoder", name, remedy)
     if not any(leaf.startswith("params/decoder/") for leaf in meta["leaves"]):
         raise UserError("--checkpoint is an encoder alone", name, "Give a training run, or an export with --whole")
-    config = read_config(meta["config"], name)
-    exported_tokenizer = Path(workdir) / TOKENIZER
-    if exported_tokenizer.is_file():
+    config = _as_pretraining(read_config(meta["config"], name))
+    exported_tokenizer = tokenizer_beside(Path(workdir))
+    if exported_tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=TokenizerConfig(str(exported_tokenizer)))
-    task = build_task(config)
+    task = build_pretrain_task(config)
     mesh = build_mesh(1, -1, 1, 1, jax.local_devices())
-    shapes = jax.eval_shape(task.init, run_key(0))
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh)), shapes
-    )
-    tree = params_tree(meta, weights)
-    params = reader.restore_part(step, {tree: abstract})[tree]
+    shapes = traverse_util.flatten_dict(jax.eval_shape(task.init, run_key(0)), sep="/")
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.replicated(mesh))
+        for path, leaf in shapes.items()
+    }
+    params = traverse_util.unflatten_dict(reader.restore_params(step, wanted, weights), sep="/")
     return PretrainedModel(config, task, params, workdir, step, mesh)
+
+
+def _as_pretraining(config: Config) -> Config:
+    """The config of a distilled student as if it had been pre-trained, with the losses whose outputs it learnt."""
+    if config.task != "distill":
+        return config
+    loss = config.loss
+    if config.outputs:
+        loss = dataclasses.replace(loss, image="pixels" in config.outputs, text="logits" in config.outputs)
+    return dataclasses.replace(config, task="pretrain", loss=loss)
 
 
 def read_config(saved: Mapping[str, Any], name: str) -> Config:

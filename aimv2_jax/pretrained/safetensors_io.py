@@ -35,7 +35,7 @@ class Tensors:
         indexed = _indexed_files(path)
         for file in list(dict.fromkeys(indexed.values())) or [path / SINGLE if path.is_dir() else path]:
             if path.is_dir():
-                _check_inside(file, path)
+                check_inside(file, path)
             for name, shape in _header(file):
                 self.shapes[name] = shape
                 self._file_of[name] = file
@@ -71,7 +71,7 @@ def _indexed_files(path: Path) -> dict[str, Path]:
     return {name: path / file for name, file in indexed.items()}
 
 
-def _check_inside(file: Path, folder: Path) -> None:
+def check_inside(file: Path, folder: Path) -> None:
     """Raises `UserError` for a link out of the folder, which could lead to any file of this machine."""
     if not is_inside(file, folder):
         what = f"a link in {folder} leads out of it"
@@ -99,7 +99,7 @@ def _opened(path: Path) -> safe_open:
 
 
 def write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int], max_bytes: int
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], sizes: Mapping[str, int], max_bytes: float
 ) -> None:
     """Writes `model.safetensors`, or numbered files and an index if the tensors exceed `max_bytes`.
 

@@ -178,16 +178,17 @@ class LocalFolder:
         self._path = path
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        descriptor = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+        path = os.path.join(self._path, name)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             data = os.pread(descriptor, stop - start, start)
             while len(data) < stop - start:  # A read may be short (2 GiB limit, signals); only an empty one is the end.
                 more = os.pread(descriptor, stop - start - len(data), start + len(data))
                 if not more:
-                    raise OSError(errno.ENODATA, "the file is shorter", str(self._path / name))
+                    raise OSError(errno.ENODATA, "the file is shorter", path)
                 data += more
         except OSError as error:
-            error.filename = str(self._path / name)
+            error.filename = path
             raise
         finally:
             os.close(descriptor)

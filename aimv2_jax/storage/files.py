@@ -67,12 +67,11 @@ def check_folder(path: epath.PathLike, flag: str) -> None:
     length = len(os.fsencode(os.path.abspath(path)))
     if length > _MAX_FOLDER_BYTES:
         raise UserError(f"{flag} is too long a path, {length:,} bytes", path, "Give a shorter path")
-    if os.path.isdir(path):
-        return
-    if os.path.islink(path):
-        target = os.readlink(path)
-        raise UserError(f"{flag} is a symbolic link that leads to no folder ({target})", path, "Fix the link")
-    if os.path.lexists(path):
+    # It is looked for before it is looked at: another process of the run may make it at this moment.
+    if os.path.lexists(path) and not os.path.isdir(path):
+        if os.path.islink(path):
+            target = os.readlink(path)
+            raise UserError(f"{flag} is a symbolic link that leads to no folder ({target})", path, "Fix the link")
         raise UserError(f"{flag} is a file", path, "Give a folder")
     existing = next(str(parent) for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
     if not os.path.isdir(existing):

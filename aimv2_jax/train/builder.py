@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
-from aimv2_jax.config.schema import BatchShape, Config, ModelConfig
+from aimv2_jax.config.schema import BatchShape, Config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.hardware import chip_kind
@@ -25,7 +25,8 @@ from aimv2_jax.parallel.mesh import build_mesh, check_batch, local_rows
 from aimv2_jax.train import anomaly
 from aimv2_jax.train.optimizer import COSINE_PARTS, Schedule, adamlh, learning_rate
 from aimv2_jax.train.step import StepOptions, TrainState, eval_step, init_state, initial_state, train_step
-from aimv2_jax.train.task import Batch, PretrainTask, abstract_key, build_task, run_key
+from aimv2_jax.train.task import Batch, ModelTask, abstract_key, merge, run_key
+from aimv2_jax.train.tasks import build_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrainSetup:
     """A config on a mesh. Computes and compiles lazily."""
 
     config: Config
-    task: PretrainTask
+    task: ModelTask
     optimizer: optax.GradientTransformation
     schedule: Schedule
     mesh: Mesh
@@ -57,18 +58,21 @@ class TrainSetup:
     def state_shardings(self) -> TrainState:
         """Shardings of the state by the rule table."""
         abstract = self.task.abstract_params
-        params = rules.param_shardings(self.task.logical_axes(), self.mesh)
-        rules.check_divisible(abstract, params)
-        opt_state = rules.opt_state_shardings(self.optimizer, abstract, params, self.mesh)
+        all_params = rules.param_shardings(self.task.logical_axes(), self.mesh)
+        rules.check_divisible(abstract, all_params)
+        params, frozen = self.task.split(all_params)
+        trained, _ = self.task.split(abstract)
+        opt_state = rules.opt_state_shardings(self.optimizer, trained, params, self.mesh)
         replicated = rules.replicated(self.mesh)
         anomaly_state = jax.tree.map(lambda _: replicated, jax.eval_shape(anomaly.initial_state))
         ema_params = params if self.config.optimizer.ema_decay else None
-        return TrainState(replicated, params, opt_state, anomaly_state, ema_params)
+        return TrainState(replicated, params, opt_state, anomaly_state, ema_params, frozen)
 
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without allocating it."""
-        init = partial(initial_state, optimizer=self.optimizer, ema_decay=self.config.optimizer.ema_decay)
+        decay = self.config.optimizer.ema_decay
+        init = partial(initial_state, task=self.task, optimizer=self.optimizer, ema_decay=decay)
         shapes = jax.eval_shape(init, self.task.abstract_params)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -79,15 +83,17 @@ class TrainSetup:
     def abstract_batch(self, shape: BatchShape) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, types and shardings of a training batch (docs/architecture.md, "Batch")."""
         size, length = shape
-        text = self.config.model.decoder.text_length
+        text = self.config.text.text_length
         shapes = {
-            "patches": ((length, self.task.model.decoder.pixels), jnp.uint8),
+            "patches": ((length, self.config.patch_pixels), jnp.uint8),
             "coords": ((length, 2), jnp.int32),
             "valid": ((length,), jnp.bool_),
             "tokens": ((text,), jnp.int32),
             "token_valid": ((text,), jnp.bool_),
             "example_index": ((2,), jnp.uint32),
         }
+        if self.config.teacher_image_size is not None:
+            shapes["teacher_patches"] = ((math.prod(self.config.teacher_grid), self.config.patch_pixels), jnp.uint8)
         return {
             name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=self.batch_sharding)
             for name, (shape, dtype) in shapes.items()
@@ -146,16 +152,20 @@ class TrainSetup:
         return self.lower_step(shape).compile(compiler_options=self.compiler_options or None)
 
     def eval_sums(self, params: Any, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, tuple[float, int]]:
-        """Computes sum and count of every loss of one held-out batch at the given prefix lengths, on the host."""
+        """Computes sum and count of every loss of one held-out batch at the given prefix lengths, on the host.
+
+        `params` is the whole tree of parameters (`merge`).
+        """
         with rules.scope(self.mesh):
             return jax.tree.map(np.asarray, jax.device_get(self._eval_step(params, batch, prefix)))
 
     @cached_property
     def _eval_step(self) -> Any:
         rows = self.batch_sharding
+        shardings = self.state_shardings
         return jax.jit(
             partial(eval_step, task=self.task),
-            in_shardings=(self.state_shardings.params, rows, rows),
+            in_shardings=(merge(shardings.params, shardings.frozen), rows, rows),
             out_shardings=rules.replicated(self.mesh),
         )
 
@@ -168,7 +178,7 @@ def build_setup(config: Config, devices: list[jax.Device] | None = None) -> Trai
     """
     axes = config.mesh
     mesh = build_mesh(axes.slices, axes.data, axes.fsdp, axes.tensor, devices)
-    _check_heads(config.model, mesh)
+    _check_heads(config, mesh)
     platform = mesh.devices.flat[0].platform
     if platform == "cpu" and config.train.reduce_dtype == "bfloat16" and mesh.size > 1:
         raise UserError(
@@ -202,15 +212,15 @@ def build_setup(config: Config, devices: list[jax.Device] | None = None) -> Trai
     return TrainSetup(config, build_task(config, platform), optimizer, schedule, mesh)
 
 
-def _check_heads(model: ModelConfig, mesh: Mesh) -> None:
+def _check_heads(config: Config, mesh: Mesh) -> None:
     """Raises UserError if `mesh.tensor` would split an attention head."""
     devices = mesh.shape["tensor"]
-    common_heads = math.gcd(*(trunk.heads for trunk in model.attention_trunks.values()))
-    for name, trunk in model.attention_trunks.items():
+    common_heads = math.gcd(*(trunk.heads for trunk in config.attention_trunks.values()))
+    for key, trunk in config.attention_trunks.items():
         if trunk.heads % devices:
             choices = [n for n in range(1, common_heads + 1) if common_heads % n == 0]
             raise UserError(
-                f"config mesh.tensor does not divide model.{name}.heads",
+                f"config mesh.tensor does not divide {key}.heads",
                 f"{devices} devices, {trunk.heads} heads",
                 f"Set mesh.tensor to {' or '.join(map(str, choices))}",
             )

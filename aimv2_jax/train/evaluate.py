@@ -19,7 +19,7 @@ from aimv2_jax.monitoring.log import logger
 from aimv2_jax.train.builder import TrainSetup
 from aimv2_jax.train.resources import Resources
 from aimv2_jax.train.step import TrainState
-from aimv2_jax.train.task import SumCount
+from aimv2_jax.train.task import SumCount, merge
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -49,21 +49,21 @@ def evaluate(
 
     Args:
       setup: provides the task and the evaluation settings.
-      params: parameters of the task.
+      params: parameters of the task, the whole tree.
       batches: this process' rows of each batch (docs/architecture.md, "Batch").
       put: makes global arrays of such rows.
       ema_params: averaged parameters, whose losses are returned under the same names with the suffix `_ema`.
 
     Returns:
       `eval_loss`, `eval_loss_<name>` (sums over all prefixes, caption types and examples, divided once) and
-      `eval_loss_text_full_prefix`, with full attention over the image. An encoder that was trained with full attention
+      `eval_loss_text_full_prefix`, with full attention over the image. An encoder that is trained with full attention
       uses it for all losses.
 
     Raises:
       UserError: if a loss has no terms, which must not be reported as a loss of 0.
     """
     task = setup.task
-    prefixes = setup.config.eval.prefixes if task.attention_mask == "prefix" else ()
+    prefixes = setup.config.eval.prefixes if task.random_prefix else ()
     evaluated = {"": params} | ({} if ema_params is None else {"_ema": ema_params})
     totals = {suffix: (Totals(), Totals()) for suffix in evaluated}
     for arrays in batches:
@@ -73,7 +73,7 @@ def evaluate(
         for suffix, (at_fixed, at_full) in totals.items():
             for prefix in fixed:
                 at_fixed.add_terms(setup.eval_sums(evaluated[suffix], batch, prefix))
-            if "text" in task.weights:
+            if not prefixes or "text" in task.weights:
                 at_full.add_terms(setup.eval_sums(evaluated[suffix], batch, full))
     values = {}
     for suffix, (at_fixed, at_full) in totals.items():
@@ -158,12 +158,13 @@ class Evaluator:
             global_rows=setup.config.eval.batch_size,
         )
         faults: list[pipeline.BadExample] = []
+        ema_params = None if state.ema_params is None else merge(state.ema_params, state.frozen)
         try:
             with (
                 resources.time_accounting.on(TimeClass.EVALUATION),
                 resources.watchdog.watching("evaluation", number),
             ):
-                values = evaluate(setup, state.params, self._batches(faults), put, state.ema_params)
+                values = evaluate(setup, merge(state.params, state.frozen), self._batches(faults), put, ema_params)
         except _StopRequested:
             logger.info(f"asked to stop: the evaluation of step {number} is abandoned")
             return None

@@ -14,19 +14,21 @@ from typing import Any, Protocol
 import jax
 from flax import traverse_util
 
-from aimv2_jax.checkpoint.checkpointer import CheckpointReader, params_tree, parse_spec
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader, param_leaves, parse_spec
 from aimv2_jax.config.schema import InitConfig
 from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.position_embeddings import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.train.builder import TrainSetup
+from aimv2_jax.train.distill_task import TEACHER
+from aimv2_jax.train.task import Params
 
 POSITION = "encoder/position"
 """The only tensor that is resized: the encoder's learned position table, one row per patch of a square grid."""
 
-TOKENIZER_TENSORS = ("decoder/token_table", "decoder/token_head/kernel")
-"""The tensors whose rows or columns belong to the tokenizer's pieces."""
+TOKENIZER_TENSORS = ("token_table", "token_head/kernel")
+"""Ends of the paths of tensors whose rows or columns belong to the tokenizer's pieces, in decoders and text towers."""
 
 _MAX_NAMES = 6  # Names in a line of the report.
 
@@ -69,26 +71,29 @@ class WeightSource(Protocol):
 class RunWeights:
     """Weights of another run, or of an export in the layout of a run: `RUN`, `RUN:STEP` or `RUN:last`.
 
-    Where the run kept an average of its parameters, the average is read: its evaluations measured that.
+    Where the run kept an average of its parameters, the average is read: its evaluations measured that. The teacher of
+    a distillation is another model, and is left out.
+
+    Args:
+      path: as above.
+      key: the config key that gave it, for errors.
 
     Raises:
       UserError: for a path without a checkpoint.
     """
 
-    def __init__(self, path: str):
-        workdir, self._step = parse_spec(path, "config init.path")
+    def __init__(self, path: str, key: str = "config init.path"):
+        workdir, self._step = parse_spec(path, key)
         self._reader = CheckpointReader(workdir)
         meta = self._reader.meta(self._step)
         leaves = meta["leaves"]
         self.name = f"{workdir}:{self._step}"
         self.tokenizer = (meta["extra"].get("data") or {}).get(TOKENIZER)
-        self._tree_name = params_tree(meta)
-        prefix = f"{self._tree_name}/"
-        self.shapes = {name.removeprefix(prefix): tuple(leaves[name][0]) for name in leaves if name.startswith(prefix)}
+        paths = {leaf: path for leaf, path in param_leaves(meta).items() if not path.startswith(f"{TEACHER}/")}
+        self.shapes = {path: tuple(leaves[leaf][0]) for leaf, path in paths.items()}
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]:
-        tree = {self._tree_name: traverse_util.unflatten_dict(wanted, sep="/")}
-        return traverse_util.flatten_dict(self._reader.restore_part(self._step, tree)[self._tree_name], sep="/")
+        return self._reader.restore_params(self._step, wanted)
 
 
 def warm_start(
@@ -97,7 +102,7 @@ def warm_start(
     """Replaces fresh parameters by those of the source; returns them with a report for the log.
 
     Args:
-      params: the fresh parameters.
+      params: the fresh parameters, trained and frozen.
       tokenizer: digest of this run's tokenizer, which is compared with the source's where both are known.
 
     Raises:
@@ -107,11 +112,12 @@ def warm_start(
     ours = traverse_util.flatten_dict(params, sep="/")
     matching = match({name: leaf.shape for name, leaf in ours.items()}, source.shapes, init)
     differs = tokenizer and source.tokenizer and tokenizer != source.tokenizer
-    if differs and set(TOKENIZER_TENSORS) & set(matching.taken):
+    of_tokenizer = tuple(name for name in matching.taken if name.endswith(TOKENIZER_TENSORS))
+    if differs and of_tokenizer:
         raise UserError(
             f"the token table of {source.name} belongs to another tokenizer",
             f"digest {source.tokenizer} there, {tokenizer} here",
-            f"Set tokenizer.path to that tokenizer, or init.ignore and init.reinit to {TOKENIZER_TENSORS}",
+            f"Set tokenizer.path to that tokenizer, or init.ignore and init.reinit to {of_tokenizer}",
         )
     replicated = rules.replicated(setup.mesh)
     theirs = dict(
@@ -136,6 +142,40 @@ def warm_start(
         if names:
             report.append(f"{what}: {_listed(names)}")
     return traverse_util.unflatten_dict(ours | theirs, sep="/"), "\n  ".join(report)
+
+
+def check_teacher(setup: TrainSetup, source: WeightSource, tokenizer: str) -> None:
+    """Raises UserError unless the source has every tensor of the run's teacher, and its tokenizer where known.
+
+    Args:
+      source: with the names of a model of its own ("encoder/…", "decoder/…").
+      tokenizer: digest of this run's tokenizer.
+    """
+    for name, leaf in _teacher(setup).items():
+        if source.shapes.get(name) != leaf.shape:
+            raise UserError(
+                f"config distill.path has no teacher of the sizes in config distill: {name} differs",
+                f"{source.shapes.get(name, 'absent')} there, {leaf.shape} here",
+                "Set distill.encoder and distill.decoder to the teacher's sizes",
+            )
+    if "logits" in setup.config.teacher_outputs and source.tokenizer not in (None, tokenizer):
+        raise UserError(
+            "config distill.logits compares text logits, and distill.path was trained with another tokenizer",
+            f"digest {source.tokenizer} there, {tokenizer} here",
+            "Set tokenizer.path to that tokenizer, or distill.logits=0",
+        )
+
+
+def read_teacher(setup: TrainSetup, source: WeightSource) -> tuple[Params, str]:
+    """Reads the run's teacher from a source that `check_teacher` accepts; returns it with a report for the log."""
+    wanted = _teacher(setup)
+    tree = traverse_util.unflatten_dict(dict(source.read(wanted)), sep="/")
+    return tree, f"teacher: {len(wanted)} tensors of {source.name}"
+
+
+def _teacher(setup: TrainSetup) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of the teacher's parameters by path, without the name of the teacher."""
+    return traverse_util.flatten_dict(setup.abstract_state.frozen[TEACHER], sep="/")
 
 
 def match(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], init: InitConfig) -> Matching:

@@ -17,6 +17,8 @@ NOT_DECAYED = {
     "scale": "norm gains",
     "position": "position tables",
     "begin": "the begin vector",
+    "logit_scale": "the scale of contrastive logits",
+    "logit_bias": "the bias of contrastive logits",
 }
 
 # config optimizer.schedule -> fraction of the cosine from peak_lr to end_lr that the schedule covers.

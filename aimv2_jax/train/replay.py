@@ -27,7 +27,7 @@ from aimv2_jax.train.compiled_step import compile_step
 from aimv2_jax.train.data_check import check_data, identify_data
 from aimv2_jax.train.init_from import WeightSource
 from aimv2_jax.train.resume import check_resumable
-from aimv2_jax.train.step import gradients
+from aimv2_jax.train.step import TrainState, gradients
 from aimv2_jax.train.trainer import initial_state, restore_state
 
 
@@ -39,11 +39,12 @@ def replay(
     open_weights: Callable[[], WeightSource] | None = None,
     accept_data: str | None = None,
     sources: pipeline.Sources | None = None,
+    open_teacher: Callable[[], WeightSource] | None = None,
 ) -> int:
     """Trains from the newest checkpoint before `step` to that step, and prints its metrics and the norms of tensors.
 
     Args:
-      open_weights: as for `trainer.train`; used where there is no checkpoint before.
+      open_weights: as for `trainer.train`; used where there is no checkpoint before, and so is `open_teacher`.
       accept_data: as for `trainer.train`.
       sources: as for `trainer.train`.
 
@@ -57,7 +58,7 @@ def replay(
     before = max((saved for saved in reader.steps() if saved < step), default=None)
     data = identify_data(config, sources, tokenizer)
     if before is None:
-        state, progress = initial_state(setup, open_weights, data)
+        state, progress = initial_state(setup, open_weights, data, open_teacher)
     else:
         check_resumable(reader.meta(before)["config"], config)
         state, progress = restore_state(reader, before, setup)
@@ -73,7 +74,7 @@ def replay(
             shape = schedule.shape(host.step)
             batch, _ = program(shape).transfer(host)
             if number == step:
-                tensors = _tensor_norms(setup, state.params, batch)  # The step donates the state's memory.
+                tensors = _tensor_norms(setup, state, batch)  # The step donates the state's memory.
             state, metrics = program(shape).run(state, batch, setup.rng)
     first = schedule.first_example(host.step)
     examples = f"{first} to {first + shape.examples - 1}"
@@ -98,11 +99,11 @@ def _check_reached(step: int, workdir: epath.PathLike, reader: CheckpointReader,
         raise UserError("--replay is a step that the run has not reached", step, remedy)
 
 
-def _tensor_norms(setup: TrainSetup, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, dict[str, float]]:
-    """Norms of each tensor and of its gradient, and the numbers of their non-finite entries."""
+def _tensor_norms(setup: TrainSetup, state: TrainState, batch: Mapping[str, jax.Array]) -> dict[str, dict[str, float]]:
+    """Norms of each trained tensor and of its gradient, and the numbers of their non-finite entries."""
 
-    def norms(params: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
-        *_, grads = gradients(params, batch, rng, None, setup.task, setup.config.train.microbatches)
+    def norms(params: Any, frozen: Any, batch: Mapping[str, jax.Array], rng: jax.Array) -> Any:
+        *_, grads = gradients(params, batch, rng, None, setup.task, setup.config.train.microbatches, frozen)
 
         def leaf_norms(leaf: jax.Array, grad: jax.Array) -> dict[str, jax.Array]:
             return {
@@ -114,10 +115,11 @@ def _tensor_norms(setup: TrainSetup, params: Any, batch: Mapping[str, jax.Array]
 
         return jax.tree.map(leaf_norms, params, grads)
 
-    shardings = (setup.state_shardings.params, setup.batch_sharding, rules.replicated(setup.mesh))
+    states = setup.state_shardings
+    shardings = (states.params, states.frozen, setup.batch_sharding, rules.replicated(setup.mesh))
     compiled = jax.jit(norms, in_shardings=shardings, out_shardings=rules.replicated(setup.mesh))
     with rules.scope(setup.mesh):
-        tree = jax.device_get(compiled(params, batch, setup.rng))
+        tree = jax.device_get(compiled(state.params, state.frozen, batch, setup.rng))
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, dict) and "grad_norm" in node)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): {name: np.asarray(x).item() for name, x in leaf.items()}

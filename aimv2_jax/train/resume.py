@@ -31,6 +31,7 @@ MAY_CHANGE = {
     "model.layers": "the same parameter tree, executed in another way: rounding only",
     "model.remat": "what the backward pass recomputes: rounding only",
     "model.decoder.remat": "what the backward pass recomputes: rounding only",
+    "lit.chunks": "the same loss in other parts: rounding only",
     "model.attention": "which kernel computes the same attention: rounding only",
     "train.tpu_compiler_options.*": "how the step is compiled: rounding only",
     "data.workers": "which process reads a batch; its contents follow from the step",
@@ -42,6 +43,7 @@ MAY_CHANGE = {
     "data.sources.*": "a folder may move; names and records stay, since the order of examples depends on them",
     "tokenizer.path": "a file may move",
     "init.path": "a folder may move; it is read before the first step only",
+    "distill.path": "a folder may move; checkpoints have the teacher",
     "eval.*": "evaluation changes no parameter; the best step is chosen among losses measured in the same way",
 }
 # Under these patterns keys may also be added or removed; under the others only values may change.

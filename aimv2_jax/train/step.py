@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aimv2_jax.train import anomaly, losses
 from aimv2_jax.train.anomaly import AnomalyState
 from aimv2_jax.train.optimizer import Schedule, ema_step, num_updates
-from aimv2_jax.train.task import Batch, PretrainTask, SumCount
+from aimv2_jax.train.task import Batch, ModelTask, SumCount, merge
 
 
 class TrainState(struct.PyTreeNode):
@@ -23,10 +23,11 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: number of completed steps, and the index of the next one.
-      params: the parameters.
+      params: the trained parameters.
       opt_state: state of the optimiser.
       anomaly: window of recent losses and gradient norms.
       ema_params: exponential average of the parameters, which training itself does not read; None without one.
+      frozen: parameters that stay as they are (`ModelTask.frozen`); None without any.
     """
 
     step: Int[Array, ""]
@@ -34,6 +35,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: Any
     anomaly: AnomalyState
     ema_params: Any = None
+    frozen: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +61,24 @@ class StepOptions:
 
 
 def init_state(
-    rng: jax.Array, task: PretrainTask, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
+    rng: jax.Array, task: ModelTask, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> TrainState:
     """Initialises the state before step 0 from the run's key."""
-    return initial_state(task.init(rng), optimizer, ema_decay)
+    return initial_state(task.init(rng), task, optimizer, ema_decay)
 
 
-def initial_state(params: Any, optimizer: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
+def initial_state(
+    all_params: Any, task: ModelTask, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
+) -> TrainState:
     """Returns the state before step 0 with the given parameters; with `ema_decay` their average starts at zero."""
+    params, frozen = task.split(all_params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         anomaly=anomaly.initial_state(),
         ema_params=jax.tree.map(jnp.zeros_like, params) if ema_decay else None,
+        frozen=frozen,
     )
 
 
@@ -82,7 +88,7 @@ def train_step(
     rng: jax.Array,
     prefix: Int[Array, " B"] | None = None,
     *,
-    task: PretrainTask,
+    task: ModelTask,
     optimizer: optax.GradientTransformationExtraArgs,
     schedule: Schedule,
     options: StepOptions,
@@ -97,7 +103,7 @@ def train_step(
     nonfinite_steps, the number of consecutive non-finite steps; and patch_utilisation, the share of the batch's patches
     that is not padding.
     """
-    sums, counts, grads = gradients(state.params, batch, rng, prefix, task, options.microbatches)
+    sums, counts, grads = gradients(state.params, batch, rng, prefix, task, options.microbatches, state.frozen)
     if options.grad_shardings is not None:
         grads = jax.lax.with_sharding_constraint(grads, options.grad_shardings)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
@@ -154,14 +160,15 @@ def gradients(
     batch: Batch,
     rng: jax.Array,
     prefix: Int[Array, " B"] | None,
-    task: PretrainTask,
+    task: ModelTask,
     microbatches: int,
+    frozen: Any = None,
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, Int[Array, ""]], Any]:
-    """Computes loss sums, counts and the gradient of a step; `rng` and `prefix` as in `train_step`."""
+    """Computes loss sums, counts and the gradient by `params` of a step; `rng` and `prefix` as in `train_step`."""
     prefix = task.sample_prefix(rng, batch) if prefix is None else prefix
     batch = {**batch, **task.sample_kept_tokens(rng, batch)}
     counts = task.counts(batch, prefix)
-    sums, grads = accumulate(params, batch, prefix, counts, task, microbatches)
+    sums, grads = accumulate(params, batch, prefix, counts, task, microbatches, frozen)
     return sums, counts, grads
 
 
@@ -170,8 +177,9 @@ def accumulate(
     batch: Batch,
     prefix: Int[Array, " B"],
     counts: dict[str, Int[Array, ""]],
-    task: PretrainTask,
+    task: ModelTask,
     microbatches: int,
+    frozen: Any = None,
 ) -> tuple[dict[str, Float[Array, ""]], Any]:
     """Computes loss sums and the gradient of the objective over a batch, accumulated over `microbatches`.
 
@@ -180,7 +188,7 @@ def accumulate(
     """
 
     def objective(params, batch, prefix):
-        sums = task.loss_sums(params, batch, prefix)
+        sums = task.loss_sums(merge(params, frozen), batch, prefix)
         return task.total(sums, counts), sums
 
     def gradient(rows):
@@ -195,6 +203,6 @@ def accumulate(
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None), zeros, parts)[0]
 
 
-def eval_step(params: Any, batch: Batch, prefix: Int[Array, " B"], *, task: PretrainTask) -> dict[str, SumCount]:
-    """Computes loss sums and counts of one held-out batch at the given prefix lengths."""
+def eval_step(params: Any, batch: Batch, prefix: Int[Array, " B"], *, task: ModelTask) -> dict[str, SumCount]:
+    """Computes loss sums and counts of one held-out batch at the given prefix lengths; `params` is the whole tree."""
     return task.loss(params, batch, prefix)

@@ -40,12 +40,14 @@ from aimv2_jax.storage.files import atomic_write, is_remote, is_temporary, make_
 from aimv2_jax.storage.locks import lock_folder
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.data_check import check_data, identify_data
-from aimv2_jax.train.init_from import RunWeights, WeightSource, warm_start
+from aimv2_jax.train.distill_task import TEACHER
+from aimv2_jax.train.init_from import RunWeights, WeightSource, check_teacher, read_teacher, warm_start
 from aimv2_jax.train.loop import TrainLoop
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.resources import Resources
 from aimv2_jax.train.resume import check_resumable, check_trunk
 from aimv2_jax.train.step import TrainState
+from aimv2_jax.train.task import merge
 from aimv2_jax.untrusted import printable
 from aimv2_jax.version import installed_versions
 
@@ -61,14 +63,16 @@ def train(
     skip_examples: tuple[int, int] | None = None,
     accept_data: str | None = None,
     sources: pipeline.Sources | None = None,
+    open_teacher: Callable[[], WeightSource] | None = None,
 ) -> int:
     """Trains until `train.steps`, from the newest intact checkpoint of `workdir` where there is one.
 
     Without a checkpoint, a cooldown (`train.cooldown_from`) starts from that step of its trunk, a run with `init.path`
     from the parameters of the source that `open_weights` returns (by default another run at that path), and any other
-    run from fresh parameters. Batches with any of the examples [a, b) of `skip_examples` are skipped. Data and
-    tokenizer must be those of the checkpoint, unless `accept_data` is the digest of the current ones. `sources` are the
-    config's; by default they are opened here.
+    run from fresh parameters; a distillation also reads its teacher from the source that `open_teacher` returns (by
+    default another run at `distill.path`). Batches with any of the examples [a, b) of `skip_examples` are skipped. Data
+    and tokenizer must be those of the checkpoint, unless `accept_data` is the digest of the current ones. `sources` are
+    the config's; by default they are opened here.
 
     Returns:
       The exit code: EXIT_FINISHED, or EXIT_RETRY where the run was asked to stop before and has saved its last step.
@@ -121,19 +125,20 @@ def train(
             events=events,
             profiler=stack.enter_context(contextlib.closing(Profiler(config.train.profile, workdir))),
             watchdog=watchdog,
-            initial_state=partial(initial_state, setup, open_weights, data),
+            initial_state=partial(initial_state, setup, open_weights, data, open_teacher),
         )
         begin_s = time.monotonic()
         with device_errors.running(lambda: latest or 0, watchdog.failures, events):
             fresh = latest is None
             state, progress = resources.initial_state() if fresh else restore_state(checkpointer, latest, setup)
-        progress = check_data(progress, data, accept_data, events)
-        progress = apply_skips(progress, skip_examples, config, sources, events)
-        log_summary(setup, workdir, latest, size)
-        _log_start(events, setup, progress.step, None if latest is None else time.monotonic() - begin_s)
-        if jax.process_index() == 0:
-            atomic_write(workdir / "config.txt", config_text(config).encode())
-        loop = TrainLoop(setup, resources)
+            restore_s = None if fresh else time.monotonic() - begin_s
+            progress = check_data(progress, data, accept_data, events)
+            progress = apply_skips(progress, skip_examples, config, sources, events)
+            log_summary(setup, workdir, latest, size)
+            _log_start(events, setup, progress.step, restore_s)
+            if jax.process_index() == 0:
+                atomic_write(workdir / "config.txt", config_text(config).encode())
+            loop = TrainLoop(setup, resources)
         starting.close()
         with log_stop(events, loop):
             return loop.train(state, progress)
@@ -182,12 +187,15 @@ def _newest_intact(checkpointer: Checkpointer, events: EventLog) -> int | None:
 
 
 def initial_state(
-    setup: TrainSetup, open_weights: Callable[[], WeightSource] | None, data: Mapping[str, Any]
+    setup: TrainSetup,
+    open_weights: Callable[[], WeightSource] | None,
+    data: Mapping[str, Any],
+    open_teacher: Callable[[], WeightSource] | None = None,
 ) -> tuple[TrainState, TrainProgress]:
     """State and progress of a run on `data` without a checkpoint: step 0, or for a cooldown the step of its trunk."""
     cooldown = setup.config.cooldown
     if cooldown is None:
-        return _fresh_state(setup, open_weights, data[TOKENIZER]), TrainProgress()
+        return _fresh_state(setup, open_weights, open_teacher, data[TOKENIZER]), TrainProgress()
     trunk = CheckpointReader(cooldown.trunk)
     check_trunk(trunk.meta(cooldown.start)["config"], setup.config)
     return restore_state(trunk, cooldown.start, setup)
@@ -277,16 +285,32 @@ def log_stop(events: EventLog, loop: TrainLoop) -> Iterator[None]:
         raise
 
 
-def _fresh_state(setup: TrainSetup, open_weights: Callable[[], WeightSource] | None, tokenizer: str) -> TrainState:
-    """The state before step 0, with fresh parameters or those of another model."""
+def _fresh_state(
+    setup: TrainSetup,
+    open_weights: Callable[[], WeightSource] | None,
+    open_teacher: Callable[[], WeightSource] | None,
+    tokenizer: str,
+) -> TrainState:
+    """The state before step 0, with fresh parameters or those of another model; a distillation's with its teacher."""
+    config = setup.config
+    teacher = None
+    if config.task == "distill":  # Its teacher is opened and checked before anything compiles.
+        key = "config distill.path"
+        teacher = RunWeights(config.distill.path, key) if open_teacher is None else open_teacher()
+        check_teacher(setup, teacher, tokenizer)
     state = setup.init()
-    init = setup.config.init
-    if not init.path:
-        return state
-    source = RunWeights(init.path) if open_weights is None else open_weights()
-    params, report = warm_start(setup, state.params, init, source, tokenizer)
-    logger.info(report)
-    return state.replace(params=params)
+    if config.init.path:
+        source = RunWeights(config.init.path) if open_weights is None else open_weights()
+        own = {name: part for name, part in merge(state.params, state.frozen).items() if name != TEACHER}
+        loaded, report = warm_start(setup, own, config.init, source, tokenizer)
+        logger.info(report)
+        params, frozen = setup.task.split(loaded)
+        state = state.replace(params=params, frozen=frozen)
+    if teacher is not None:
+        params, report = read_teacher(setup, teacher)
+        logger.info(report)
+        state = state.replace(frozen={TEACHER: params})
+    return state
 
 
 def cache_folder(setting: str | None, workdir: epath.Path, platform: str) -> str | None:
@@ -334,13 +358,15 @@ def _check_writable(workdir: epath.Path) -> None:
 
 def log_summary(setup: TrainSetup, workdir: epath.Path, latest: int | None, size: int) -> None:
     """Logs the decayed tensors, the model's size, the devices and the starting point."""
-    params = setup.abstract_state.params
+    state = setup.abstract_state
+    params = merge(state.params, state.frozen)
     devices = setup.mesh.devices
     mesh = " x ".join(f"{name} {count}" for name, count in setup.mesh.shape.items())
-    logger.info(f"weight decay by tensor:\n{decay_report(params)}".rstrip())
+    logger.info(f"weight decay by tensor:\n{decay_report(state.params)}".rstrip())
+    parts = ", ".join(f"{name} {count_parameters(part):,}" for name, part in params.items())
+    frozen = f"; frozen: {', '.join(state.frozen)}" if state.frozen else ""
     logger.info(
-        f"parameters: {count_parameters(params):,} (encoder {count_parameters(params['encoder']):,}, "
-        f"decoder {count_parameters(params['decoder']):,}); size of a checkpoint: {size / 2**20:,.0f} MiB"
+        f"parameters: {count_parameters(params):,} ({parts}){frozen}; size of a checkpoint: {size / 2**20:,.0f} MiB"
     )
     logger.info(
         f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)"

@@ -23,7 +23,8 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.models.sizes import ENCODER_SIZES
 from aimv2_jax.monitoring.flops import flops_per_example
-from aimv2_jax.train.task import abstract_key, build_task
+from aimv2_jax.train.task import abstract_key
+from aimv2_jax.train.tasks import build_task
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 

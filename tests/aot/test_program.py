@@ -20,7 +20,9 @@ from aimv2_jax.aot.topology import parse_topology
 from aimv2_jax.aot.worker import Job
 from aimv2_jax.config.load import config_to_dict, load_config
 from aimv2_jax.errors import UserError
-from tests.helpers.tiny import QUICKSTART, ROOT
+from aimv2_jax.models.aimv2 import count_parameters
+from aimv2_jax.train.builder import build_setup
+from tests.helpers.tiny import QUICKSTART, ROOT, TASKS
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -142,6 +144,18 @@ def test_step_when_only_tensor_splits_then_compiles():
     assert figures.mesh == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2}
     kernels = {row.name: row.count for row in figures.kernels}
     assert kernels["whole_row_attention_forward"] == kernels["whole_row_attention_backward"] == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("task", sorted(TASKS.keys() - {"pretrain"}))
+def test_frozen_parameters_count_as_parameters(task):
+    """They are split over the chips like the others, without moments."""
+    figures = scheduled("v5e:2x2", 1, **TASKS[task])
+    assert figures.replicated == []
+    frozen = build_setup(load_config(QUICKSTART, settings(**TASKS[task]))).abstract_state.frozen
+    gib = figures.hbm_parts_gib
+    expected = 4 * count_parameters(frozen) / 4 / 2**30  # Float32 on four chips.
+    assert gib["parameters"] - gib["optimiser"] / 2 == pytest.approx(expected, rel=0.05)
 
 
 @needs_compiler

@@ -17,7 +17,8 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.models.sizes import swiglu_hidden
 from aimv2_jax.train.optimizer import decay_report
-from aimv2_jax.train.task import build_task, run_key
+from aimv2_jax.train.task import run_key
+from aimv2_jax.train.tasks import build_task
 from tests.helpers.golden_names import paths
 
 ROOT = Path(__file__).parents[2]
@@ -207,6 +208,35 @@ REFUSED = {
     "no rows": (("model.decoder.token_keep_rate", "0"), ["model.decoder.token_keep_rate", "above 0"]),
     "average for ever": (("optimizer.ema_decay", "1.0"), ["optimizer.ema_decay", "1.0", "[0, 1)"]),
 }
+
+
+# Changes of a LiT run, and words of the refusal.
+LIT_REFUSED = {
+    "a frozen tower": ({"lit.trainable": "('encoder',)"}, ["lit.trainable", "encoder", "frozen", "task=pretrain"]),
+    "an unknown part": ({"lit.trainable": "('tower',)"}, ["lit.trainable", "'tower'", "text_projection"]),
+    "nothing to train": ({"lit.trainable": "()"}, ["lit.trainable is empty"]),
+    "no encoder": ({"init.reinit": "()"}, ["init.path", "random weights", "init.reinit=('encoder',)"]),
+    "one pair": ({"data.batch_size": "1"}, ["data.batch_size", "1", "negatives"]),
+    "one held-out pair": ({"eval.batch_size": "1"}, ["eval.batch_size", "negatives"]),
+    "microbatches": ({"train.microbatches": "2"}, ["train.microbatches", "2", "lit.chunks"]),
+    "no chunks": ({"lit.chunks": "0"}, ["lit.chunks", "at least 1"]),
+    "a bias that softmax lacks": ({"lit.trainable": "('logit_bias',)"}, ["lit.trainable", "softmax"]),
+    "areas": ({"data.areas": "(8, 16)", "model.encoder.position": "sincos"}, ["data.areas", "(8, 16)"]),
+    "heads": ({"lit.text.heads": "5"}, ["lit.text.heads", "5 heads"]),
+    "no room for the end": ({"lit.text.text_length": "1"}, ["lit.text.text_length", "at least 2"]),
+    "an unknown loss": ({"lit.loss": "triplet"}, ["lit.loss", "softmax, sigmoid"]),
+}
+
+
+@pytest.mark.parametrize("case", LIT_REFUSED)
+def test_lit_when_a_value_cannot_work_then_refused(case):
+    """A LiT config that cannot work is refused in one line that names the key and the remedy."""
+    changes, words = LIT_REFUSED[case]
+    with pytest.raises(UserError) as error:
+        load_config(QUICKSTART, [("task", "lit"), ("init.reinit", "('encoder',)"), *changes.items()])
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert message.count("\n") == 0
 
 
 @pytest.mark.parametrize("case", REFUSED)

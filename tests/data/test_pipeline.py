@@ -227,6 +227,26 @@ def test_evaluation_source_without_kind(make_config, make_dataset, datasets):
     assert list(evaluation_batches(make_config(eval__sources={}), ROWS)) == []
 
 
+def test_teacher_sees_the_same_crop_larger(make_config, flawed, tokenizer):
+    """Its patches are those of a run at its image size, in training and evaluation, and the student's stay as they are.
+
+    The images are too small to be decoded in a reduced size.
+    """
+    teacher = dict(task="distill", distill__path="teacher", distill__image_size=112, distill__pixels=0.0)
+    changes = [dict(data__image_size=56, **teacher), dict(data__image_size=112), dict(data__image_size=56)]
+    configs = [make_config(sources=flawed, **change) for change in changes]
+    training = zip(*(take(config, 2, tokenizer=tokenizer) for config in configs))
+    held_out = zip(*(evaluation_batches(config, ROWS, tokenizer) for config in configs))
+    batches = [*training, *(tuple(batch for _, batch in each) for each in held_out)]
+    for distilled, larger, alone in batches:
+        arrays = dict(distilled.arrays)
+        np.testing.assert_array_equal(arrays.pop("teacher_patches"), larger.arrays["patches"], strict=True)
+        assert arrays.keys() == alone.arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, alone.arrays[name], err_msg=name, strict=True)
+    assert len(batches) > 4
+
+
 def test_open_sources_all_present(make_config):
     """All sources by name, in the config's order."""
     sources = open_sources(make_config())

@@ -46,14 +46,19 @@ def test_encode_matches_sentencepiece(tokenizer):
         assert valid.tolist() == [column < len(wanted) for column in range(12)]
 
 
-def test_end_id_of_captions_of_about_length_t(train):
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_end_id_of_captions_of_about_length_t(kind, train, write_json):
     """If the end id is a target, only captions shorter than T have one, and longer ones than T are cut to T.
 
     Otherwise captions are cut to T - 1 pieces, and the end id always follows, as in the reference's tokenizer.
     """
-    path, texts = train(pad_id=3), [b"a " * count for count in (6, 7, 8, 9)]
-    pieces = sentencepiece.SentencePieceProcessor(model_file=path)
-    counts = [len(ids) for ids in pieces.encode([text.decode() for text in texts])]
+    texts, counts = [b"a " * count for count in (6, 7, 8, 9)], [6, 7, 8, 9]
+    if kind == "json":
+        path = write_json()
+    else:
+        path = train(pad_id=3)
+        pieces = sentencepiece.SentencePieceProcessor(model_file=path)
+        counts = [len(ids) for ids in pieces.encode([text.decode() for text in texts])]
     length = counts[2]
     with_target, without_target = (Tokenizer(path, length, vocab_size=60, needs_end=needs) for needs in (True, False))
     arrays = with_target.batch_arrays(texts)
@@ -66,13 +71,33 @@ def test_end_id_of_captions_of_about_length_t(train):
     assert arrays["truncated"].tolist() == [False, False, True, True]
 
 
+def test_rows_of_a_text_tower_by_sentencepiece(train):
+    """With `always_end`, captions are cut to T - 1 pieces, and the end id follows each."""
+    path = train(pad_id=3)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=path)
+    tokenizer = Tokenizer(path, length=6, vocab_size=60, always_end=True)
+    arrays = tokenizer.batch_arrays([b"ai", b"ai ij " * 9, b""])
+    short, long = pieces.encode("ai"), pieces.encode("ai ij " * 9)[:5]
+    rows = [[*ids, tokenizer.eos_id] + [3] * (5 - len(ids)) for ids in (short, long, [])]
+    assert arrays["tokens"].tolist() == rows
+    assert arrays["token_valid"].sum(1).tolist() == [len(short), 5, 0]
+    assert arrays["truncated"].tolist() == [False, True, False]
+
+
 def test_large_model_file_is_refused_unread(tmp_path):
     """A file of 6 GB is refused by its size, before it is read."""
     path = tmp_path / "large.model"
     path.touch()
     os.truncate(path, 6 * 10**9)
-    with pytest.raises(UserError, match=r"not a SentencePiece model, it has 6,000,000,000 bytes.*large.model"):
+    with pytest.raises(UserError, match=r"not a tokenizer, it has 6,000,000,000 bytes.*large.model"):
         Tokenizer(str(path), 12, 768)
+
+
+def test_sentencepiece_with_the_name_of_json(tmp_path):
+    """The content decides that a file is a SentencePiece model."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(resolve_path(SAMPLE).read_bytes())
+    assert Tokenizer(str(path), 12, 768).file_name == "tokenizer.model"
 
 
 def test_encode_row_does_not_depend_on_the_batch(tokenizer):
@@ -163,10 +188,13 @@ def test_unusable_file_is_a_user_error(train, tmp_path):
         ((str(tmp_path / "absent.model"), 12, 768), "no such file"),
         (("", 12, 768), "no such file"),
         ((str(tmp_path), 12, 768), "no such file"),
-        ((str(junk), 12, 768), "not a SentencePiece model"),
-        ((str(tmp_path / "empty.model"), 12, 768), "not a SentencePiece model"),
+        ((str(junk), 12, 768), "neither a SentencePiece model nor a tokenizer.json"),
+        ((str(tmp_path / "empty.model"), 12, 768), "neither a SentencePiece model nor a tokenizer.json"),
         ((SAMPLE, 12, 767), "has 768 pieces, more than model.decoder.vocab_size: 767"),
-        ((no_end, 12, 768), "no end id"),
+        ((no_end, 12, 768), "no end id, which loss.predict_eos needs"),
+        ((no_end, 12, 768, False, True), "no end id, which a text tower needs"),
+        ((SAMPLE, 12, 767, True, True, "lit.text"), "has 768 pieces, more than lit.text.vocab_size: 767"),
+        ((SAMPLE, 1, 768, True, True, "lit.text"), "lit.text.text_length has no room for a text beside"),
     ]
     for arguments, message in cases:
         with pytest.raises(UserError) as error:

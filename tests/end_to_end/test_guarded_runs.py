@@ -29,9 +29,9 @@ from aimv2_jax.monitoring.metrics import read_metrics
 from aimv2_jax.monitoring.nonfinite import write_record
 from aimv2_jax.train import loop, sdc_check, trainer
 from aimv2_jax.train.builder import build_setup
+from aimv2_jax.train.pretrain_task import PretrainTask
 from aimv2_jax.train.replay import replay
 from aimv2_jax.train.sdc_check import SdcCheck
-from aimv2_jax.train.task import PretrainTask
 from tests.helpers.bytes_tokenizer import BytesTokenizer
 from tests.helpers.programs import shared_programs  # noqa: F401
 from tests.helpers.runs import saved_state

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ from aimv2_jax.models.position_embeddings import resize_positions
 from aimv2_jax.train import trainer
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.init_from import TOKENIZER_TENSORS, RunWeights, match, warm_start
+from tests.helpers.golden_names import paths
 from tests.helpers.programs import shared_programs  # noqa: F401
-from tests.helpers.tiny import tiny_arguments, tiny_config
+from tests.helpers.tiny import TASKS, tiny_arguments, tiny_config
 
 pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
@@ -128,8 +130,20 @@ def test_warm_start_when_the_tokenizer_is_another(small):
         warm_start(setup, params, config.init, source, "x")
     for tokenizer in (ours, None):
         warm_start(setup, params, config.init, source, tokenizer)
-    apart = dataclasses.replace(config.init, ignore=TOKENIZER_TENSORS, reinit=TOKENIZER_TENSORS)
+    names = tuple(f"decoder/{name}" for name in TOKENIZER_TENSORS)
+    apart = dataclasses.replace(config.init, ignore=names, reinit=names)
     assert "initialised: decoder/token_" in warm_start(setup, params, apart, source, "x")[1]
+
+
+def test_text_tower_of_another_tokenizer():
+    """The token table of a text tower belongs to its tokenizer, as a decoder's does."""
+    config = tiny_config(**TASKS["lit"] | dict(init__path="lit", init__reinit="()"))
+    setup = trainer.build_setup(config)
+    params = setup.task.abstract_params
+    shapes = {name: leaf.shape for name, leaf in paths(params).items()}
+    source = SimpleNamespace(name="lit:1", tokenizer="theirs", shapes=shapes)
+    with pytest.raises(UserError, match=r"token table of lit:1 belongs to another tokenizer.*text/token_table"):
+        warm_start(setup, params, config.init, source, "ours")
 
 
 def test_run_when_started_from_hugging_faces_folder_then_its_encoder(small, tmp_path, capsys, monkeypatch):

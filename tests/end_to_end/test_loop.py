@@ -408,15 +408,18 @@ def test_run_when_a_device_fails_twice_at_one_step(tmp_path, monkeypatch, capsys
     assert (last.kind, last.values["code"]) == ("stop", errors.EXIT_HUNG)
 
 
-def test_start_when_a_device_fails_twice(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("owner", "name"), [(TrainSetup, "init"), (ExampleCounter, "__init__")])
+def test_start_when_a_device_fails_twice(tmp_path, monkeypatch, capsys, owner, name):
+    """An error of the devices anywhere before the first step asks for a restart, and a second one for help."""
+
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: Core halted unexpectedly:")
 
-    monkeypatch.setattr(TrainSetup, "init", fail)
+    monkeypatch.setattr(owner, name, fail)
     for code in (errors.EXIT_RETRY, errors.EXIT_HUNG):
         assert main(unevaluated(tmp_path)) == code
         assert "failed at step 0" in capsys.readouterr().err
-    assert [event.kind for event in read_events(tmp_path)] == ["device_failure"] * 2
+    assert [event.kind for event in read_events(tmp_path) if event.kind != "start"] == ["device_failure"] * 2
 
 
 def test_start_when_other_versions_are_installed(tmp_path, capsys):

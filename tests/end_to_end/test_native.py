@@ -15,7 +15,8 @@ from aimv2_jax.data.transforms.geometry import patch_coords
 from aimv2_jax.main import main
 from aimv2_jax.train import trainer
 from aimv2_jax.train.builder import TrainSetup, build_setup
-from aimv2_jax.train.task import build_task, run_key
+from aimv2_jax.train.task import run_key
+from aimv2_jax.train.tasks import build_task
 from tests.helpers.programs import shared_programs  # noqa: F401
 from tests.helpers.runs import assert_bitwise, saved_state
 from tests.helpers.tiny import tiny_arguments, tiny_config

@@ -25,7 +25,7 @@ from aimv2_jax.train.builder import build_setup
 from tests.helpers.bytes_tokenizer import BytesTokenizer
 from tests.helpers.runs import assert_bitwise, saved_state
 from tests.helpers.several import HOST, LocalProcesses, free_port, outputs_of_two
-from tests.helpers.tiny import ROOT, only_devices, tiny_arguments, tiny_config
+from tests.helpers.tiny import ROOT, TASKS, only_devices, tiny_arguments, tiny_config
 
 # Tests with worker processes run one after another: in parallel they would slow down tests with timeouts.
 pytestmark = pytest.mark.xdist_group("processes")
@@ -260,6 +260,21 @@ def test_losses_when_several_processes_train(stopped, tmp_path):
     assert [line["count_image"] for line in ours] == [line["count_image"] for line in theirs]
     # float32 over several devices: sums are computed in another order.
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=2e-6)
+
+
+@pytest.mark.parametrize("count", [2, FOUR])
+def test_contrastive_loss_of_several_processes(count, tmp_path):
+    """LiT's losses, over all pairs of the global batch, equal those of one device."""
+    settings = TINY | TASKS["lit"] | dict(data__workers=0, train__steps=3, train__save_every=0)
+    with LocalProcesses(count, tmp_path / "out", tiny_arguments(tmp_path / "several", **settings)) as several:
+        several.finish()
+    config = tiny_config(**settings)
+    with only_devices(1):
+        tokenizer = BytesTokenizer("", config.text.text_length, always_end=True)
+        assert trainer.train(config, tmp_path / "one", tokenizer) == EXIT_FINISHED
+    ours, theirs = (dict(losses(tmp_path / name)) for name in ("several", "one"))
+    assert ours.keys() == theirs.keys() == {1, 2, 3}
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-6)
 
 
 def test_output_when_several_processes_train(stopped):

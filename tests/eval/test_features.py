@@ -41,7 +41,8 @@ def test_features_of_folder(workdir, photos, tmp_path):
         assert drawn.size[0] > 100
 
 
-def test_data_set_when_features_are_written_to_one_file_then_records_by_key(workdir, config, tmp_path):
+def test_features_of_a_dataset_in_one_file(workdir, config, tmp_path):
+    """Features of a dataset are written to one file as records that name their keys, shapes and layer."""
     file = tmp_path / "features.array_record"
     arguments = [f"--checkpoint={workdir}", f"--input={config.eval.sources['round']}", f"--output={file}"]
     assert features.main([*arguments, "--layer=1", "--image-size=48"]) == 0
@@ -83,7 +84,8 @@ def test_records_whose_keys_name_no_file_are_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npz", "b.npz", "c.npz", "new"]
 
 
-def test_main_directions_when_patches_lie_along_three_lines_then_each_is_a_colour():
+def test_principal_colors_of_three_directions():
+    """Each colour channel shows one of the three main directions of the patches."""
     rng = np.random.default_rng(0)
     axes = np.linalg.qr(rng.normal(size=(8, 8)))[0][:3]
     weights = rng.uniform(-1, 1, (2, 5, 4, 3)) * (9, 3, 1)
@@ -105,7 +107,8 @@ def test_main_directions_when_patches_lie_along_three_lines_then_each_is_a_colou
         (["--input={photos}", "--output={new}", "--pca=x.jpg"], "--pca: the name does not end in .png"),
     ],
 )
-def test_command_line_when_it_cannot_work_then_one_line(workdir, photos, tmp_path, capsys, arguments, sentence):
+def test_features_command_user_errors(workdir, photos, tmp_path, capsys, arguments, sentence):
+    """A command that cannot work ends with one line and code 2."""
     (tmp_path / "empty").mkdir()
     paths = {"photos": photos, "new": tmp_path / "new", "empty": tmp_path / "empty"}
     assert features.main([f"--checkpoint={workdir}", *(argument.format(**paths) for argument in arguments)]) == 2

@@ -70,7 +70,8 @@ def naive_greedy(params, inputs, end_id):
     return tokens, lengths
 
 
-def test_logits_when_read_token_by_token_then_those_of_the_full_pass(initial, inputs):
+def test_logits_token_by_token_equal_the_full_pass(initial, inputs):
+    """Decoding with a cache gives the logits of a full pass over all tokens."""
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, V)
     step = jax.jit(partial(decode_step, build()))
     logits, context = jax.jit(lambda: prefill(build(), initial, *inputs, T))()
@@ -84,7 +85,8 @@ def test_logits_when_read_token_by_token_then_those_of_the_full_pass(initial, in
 
 
 @pytest.mark.parametrize("layers, ends", [("scan", True), ("loop", False)])
-def test_greedy_when_compared_with_rerunning_the_decoder_then_equal_tokens(params, inputs, layers, ends):
+def test_greedy_equals_rerunning_the_decoder(params, inputs, layers, ends):
+    """Cached greedy decoding gives the tokens and lengths of rerunning the decoder for each token."""
     # An end token that texts reach at different positions: the middle token of the third image's text.
     end_id = int(naive_greedy(params, inputs, None)[0][2, 3]) if ends else None
     captions = jax.jit(lambda params: greedy(build(layers), params, *inputs, end_id))(params)
@@ -95,7 +97,8 @@ def test_greedy_when_compared_with_rerunning_the_decoder_then_equal_tokens(param
     assert (lengths[2] < T) == ends and lengths[4] == 0
 
 
-def test_greedy_when_padding_holds_other_pixels_then_equal_tokens(params, inputs):
+def test_greedy_ignores_pixels_of_padding(params, inputs):
+    """Other pixels in padded patches change no token."""
     pixels, coords, valid = inputs
     other = jnp.where(valid[..., None], pixels, 7.0)
     run = jax.jit(lambda pixels: greedy(build(), params, pixels, coords, valid, END))
@@ -103,7 +106,8 @@ def test_greedy_when_padding_holds_other_pixels_then_equal_tokens(params, inputs
     np.testing.assert_array_equal(captions.tokens[:-1], expected.tokens[:-1])
 
 
-def test_greedy_when_pieces_are_fewer_than_the_table_then_no_token_beyond_them(params, inputs):
+def test_greedy_emits_no_token_beyond_the_tokenizer(params, inputs):
+    """Rows of the token table beyond the tokenizer's pieces are never chosen."""
     run = jax.jit(lambda num_pieces: greedy(build(), params, *inputs, None, 3, num_pieces), static_argnums=0)
     assert run(None).tokens.max() >= 10 > run(10).tokens.max()
 
@@ -118,7 +122,8 @@ def counting(step, steps):
     return counted
 
 
-def test_greedy_when_all_texts_have_ended_then_it_stops(params, inputs, monkeypatch):
+def test_greedy_stops_when_all_texts_have_ended(params, inputs, monkeypatch):
+    """No step is computed after the last text has ended."""
     first_row = tuple(x[:1] for x in inputs)
     steps = []
 
@@ -131,7 +136,8 @@ def test_greedy_when_all_texts_have_ended_then_it_stops(params, inputs, monkeypa
     assert run(None).lengths.tolist() == [T] and len(steps) == T - 1
 
 
-def test_greedy_when_decoders_are_separate_then_that_of_the_text_writes(params, inputs):
+def test_greedy_of_separate_decoders(params, inputs):
+    """With separate decoders the text decoder alone writes the captions."""
     joint = build()
     model = AIMv2(joint.encoder, SeparateDecoders(image=joint.decoder.clone(has_text=False), text=joint.decoder))
     text = {name: leaf for name, leaf in params["decoder"].items() if name != "pixel_head"}
@@ -155,7 +161,8 @@ def count_products(jaxpr) -> int:
 
 
 @pytest.mark.parametrize("max_tokens", [T, 2 * T])
-def test_a_step_when_its_products_are_counted_then_those_of_one_row(params, inputs, max_tokens):
+def test_decode_step_costs_one_row(params, inputs, max_tokens):
+    """A decoding step multiplies as often as one row of the decoder needs."""
     _, context = jax.eval_shape(lambda: prefill(build(), params, *inputs, max_tokens))
     token = jnp.zeros(B, jnp.int32)
     program = jax.make_jaxpr(lambda *args: decode_step(build(), params, *args))(context, token, jnp.int32(0))

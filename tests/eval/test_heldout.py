@@ -42,14 +42,16 @@ def figures(loaded):
     return held_out_metrics(loaded)
 
 
-def test_figures_when_of_a_whole_run_then_just_the_named_keys_and_finite_numbers(figures):
+def test_figures_have_the_documented_keys(figures):
+    """Figures of a run have exactly the documented keys, and all are finite."""
     assert set(figures) == KEYS
     assert figures["examples"] == 5
     assert all(np.isfinite(value) for value in figures.values())
     assert figures["loss_image"] != figures["loss_image_textured"]
 
 
-def test_figures_when_compared_with_the_loops_evaluation_then_equal(figures, loaded):
+def test_figures_equal_the_evaluation_of_training(figures, loaded):
+    """Image loss and full-prefix text loss are those of the evaluation during training."""
     program = build_setup(loaded.config)
     rows = np.arange(8)
     batches = (batch.arrays for _, batch in evaluation_batches(loaded.config, rows, loaded.tokenizer()))
@@ -59,12 +61,14 @@ def test_figures_when_compared_with_the_loops_evaluation_then_equal(figures, loa
     assert figures["loss_text"] == pytest.approx(losses["eval_loss_text_full_prefix"], rel=RTOL)
 
 
-def test_figures_when_batches_are_smaller_than_the_set_then_the_same(figures, loaded):
+def test_figures_independent_of_the_batch_size(figures, loaded):
+    """Batches smaller than the held-out set give the same figures."""
     others = held_out_metrics(loaded.with_eval(batch_size=2))
     assert others == {key: pytest.approx(value, rel=RTOL) for key, value in figures.items()}
 
 
-def test_figures_when_the_run_has_no_image_loss_then_null(loaded):
+def test_figures_without_an_image_loss_are_null(loaded):
+    """A run without an image loss has null image figures, and its text figures."""
     text = dataclasses.replace(loaded, task=dataclasses.replace(loaded.task, weights={"text": 1.0}))
     figures = held_out_metrics(text.with_eval(caption_types=("synthetic",)))
     assert figures["loss_image"] is None and figures["loss_image_textured"] is None
@@ -95,7 +99,8 @@ def test_shuffled_text_equals_shuffled_images(loaded):
 
 
 @pytest.mark.parametrize("size", [2, 3, 110])
-def test_derangements_when_made_then_nothing_stays_and_no_two_agree(size):
+def test_derangements_move_everything(size):
+    """No element stays in place, and no two permutations agree anywhere."""
     permutations = derangements(size, 4)
     assert len(permutations) == min(4, size - 1)
     for row in zip(np.arange(size), *permutations):
@@ -110,7 +115,8 @@ def test_derangements_of_fewer_than_two_items(size):
     assert derangements(size, 4) == []
 
 
-def test_has_texture_when_a_patch_is_one_colour_with_jpeg_noise_then_not():
+def test_has_texture_ignores_jpeg_noise():
+    """A patch of one colour with JPEG noise has no texture; one with an edge or a gradient has."""
     noise = np.random.default_rng(0).integers(-1, 2, 588)
     flat = [np.full(588, 255), np.tile([200, 10, 30], 196), np.full(588, 128) + noise]
     edge = np.full(588, 255)
@@ -120,7 +126,8 @@ def test_has_texture_when_a_patch_is_one_colour_with_jpeg_noise_then_not():
     assert result.tolist() == [[False] * 3 + [True] * 2]
 
 
-def test_main_when_asked_for_json_then_the_file_and_a_table(workdir, tmp_path, capsys, figures):
+def test_main_writes_json_and_prints_a_table(workdir, tmp_path, capsys, figures):
+    """The command writes the figures as JSON and prints them as a table."""
     file = tmp_path / "deep" / "figures.json"
     assert main(["--checkpoint", f"{workdir}:20", "--json", str(file)]) == 0
     assert json.loads(file.read_text()) == figures
@@ -139,7 +146,8 @@ def test_main_with_resolutions(workdir, tmp_path, capsys, figures):
     assert "5 held-out images at 48" in capsys.readouterr().out
 
 
-def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(workdir, monkeypatch):
+def test_main_limits_the_batch_to_the_held_out_set(workdir, monkeypatch):
+    """A batch size beyond the held-out set is reduced to about its size."""
     sizes = []
     monkeypatch.setattr(heldout, "held_out_metrics", lambda loaded: sizes.append(loaded.config.eval.batch_size))
     with pytest.raises(TypeError):  # The patched metrics are None.
@@ -163,7 +171,8 @@ def test_main_when_the_batch_is_larger_than_the_set_then_no_larger_than_that(wor
         (["--checkpoint", "{workdir}", "--two\nlines"], "--two lines"),
     ],
 )
-def test_main_when_the_command_line_is_wrong_then_one_line_and_code_2(workdir, capsys, arguments, message):
+def test_heldout_command_user_errors(workdir, capsys, arguments, message):
+    """A wrong command line ends with one line and code 2."""
     try:
         code = main([argument.format(workdir=workdir) for argument in arguments])
     except SystemExit as stop:

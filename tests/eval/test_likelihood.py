@@ -16,6 +16,7 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.eval import retrieval, zeroshot
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.probes.dataset import read_labelled_dataset
+from aimv2_jax.eval.prompts import class_prompts
 from aimv2_jax.pretrained.model import load
 from aimv2_jax.train import losses
 from tests.helpers.trained_run import COLORS, disc_image, records
@@ -45,7 +46,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_caption_when_scored_then_minus_its_text_loss_by_the_whole_decoder(loaded, scorer):
+def test_caption_score_is_minus_its_text_loss(loaded, scorer):
+    """The score of a caption is minus its text loss by the whole decoder."""
     tokens, loss_mask = scorer.encode(CAPTIONS)
     images = [disc_image(number)[0] for number in range(4)]
     scores = scorer(images, tokens, loss_mask)
@@ -75,7 +77,8 @@ def test_class_scores_mean_and_prior(scorer, data):
     """Class scores are the mean over the templates, and the prior is the score of a flat image."""
     test = read_labelled_dataset(str(data), "--data", "color", None, ())
     templates = ["a {} disc", "{}"]
-    scores, prior = zeroshot.class_scores(scorer, test, templates)
+    prompts = class_prompts([(name,) for name in test.names], templates)
+    scores, prior = zeroshot.class_likelihoods(scorer, test, prompts)
     one, two = (scorer.encode([template.format(name) for name in test.names]) for template in templates)
     images = [test.image(index) for index in range(12)]
     expected = (scorer(images, *one) + scorer(images, *two)) / 2
@@ -84,18 +87,27 @@ def test_class_scores_mean_and_prior(scorer, data):
     np.testing.assert_allclose(prior, (scorer([flat], *one) + scorer([flat], *two))[0] / 2, rtol=2e-6)
 
 
-def test_zero_shot_command_when_run_then_figures_and_a_matrix(workdir, data, tmp_path, capsys):
+def test_zero_shot_command_writes_figures_and_a_matrix(workdir, data, tmp_path, capsys):
+    """The zero-shot command writes accuracies with an interval, and draws the confusion matrix."""
     arguments = [f"--checkpoint={workdir}", f"--data={data}", "--label=color", "--template={} disc"]
     assert zeroshot.main([*arguments, f"--json={tmp_path}/z.json", f"--confusion={tmp_path}/z.png"]) == 0
     metrics = json.loads((tmp_path / "z.json").read_text())
-    assert {"top1", "ci95", "per_class", "less_prior", "templates", "label", "examples"} <= metrics.keys()
+    names = {"top1", "ci95", "top5", "top5_ci95", "per_class"}
+    assert metrics.keys() == names | {"less_prior", "templates", "label", "examples"}
+    assert metrics["less_prior"].keys() == names
     assert metrics["examples"] == 12 and metrics["templates"] == ["{} disc"]
-    assert "chance 0.333" in capsys.readouterr().out
+    output = capsys.readouterr().out.splitlines()
+    for line, title, part in zip(output, ("likelihood", "less the prior"), (metrics, metrics["less_prior"])):
+        low, high = part["ci95"]
+        interval = f"95 % interval {low:.3f} to {high:.3f}"
+        assert line == f"zero-shot color, {title}: top-1 {part['top1']:.3f}, {interval}"
+    assert output[2:] == ["12 images, 3 classes; chance 0.333"]
     with Image.open(tmp_path / "z.png") as drawn:
         assert drawn.size[0] > 300
 
 
-def test_recall_when_ranks_are_known_then_shares_of_them():
+def test_recall_of_known_ranks():
+    """Recall at k is the share of ranks below k, and a tie counts as a miss."""
     scores = np.array([[9.0, 1, 0], [5, 4, 3], [3, 3, 3]])
     np.testing.assert_array_equal(retrieval.ranks(scores), [0, 1, 2])  # A tie counts as a miss.
     recall = retrieval.recalls(scores)

@@ -66,7 +66,8 @@ def run(workdir, data, *flags):
     return main([*arguments, "--encoder-batch=16", *flags])
 
 
-def test_examples_when_read_then_those_with_the_label_and_their_groups(datasets):
+def test_examples_are_those_with_the_label(datasets):
+    """Records without the label are left out, and each example has its group."""
     train, test = datasets
     assert train.names == test.names == tuple(sorted(NAMES))
     assert len(train) == sum(1 for number in range(60) if number % 7)
@@ -74,7 +75,8 @@ def test_examples_when_read_then_those_with_the_label_and_their_groups(datasets)
     assert train.groups[:2] == ("odd", "even")
 
 
-def test_split_when_made_then_a_share_of_every_class_and_the_same_again(datasets):
+def test_split_is_stratified_and_reproducible(datasets):
+    """A split has the share of every class, is the same for the same seed, and differs for another."""
     fit_idx, val_idx = split(datasets[0], 0.2, seed=1)
     assert sorted([*fit_idx, *val_idx]) == list(range(len(datasets[0])))
     np.testing.assert_array_equal(split(datasets[0], 0.2, seed=1)[1], val_idx)
@@ -129,7 +131,8 @@ def test_feature_cache_hit_and_miss(workdir, datasets, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_native_features_when_made_then_filling_is_not_valid(workdir, datasets):
+def test_native_features_mark_padding_as_invalid(workdir, datasets):
+    """Padding of native-resolution features is not valid, and not in their mean."""
     weights = open_weights(workdir)
     spec = dataclasses.replace(weights.spec, position="sincos", area=18)
     encoder = encoder_of(dataclasses.replace(weights, spec=spec, shapes=spec.shapes()))
@@ -140,7 +143,8 @@ def test_native_features_when_made_then_filling_is_not_valid(workdir, datasets):
     np.testing.assert_allclose(mean.features[:, 0, 0], expected, rtol=0, atol=4e-3 * np.abs(expected).max())
 
 
-def test_attentive_head_when_patches_are_padded_then_the_same():
+def test_attentive_head_ignores_padding():
+    """Padded patches do not change the output of the attentive head."""
     rng = np.random.default_rng(0)
     features, head = jnp.asarray(rng.normal(size=(3, 5, 8)), jnp.float32), AttentiveHead(2, 4)
     valid = jnp.ones((3, 5), bool)
@@ -156,7 +160,8 @@ def is_kernel(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def test_grid_when_trained_together_then_each_point_as_alone_with_adamw():
+def test_sweep_equals_separate_training_with_adamw():
+    """Each point of a grid that is trained together equals one trained alone with optax's AdamW."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(20, 1, 1, 6)).astype(np.float32)
     valid, classes = np.ones((20, 1), bool), rng.integers(3, size=20)
@@ -187,7 +192,8 @@ def test_grid_when_trained_together_then_each_point_as_alone_with_adamw():
     assert log_probability.shape == (2, 24, 3)
 
 
-def test_standard_when_taken_then_mean_zero_and_variance_one_over_valid_patches():
+def test_feature_norm_standardises_valid_patches():
+    """Over valid patches, scaled features have mean 0 and variance 1."""
     rng = np.random.default_rng(0)
     features = rng.normal(3, 5, size=(30, 2, 4, 6)).astype(np.float32)
     valid = rng.random((30, 4)) < 0.7
@@ -198,7 +204,8 @@ def test_standard_when_taken_then_mean_zero_and_variance_one_over_valid_patches(
     np.testing.assert_allclose(scaled.std(0), 1, atol=1e-4)
 
 
-def test_neighbours_when_they_vote_then_weighted_by_cosine():
+def test_knn_votes_are_weighted_by_cosine():
+    """Two near neighbours outweigh three far ones."""
     train_features = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 1.0], [0.2, 1.0]], np.float32)
     classes = np.array([0, 0, 1, 1, 1])
     test = np.array([[1, 0.05], [0.0, 2.0]], np.float32)
@@ -212,6 +219,20 @@ def test_interval_with_many_images():
     low, high = report.interval(correct)
     spread = 1.96 * np.sqrt(0.75 * 0.25 / 2000)
     assert low == pytest.approx(0.75 - spread, abs=2e-3) and high == pytest.approx(0.75 + spread, abs=2e-3)
+
+
+def test_top5_counts_the_five_best_classes(datasets):
+    """Top-1 and top-5 are shares of images whose class is among the best one or five; of equals the first counts."""
+    _, test = datasets
+    test = dataclasses.replace(test, names=tuple("abcdefgh"), classes=np.arange(len(test)) % 8)
+    scores = np.random.default_rng(0).integers(0, 6, (len(test), 8)).astype(np.float32)
+    ranks = []
+    for row, label in zip(scores.tolist(), test.classes):
+        ranks.append(sum(score > row[label] or (score == row[label] and i < label) for i, score in enumerate(row)))
+    metrics = report.score_metrics(test, scores)
+    assert metrics["top1"] == pytest.approx(np.mean(np.array(ranks) < 1))
+    assert metrics["top5"] == pytest.approx(np.mean(np.array(ranks) < 5)) and metrics["top1"] < metrics["top5"] < 1
+    assert metrics["top5_ci95"] == report.interval(np.array(ranks) < 5)
 
 
 @pytest.mark.parametrize("kind", ["attentive", "linear", "knn"])
@@ -233,14 +254,16 @@ def test_probe_of_colors_prints_and_writes_results(workdir, data, tmp_path, caps
     assert list((tmp_path / "cache").glob("*.npz"))
 
 
-def test_probe_when_the_encoder_is_random_or_crops_are_new_then_it_runs(workdir, data, tmp_path, capsys):
+def test_probe_of_a_random_encoder_and_with_crops(workdir, data, tmp_path, capsys):
+    """The command runs with a random encoder, and with new crops in each epoch."""
     arguments = [f"--train={data}/train", f"--test={data}/test", "--label=color", "--epochs=2", "--encoder-batch=16"]
     assert main(["--checkpoint=random", f"--like={workdir}", *arguments, "--kind=linear"]) == 0
     assert run(workdir, data, "--epochs=2", "--augment=crops", "--grid=full") == 0
     assert capsys.readouterr().out.count("top-1") == 2
 
 
-def test_crops_when_new_then_others_in_every_epoch_and_the_same_again(workdir, datasets):
+def test_random_crops_by_epoch_and_seed(workdir, datasets):
+    """Crops differ between epochs, and are the same in a second run of the same seed."""
     cache = FeatureCache(None, load_encoder(workdir), "patches", None, False, 16)
     fit_idx, _ = split(datasets[0], 0.2, seed=0)
     config = SweepConfig(((1e-3, 0.0),), epochs=2, warmup_epochs=0, batch_size=len(fit_idx), seed=0)
@@ -263,7 +286,8 @@ def test_features_error_too_large_for_float16(workdir, datasets):
         FeatureCache(None, encoder_of(huge), "patches", None, False, 16)(datasets[1], "test")
 
 
-def test_split_when_a_share_would_take_all_then_one_of_a_class_stays(datasets):
+def test_split_keeps_one_example_of_each_class(datasets):
+    """Each class keeps an example for fitting, however large the share of validation is."""
     fit_idx, _ = split(datasets[0], 0.99, seed=0)
     assert set(datasets[0].classes[fit_idx]) == {0, 1, 2}
 
@@ -318,7 +342,8 @@ def test_head_refit_on_all_train_images(workdir, data, datasets, monkeypatch, au
         (["--image-size=20"], "not a multiple of the patch size 8"),
     ],
 )
-def test_command_line_when_it_cannot_work_then_one_line(workdir, data, capsys, flags, sentence):
+def test_probe_command_user_errors(workdir, data, capsys, flags, sentence):
+    """A command that cannot work ends with one line and code 2."""
     try:
         code = run(workdir, data, *(flag.format(run=workdir) for flag in flags))
     except SystemExit as error:

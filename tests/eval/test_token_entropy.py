@@ -12,13 +12,15 @@ from aimv2_jax.eval.token_entropy import entropy, token_frequencies
 from aimv2_jax.pretrained.model import load
 
 
-def test_entropy_when_shares_are_known_then_that_of_the_formula():
+def test_entropy_of_known_frequencies():
+    """Entropy is that of the formula, 0 for one token, and None without tokens."""
     assert entropy(np.array([2.0, 0, 1, 1])) == pytest.approx(1.5 * math.log(2))
     assert entropy(np.array([0.0, 7.0])) == 0
     assert entropy(np.zeros(3)) is None
 
 
-def test_token_frequencies_when_counted_by_hand_then_weighted_by_the_mixture_with_ends(workdir, config, monkeypatch):
+def test_token_frequencies_equal_a_count_by_hand(workdir, config, monkeypatch):
+    """Frequencies are weighted by the mixture and include the end tokens."""
     monkeypatch.setattr(module, "_CHUNK", 7)  # 20 captions make two full chunks and a partial one.
     tokenizer = load(str(workdir)).tokenizer()
     frequencies = token_frequencies(config, tokenizer)
@@ -39,7 +41,8 @@ def test_token_frequencies_when_counted_by_hand_then_weighted_by_the_mixture_wit
         np.testing.assert_allclose(frequencies[kind], expected)
 
 
-def test_token_frequencies_when_a_source_has_unusable_records_then_they_are_left_out(workdir, config, tmp_path):
+def test_token_frequencies_leave_out_unusable_records(workdir, config, tmp_path):
+    """Records without a usable caption change no frequency."""
     tokenizer = load(str(workdir)).tokenizer()
     good = [Record(f"{i}", b"not looked at", {"alt": "a disc", "synthetic": "a disc"}) for i in range(3)]
     write_dataset(tmp_path / "good", good)
@@ -50,7 +53,7 @@ def test_token_frequencies_when_a_source_has_unusable_records_then_they_are_left
     np.testing.assert_array_equal(good["alt"], bad["alt"])
 
 
-def test_token_frequencies_count_one_caption_of_a_record_each_in_turn(workdir, config, tmp_path):
+def test_token_frequencies_take_captions_in_turn(workdir, config, tmp_path):
     """Records with many captions have the same weight as in training."""
     tokenizer = load(str(workdir)).tokenizer()
     texts = [["a disc", "red"], ["a red disc"], ["disc", "a blue disc"], ["x"], ["y", "z"]]

@@ -28,7 +28,8 @@ def test_main_writes_three_images(workdir, tmp_path, capsys):
             assert len(np.unique(np.asarray(image))) > 50
 
 
-def test_examples_when_read_then_the_sources_in_turn_with_all_captions(loaded):
+def test_examples_take_the_sources_in_turn(loaded):
+    """Examples come from the sources in turn, with all their captions, up to the number of records."""
     examples = read_examples(loaded, loaded.tokenizer(), 4)
     assert examples.captions == [
         {"alt": "blue disc 23", "synthetic": "a picture of a blue disc on white"},
@@ -39,7 +40,8 @@ def test_examples_when_read_then_the_sources_in_turn_with_all_captions(loaded):
     assert len(read_examples(loaded, loaded.tokenizer(), 9).captions) == 5
 
 
-def test_predictions_when_drawn_then_prefixes_stay_and_zero_predictions_are_flat(loaded):
+def test_predictions_figure_keeps_prefixes(loaded):
+    """Given patches stay as they are, and a prediction of zero is drawn flat."""
     examples = read_examples(loaded, loaded.tokenizer(), 1)
     whole, flat, *pairs = [patchify(image, 8) for image in images(predictions_figure(loaded, examples))]
     np.testing.assert_array_equal(whole, examples.batch["patches"][0])
@@ -69,7 +71,8 @@ def test_image_cards_dollars_and_long_captions(tmp_path):
     assert "(nothing)" in shown and any("$5_0^{" in line and line.endswith(" …") for line in shown)
 
 
-def test_main_when_the_folder_cannot_be_written_then_one_line_and_code_2(workdir, tmp_path, capsys):
+def test_main_of_an_output_that_is_a_file(workdir, tmp_path, capsys):
+    """An output that is a file, or below one, ends with one line and code 2."""
     (tmp_path / "file").write_text("")
     for output in ("file", "file/in/it"):
         assert main(["--checkpoint", str(workdir), "--output", str(tmp_path / output), "--examples", "1"]) == 2
@@ -85,7 +88,8 @@ def test_main_too_many_images(workdir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []])
-def test_main_when_asked_for_help_then_code_0_and_without_flags_2(arguments, capsys):
+def test_main_help_and_missing_flags(arguments, capsys):
+    """Help ends with code 0, and a command without flags with code 2; both name --checkpoint."""
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == (0 if arguments else 2)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,14 +12,17 @@ import pytest
 from safetensors import safe_open
 
 from aimv2_jax import load_encoder, load_model
+from aimv2_jax.checkpoint.checkpointer import Checkpointer
 from aimv2_jax.errors import UserError
 from aimv2_jax.export import __main__ as hf
 from aimv2_jax.export import hf_export, verify
 from aimv2_jax.pretrained.encoder import encoder_of
 from aimv2_jax.pretrained.hf_import import read_weights
 from aimv2_jax.pretrained.model import load
-from aimv2_jax.pretrained.source import open_weights
-from tests.helpers.trained_run import disc_image
+from aimv2_jax.pretrained.source import has_both_towers, open_weights
+from aimv2_jax.train.builder import build_setup
+from tests.helpers.tokenizer_files import word_tokenizer
+from tests.helpers.trained_run import disc_image, random_state
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,20 @@ def test_whole_export_loaded(workdir, tmp_path, config):
     assert model.step == 40 and model.config.tokenizer.path == f"{tmp_path}/whole/tokenizer.model"
     tokens, _ = model.tokenizer().encode([b"a red disc"])
     np.testing.assert_array_equal(tokens, run.tokenizer().encode([b"a red disc"])[0])
+
+
+def test_whole_export_with_a_tokenizer_json(workdir, tmp_path):
+    """A whole export keeps a tokenizer.json under that name, and is loaded with it."""
+    run, exported = tmp_path / "run", tmp_path / "whole"
+    shutil.copytree(workdir, run)
+    content = json.dumps(word_tokenizer())
+    (run / "tokenizer.json").write_text(content)
+    assert hf.main([f"--checkpoint={run}:40", f"--output={exported}", "--whole"]) == 0
+    assert [path.name for path in exported.glob("tokenizer*")] == ["tokenizer.json"]
+    assert (exported / "tokenizer.json").read_text() == content
+    model = load_model(exported)
+    assert model.config.tokenizer.path == f"{exported}/tokenizer.json"
+    assert model.tokenizer().encode([b"red disc"])[0][0, :3].tolist() == [7, 9, model.tokenizer().eos_id]
 
 
 def test_whole_export_of_another_model(workdir, tmp_path):
@@ -149,3 +167,18 @@ def test_command_line_when_it_cannot_work_then_one_line(workdir, tmp_path, capsy
     captured = capsys.readouterr().err
     assert code == 2 and re.search(sentence, captured) and len(captured.strip().splitlines()) == 1
     assert (tmp_path / "full/precious").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def test_encoder_of_a_lit_run_is_exported_alone(config, tmp_path, images):
+    """By --encoder-only an export of a LiT run has no text tower, and is taken for an encoder from then on."""
+    init = dataclasses.replace(config.init, reinit=("encoder",))
+    text = dataclasses.replace(config.lit.text, width=16, depth=1, heads=2, vocab_size=1024, text_length=20)
+    lit = dataclasses.replace(config, task="lit", init=init, lit=dataclasses.replace(config.lit, text=text))
+    with Checkpointer(tmp_path / "run", keep=1) as checkpointer:
+        checkpointer.save(1, random_state(build_setup(lit, jax.devices()[:1])), lit)
+    source, alone, again = str(tmp_path / "run"), str(tmp_path / "alone"), str(tmp_path / "again")
+    assert has_both_towers(source)
+    assert hf.main([f"--checkpoint={source}", f"--output={alone}", "--format=orbax", "--encoder-only"]) == 0
+    assert not has_both_towers(alone)
+    assert hf.main([f"--checkpoint={alone}", f"--output={again}"]) == 0
+    np.testing.assert_array_equal(load_encoder(again)(images), load_encoder(source)(images))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from aimv2_jax.data.transforms.decode import open_encoded
 from aimv2_jax.data.transforms.views import View
-from aimv2_jax.export.hf_export import processor_json
+from aimv2_jax.export.folder import processor_json
 from aimv2_jax.pretrained.encoder import PretrainedEncoder
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
 from tests.helpers.real_images import write_images

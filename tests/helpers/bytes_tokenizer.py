@@ -20,8 +20,11 @@ class BytesTokenizer:
 
     digest = "bytes"
 
-    def __init__(self, path: str, length: int, vocab_size: int = 256, needs_end: bool = False):
+    def __init__(
+        self, path: str, length: int, vocab_size: int = 256, needs_end: bool = False, always_end: bool = False
+    ):
         self._length = length
+        self._max_pieces = length - always_end  # The end is the padding's 0.
 
     def batch_arrays(self, captions):
         import numpy as np
@@ -29,10 +32,10 @@ class BytesTokenizer:
         tokens = np.zeros((len(captions), self._length), np.int32)
         valid = np.zeros(tokens.shape, bool)
         for row, caption in enumerate(captions):
-            text = caption[: self._length]
+            text = caption[: self._max_pieces]
             tokens[row, : len(text)] = np.frombuffer(text, np.uint8)
             valid[row, : len(text)] = True
-        truncated = np.array([len(caption) > self._length for caption in captions], bool)
+        truncated = np.array([len(caption) > self._max_pieces for caption in captions], bool)
         return {"tokens": tokens, "token_valid": valid, "truncated": truncated}
 
 
@@ -40,4 +43,5 @@ def replace_tokenizer() -> None:
     """Installs `BytesTokenizer` as the tokenizer of this process."""
     module = types.ModuleType("aimv2_jax.data.tokenizer")
     module.Tokenizer = BytesTokenizer
+    module.load_tokenizer = lambda config: BytesTokenizer("", config.text.text_length, always_end=config.task == "lit")
     sys.modules[module.__name__] = module

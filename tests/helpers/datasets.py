@@ -70,8 +70,11 @@ def make_config(datasets):
         tree["model"]["decoder"] |= {"vocab_size": 768, "text_length": 12}
         tree["tokenizer"]["path"] = TOKENIZER
         for key, value in changes.items():
-            section, name = key.split("__")
-            tree[section][name] = value
+            *sections, name = key.split("__")
+            node = tree
+            for section in sections:
+                node = node[section]
+            node[name] = value
         return build_config(tree)
 
     return make

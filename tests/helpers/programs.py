@@ -11,7 +11,7 @@ from aimv2_jax.config.load import config_to_dict
 from aimv2_jax.config.schema import BatchShape, Config
 from aimv2_jax.train import trainer
 from aimv2_jax.train.builder import TrainSetup
-from aimv2_jax.train.task import PretrainTask
+from aimv2_jax.train.pretrain_task import PretrainTask
 
 # Config sections that the programs do not depend on.
 IGNORED_SECTIONS = {"eval", "processes", "watch", "init", "tokenizer"}

@@ -38,6 +38,36 @@ TINY = {
     "train.save_every": 10,
     "train.tensorboard": False,
 }
+# Changes of the tiny run for each task beside pre-training, as keywords of `overrides`. Tests that hold for all tasks
+# are parametrised over `TASKS`. The teacher is no file: tests of steps draw its weights.
+TASKS: dict[str, dict[str, object]] = {
+    "pretrain": {},
+    "lit": dict(
+        task="lit",
+        init__reinit="('encoder',)",  # Random features, without a file.
+        lit__text__width=16,
+        lit__text__depth=2,
+        lit__text__heads=4,
+        lit__text__hidden=32,
+        lit__text__vocab_size=1024,
+        lit__text__text_length=12,
+        lit__embed_dim=16,
+    ),
+    "distill": dict(
+        task="distill",
+        distill__path="teacher",
+        distill__encoder__width=48,
+        distill__encoder__depth=1,
+        distill__encoder__heads=4,
+        distill__encoder__hidden=64,
+        distill__decoder__width=32,
+        distill__decoder__depth=1,
+        distill__decoder__heads=4,
+        distill__decoder__hidden=32,
+        distill__pixels=1.0,
+        distill__temperature=2.0,
+    ),
+}
 
 
 @contextlib.contextmanager

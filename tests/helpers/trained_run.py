@@ -75,9 +75,9 @@ def random_state(setup: TrainSetup) -> TrainState:
         noise *= leaf.shape[-2] ** -0.5 if name == "kernel" else 0.1
         return (noise + (name == "scale")).astype(leaf.dtype)
 
-    params = jax.tree.map_with_path(draw, abstract.params)
+    params, frozen = (jax.tree.map_with_path(draw, tree) for tree in (abstract.params, abstract.frozen))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    return jax.device_put(zeros.replace(params=params), setup.state_shardings)
+    return jax.device_put(zeros.replace(params=params, frozen=frozen), setup.state_shardings)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ def add(counter, source, faults, truncated=None, retries=None):
     return counter.add(*map(jnp.asarray, (source, faults, truncated, retries)))
 
 
-def test_tally_when_batches_are_added_then_laps_count_each_once(counter):
+def test_laps_count_each_batch_once(counter):
+    """A lap counts the batches since the previous one, by source and reason."""
     add(counter, [0, 1, 1], [[0, 0], [2, 0], [0, 1]], [True, False, False])
     counts = add(counter, [1, 1, 1], [[0, 0], [0, 0], [1, 0]], [True, False, True], [3, 0, 1])
     later = add(counter, [0], [[0, 0]])
@@ -46,7 +47,8 @@ def test_tally_when_batches_are_added_then_laps_count_each_once(counter):
     assert counter.lap(later) == {"images/a": 1, "images/b": 0, "truncated_captions/a": 0.0}
 
 
-def test_check_when_over_the_share_then_stops_and_says_where_the_keys_are(counter):
+def test_check_aborts_above_the_bad_share(counter):
+    """A share of bad records above the limit stops the run with a message that names the file of their keys."""
     counter.lap(add(counter, [0], [[10, 0]]))
     counter.check(0.01)  # 10 of at least 1,000
     counter.lap(add(counter, [0], [[1, 0]]))
@@ -54,12 +56,14 @@ def test_check_when_over_the_share_then_stops_and_says_where_the_keys_are(counte
         counter.check(0.01)
 
 
-def test_check_when_only_caption_kinds_are_missing_then_goes_on(counter):
+def test_check_tolerates_missing_caption_types(counter):
+    """Missing caption types alone do not count as bad records."""
     counter.lap(add(counter, [0], [[0, 5000]]))
     counter.check(0.0)
 
 
-def test_bad_record_file_when_continued_then_later_and_half_lines_are_cut(tmp_path):
+def test_bad_record_file_is_cut_on_resume(tmp_path):
+    """A resume cuts lines after its step, and an unfinished one."""
     faults = [BadExample(example=7, source="a", record=3, key="k", reason="corrupt_record")]
     with BadRecordFile(tmp_path, 0) as first:
         for step in (1, 2, 3):
@@ -99,7 +103,8 @@ def test_flops_when_counted_by_hand_then_equal():
     assert flops_per_example(config) == 6 * (encoder + decoder + heads)
 
 
-def test_flops_when_the_decoder_is_of_another_kind_then_equal_to_a_count_by_hand():
+def test_flops_of_other_decoders_equal_a_hand_count():
+    """FLOPs of the other decoders equal a count by hand."""
     encoder = 4 * 588 * 32 + 2 * (4 * (4 * 32 * 32 + 3 * 32 * 64) + 2 * 4 * 4 * 32)
     joint_block, text_head = 4 * 16 * 16 + 3 * 16 * 32, 12 * 16 * 1024
 
@@ -119,7 +124,8 @@ def test_flops_when_the_decoder_is_of_another_kind_then_equal_to_a_count_by_hand
     assert flops_of_allowed_pairs(free) == 6 * (encoder + trunk(4, 12) + text_head - 2 * forbidden)
 
 
-def test_mfu_when_the_peak_is_known_then_a_share_and_else_none():
+def test_mfu_is_none_without_a_known_peak():
+    """Utilisation is a share of the peak, and None where the peak or the rate is unknown."""
     config = tiny_config(model__compute_dtype="bfloat16")
     two = [Device("TPU v5 lite")] * 2
     assert model_flops_utilisation(config, 98.304, two) == pytest.approx(0.25)

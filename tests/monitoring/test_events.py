@@ -25,7 +25,8 @@ def _text(folder):
     return (folder / "events.jsonl").read_bytes()
 
 
-def test_events_when_written_by_two_starts_then_read_with_their_kinds_clocks_and_runs(tmp_path):
+def test_events_of_two_starts_are_read_as_written(tmp_path):
+    """Events of two starts keep their kinds, values, clocks and runs."""
     clock, wall = iter([10.0, 12.5, 20.0]), iter([100.0, 90.0])
     assert read_events(tmp_path) == []
     with EventLog(tmp_path / "new", age_s=4.0, clock=clock.__next__, wall=wall.__next__) as events:
@@ -41,7 +42,8 @@ def test_events_when_written_by_two_starts_then_read_with_their_kinds_clocks_and
     assert first.run == second.run != third.run
 
 
-def test_clock_when_it_was_set_back_then_the_last_line_is_ahead_of_it_by_as_much(tmp_path):
+def test_last_event_is_ahead_of_a_clock_set_back(tmp_path):
+    """The last event is ahead of the clock by as much as it was set back."""
     assert EventLog(tmp_path).ahead_s() == 0
     with EventLog(tmp_path, wall=lambda: 1000.0) as events:
         events.write("save", 20, **SAVE)
@@ -52,7 +54,8 @@ def test_clock_when_it_was_set_back_then_the_last_line_is_ahead_of_it_by_as_much
 
 
 @pytest.mark.parametrize("kind, values", [("sav", SAVE), ("save", {}), ("save", {**SAVE, "more": 1})])
-def test_write_when_kind_or_fields_are_not_in_the_table_then_our_bug(tmp_path, kind, values):
+def test_unknown_kind_or_fields_are_a_bug(tmp_path, kind, values):
+    """An event of an unknown kind, or with other fields than its kind has, is an error of ours and is not written."""
     with EventLog(tmp_path) as events, pytest.raises((ValueError, AssertionError)):
         events.write(kind, 1, **values)
     assert not (tmp_path / "events.jsonl").exists()
@@ -66,7 +69,8 @@ def test_write_when_on_another_process_then_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "events.jsonl").exists()
 
 
-def test_line_when_its_writer_is_killed_right_after_then_there(tmp_path):
+def test_event_survives_a_kill_of_its_writer(tmp_path):
+    """A line is in the file if its writer is killed right after the write."""
     code = (
         "import sys, os, time, jax\n"
         "from aimv2_jax.monitoring.events import EventLog\n"
@@ -84,7 +88,8 @@ def test_line_when_its_writer_is_killed_right_after_then_there(tmp_path):
     assert [event.step for event in read_events(tmp_path)] == [7]
 
 
-def test_half_line_of_any_length_when_a_start_follows_then_no_event_is_lost_or_merged(tmp_path):
+def test_partial_line_of_any_length_before_a_start(tmp_path):
+    """A partial line of any length loses and merges no event of the next start."""
     values = dict(values={"loss": 3.5, "why": 'a " and }}} and \\'}, action="log")
     with EventLog(tmp_path) as events:
         events.write("save", 1, **SAVE)
@@ -101,7 +106,8 @@ def test_half_line_of_any_length_when_a_start_follows_then_no_event_is_lost_or_m
         assert steps == ([1, 2] if length == len(whole) - 1 else [1])
 
 
-def test_half_line_when_followed_by_zeros_of_a_machine_that_died_then_passed_over(tmp_path):
+def test_partial_line_with_zeros_of_a_crash(tmp_path):
+    """A partial line with the zeros that a crash of the machine leaves is skipped."""
     (tmp_path / "events.jsonl").write_bytes(b'{"kind": "sa' + bytes(20) + b"\n" + bytes(5))
     assert read_events(tmp_path) == []
 
@@ -129,7 +135,8 @@ def test_read_when_a_line_is_no_event(tmp_path, capsys, line):
     assert "events.jsonl:2 is skipped: it is not an event (" in stderr and stderr.count("\n") == 1
 
 
-def test_write_when_the_disk_is_full_then_user_error_and_later_lines_stay_whole(tmp_path):
+def test_full_disk_is_a_user_error(tmp_path):
+    """A full disk raises UserError, and later lines are complete."""
     with EventLog(tmp_path) as events:
         events.write("save", 1, **SAVE)
         with files_of_at_most(len(_text(tmp_path))), pytest.raises(UserError, match="cannot be written"):
@@ -150,7 +157,8 @@ def test_events_in_bucket_after_half_line(gcs_folder):
     assert json.loads(read_bytes(f"{gcs_folder}/events.jsonl").splitlines()[-1])["step"] == 2
 
 
-def test_spending_when_time_goes_by_then_what_is_nothing_else_is_steps():
+def test_time_of_no_other_class_is_step_time():
+    """Time outside all contexts is step time, and a context that raises counts."""
     now = [5.0]
     time_accounting = TimeAccounting(lambda: now[0])
     now[0] += 3
@@ -164,7 +172,8 @@ def test_spending_when_time_goes_by_then_what_is_nothing_else_is_steps():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux provides the start time of a process")
-def test_process_age_when_asked_then_grows_as_the_clock_does():
+def test_process_age_grows_with_the_clock():
+    """The age of the process is positive and grows with the clock."""
     before = process_age_s()
     time.sleep(0.1)
     assert before > 0 and 0.09 < process_age_s() - before < 5

@@ -122,7 +122,8 @@ def test_goodput_of_run_killed_twice():
     assert report.expected.reached_time == pytest.approx((report.total_s - 30 + 20) / report.total_s)
 
 
-def test_run_when_killed_at_work_then_its_unsaved_steps_count_until_done_again():
+def test_unsaved_steps_of_a_killed_run_count():
+    """Steps of a killed run count as productive until a later start does them again."""
     report = RecordedRun().start(0).steps(17).compute_goodput()
     [start] = report.starts
     assert (start.ended, start.lost, report.kept_steps, report.expected) == ("", 0, 17, None)
@@ -144,7 +145,8 @@ def test_goodput_of_start_killed_before_first_step():
     assert report.failures == 0
 
 
-def test_wall_clock_when_set_back_then_no_class_is_below_zero_and_the_sum_holds():
+def test_wall_clock_set_back():
+    """No class of time is negative, and the classes add up to the total."""
     events = RecordedRun().start(0).steps(10)
     events.wall_s -= 3600  # While the run is down ...
     events.start(10).steps(5)
@@ -180,7 +182,8 @@ def test_goodput_of_rewind_between_log_events():
     assert report.seconds[LOST] == pytest.approx(8) and report.seconds[PRODUCTIVE] == pytest.approx(32)
 
 
-def test_rewind_when_a_later_start_goes_back_further_then_each_step_is_lost_once():
+def test_restart_before_a_rewind_loses_steps_once():
+    """A step that both a rewind and a later start did again is lost once."""
     events = RecordedRun().start(0).steps(18)
     events.add("rewind", from_step=18, to_step=10, a=12, b=18)
     events.step = 10
@@ -304,7 +307,8 @@ def test_drill_with_failure_every_100_steps(tmp_path, drill, log_every):
     assert 0.95 < result["steps_reached"] < 1.05 and 0.95 < result["goodput_reached"] < 1.05
 
 
-def test_drill_when_saves_become_whole_too_late_then_it_fails(tmp_path, drill):
+def test_drill_fails_if_saves_complete_too_late(tmp_path, drill):
+    """The drill fails if a save takes a full interval to complete."""
     run = drill.SimulatedRun(steps=3000, commit_s=9.0)  # A full interval, so that twice the mean is lost.
     truth = drill.simulate(run, tmp_path, seed=1)
     result = drill.figures(compute_goodput(read_events(tmp_path)), truth)

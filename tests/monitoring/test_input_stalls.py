@@ -31,7 +31,8 @@ def advice(seconds, waited=0.4, **changes):
     return lap(monitor, seconds, waited)[1]
 
 
-def test_depth_when_batches_were_taken_then_the_mean_since_the_last_lap():
+def test_queue_depth_is_the_mean_since_the_last_lap():
+    """The depth is the mean over the batches of a lap, and None without batches."""
     monitor = make_monitor()
     for depth in (0, 1, 2, 2):
         monitor.add({}, depth)
@@ -55,7 +56,8 @@ DECODING, READING = {"read": 0.1, "decode": 1.5, "resize": 0.3}, {"read": 1.5, "
         ({}, {}, ["busy only 0%", "raise data.prefetch from 2"]),
     ],
 )
-def test_advice_when_steps_starve_then_names_the_slow_stage_and_what_to_change(seconds, changes, words):
+def test_advice_names_the_slow_stage_and_a_remedy(seconds, changes, words):
+    """Advice for starved steps names the slowest stage and what to change."""
     text = advice(seconds, **changes)
     assert text.startswith("steps wait for data 40% of their time; ")
     for word in words:
@@ -66,11 +68,13 @@ def test_advice_when_steps_do_not_wait_then_none():
     assert advice(DECODING, waited=0.01) is None and advice(DECODING, waited=None) is None
 
 
-def test_advice_when_it_is_the_first_interval_then_none_since_workers_were_starting():
+def test_no_advice_in_the_first_interval():
+    """There is no advice in the first interval, when workers are starting."""
     assert lap(make_monitor(), DECODING)[1] is None
 
 
-def test_advice_when_starving_goes_on_then_repeated_after_ten_minutes_and_another_stage_at_once():
+def test_advice_is_repeated_after_ten_minutes():
+    """The same advice is repeated after ten minutes, and another stage is named at once."""
     clock = Clock()
     monitor = make_monitor(clock)
     lap(monitor, DECODING)
@@ -82,14 +86,16 @@ def test_advice_when_starving_goes_on_then_repeated_after_ten_minutes_and_anothe
     assert "slowest is decode" in lap(monitor, DECODING)[1]
 
 
-def test_lap_when_an_interval_is_over_then_its_seconds_are_not_those_of_the_next():
+def test_lap_resets_the_seconds_of_stages():
+    """Seconds of one interval do not count in the next."""
     monitor = make_monitor()
     lap(monitor, DECODING)
     lap(monitor, {"decode": 100.0}, waited=0.0)
     assert "slowest is read" in lap(monitor, READING)[1]
 
 
-def test_transfer_when_it_takes_long_then_named_and_not_blamed_on_the_builders():
+def test_slow_transfer_is_named():
+    """A slow transfer is named, and the batch builders are not."""
     clock = Clock()
     monitor = make_monitor(clock)
     lap(monitor, READING)

@@ -42,7 +42,8 @@ def _lines(tmp_path):
     return [json.loads(line, parse_constant=no_constants) for line in text.splitlines()]
 
 
-def test_line_when_values_are_of_any_kind_then_valid_json_with_step_first(tmp_path, open_writer):
+def test_line_is_json_with_the_step_first(tmp_path, open_writer):
+    """Values of any type give a line of valid JSON that begins with the step."""
     with open_writer() as writer:
         values = {
             "loss": jnp.float32(0.5),
@@ -72,7 +73,8 @@ def test_line_when_written_then_it_is_on_disk_at_once(tmp_path, open_writer):
         assert _lines(tmp_path) == [{"step": 1, "loss": 1.0}]
 
 
-def test_file_when_cut_after_a_restore_then_no_step_stands_twice(tmp_path, open_writer):
+def test_cut_after_a_restore_leaves_no_step_twice(tmp_path, open_writer):
+    """After a restore later lines are cut, so that no step occurs twice."""
     with open_writer() as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": float(step)})
@@ -89,13 +91,15 @@ def test_file_when_cut_after_a_restore_then_no_step_stands_twice(tmp_path, open_
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_cut_when_there_is_no_file_then_nothing_happens(tmp_path, open_writer):
+def test_cut_without_a_file(tmp_path, open_writer):
+    """Cutting creates no file."""
     with open_writer() as writer:
         writer.cut_after(10)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_reading_when_lines_are_of_both_kinds_then_they_come_apart(tmp_path, open_writer):
+def test_reading_splits_training_and_evaluation(tmp_path, open_writer):
+    """Training and evaluation lines are returned separately, without an unfinished last line."""
     with open_writer() as writer:
         writer.write(1, {"loss": 2.0})
         writer.write(2, {"loss": float("nan")})
@@ -142,7 +146,8 @@ def test_cut_when_a_line_is_damaged_then_set_aside(tmp_path, open_writer, capsys
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == 2 * (line + b"\n")
 
 
-def test_reading_when_the_file_is_empty_then_user_error(tmp_path):
+def test_reading_an_empty_file_is_a_user_error(tmp_path):
+    """An empty file raises UserError."""
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no metrics"):
         read_metrics(tmp_path)
@@ -153,7 +158,8 @@ def test_reading_when_there_is_no_file_then_user_error(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_writing_when_the_folder_cannot_be_then_user_error(tmp_path, config):
+def test_writing_below_a_file_is_a_user_error(tmp_path, config):
+    """A workdir that cannot be created raises UserError."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         MetricsWriter(tmp_path / "file" / "run", tensorboard=False, wandb_project=None, config=config)
@@ -177,7 +183,8 @@ def _events(tmp_path):
     return events
 
 
-def test_tensorboard_when_resumed_then_lost_steps_are_purged_and_earlier_ones_stay(tmp_path, open_writer):
+def test_tensorboard_resume_purges_lost_steps(tmp_path, open_writer):
+    """A resume purges lost steps from TensorBoard and keeps earlier ones."""
     with open_writer(tensorboard=True) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 1.0, "mfu": None})
@@ -189,13 +196,15 @@ def test_tensorboard_when_resumed_then_lost_steps_are_purged_and_earlier_ones_st
     assert _events(tmp_path) == [*first, (3, "session start"), (3, config), (3, "loss")]
 
 
-def test_wandb_when_not_installed_then_user_error_names_the_extra(monkeypatch, open_writer):
+def test_wandb_not_installed_is_a_user_error(monkeypatch, open_writer):
+    """The error names the extra to install."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"aimv2_jax\[wandb\]"):
         open_writer(wandb_project="project")
 
 
-def test_wandb_when_restarted_then_the_same_run_goes_on(monkeypatch, tmp_path, open_writer):
+def test_wandb_restart_continues_the_same_run(monkeypatch, tmp_path, open_writer):
+    """A restart continues the same run of Weights & Biases."""
     starts, logged = [], []
 
     class WandbRun:
@@ -245,7 +254,8 @@ def test_stopwatch_when_paused_then_only_steps_count():
     assert watch.lap() == expected
 
 
-def test_stopwatch_when_a_lap_is_taken_then_the_next_begins_at_zero():
+def test_stopwatch_lap_starts_the_next_at_zero():
+    """Steps and waiting of one lap do not count in the next."""
     clock = _Clock()
     watch = Stopwatch(clock)
     with watch.waiting():
@@ -258,7 +268,8 @@ def test_stopwatch_when_a_lap_is_taken_then_the_next_begins_at_zero():
     assert watch.lap() == expected
 
 
-def test_stopwatch_when_no_step_was_counted_then_nothing_is_claimed():
+def test_stopwatch_without_steps_has_no_rates():
+    """Without a step all rates are None."""
     clock = _Clock()
     watch = Stopwatch(clock)
     with watch.pause():
@@ -266,7 +277,8 @@ def test_stopwatch_when_no_step_was_counted_then_nothing_is_claimed():
     assert set(watch.lap().values()) == {None}
 
 
-def test_stopwatch_when_a_pause_ends_in_an_error_then_it_is_still_left_out():
+def test_stopwatch_leaves_out_a_pause_that_raises():
+    """A pause that ends in an error does not count."""
     clock = _Clock()
     watch = Stopwatch(clock)
     with pytest.raises(ZeroDivisionError), watch.pause():
@@ -297,7 +309,8 @@ def test_progress_when_written_then_all_is_on_one_line():
     )
 
 
-def test_progress_when_evaluations_take_time_then_the_time_left_knows():
+def test_progress_time_left_includes_evaluations():
+    """The time left is that of the last steps' rate, evaluations included."""
     clock = _Clock()
     line = ProgressLine(1000, clock=clock)
     assert line.text(100, VALUES).endswith("  30 min 00 s left")  # 900 steps of step_time_s.
@@ -307,7 +320,8 @@ def test_progress_when_evaluations_take_time_then_the_time_left_knows():
     assert line.text(1000, VALUES).endswith("  done")
 
 
-def test_progress_when_values_are_missing_or_null_then_the_line_is_still_made():
+def test_progress_of_missing_values():
+    """Missing or null values are dashes in the progress line."""
     line = ProgressLine(10, clock=_Clock())
     assert line.text(1, {"loss": 1.0, "images_per_s": None}) == "step  1/10  loss 1.0000  images/s      -"
     assert line.text(1, {"loss": float("nan"), "step_time_s": 9.0}) == "step  1/10  loss      -  1 min 21 s left"

@@ -26,7 +26,8 @@ def steps_in(file) -> list[int]:
 @pytest.mark.parametrize(
     ("steps", "name", "traced"), [("(3, 6)", "steps_3_to_5", [3, 4, 5]), ("(6, 9)", "steps_6_to_8", [6, 7])]
 )
-def test_trace_when_asked_for_then_of_those_steps_as_far_as_the_run_goes(tmp_path, steps, name, traced):
+def test_trace_has_the_requested_steps(tmp_path, steps, name, traced):
+    """The trace has the requested steps, as far as the run goes."""
     changes = dict(train__steps=7, eval__sources={})
     assert main(tiny_arguments(tmp_path, train__profile=steps, **changes)) == 0
     [folder] = (tmp_path / "profile/plugins/profile").iterdir()

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_USER
-from aimv2_jax.monitoring import report, report_page
+from aimv2_jax.monitoring import report
 from aimv2_jax.monitoring.curves import curves_figure
 from aimv2_jax.monitoring.events import EventKind, EventLog
 from aimv2_jax.monitoring.report import gather, page, summary
@@ -88,7 +88,7 @@ def write_metrics(folder, last=40):
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Figures of low resolution, which are faster to write."""
-    monkeypatch.setattr(report_page, "_DOTS_PER_INCH", 40)
+    monkeypatch.setattr(report, "_DOTS_PER_INCH", 40)
 
 
 @pytest.fixture
@@ -139,11 +139,17 @@ def parse(text):
     return "\n".join(parser.text), parser.images
 
 
+def state_line(facts):
+    """The line below the name of the workdir."""
+    return summary(facts).splitlines()[1]
+
+
 def decode(source):
     return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
 
 
-def test_every_kind_of_news_when_in_the_books_then_said_in_text_and_page(run):
+def test_every_notable_event_is_described(run):
+    """Text and page describe each notable event, with its remedy, and count the kinds; routine kinds are left out."""
     facts = gather(run, NOW_S)
     for text in (summary(facts), parse(page(facts))[0]):
         for part in (
@@ -200,7 +206,8 @@ def test_best_evaluation_is_that_of_checkpoints(tmp_path):
     assert gather(tmp_path).best_evaluation["step"] == 10
 
 
-def test_page_when_there_is_everything_then_whole_and_escaped(run):
+def test_page_is_complete_and_escaped(run):
+    """The page has all sections, the curves and the images of the run's folders, and escapes names and values."""
     (run / "show").mkdir()
     Image.new("RGB", (300, 90)).save(run / "show/predictions.png")
     (run / "show/broken.png").write_bytes(b"none")
@@ -249,7 +256,7 @@ def test_page_without_events_shows_the_curves(run):
     facts = gather(run, NOW_S)
     words, images = parse(page(facts))
     assert "no events.jsonl" in words and "no events.jsonl" in summary(facts) and len(images) == 1
-    assert facts.state() == "finished: step 40 of 40"
+    assert state_line(facts) == "finished: step 40 of 40"
 
 
 def test_page_without_metrics_has_no_curves(tmp_path):
@@ -259,7 +266,8 @@ def test_page_without_metrics_has_no_curves(tmp_path):
     assert "There are no metrics yet." in words and not images
 
 
-def test_page_when_a_start_was_just_written_then_whole(tmp_path):
+def test_page_of_a_run_that_just_started(tmp_path):
+    """A log of one event gives a complete page, and the run counts as running."""
     with EventLog(tmp_path, clock=lambda: 0.0) as events:
         events.write("start", 0, **START)
     facts = gather(tmp_path)
@@ -282,16 +290,29 @@ def test_page_when_a_start_was_just_written_then_whole(tmp_path):
         (1, 60, f"bug: step 17 of 40 ({HOSTILE})", "Report the traceback"),
     ],
 )
-def test_state_when_the_last_start_ended_so_then_said(tmp_path, code, later_s, state, remedy):
+def test_state_and_remedy_of_the_last_end(tmp_path, code, later_s, state, remedy):
+    """The state says how the last start ended and why, and the next line what to do."""
     events = RecordedRun(tmp_path)
     events.start(0, 17, code=code)
     facts = gather(tmp_path, events.now_s - 10 + later_s)
-    assert facts.state() == state and f"{state}\n{remedy}" in summary(facts)
+    assert state_line(facts) == state and f"{state}\n{remedy}" in summary(facts)
 
 
-def test_state_when_it_hung_then_said(tmp_path):
+def test_state_of_a_workdir_named_as_a_section(tmp_path, monkeypatch):
+    """A relative workdir with the name of a section, such as Time, has its own section."""
+    monkeypatch.chdir(tmp_path)
+    Path("Time").mkdir()
+    RecordedRun(Path("Time")).start(0, 17, code=0)
+    facts = gather("Time")
+    assert state_line(facts) == "finished: step 17 of 40"
+    for text in (summary(facts), parse(page(facts))[0]):
+        assert "finished: step 17 of 40" in text and "goodput: " in text
+
+
+def test_state_of_a_hung_run(tmp_path):
+    """The state names what the run waited for when it hung."""
     RecordedRun(tmp_path).start(0, 17, ("hang", NOTABLE["hang"]))
-    assert gather(tmp_path).state() == "ended after a hang: step 17 of 40 (waiting for data)"
+    assert state_line(gather(tmp_path)) == "ended after a hang: step 17 of 40 (waiting for data)"
 
 
 def test_report_of_many_starts_has_the_newest(tmp_path):
@@ -305,7 +326,8 @@ def test_report_of_many_starts_has_the_newest(tmp_path):
     assert len(page(facts, max_rows=100)) < 1e5
 
 
-def test_command_when_given_a_run_then_prints_and_writes_one_file(run, capsys):
+def test_command_prints_and_writes_one_file(run, capsys):
+    """The command prints the text and its output, and changes no other file of the run."""
     before = {path: path.read_bytes() for path in run.iterdir()}
     assert report.main([str(run)]) == EXIT_FINISHED
     printed = capsys.readouterr().out
@@ -317,6 +339,7 @@ def test_command_when_given_a_run_then_prints_and_writes_one_file(run, capsys):
 
 
 def test_page_takes_pngs_only_whatever_a_name_says(tmp_path):
+    """A file that is named .png but is no PNG is not embedded."""
     write_metrics(tmp_path)
     Image.new("RGB", (100, 100)).save(tmp_path / "pretty.eps")
     (tmp_path / "pretty.eps").rename(tmp_path / "pretty.png")
@@ -325,6 +348,7 @@ def test_page_takes_pngs_only_whatever_a_name_says(tmp_path):
 
 
 def test_page_skips_pipes_links_and_large_images(tmp_path):
+    """Images outside the run are not shown; pipes and images of too many pixels are named, not read."""
     run = tmp_path / "run"
     run.mkdir()
     write_metrics(run)
@@ -347,6 +371,7 @@ _HEAD = {"kind": "start", "step": 0, "time": 1.0, "clock": 1.0, "run": "a"}
     "file, line",
     [
         ("metrics.jsonl", {"step": 10**22, "loss": 1.0}),
+        ("metrics.jsonl", {"step": 2**60, "loss": 1.0}),
         ("metrics.jsonl", {"step": 1, "loss": "text"}),
         ("metrics.jsonl", {"step": 1, "images/a": [1]}),
         ("events.jsonl", _HEAD | {"time": 1e300}),
@@ -369,6 +394,7 @@ def test_report_of_lines_that_no_run_writes_names_them(tmp_path, capsys, file, l
 
 
 def test_summary_has_no_control_characters(tmp_path):
+    """Values of events cannot move the cursor, set a title or begin a line."""
     events = RecordedRun(tmp_path)
     events.start(0, 2, ("save_failed", dict(why="\x1b]0;PWNED\x07\x1b[2J\r\nfinished: step 2 of 2")))
     text = summary(gather(tmp_path))
@@ -385,7 +411,8 @@ def test_summary_has_no_control_characters(tmp_path):
         (write_metrics, ["--output", "no/such/page.html"], "--output: no such folder"),
     ],
 )
-def test_command_when_it_cannot_work_then_one_sentence(tmp_path, capsys, make, flags, message):
+def test_command_user_errors(tmp_path, capsys, make, flags, message):
+    """A folder without a run or an output that cannot be written gives one sentence and exit code 2."""
     folder = tmp_path / "run"
     folder.mkdir()
     make(folder)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from aimv2_jax.errors import UserError
 from aimv2_jax.export.hf_export import write_folder
 from aimv2_jax.pretrained import param_names
+from aimv2_jax.pretrained.dual_encoder_spec import DualEncoderSpec, TextSpec
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
 from aimv2_jax.pretrained.hf_import import is_foreign, read_weights
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
@@ -56,18 +57,21 @@ def assert_equal(read: LazyWeights, expected: LazyWeights) -> None:
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path, strict=True)
 
 
-def test_param_names_are_unique():
-    """Each parameter name is listed exactly once on either side."""
+@pytest.mark.parametrize("names", [param_names.NAMES, param_names.DUAL_NAMES], ids=["encoder", "both"])
+def test_param_names_are_unique(names):
+    """Each parameter name is listed exactly once on either side, and every tensor of the model has a name."""
     for naming in ("hf", "apple"):
-        alone = [name.name_in(naming) for name in param_names.NAMES if name.part in (None, 0)]
+        alone = [name.name_in(naming) for name in names if name.part in (None, 0)]
         assert len(set(alone)) == len(alone)
-    fused = {name.part: name.ours for name in param_names.NAMES if name.part is not None}
-    assert fused == {
-        i: f"encoder/trunk/blocks/attention/{kind}/kernel" for i, kind in enumerate(("query", "key", "value"))
-    }
-    assert len({name.ours for name in param_names.NAMES}) == len(param_names.NAMES)
-    full = EncoderSpec(16, 3, 2, 24, 4, 16, "learned", head=True)
-    assert set(full.shapes()) == {name.ours for name in param_names.NAMES}  # Every tensor of the model has a name.
+    trunks = ["encoder/trunk"] if names is param_names.NAMES else ["encoder/trunk", "text/trunk"]
+    fused = [name.ours for name in names if name.part is not None]
+    kinds = ("query", "key", "value")
+    assert fused == [f"{trunk}/blocks/attention/{kind}/kernel" for trunk in trunks for kind in kinds]
+    assert [name.part for name in names if name.part is not None] == [0, 1, 2] * len(trunks)
+    image = EncoderSpec(16, 3, 2, 24, 4, 16, "learned", head=True)
+    full = image if names is param_names.NAMES else DualEncoderSpec(image, TextSpec(9, 8, 1, 2, 8, 5, 8), 4)
+    ours = [name.ours for name in names]
+    assert len(set(ours)) == len(ours) and set(full.shapes()) == set(ours)
 
 
 @pytest.mark.parametrize("change", [{}, {"position": "sincos", "area": 16}, {"head": True}])

@@ -209,6 +209,25 @@ def test_folder_when_deep_or_by_a_link_then_made(tmp_path):
     check_folder("gs://bucket/" + "x" * 5000, "--workdir")
 
 
+def test_folder_that_appears_while_it_is_checked(tmp_path, monkeypatch):
+    """Another process may make it between two looks; it is a folder all the same."""
+    new = tmp_path / "new"
+
+    def make_after(look):
+        def look_and_make(path):
+            found = look(path)
+            if os.fspath(path) == str(new) and not found:
+                os.mkdir(new)
+            return found
+
+        return look_and_make
+
+    for name in ("isdir", "lexists"):
+        monkeypatch.setattr(os.path, name, make_after(getattr(os.path, name)))
+    check_folder(new, "--workdir")
+    assert new.is_dir()
+
+
 @pytest.mark.parametrize("name", [".DS_Store", "._x", ".nfs00000000000af3c200000004", "Thumbs.db", "desktop.ini"])
 def test_name_when_a_system_made_it(name):
     assert is_made_by_system(name)

@@ -3,18 +3,21 @@
 python tests/stress/bucket.py --kills 10 --processes 2 --failures 0.05 --json bucket.json
 
 The bundled images are packed into tars in the bucket, prepared from there into the bucket, and trained on, with the
-workdir in the same bucket. Every request goes to fake-gcs-server (tests/helpers/buckets.py) through the proxy, which
-fails the given fraction of them, in every way that it knows (see FAILURES). At the end the datasets, the state and the
-metrics must equal those of an undisturbed run on a disk bit for bit. The report has the proxy's counts of requests and
-failures, and the retries in the metrics.
+workdir in the same bucket. Every second kill comes during a start, the others while the run trains and saves. Every
+request goes to fake-gcs-server (tests/helpers/buckets.py) through the proxy, which fails the given fraction of them, in
+every way that it knows (see FAILURES). At the end the datasets, the state and the metrics must equal those of an
+undisturbed run on a disk bit for bit. The report has the proxy's counts of requests and failures, and the retries in
+the metrics.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +36,7 @@ from aimv2_jax.data.sources import Source  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, EXIT_RETRY, cli_main  # noqa: E402
 from aimv2_jax.platforms import skip_absent_tpu  # noqa: E402
 from aimv2_jax.storage.files import list_names, read_bytes  # noqa: E402
-from tests.helpers.buckets import BucketProxy, clients_of, fake_gcs_server, proxy  # noqa: E402
+from tests.helpers.buckets import clients_of, fake_gcs_server, proxy  # noqa: E402
 from tests.helpers.several import LocalProcesses  # noqa: E402
 from tests.stress.kill import compare  # noqa: E402
 from tests.stress.trainer import TIMEOUT_S, trainer_flags  # noqa: E402
@@ -47,14 +50,16 @@ _PER_TAR = 20
 _OURS = r"data(/|%2F)|jsonl|hashes\.json|manifest\.json|config\.txt|prefix=[^&]*checkpoints(/|%2F)(&|$)"
 # fake-gcs-server, unlike GCS, forgets a resumable upload as soon as it is complete, so that it cannot be repeated.
 FAILURES = {"answered": f"^(?!.*({_OURS}))", "only": "^(?!.*uploadType=resumable)"}
-# The end of a killed run's processes is awaited by the others for this long.
-_CODES_AFTER_A_KILL = (-signal.SIGKILL, EXIT_RETRY)
+_KILL_WITHIN_S = {"start": 20.0, "training": 3.0}  # A start takes about 20 s while requests fail, a save one or two.
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A kill: seconds from the start of the processes, the killed ones, the exit codes of all, and the saved steps."""
+    """A kill: what the run was doing, seconds from the start of the processes, the killed ones, all exit codes, and the
+    saved steps.
+    """
 
+    during: str
     after_s: float
     killed: tuple[int, ...]
     codes: tuple[int, ...]
@@ -131,7 +136,8 @@ def drill(kills: int, processes: int, failures: float, steps: int, seed: int, fo
         for name in NAMES:
             prepare(f"{url}/tars/{name}", f"{url}/data/{name}")
             assert contents(f"{url}/data/{name}") == contents(f"{disk}/data/{name}"), "the datasets differ"
-        done = _train(kills, processes, proxied, url, folder, steps, random.Random(seed))
+        done = _train(kills, processes, url, folder, steps, random.Random(seed))
+        assert kills < 2 or any(kill.steps for kill in done), "no kill came after a save"
         failed = proxied.counts()["failures"]
         proxied.configure(failures=0.0)
         return {
@@ -145,33 +151,39 @@ def drill(kills: int, processes: int, failures: float, steps: int, seed: int, fo
         }
 
 
-def _train(
-    kills: int, processes: int, server: BucketProxy, url: str, folder: Path, steps: int, generator: random.Random
-) -> list[Kill]:
+def _train(kills: int, processes: int, url: str, folder: Path, steps: int, generator: random.Random) -> list[Kill]:
     """Kills the run `kills` times, and lets it finish then."""
     done, arguments = [], flags(f"{url}/run", f"{url}/data", folder, steps)
-    start_s = 20.0  # About two starts while requests fail.
-    while True:
+    for number in itertools.count():
         start = time.monotonic()
-        is_last = len(done) == kills
-        with LocalProcesses(processes, folder / f"start{len(done)}", arguments) as run:
-            if not is_last:
-                time.sleep(generator.uniform(0.2, 1.0 + 0.15 * len(done)) * start_s)
+        during, killed = "training" if len(done) % 2 else "start", ()
+        with LocalProcesses(processes, folder / f"start{number}", arguments) as run:
+            if len(done) < kills:
+                least = generator.randint(1, 30) if during == "training" else 0
+                while _steps(run) < least and run.processes[0].poll() is None:
+                    time.sleep(0.1)
+                time.sleep(generator.uniform(0, _KILL_WITHIN_S[during]))
                 killed = tuple(sorted(generator.sample(range(processes), generator.randint(1, processes))))
-                after_s = time.monotonic() - start
                 for index in killed:
                     run.kill(index)
+            after_s = time.monotonic() - start
             codes = tuple(run.wait(TIMEOUT_S)[index] for index in range(processes))
             log = "\n".join(run.output(index)[1][-2000:] for index in range(processes))
-        if is_last and codes == (EXIT_FINISHED,) * processes:
+        if codes == (EXIT_FINISHED,) * processes:
+            assert len(done) == kills, "the run finished before all kills: give more --steps"
             return done
-        if is_last and set(codes) == {EXIT_RETRY}:  # The bucket failed for longer than a run waits.
+        if set(codes) == {EXIT_RETRY}:  # The bucket failed for longer than a run waits.
             print(f"started again after exit code {EXIT_RETRY}", flush=True)
-            continue
-        if is_last or not set(codes) <= {*_CODES_AFTER_A_KILL, EXIT_FINISHED}:
+        elif killed and set(codes) <= {-signal.SIGKILL, EXIT_RETRY, EXIT_FINISHED}:
+            done.append(Kill(during, round(after_s, 1), killed, codes, saved_steps(f"{url}/run")))
+            print(f"kill {len(done)}/{kills}: {done[-1]}", flush=True)
+        else:
             raise RuntimeError(f"the processes ended with {codes}:\n{log}")
-        done.append(Kill(round(after_s, 1), killed, codes, saved_steps(f"{url}/run")))
-        print(f"kill {len(done)}/{kills}: {done[-1]}", flush=True)
+
+
+def _steps(run: LocalProcesses) -> int:
+    """Number of steps that the run has logged since its start."""
+    return len(re.findall(r"^step +[\d,]+/", run.output(0)[0], re.M))
 
 
 def saved_steps(workdir: str) -> tuple[int, ...]:
@@ -197,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--kills", type=int, default=10, help="number of kills (default %(default)s)")
     add("--processes", type=positive, default=1, help="processes of the run (default %(default)s)")
     add("--failures", type=float, default=0.05, help="fraction of failing requests (default %(default)s)")
-    add("--steps", type=positive, default=60, help="steps of the run (default %(default)s)")
+    add("--steps", type=positive, default=150, help="steps of the run (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of moments and failures (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="file for the report")
     given = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ def test_fixed_prefixes_of_any_patch_count():
     assert full_prefix(VALID).tolist() == [8, 3, 1, 0]
 
 
-def stand_in(weights, attention_mask="prefix"):
+def stand_in(weights, random_prefix=True):
     """A program whose loss of an example is known: image 10 x prefix over 2 patches, text 100 over `size` tokens."""
 
     def eval_sums(params, batch, prefix):
@@ -32,7 +32,7 @@ def stand_in(weights, attention_mask="prefix"):
         return {name: SumCount(sums[name], counts[name]) for name in weights}
 
     settings = types.SimpleNamespace(prefixes=(0.25, 0.5), sources={"a": "folder"})
-    task = types.SimpleNamespace(weights=weights, attention_mask=attention_mask)
+    task = types.SimpleNamespace(weights=weights, random_prefix=random_prefix)
     return types.SimpleNamespace(eval_sums=eval_sums, task=task, config=types.SimpleNamespace(eval=settings))
 
 
@@ -62,7 +62,7 @@ def test_evaluation_without_text_loss():
 
 def test_evaluation_with_full_attention():
     """An evaluation with full attention reads the whole image for every figure."""
-    program, prefixes = stand_in({"text": 1.0}, "full"), []
+    program, prefixes = stand_in({"text": 1.0}, random_prefix=False), []
     eval_sums = program.eval_sums
     program.eval_sums = lambda params, batch, prefix: (prefixes.extend(prefix), eval_sums(params, batch, prefix))[1]
     values = evaluate(program, None, BATCHES, lambda arrays: arrays)

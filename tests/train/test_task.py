@@ -18,7 +18,8 @@ from aimv2_jax.errors import UserError
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.train import losses
 from aimv2_jax.train.step import accumulate
-from aimv2_jax.train.task import abstract_key, build_task, purpose_key, run_key
+from aimv2_jax.train.task import abstract_key, purpose_key, run_key
+from aimv2_jax.train.tasks import build_task
 from tests.helpers.golden_names import paths
 from tests.helpers.tiny import ROOT, tiny_config
 

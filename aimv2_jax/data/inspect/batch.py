@@ -14,7 +14,7 @@ from aimv2_jax.data import pipeline
 from aimv2_jax.data.inspect.sheet import IMAGE_SIDE, MAX_IMAGE_SIDE, BarChart, Tile, contact_sheet, fitted, magnified
 from aimv2_jax.data.pipeline import HostBatch
 from aimv2_jax.data.sampling.mixture import MixtureSampler
-from aimv2_jax.data.tokenizer import Tokenizer
+from aimv2_jax.data.tokenizer import Tokenizer, load_tokenizer
 from aimv2_jax.data.transforms import geometry
 from aimv2_jax.plotting import Pixels, counted
 
@@ -31,8 +31,7 @@ def batch_sheet(config: Config, name: str, step: int, max_images: int) -> Figure
       UserError: if a source or the tokenizer of `config` cannot be used.
     """
     sources = pipeline.open_sources(config).training
-    decoder = config.model.decoder
-    tokenizer = Tokenizer(config.tokenizer.path, decoder.text_length, decoder.vocab_size, config.loss.predict_eos)
+    tokenizer = load_tokenizer(config)
     # Built by threads of this process: the batch is the same, and workers would take seconds to start.
     without_workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0, prefetch=1))
     sampler = pipeline.training_sampler(config, sources)
@@ -50,7 +49,7 @@ def batch_sheet(config: Config, name: str, step: int, max_images: int) -> Figure
         note += f" Counts are of the first {rows:,} rows."
     tokens, patches = (batch.arrays[name].sum(axis=1) for name in ("token_valid", "valid"))
     charts = [
-        _integer_histogram("Tokens a row", tokens, f"text tokens, of {decoder.text_length} with the end"),
+        _integer_histogram("Tokens a row", tokens, f"text tokens, of {tokenizer.length} with the end"),
         _integer_histogram("Patches a row", patches, "valid patches"),
     ]
     return contact_sheet(tiles, _batch_facts(config, sampler, batch), charts, f"{name}, step {step:,}", note)

@@ -81,6 +81,7 @@ class _RecordFetch:
       view: image size -> view of the image.
       choose_caption: (record index, number of captions) -> index of the caption; by default the first.
       index: index of the last record read.
+      label: its name, for messages.
       record: the last record read, which has the caption; None when no candidate is left.
       faults: the rejected candidates.
     """
@@ -94,6 +95,7 @@ class _RecordFetch:
     status: WorkerStatus
     choose_caption: Callable[[int, int], int] = lambda index, count: 0
     index: int = -1
+    label: str = ""
     record: Record | None = None
     caption: str = ""
     faults: list[BadExample] = dataclasses.field(default_factory=list)
@@ -102,7 +104,7 @@ class _RecordFetch:
         """Reads candidates until one has the caption; rejects those that are unreadable or lack it."""
         self.record = None
         for index in self.candidates:
-            self.index = index
+            self.index, self.label = index, self.source.describe(index)
             try:
                 record = records.decode(self._read())
             except BadRecord as error:
@@ -122,11 +124,6 @@ class _RecordFetch:
             self.status.update(Activity.HAS_READ, self.label)
 
     @property
-    def label(self) -> str:
-        """Name of the last record read, for messages."""
-        return self.source.describe(self.index)
-
-    @property
     def size(self) -> int:
         return len(self.record.image) if self.record else self.source.mean_bytes
 
@@ -140,11 +137,18 @@ class _BatchArrays:
     """The arrays of one batch while its rows are filled. Rows that are not filled are padding, with `valid` False."""
 
     def __init__(
-        self, step: int, examples: Sequence[int], num_patches: int, patch_size: int, source_names: Iterable[str]
+        self,
+        step: int,
+        examples: Sequence[int],
+        num_patches: int,
+        patch_size: int,
+        source_names: Iterable[str],
+        teacher_size: int | None,
     ):
         rows = len(examples)
         self._step = step
         self._patch_size = patch_size
+        self._teacher_size = teacher_size
         self._source_names = list(source_names)
         self._captions = [b""] * rows
         self._faults: list[BadExample] = []
@@ -158,6 +162,9 @@ class _BatchArrays:
             "faults": np.zeros((rows, len(REASONS)), np.int32),
             "read_retries": np.zeros(rows, np.int32),
         }
+        if teacher_size is not None:
+            length = (teacher_size // patch_size) ** 2
+            self._arrays["teacher_patches"] = np.zeros((rows, length, 3 * patch_size**2), np.uint8)
 
     def fill(self, fetches: Iterable[_RecordFetch], status: WorkerStatus) -> Iterator[_RecordFetch]:
         """Fills the rows of `fetches`; yields the fetches that found no usable record, whose rows stay padding."""
@@ -194,12 +201,17 @@ class _BatchArrays:
         self._timer.lap("caption")
         image = open_encoded(record.image)
         view = view_of(image.size)
-        decoded = view.decode(image)
+        teacher_view = view if self._teacher_size is None else view.resized(self._teacher_size)
+        # Decoding may reduce the image as far as the larger view allows, and serves both.
+        decoded = max(view, teacher_view, key=View.pixels).decode(image)
         self._timer.lap("decode")
         pixels = view.resize(decoded)
+        teacher_pixels = None if self._teacher_size is None else teacher_view.resize(decoded)
         self._timer.lap("resize")
         arrays = (self._arrays[name][row] for name in ("patches", "coords", "valid"))
         geometry.write_patches(pixels, self._patch_size, *arrays)
+        if teacher_pixels is not None:
+            geometry.patchify(teacher_pixels, self._patch_size, out=self._arrays["teacher_patches"][row])
         self._captions[row] = text
         self._timer.lap("patchify")
 
@@ -219,6 +231,7 @@ class TrainingBatches:
       rows: by size of the global batch, the indices of this process's rows in it.
       views: by number of patches per example, a function (image size, example number) -> view of the image.
       patch_size: side of a patch.
+      teacher_size: side of the square in which a teacher sees the same view, as `teacher_patches`; None: not.
       read_ahead: runs the fetches.
     """
 
@@ -227,12 +240,14 @@ class TrainingBatches:
     rows: Mapping[int, tuple[int, ...]]
     views: Mapping[int, Callable[[Size, int], View]]
     patch_size: int
+    teacher_size: int | None = None
     read_ahead: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __call__(self, step: int, status: WorkerStatus | None = None) -> LocalBatch:
         status = status or WorkerStatus()
         num_patches = self.sampler.schedule.shape(step).patches
-        batch = _BatchArrays(step, self._examples(step), num_patches, self.patch_size, self.sources)
+        examples = self._examples(step)
+        batch = _BatchArrays(step, examples, num_patches, self.patch_size, self.sources, self.teacher_size)
         for fetch in batch.fill(self.read_ahead(step, functools.partial(self._fetches, status)), status):
             rejected = collections.Counter(fault.reason for fault in fetch.faults)
             reasons = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
@@ -278,6 +293,7 @@ class EvaluationBatches:
       view: image size -> view of the image.
       num_patches: patches of a row.
       patch_size: side of a patch.
+      teacher_size: side of the square in which a teacher sees the same view, as `teacher_patches`; None: not.
       read_ahead: runs the fetches.
     """
 
@@ -289,6 +305,7 @@ class EvaluationBatches:
     view: Callable[[Size], View]
     num_patches: int
     patch_size: int
+    teacher_size: int | None = None
     read_ahead: ReadAhead = dataclasses.field(default_factory=ReadAhead)
 
     def __len__(self) -> int:
@@ -297,7 +314,7 @@ class EvaluationBatches:
     def __call__(self, number: int, status: WorkerStatus | None = None) -> LocalBatch:
         status = status or WorkerStatus()
         examples = [number * self.batch_size + row for row in self.rows]
-        batch = _BatchArrays(number, examples, self.num_patches, self.patch_size, self.sources)
+        batch = _BatchArrays(number, examples, self.num_patches, self.patch_size, self.sources, self.teacher_size)
         for _ in batch.fill(self.read_ahead(number, functools.partial(self._fetches, status)), status):
             pass  # The row stays padding.
         return batch.to_batch()

@@ -35,8 +35,9 @@ class HostBatch:
     `token_valid [b T] bool`, `example_index [b 2] uint32` (high and low word of the example number),
     `source [b] int32` (index into the config's list of sources), `faults [b R] int32` (unusable records that the
     example drew, by `REASONS`), `truncated [b] bool` (captions with more pieces than fit), `read_retries [b] int32`
-    (reads of the data that were retried, in any row); `BOOKKEEPING` names those
-    that no model reads. `seconds` is the time spent in each stage of building, by name.
+    (reads of the data that were retried, in any row), and with a teacher of another resolution `teacher_patches
+    [b S P] uint8`; `BOOKKEEPING` names those that no model reads. `seconds` is the time spent in each stage of
+    building, by name.
     """
 
     step: int

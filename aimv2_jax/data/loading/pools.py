@@ -86,14 +86,15 @@ class WorkerPool:
     def __init__(self, build: Build, numbers: range, workers: int, prefetch: int):
         self._numbers = numbers
         self._taken = 0
-        self._ahead = workers * (prefetch + 1)  # A worker builds one more than it keeps ready.
+        max_ahead = prefetch + 1  # A worker builds one more than it keeps ready.
+        self._ahead = workers * max_ahead
         with anonymous_file() as file:
             pickle.dump(partial(batch_dataset, build, numbers), file)
             self._workers: list[_Worker] = []
             with contextlib.ExitStack() as on_error:
                 on_error.callback(self.close)
                 for index in range(workers):
-                    self._workers.append(_Worker(index))
+                    self._workers.append(_Worker(index, max_ahead))
                     self._workers[-1].set_up(file)
                 on_error.pop_all()
         for position in range(self._ahead):
@@ -157,13 +158,13 @@ class WorkerPool:
 class _Worker:
     """A started worker process, the trainer's end of its channel, and its status."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, max_ahead: int):
         self._status_file = anonymous_file()
         self._status_file.truncate(STATUS_BYTES)
         self.status = WorkerStatus(map_file(self._status_file))
         self.channel, theirs = socket.socketpair()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=run_worker, args=(theirs,), name=f"{NAME} {index}", daemon=True)
+        self.process = context.Process(target=run_worker, args=(theirs, max_ahead), name=f"{NAME} {index}", daemon=True)
         self.process.start()
         theirs.close()
 

@@ -1,7 +1,7 @@
 """Read-ahead: a thread pool fetches the records of coming examples while earlier ones are decoded.
 
 When every read takes 50 ms (a bucket, a parallel file system), 32 reads at a time are 640 records per second. The
-number of reads in flight follows their measured latency. When reads are quick (a local disk), handing them to threads
+number of reads in flight follows their measured latency. When reads hardly wait (a local disk), handing them to threads
 costs more than it saves, and no threads are used.
 """
 
@@ -19,9 +19,9 @@ MAX_WAITING_BYTES = 64 << 20
 """Limit on the bytes that are fetched or in flight per batch builder and not yet taken."""
 
 QUICK_S = 0.0005
-"""A read this short is mostly CPU work (copies, checksum), which no thread hides; a hand-over takes 0.1 ms."""
+"""A wait this short is not worth hiding: a hand-over to a thread takes 0.1 ms."""
 
-_SLOW_BUDGET_S = 0.02  # Accumulated time above `quick_s` before the threads start for good.
+_SLOW_BUDGET_S = 0.02  # Accumulated waiting above `quick_s` before the threads start for good.
 _MAX_SLOW_READ_S = _SLOW_BUDGET_S / 4  # Cap per read, so that one hiccup does not start the pool.
 _FETCHES_PER_THREAD = 2  # In flight or ready, so that a thread finds work while an image is decoded.
 _MARGIN = 2.0  # Fetches in flight or ready, relative to those that are in flight at the mean latency.
@@ -52,7 +52,8 @@ class ReadAhead:
       threads: the maximum of concurrent fetches; 0: the consumer runs each fetch when it takes it.
       stride: after batch n comes batch n + stride, whose fetches start while those of n are still being taken; None:
         the next batch is unknown, and no fetch starts before its batch is requested.
-      quick_s: while fetches take no longer than this, the consumer runs them itself.
+      quick_s: while fetches wait no longer than this, the consumer runs them itself. Their CPU time (copies, checksums
+        of large records) does not count, because no thread hides it.
     """
 
     def __init__(self, threads: int = 0, stride: int | None = None, quick_s: float = 0.0):
@@ -80,9 +81,9 @@ class ReadAhead:
             fetch = next(rest, None)
             if fetch is None:
                 return
-            start = time.perf_counter()
+            start_s = _waited_s()
             fetch.advance()
-            excess_s = min(time.perf_counter() - start - self._quick_s, _MAX_SLOW_READ_S)
+            excess_s = min(_waited_s() - start_s - self._quick_s, _MAX_SLOW_READ_S)
             self._budget_s = min(self._budget_s - excess_s, _SLOW_BUDGET_S)
             started = True
             yield fetch
@@ -169,6 +170,11 @@ class _Window(Generic[F]):
     def _add_bytes(self, size: int) -> None:
         with self._lock:
             self._waiting_bytes += size
+
+
+def _waited_s() -> float:
+    """Clock that runs while the calling thread waits."""
+    return time.perf_counter() - time.thread_time()
 
 
 class _Mean:

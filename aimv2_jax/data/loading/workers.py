@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -36,12 +37,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_worker(channel: socket.socket) -> None:
+def run_worker(channel: socket.socket, max_ahead: int) -> None:
     """Builds the batches that the trainer requests over `channel`, until it closes that.
 
     The first two messages are the file for the worker's status, and the file with the pickled function that makes the
     dataset of the batches from that status. The others are positions in the dataset. The answer to each is a file with
     the batch, or with the error of building it.
+
+    At most `max_ahead` requests are open at a time: the trainer sends one more when it has copied the first batch out
+    of its file. So that many files serve all batches, and the kernel allocates their pages once.
 
     Grain's own workers are not used: their batches lie in named shared memory, which a full /dev/shm turns into a
     SIGBUS and a kill at the wrong moment leaves behind, and a dead worker is an error without a class.
@@ -57,6 +61,7 @@ def run_worker(channel: socket.socket) -> None:
     status = WorkerStatus(status_memory)
     open_batches = pickle.loads(pickled)  # Imports the modules of the pipeline, now that the process is set up.
     batches = open_batches(status)
+    files = itertools.cycle([anonymous_file() for _ in range(max_ahead)])
     with contextlib.suppress(ConnectionError):  # The trainer has closed the channel.
         while request := channel.recv(REQUEST.size, socket.MSG_WAITALL):
             try:
@@ -64,9 +69,10 @@ def run_worker(channel: socket.socket) -> None:
                 result = batches[position]
             except Exception as error:  # Raised by the trainer in place of the batch.
                 result = _picklable(error)
-            with anonymous_file() as file:
-                pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
-                send_file(channel, file)
+            file = next(files)
+            file.seek(0)
+            pickle.dump(result, file, pickle.HIGHEST_PROTOCOL)
+            send_file(channel, file)
 
 
 def _picklable(error: Exception) -> Exception:

@@ -7,6 +7,7 @@ import hashlib
 
 import numpy as np
 from grain.experimental import index_shuffle
+from numpy.random.bit_generator import ISeedSequence
 
 # Rounds of the cipher behind index_shuffle. With grain's default of 4, consecutive positions correlate by up to 0.8,
 # and a batch has several times too many neighbouring records; with 8, positions 256 apart still correlate by 0.06 at
@@ -49,9 +50,25 @@ def hash32(*parts: int | str) -> int:
 
 def example_rng(seed: int, purpose: str, example: int) -> np.random.Generator:
     """Generator for one example and one purpose: Philox with the example number in the counter."""
-    key = np.array([seed, int.from_bytes(_digest((purpose,), 8), "little")], np.uint64)
     # The generator increments word 0, so the streams of different examples never overlap.
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, example, 0, 0], np.uint64)))
+    counter = np.array([0, example, 0, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(_philox_key(seed, purpose), counter=counter))
+
+
+@functools.lru_cache(maxsize=64)
+def _philox_key(seed: int, purpose: str) -> _PhiloxKey:
+    return _PhiloxKey(np.array([seed, int.from_bytes(_digest((purpose,), 8), "little")], np.uint64))
+
+
+class _PhiloxKey(ISeedSequence):
+    """Key of a Philox generator as its seed sequence. Given `key=`, numpy would draw a seed that it then drops."""
+
+    def __init__(self, key: np.ndarray):
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: type = np.uint32) -> np.ndarray:
+        assert (n_words, dtype) == (2, np.uint64)
+        return self._key
 
 
 def _digest(parts: tuple[int | str, ...], size: int) -> bytes:

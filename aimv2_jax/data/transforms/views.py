@@ -31,6 +31,15 @@ class View:
     box: Box | None = None
     mirrored: bool = False
 
+    def resized(self, size: int) -> View:
+        """The same part of the image in a square of side `size`."""
+        return dataclasses.replace(self, size=size)
+
+    def pixels(self) -> int:
+        """Number of pixels of the result."""
+        width, height = geometry.sides(self.size)
+        return width * height
+
     def decode(self, image: EncodedImage) -> tuple[Image.Image, Box | None]:
         """Decodes what `resize` needs, with the errors of the image, which may also be an `OpenedImage`."""
         return (image.decode_full(), None) if self.box is None else image.decode(self.box, self.size)

@@ -107,6 +107,7 @@ def probe_config(flags: argparse.Namespace) -> ProbeConfig:
 def open_encoder(flags: argparse.Namespace) -> PretrainedEncoder:
     """Opens the encoder of the flags; `--checkpoint random` gets untrained parameters from the seed."""
     weights = open_weights(flags.like or flags.checkpoint, flags.heads, flags.weights)
+    print(weights.pixel_statistics())
     if flags.checkpoint == RANDOM:
         weights = untrained(weights.spec, flags.seed)
     encoder = encoder_of(weights, flags.dtype, flags.image_size, flags.area)

@@ -50,6 +50,12 @@ class LabelledDataset:
         groups = tuple(self.groups[index] for index in indices)
         return dataclasses.replace(self, indices=self.indices[indices], classes=self.classes[indices], groups=groups)
 
+    def with_classes(self, names: Sequence[str]) -> LabelledDataset:
+        """The same examples with classes in the order of `names`, which may have more than there are now."""
+        class_of = {name: index for index, name in enumerate(names)}
+        new_ids = np.array([class_of[name] for name in self.names])
+        return dataclasses.replace(self, classes=new_ids[self.classes], names=tuple(names))
+
 
 def read_labelled_dataset(
     path: str, flag: str, label: str, by: str | None, without: Collection[str], names: Sequence[str] | None = None

@@ -1,4 +1,4 @@
-"""Accuracy of a probe with its confidence interval, and the confusion matrix. M test images, C classes."""
+"""Accuracy of a classifier with its confidence interval, and the confusion matrix. M test images, C classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -44,6 +44,13 @@ def classification_metrics(test: LabelledDataset, predicted: Int[np.ndarray, " M
             for name in sorted(set(test.groups))
         }
     return metrics
+
+
+def score_metrics(test: LabelledDataset, scores: Float[np.ndarray, "M C"]) -> dict[str, Any]:
+    """`classification_metrics` of the best classes, and `top5` with its interval `top5_ci95`."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]  # As argmax, the first of equal scores.
+    found = (best == test.classes[:, None]).any(axis=1)
+    return classification_metrics(test, best[:, 0]) | {"top5": float(found.mean()), "top5_ci95": interval(found)}
 
 
 def confusion_figure(test: LabelledDataset, predicted: Int[np.ndarray, " M"], heading: str, note: str) -> Figure:

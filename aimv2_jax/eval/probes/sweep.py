@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.models.layers import xavier_uniform
@@ -105,6 +106,7 @@ def train_sweep(
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, warmup), max(total, warmup + 1))
     adam = optax.scale_by_adam(b1=0.9, b2=0.999)
     params = head.init(jax.random.key(config.seed), jnp.zeros((1, 1, width)), jnp.ones((1, 1), bool))["params"]
+    params = meta.unbox(params)
 
     def loss(params: Any, features: Array, valid: Array, classes: Array) -> Array:
         logits = head.apply({"params": params}, features, valid)

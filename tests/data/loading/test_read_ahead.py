@@ -210,3 +210,19 @@ def test_fetches_when_they_are_quick_then_made_where_they_are_taken_until_four_a
     here = [index for index, thread in threads.items() if thread is threading.current_thread()]
     assert here == [index for index in threads if index <= last_here]
     assert all(log.count(index) == 1 for index in threads)
+
+
+def test_fetches_of_much_cpu_work_start_no_threads(monkeypatch):
+    """A fetch that computes for long, and waits for nothing, gains nothing from a thread."""
+    now = [0.0]
+
+    class Computes(Fetch):
+        def advance(self):
+            super().advance()
+            now[0] += 0.05
+
+    monkeypatch.setattr(read_ahead.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(read_ahead.time, "thread_time", lambda: now[0])
+    reads = ReadAhead(threads=3, quick_s=0.0005)
+    threads = {fetch.thread for fetch in reads(0, lambda batch: [Computes([], batch, index) for index in range(20)])}
+    assert threads == {threading.current_thread()}

@@ -1,5 +1,6 @@
 """Counter RNG: bijective permutations without correlations, and per-example generators."""
 
+import hashlib
 import itertools
 import time
 
@@ -71,3 +72,13 @@ def test_example_rng_when_over_many_examples_then_uniform():
     first = np.sort([example_rng(7, "flip", example).random() for example in range(4000)])
     # Kolmogorov-Smirnov: one seed in a thousand exceeds 1.95 / sqrt(n).
     assert np.abs(first - (np.arange(4000) + 0.5) / 4000).max() < 1.95 / np.sqrt(4000)
+
+
+def test_example_rng_is_philox_keyed_by_seed_and_purpose():
+    """Numbers, kept through versions, are those of numpy's Philox with this key and counter."""
+    digest = hashlib.blake2b(b"crop", digest_size=8).digest()
+    key = np.array([2**40 + 1, int.from_bytes(digest, "little")], np.uint64)
+    expected = np.random.Generator(np.random.Philox(key=key, counter=[0, 9, 0, 0]))
+    rng = example_rng(2**40 + 1, "crop", 9)
+    assert rng.random(9).tolist() == expected.random(9).tolist()
+    assert rng.integers(7, size=9).tolist() == expected.integers(7, size=9).tolist()

@@ -1,0 +1,22 @@
+"""The tokenizer's file in the folder of an export or of a Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aimv2_jax.pretrained.safetensors_io import check_inside
+
+SENTENCEPIECE, JSON = "tokenizer.model", "tokenizer.json"
+
+
+def tokenizer_beside(folder: Path) -> Path | None:
+    """The tokenizer's file in `folder`; raises `UserError` for a link out of it."""
+    file = next((folder / name for name in (JSON, SENTENCEPIECE) if (folder / name).is_file()), None)
+    if file is not None:
+        check_inside(file, folder)
+    return file
+
+
+def tokenizer_name(file: Path) -> str:
+    """The usual name of a tokenizer's file, by its content."""
+    return JSON if file.read_bytes().lstrip().startswith(b"{") else SENTENCEPIECE
