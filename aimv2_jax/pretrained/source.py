@@ -24,10 +24,9 @@ from aimv2_jax.pretrained.tokenizer_file import tokenizer_beside
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.train.task import run_key
 
+_POOLED_HEAD = "head/pool/query"  # A parameter that only encoders with a pooled head have.
 DUAL_ENCODER = "dual_encoder"
 """Key in a checkpoint's metadata for the spec of an exported model with a text tower."""
-
-_HEAD = "head/output/kernel"  # A parameter of the pooled head, which LiT trains.
 
 
 def open_weights(
@@ -83,19 +82,19 @@ class _Checkpoint:
         self._reader = CheckpointReader(self.workdir)
         self._meta = self._reader.meta(self._step)
         self._weights = weights
+        self._parameters = frozenset(param_leaves(self._meta).values())
         self._config = read_config(self._meta["config"], self.name) if self._meta["config"] else None
 
     def encoder_spec(self) -> EncoderSpec:
         """The spec of the encoder, from the run's config or an export's description."""
-        if self._config is None:
-            return self._described("vision", encoder_spec_from_json)
-        has_head = _HEAD in param_leaves(self._meta).values()
-        return dataclasses.replace(encoder_spec_of(self._config), head=has_head)
+        if self._config is not None:
+            return dataclasses.replace(encoder_spec_of(self._config), head=_POOLED_HEAD in self._parameters)
+        return self._described("vision", encoder_spec_from_json)
 
     @property
     def has_both_towers(self) -> bool:
         """True for a LiT run and for an export with its text tower."""
-        return TEXT_PROJECTION in param_leaves(self._meta).values()
+        return TEXT_PROJECTION in self._parameters
 
     def dual_encoder_spec(self) -> DualEncoderSpec:
         """The spec of both towers, from an export's description or the run's config and tokenizer."""

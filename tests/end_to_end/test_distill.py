@@ -96,6 +96,17 @@ def test_teacher_is_that_of_the_file_after_any_step(run, teacher):
     assert all(leaf.any() for leaf in jax.tree.leaves(state.opt_state[1].mu))
 
 
+def test_student_starts_from_another_model(teacher, tmp_path, capsys):
+    """`init.path` initialises the student, and `distill.path` the teacher; the feature map is in neither."""
+    other = save_model(tmp_path / "other", model__encoder__width=16, model__encoder__hidden=32)
+    start = dict(init__path=other, train__steps=1, eval__sources={})
+    assert main(tiny_arguments(tmp_path / "run", **settings(teacher, **start))) == 2
+    assert "lacks: 'feature_map/kernel'. Initialise it by init.reinit=" in capsys.readouterr().err
+    assert main(tiny_arguments(tmp_path / "run", **settings(teacher, **start, init__reinit="('feature_map',)"))) == 0
+    output = capsys.readouterr().out
+    assert f"parameters of {other}:1: 31 tensors loaded" in output and f"teacher: 31 tensors of {teacher}:1" in output
+
+
 def test_student_loads_like_a_pretrained_model(run, tmp_path, capsys):
     """Encoder, whole model, export, and the start of another run: all without the teacher."""
     loaded = load(str(run))

@@ -223,6 +223,19 @@ def test_teacher_sees_its_own_resolution():
     assert float(total) == pytest.approx(expected, rel=2e-6) and int(count) == 16
 
 
+def test_native_batches_of_any_area_are_distilled():
+    """A teacher with sin-cos positions sees the student's own patches, of which the valid ones count."""
+    changes = dict(data__areas=(4, 16), model__encoder__position="sincos", distill__encoder__position="sincos")
+    task = build_task(distill_config(**changes))
+    for length in (4, 16):
+        batch = batch_of(2, length=length)
+        batch["valid"] = batch["valid"].at[1, 3:].set(False)
+        prefix = jnp.asarray([2, 1])
+        assert int(task.counts(batch, prefix)["features"]) == length + 3
+        losses_by_name = jax.eval_shape(task.loss, task.abstract_params, batch, prefix)
+        assert losses_by_name.keys() == task.weights.keys()
+
+
 def test_state_keeps_no_moments_of_the_teacher():
     """Optimiser and average have the student's tensors only."""
     state = build_setup(distill_config(optimizer__ema_decay=0.9)).abstract_state
