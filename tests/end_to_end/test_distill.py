@@ -96,9 +96,9 @@ def test_teacher_is_that_of_the_file_after_any_step(run, teacher):
     assert all(leaf.any() for leaf in jax.tree.leaves(state.opt_state[1].mu))
 
 
-def test_student_starts_from_another_model(teacher, tmp_path, capsys):
+def test_student_starts_from_another_model(teacher, tokenizer, tmp_path, capsys):
     """`init.path` initialises the student, and `distill.path` the teacher; the feature map is in neither."""
-    other = save_model(tmp_path / "other", model__encoder__width=16, model__encoder__hidden=32)
+    other = save_model(tmp_path / "other", tokenizer, model__encoder__width=16, model__encoder__hidden=32)
     start = dict(init__path=other, train__steps=1, eval__sources={})
     assert main(tiny_arguments(tmp_path / "run", **settings(teacher, **start))) == 2
     assert "lacks: 'feature_map/kernel'. Initialise it by init.reinit=" in capsys.readouterr().err
