@@ -102,7 +102,7 @@ class TokenizerJson:
     def _unknown_id(self, model: Mapping[str, Any]) -> int | None:
         if isinstance(model.get("unk_token"), str):
             return self._tokenizer.token_to_id(model["unk_token"])
-        return model.get("unk_id")  # Of a unigram model; the library has checked it.
+        return model.get("unk_id")  # A unigram model has one; the library has checked it.
 
     def _first_id(self, names: Sequence[str]) -> int | None:
         """The id of the first of `names` that the file has."""

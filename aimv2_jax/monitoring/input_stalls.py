@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 _STARVED = 0.05  # Share of step time spent waiting for data.
 _SLOW_TRANSFER = 0.2  # Share of step time spent on transfers, which should overlap with the previous step.
 _BUSY = 0.5  # Share of builder time. Below it the builders are fast enough, and batches come in bursts.
-_MIN_LOG_INTERVAL_S = 600.0  # Between two messages about the same stage.
+_MIN_LOG_INTERVAL_S = 600.0  # Two messages about a stage are at least this far apart.
 # Stages of a trainer thread; all others run in the builders.
 _TOKENISE, _TRANSFER = "tokenise", "transfer"
 

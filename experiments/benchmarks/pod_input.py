@@ -35,7 +35,7 @@ _PACKAGES = ("numpy", "grain", "gcsfs", "tensorstore")
 _NETWORK_GB_PER_S = (0.25, 1.0, 2.0)
 _BOOT_DISK_GB_PER_S = 0.17  # Assumed, as the network's rates are.
 _DAY_S = 86_400
-_LATENCY_S = 0.05  # Of a read that is answered.
+_LATENCY_S = 0.05  # A read that is answered takes this long.
 _NEIGHBOUR_BATCHES = 8
 _BLOCKS = (16, 64)
 

@@ -208,7 +208,7 @@ class Killed(NamedTuple):
     workdir: Path
     codes: dict[int, int]  # Exit codes of the other processes.
     ended_s: float  # Seconds from the kill until the last of them ended.
-    errors: dict[int, str]  # What they wrote to stderr.
+    errors: dict[int, str]  # Their stderr.
 
 
 # Process 0 has jax's coordinator, without which jax on the other process also ends at once.

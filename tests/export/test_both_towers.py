@@ -32,7 +32,7 @@ SPEC = DualEncoderSpec(IMAGE, TEXT, embed_dim=20)
 RELEASED = DualEncoderSpec(
     EncoderSpec(1024, 24, 8, 2816, 14, 224, "learned", head=True), TextSpec(49408, 768, 12, 6, 2048, 77, 49407), 768
 )
-TOLERANCE = 2e-5  # Of the largest entry, in float32, as in test_golden.py.
+TOLERANCE = 2e-5  # A fraction of the largest entry, in float32, as in test_golden.py.
 END, PAD = TEXT.end_id, 0
 # Rows of 11 tokens: a short text, one of full length, one with end tokens as padding, one that is only an end.
 TOKENS = np.array(
