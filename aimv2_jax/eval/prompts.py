@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.paths import resolve_path
@@ -27,7 +27,7 @@ def read_templates(source: str) -> list[str]:
     Raises:
       UserError: for an unreadable file, or a line without {} for the class.
     """
-    templates = _lines("--templates", TEMPLATE_SETS.get(source, source))
+    templates = _lines("--templates", source, TEMPLATE_SETS)
     for number, template in enumerate(templates, start=1):
         if "{}" not in template:
             remedy = 'Write each as "a photo of a {}."'
@@ -51,7 +51,7 @@ def read_class_names(source: str, labels: Sequence[str]) -> dict[str, tuple[str,
         that cannot be matched with labels.
     """
     flag = f"--classes {source}"
-    lines = _lines("--classes", CLASS_SETS.get(source, source))
+    lines = _lines("--classes", source, CLASS_SETS)
     if any("\t" in line for line in lines):
         rows = [_split_label(flag, number, line) for number, line in enumerate(lines, start=1)]
     else:
@@ -69,7 +69,8 @@ def read_class_names(source: str, labels: Sequence[str]) -> dict[str, tuple[str,
     return names
 
 
-def _lines(flag: str, path: str) -> list[str]:
+def _lines(flag: str, source: str, sets: Mapping[str, str]) -> list[str]:
+    path = sets.get(source, source)
     file = resolve_path(path)
     try:
         text = read_file(file, _MAX_BYTES).decode("utf-8-sig")
@@ -79,7 +80,8 @@ def _lines(flag: str, path: str) -> list[str]:
         raise UserError(f"{flag}: the file cannot be read, {error}", path, "Give a text file") from error
     except OSError as error:
         why = error.strerror or type(error).__name__
-        raise UserError(f"{flag}: the file cannot be read ({why})", path, "Give a readable file") from error
+        remedy = f"Give a text file, or {', '.join(sets)}"
+        raise UserError(f"{flag}: the file cannot be read ({why})", path, remedy) from error
     lines = text.rstrip("\n\r").split("\n")
     if lines == [""]:
         raise UserError(f"{flag}: the file is empty", path, "Write one entry a line")

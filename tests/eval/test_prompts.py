@@ -102,7 +102,10 @@ def test_unusable_class_file(write, content, message):
 
 def test_missing_file(tmp_path):
     """A missing file, or a name that is no bundled list, raises UserError."""
-    with pytest.raises(UserError, match=r"--classes: the file cannot be read \(No such file or directory\): 'imgnet'"):
+    message = (
+        r"--classes: the file cannot be read \(No such file or directory\): 'imgnet'\. Give a text file, or imagenet"
+    )
+    with pytest.raises(UserError, match=message):
         read_class_names("imgnet", ["a", "b"])
     with pytest.raises(UserError, match="--templates: the file cannot be read"):
         read_templates(str(tmp_path))
