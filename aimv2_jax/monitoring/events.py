@@ -31,61 +31,59 @@ _TAIL_BYTES = 1 << 16
 
 
 class EventKind(enum.StrEnum):
-    """Kinds of events, with their labels and fields.
+    """Kinds of events, with their fields.
 
     All events also have kind, step, time, clock and run. `step` is the last completed step, unless a comment below
     states another.
     """
 
-    label: str
     fields: tuple[str, ...]
 
-    def __new__(cls, value: str, label: str, fields: tuple[str, ...]) -> EventKind:
+    def __new__(cls, value: str, fields: tuple[str, ...]) -> EventKind:
         kind = str.__new__(cls, value)
         kind._value_ = value
-        kind.label = label
         kind.fields = fields
         return kind
 
     # A trainer starts from the state after `step`. config: digest of the resolved config; steps: the last step.
-    START = "start", "start", ("processes", "devices", "device_kind", "config", "steps", "save_every", "versions")
+    START = "start", ("processes", "devices", "device_kind", "config", "steps", "save_every", "versions")
     # The train step was compiled for one batch shape.
-    COMPILED = "compiled", "compiled", ("seconds",)
+    COMPILED = "compiled", ("seconds",)
     # The state after `step` was read from a checkpoint.
-    RESTORE = "restore", "restore", ("seconds",)
+    RESTORE = "restore", ("seconds",)
     # The checkpoint of `step` is damaged and was set aside.
-    DAMAGED = "damaged", "damaged checkpoint", ("files", "moved_to")
+    DAMAGED = "damaged", ("files", "moved_to")
     # A save of the state after `step` started; seconds: time blocked on it.
-    SAVE = "save", "save", ("seconds",)
+    SAVE = "save", ("seconds",)
     # The save of `step` failed.
-    SAVE_FAILED = "save_failed", "failed save", ("why",)
-    EVALUATION = "evaluation", "evaluation", ("seconds", "eval_loss")
+    SAVE_FAILED = "save_failed", ("why",)
+    EVALUATION = "evaluation", ("seconds", "eval_loss")
     # Time by class since the first step of this start: cumulative, so that a kill loses only the last interval.
-    PROGRESS = "progress", "progress", ("step_s", "data_s", "evaluation_s", "saving_s")
+    PROGRESS = "progress", ("step_s", "data_s", "evaluation_s", "saving_s")
     # A stop was requested; `step` is saved.
-    PREEMPTION = "preemption", "preemption", ()
+    PREEMPTION = "preemption", ()
     # The update of `step` was skipped; file: input of a replay.
-    NONFINITE = "nonfinite", "not finite", ("loss", "grad_norm", "file")
+    NONFINITE = "nonfinite", ("loss", "grad_norm", "file")
     # values: {"loss": …, "grad_norm": …} with their expected values; action: of the config.
-    SPIKE = "spike", "spike", ("values", "action")
+    SPIKE = "spike", ("values", "action")
     # Batches [a, b) are skipped.
-    SKIP = "skip", "skip", ("a", "b", "why")
+    SKIP = "skip", ("a", "b", "why")
     # Rollback to the state after `to_step`, skipping batches [a, b).
-    REWIND = "rewind", "rewind", ("from_step", "to_step", "a", "b")
+    REWIND = "rewind", ("from_step", "to_step", "a", "b")
     # Data or tokenizer changed after `step`, allowed by --accept_data.
-    DATA_CHANGED = "data_changed", "changed data", ("what",)
+    DATA_CHANGED = "data_changed", ("what",)
     # {reason: records} that could not be used since the last such event.
-    BAD_DATA = "bad_data", "bad data", ("counts",)
+    BAD_DATA = "bad_data", ("counts",)
     # Timeout of `what` in the unfinished `step`; file: all stacks.
-    HANG = "hang", "hang", ("what", "file")
+    HANG = "hang", ("what", "file")
     # A device, or the network between devices, failed in the step after `step`; file: the traceback.
-    DEVICE_FAILURE = "device_failure", "device failure", ("status", "file")
+    DEVICE_FAILURE = "device_failure", ("status", "file")
     # A loader worker died or stalled; at: its shard and record.
-    WORKER_RESTARTED = "worker_restarted", "worker restarted", ("what", "at")
+    WORKER_RESTARTED = "worker_restarted", ("what", "at")
     # Recomputing `step` gave different bits.
-    CORRUPTION = "corruption", "silent corruption", ("leaf", "device", "host")
+    CORRUPTION = "corruption", ("leaf", "device", "host")
     # Any exit that the trainer handles; a kill writes no event.
-    STOP = "stop", "stop", ("code", "why")
+    STOP = "stop", ("code", "why")
 
 
 class TimeClass(enum.StrEnum):
