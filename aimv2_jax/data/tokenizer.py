@@ -149,6 +149,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
     )
 
 
+def kind_of(content: bytes) -> type[SentencePieceModel | TokenizerJson]:
+    """The class that reads a tokenizer's file of this content."""
+    return TokenizerJson if content.lstrip().startswith(b"{") else SentencePieceModel
+
+
 def _read(path: str) -> bytes:
     file = resolve_path(path)
     if not path or not file.is_file():
@@ -160,13 +165,11 @@ def _read(path: str) -> bytes:
 
 
 def _open(content: bytes, path: str) -> SentencePieceModel | TokenizerJson:
-    if content.lstrip().startswith(b"{"):
-        try:
-            return TokenizerJson(content)
-        except ValueError as error:
-            raise UserError(f"config tokenizer.path: not a usable tokenizer.json, {error}", path, _REMEDY) from error
+    kind = kind_of(content)
     try:
-        return SentencePieceModel(content)
+        return kind(content)
     except ValueError as error:
         what = "config tokenizer.path: neither a SentencePiece model nor a tokenizer.json"
+        if kind is TokenizerJson:
+            what = f"config tokenizer.path: not a usable tokenizer.json, {error}"
         raise UserError(what, path, _REMEDY) from error

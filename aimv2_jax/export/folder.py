@@ -19,7 +19,7 @@ from aimv2_jax.pretrained.hf_config import AIMV2_JAX_KEY, CONFIG, PROCESSOR
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
 from aimv2_jax.pretrained.param_names import Naming
 from aimv2_jax.pretrained.safetensors_io import write_tensors
-from aimv2_jax.pretrained.tokenizer_file import tokenizer_name
+from aimv2_jax.pretrained.tokenizer_file import copy_tokenizer
 
 CARD = "README.md"
 _DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -43,7 +43,7 @@ def write_files(
     write_json(folder / CONFIG, config)
     write_json(folder / PROCESSOR, processor_json(weights.image))
     if weights.tokenizer is not None:
-        (folder / tokenizer_name(weights.tokenizer)).write_bytes(weights.tokenizer.read_bytes())
+        copy_tokenizer(weights.tokenizer, folder)
     (folder / CARD).write_text(model_card(weights, dtype, len(sizes), naming), encoding="utf-8")
 
 

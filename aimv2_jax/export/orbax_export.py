@@ -12,7 +12,7 @@ from aimv2_jax.pretrained.dual_encoder_spec import DualEncoderSpec
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
 from aimv2_jax.pretrained.model import load
 from aimv2_jax.pretrained.source import DUAL_ENCODER
-from aimv2_jax.pretrained.tokenizer_file import tokenizer_name
+from aimv2_jax.pretrained.tokenizer_file import copy_tokenizer
 
 
 def write_weights(folder: Path, weights: LazyWeights) -> None:
@@ -30,7 +30,7 @@ def write_weights(folder: Path, weights: LazyWeights) -> None:
             extra=extra,
         )
     if weights.tokenizer is not None:
-        (folder / tokenizer_name(weights.tokenizer)).write_bytes(weights.tokenizer.read_bytes())
+        copy_tokenizer(weights.tokenizer, folder)
 
 
 def write_model(folder: Path, spec: str, weights: WeightChoice) -> None:

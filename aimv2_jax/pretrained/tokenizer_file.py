@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from aimv2_jax.data.sentencepiece_model import SentencePieceModel
+from aimv2_jax.data.tokenizer import kind_of
+from aimv2_jax.data.tokenizer_json import TokenizerJson
 from aimv2_jax.pretrained.safetensors_io import check_inside
 
-SENTENCEPIECE, JSON = "tokenizer.model", "tokenizer.json"
+SENTENCEPIECE, JSON = SentencePieceModel.file_name, TokenizerJson.file_name
 
 
 def tokenizer_beside(folder: Path) -> Path | None:
@@ -19,4 +22,9 @@ def tokenizer_beside(folder: Path) -> Path | None:
 
 def tokenizer_name(file: Path) -> str:
     """The usual name of a tokenizer's file, by its content."""
-    return JSON if file.read_bytes().lstrip().startswith(b"{") else SENTENCEPIECE
+    return kind_of(file.read_bytes()).file_name
+
+
+def copy_tokenizer(file: Path, folder: Path) -> None:
+    """Copies a tokenizer's file to `folder`, under its usual name."""
+    (folder / tokenizer_name(file)).write_bytes(file.read_bytes())

@@ -22,7 +22,7 @@ from aimv2_jax.train import distill_losses, losses
 from aimv2_jax.train.distill_losses import FeatureLoss
 from aimv2_jax.train.modules import build_teacher
 from aimv2_jax.train.pretrain_task import PretrainTask, build_pretrain_task
-from aimv2_jax.train.task import Batch, ModelTask, Params, purpose_key
+from aimv2_jax.train.task import Batch, ModelTask, Params, is_example, purpose_key
 
 TEACHER = "teacher"
 """The entry of the parameters that holds the teacher."""
@@ -164,7 +164,7 @@ def _teacher_arrays(batch: Batch, grid: tuple[int, int]) -> dict[str, Array]:
     return {
         "patches": patches,
         "coords": jnp.broadcast_to(patch_coords(grid), (size, length, 2)),
-        "valid": jnp.broadcast_to(jnp.any(batch["valid"], axis=1, keepdims=True), (size, length)),
+        "valid": jnp.broadcast_to(is_example(batch)[:, None], (size, length)),
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from aimv2_jax.config.schema import LIT_TRAINABLE, Config
 from aimv2_jax.models.dual_encoder import DualEncoder
@@ -18,7 +18,7 @@ from aimv2_jax.models.sizes import swiglu_hidden
 from aimv2_jax.models.text_tower import TextTower
 from aimv2_jax.train import contrastive, losses
 from aimv2_jax.train.modules import build_encoder, precision, trunk_options
-from aimv2_jax.train.task import Batch, ModelTask, Params
+from aimv2_jax.train.task import Batch, ModelTask, Params, is_example
 
 LOSS = "contrastive"
 
@@ -50,7 +50,7 @@ class LitTask(ModelTask):
         )["params"]
 
     def counts(self, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, Int[Array, ""]]:
-        return {LOSS: jnp.sum(_is_example(batch))}
+        return {LOSS: jnp.sum(is_example(batch))}
 
     def loss_sums(self, params: Params, batch: Batch, prefix: Int[Array, " B"]) -> dict[str, Float[Array, ""]]:
         pixels = losses.normalise_pixels(batch["patches"], batch["valid"], self.pixel_mean, self.pixel_std)
@@ -59,13 +59,8 @@ class LitTask(ModelTask):
         )
         pairs = (embeddings.image, embeddings.text, embeddings.scale)
         if self.model.loss == "softmax":
-            return {LOSS: contrastive.softmax_sums(*pairs, _is_example(batch), self.chunks).loss}
-        return {LOSS: contrastive.sigmoid_sums(*pairs, embeddings.bias, _is_example(batch), self.chunks).loss}
-
-
-def _is_example(batch: Batch) -> Bool[Array, " B"]:
-    """False on padding rows."""
-    return jnp.any(batch["valid"], axis=1)
+            return {LOSS: contrastive.softmax_sums(*pairs, is_example(batch), self.chunks).loss}
+        return {LOSS: contrastive.sigmoid_sums(*pairs, embeddings.bias, is_example(batch), self.chunks).loss}
 
 
 def end_index(batch: Batch) -> Int[Array, " B"]:

@@ -18,7 +18,7 @@ from aimv2_jax.models.decoder import Predictions
 from aimv2_jax.models.sizes import num_kept_tokens
 from aimv2_jax.train import losses
 from aimv2_jax.train.modules import build_model
-from aimv2_jax.train.task import Batch, ModelTask, Params, purpose_key
+from aimv2_jax.train.task import Batch, ModelTask, Params, is_example, purpose_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,7 @@ class PretrainTask(ModelTask):
 
     def text_loss_mask(self, batch: Batch) -> Bool[Array, "B T"]:
         """Mask of the tokens whose prediction is scored."""
-        is_example = jnp.any(batch["valid"], axis=1)
-        return losses.text_loss_mask(batch["token_valid"], is_example, self.predict_eos)
+        return losses.text_loss_mask(batch["token_valid"], is_example(batch), self.predict_eos)
 
     def normalise(self, batch: Batch) -> Float[Array, "B L P"]:
         """Normalises the batch's pixels to the model's inputs."""

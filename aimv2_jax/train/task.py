@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from aimv2_jax.train import losses
 
@@ -105,6 +105,11 @@ class ModelTask:
 def merge(params: Params, frozen: Params) -> Params:
     """The whole tree of parameters, the inverse of `ModelTask.split`."""
     return params if frozen is None else {**params, **frozen}
+
+
+def is_example(batch: Batch) -> Bool[Array, " B"]:
+    """Marks the rows that are examples; the others are padding, without a valid patch."""
+    return jnp.any(batch["valid"], axis=1)
 
 
 def run_key(seed: int) -> jax.Array:
