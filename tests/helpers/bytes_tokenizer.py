@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from pathlib import Path
 
 # Content of a sitecustomize.py, which Python imports at start from a folder of PYTHONPATH.
@@ -41,7 +39,9 @@ class BytesTokenizer:
 
 def replace_tokenizer() -> None:
     """Installs `BytesTokenizer` as the tokenizer of this process."""
-    module = types.ModuleType("aimv2_jax.data.tokenizer")
-    module.Tokenizer = BytesTokenizer
-    module.load_tokenizer = lambda config: BytesTokenizer("", config.text.text_length, always_end=config.task == "lit")
-    sys.modules[module.__name__] = module
+    from aimv2_jax.data import tokenizer
+
+    tokenizer.Tokenizer = BytesTokenizer
+    tokenizer.load_tokenizer = lambda config: BytesTokenizer(
+        "", config.text.text_length, always_end=config.task == "lit"
+    )
