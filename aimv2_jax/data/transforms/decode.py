@@ -22,6 +22,7 @@ from PIL import Image
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.transforms.decode_cost import check_cost
 from aimv2_jax.data.transforms.geometry import Box, cut, sides, touched
+from aimv2_jax.data.transforms.jpeg_header import plain_jpeg_size
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit for a decompression bomb: 256 MiB of RGB.
 _MAX_DECODE_BYTES = 1 << 30  # Memory while an image is decoded: 12 bytes per pixel at `MAX_PIXELS`.
@@ -112,14 +113,13 @@ class EncodedImage:
     `size` is the displayed (width, height): EXIF orientation applied.
     """
 
-    def __init__(self, data: bytes, image: Image.Image):
+    def __init__(self, data: bytes, stored_size: tuple[int, int], exif: _Orientation, opened: Image.Image | None):
         self._data = data
-        self._stored_size = image.size
-        self._plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-        # Reading the EXIF block may decode a PNG, where it can follow the pixels: the first use takes this image.
-        self._exif = _ORIENTATIONS.get(_orientation_tag(image), _IDENTITY)
-        self._opened = None if self._plain_jpeg else image
-        self.size = self._exif.displayed_size(*image.size)
+        self._stored_size = stored_size
+        self._exif = exif
+        self._plain_jpeg = opened is None
+        self._opened = opened
+        self.size = exif.displayed_size(*stored_size)
 
     def decode(self, box: Box, size: int | tuple[int, int]) -> tuple[Image.Image, Box]:
         """Decodes what `geometry.resize` needs to scale `box` to `size`: an RGB image, and the box in its coordinates.
@@ -171,9 +171,16 @@ def open_encoded(data: bytes) -> EncodedImage:
 
     Raises:
       BadRecord: `empty_image`, `oversized_image` (more than `MAX_PIXELS` pixels, or than 1 GiB of memory can decode),
-        `costly_image` (see `decode_cost`) or `undecodable_image`.
+        `costly_image` (see `decode_cost`) or `undecodable_image`, which for a JPEG only `decode` may find.
     """
-    return EncodedImage(data, _open(data))
+    size = plain_jpeg_size(data)
+    if size is not None and math.prod(size) <= MAX_PIXELS:
+        return EncodedImage(data, size, _IDENTITY, opened=None)
+    image = _open(data)
+    # Reading the EXIF block may decode a PNG, where it can follow the pixels: the first use takes this image.
+    exif = _ORIENTATIONS.get(_orientation_tag(image), _IDENTITY)
+    is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    return EncodedImage(data, image.size, exif, opened=None if is_plain_jpeg else image)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
