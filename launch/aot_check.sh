@@ -50,5 +50,10 @@ done
 for area in 128 256 512 1024 2048 4096; do
   predict "8_v5e_large_native_$(printf %04d "$area")" native.py:large v5e:16x16 --no-xla-attention --area "$area"
 done
+for topology in v5e:16x16 v5p:4x4x16; do
+  for task in lit_large_224 distill_large_from_3b; do
+    predict "9_${topology%%:*}_$task" "$task.py" "$topology" --no-xla-attention
+  done
+done
 
 "$venv/bin/python" -m aimv2_jax.aot.summary "$folder" --output experiments/results/aot.md
