@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.storage.paths import resolve_path
@@ -35,7 +35,7 @@ def read_templates(source: str) -> list[str]:
     return templates
 
 
-def read_class_names(source: str, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def read_class_names(source: str, labels: Sequence[str], without: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
     """Reads the names of every class: {label: names}, in the order of the classes.
 
     A line has the names of a class, separated by commas; or its label, a tab, and its names. Lines without labels
@@ -45,6 +45,7 @@ def read_class_names(source: str, labels: Sequence[str]) -> dict[str, tuple[str,
     Args:
       source: a file, or one of `CLASS_SETS`.
       labels: the dataset's labels.
+      without: labels that are left out, and that may have a line.
 
     Raises:
       UserError: for an unreadable file; for an empty or repeated name or label; for a label without a line, or lines
@@ -55,9 +56,10 @@ def read_class_names(source: str, labels: Sequence[str]) -> dict[str, tuple[str,
     if any("\t" in line for line in lines):
         rows = [_split_label(flag, number, line) for number, line in enumerate(lines, start=1)]
     else:
-        rows = list(zip(_labels_of_lines(flag, lines, labels), lines))
+        rows = list(zip(_labels_of_lines(flag, lines, labels, without), lines))
     _check_unique(f"{flag}: two lines have the same label", [label for label, _ in rows])
     names = {label: _split_names(flag, number, text) for number, (label, text) in enumerate(rows, start=1)}
+    names = {label: own for label, own in names.items() if label not in without}
     if source not in CLASS_SETS:
         own_names = [name.casefold() for own in names.values() for name in own]
         _check_unique(f"{flag}: two classes have the same name", own_names)
@@ -102,9 +104,11 @@ def _split_names(flag: str, number: int, text: str) -> tuple[str, ...]:
     return names
 
 
-def _labels_of_lines(flag: str, lines: Sequence[str], labels: Sequence[str]) -> list[str]:
+def _labels_of_lines(flag: str, lines: Sequence[str], labels: Sequence[str], without: Collection[str]) -> list[str]:
     if set(labels) <= set(lines):
         return list(lines)
+    if len(lines) != len(labels):
+        labels = sorted({*labels, *without})
     if len(lines) != len(labels):
         counts = f"{len(lines)} lines, {len(labels)} labels"
         remedy = "Give one line a label, or write every line as LABEL<TAB>NAMES"

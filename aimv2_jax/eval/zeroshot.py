@@ -144,8 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test = read_labelled_dataset(flags.data, "--data", flags.label, flags.by, flags.without)
     names = {label: (label,) for label in test.names}
     if flags.classes is not None:
-        names = read_class_names(flags.classes, test.names)
-        names = {label: own for label, own in names.items() if label not in flags.without}
+        names = read_class_names(flags.classes, test.names, flags.without)
         test = test.with_classes(list(names))
     templates = [*flags.template, *(read_templates(flags.templates) if flags.templates else ())] or [_TEMPLATE]
     prompts = class_prompts(names.values(), templates)

@@ -76,6 +76,13 @@ def test_class_names_and_their_order(write, content, labels, expected):
     assert names == expected and list(names) == list(expected)
 
 
+@pytest.mark.parametrize("content", ["dog\nbird\ncat\n", "dog\ncat", "c\tcat\nb\tbird\na\tdog"])
+def test_class_names_without_a_label(write, content):
+    """A label that is left out may have a line of the class file, and has no name then."""
+    names = read_class_names(write(content), ["a", "c"], without=["b"])
+    assert names == {"a": ("dog",), "c": ("cat",)}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
