@@ -19,6 +19,8 @@ _MAX_METRIC_BYTES = 2**14  # Collectives up to this size carry losses, counts an
 
 # Parts of the model by pattern of an operation's traced name; the first pattern that matches decides.
 _PARTS = (
+    (r"teacher", "teacher"),
+    (r"\.text_embedding", "text tower"),
     (r"encoder.*(attention|norm_1)", "encoder attention"),
     (r"encoder/.*(mlp|norm_2)", "encoder mlp"),
     (r"decoder/.*(attention|norm_1)", "decoder attention"),

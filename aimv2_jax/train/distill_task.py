@@ -119,7 +119,8 @@ class DistillTask(ModelTask):
             method="features_and_predictions",
         )
         sums = self.student.sums_of(predictions, batch, prefix)
-        target_features, targets = self._targets(params[TEACHER], batch, prefix)
+        with jax.named_scope(TEACHER):  # Predictions of a step count its operations apart.
+            target_features, targets = self._targets(params[TEACHER], batch, prefix)
         masks = self._loss_masks(batch, prefix)
         if "features" in masks:
             mapped = self._feature_map.apply({"params": params["feature_map"]}, features)

@@ -149,9 +149,10 @@ def test_step_when_only_tensor_splits_then_compiles():
 @needs_compiler
 @pytest.mark.parametrize("task", sorted(TASKS.keys() - {"pretrain"}))
 def test_frozen_parameters_count_as_parameters(task):
-    """They are split over the chips like the others, without moments."""
+    """They are split over the chips like the others, without moments; the task's own tower is a part of the model."""
     figures = scheduled("v5e:2x2", 1, **TASKS[task])
     assert figures.replicated == []
+    assert {"lit": "text tower", "distill": "teacher"}[task] in figures.breakdown
     frozen = build_setup(load_config(QUICKSTART, settings(**TASKS[task]))).abstract_state.frozen
     gib = figures.hbm_parts_gib
     expected = 4 * count_parameters(frozen) / 4 / 2**30  # Float32 on four chips.
