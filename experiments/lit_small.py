@@ -22,7 +22,7 @@ def get_config(run: str) -> ConfigDict:
         config.init.reinit = ("encoder",)
     config.lit.text.update(width=128, depth=4, heads=2, vocab_size=config.model.decoder.vocab_size, text_length=24)
     config.lit.embed_dim = 128
-    config.optimizer.update(warmup_steps=50, schedule_steps=1600, peak_lr=1e-3, end_lr=1e-6, weight_decay=1e-3)
+    config.optimizer.update(warmup_steps=50, schedule_steps=600, peak_lr=1e-3, end_lr=1e-6, weight_decay=1e-3)
     config.data.batch_size = 128
-    config.train.update(steps=1600, log_every=20, eval_every=400, save_every=400)
+    config.train.update(steps=600, log_every=20, eval_every=200, save_every=200)
     return config
