@@ -9,6 +9,9 @@ The compiled module is checked; its shapes are per device. The rules:
   a device's own rows has the global shape before the reduction; that is not replication.)
 * Activations: no result may have more rows than one device's share of the batch, with or without its tokens.
 * Master weights are gathered in the compute dtype: a float32 gather of a parameter's size is reported if they differ.
+
+A contrastive loss is excepted: every device has the embeddings of the whole batch, and their products with its own
+rows; and the few weights from features to embeddings are used in float32, gathered and reduced whole.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from aimv2_jax.models.sizes import num_kept_tokens, swiglu_hidden
 
 _MIN_LARGE_BYTES = 2**20  # Smaller results are not worth splitting.
 _MIN_UNSPLIT_BYTES = 4 * 2**20  # Only biases have no splitting rule, and they are smaller.
+_TO_EMBEDDINGS = tuple(f"params/{part}/" for part in ("head", "image_projection", "text_projection"))
 
 
 def find_replicated(
@@ -77,6 +81,7 @@ def _gradients(module: Module, collectives: Collectives, facts: ProgramFacts, co
                 unsplit[math.prod(tensor.shape[1:])] = tensor.name + " (one layer)"
     # Shapes of shards; a result of such a shape is not replicated, even if its size matches another parameter's.
     parts = {_plain(shape) for tensor in facts.tensors for shape in (tensor.part, tensor.part[1:])}
+    parts |= {_plain(tensor.shape) for tensor in facts.tensors if tensor.name.startswith(_TO_EMBEDDINGS)}
     rows = _rows_of_one_device(facts, config)
     mixed = config.model.compute_dtype != config.model.param_dtype
     for collective in collectives.all():
@@ -105,6 +110,7 @@ def _activations(module: Module, facts: ProgramFacts, config: Config) -> Iterato
     lengths = _lengths(config)
     flat = {rows * length for rows in replicated_rows for length in lengths}
     ambiguous = replicated_rows & _model_sizes(config)  # These sizes may be widths instead of rows.
+    contrasted = _contrasted_sizes(own, config)
     parameters = {
         _plain(shape)
         for tensor in facts.tensors
@@ -117,6 +123,8 @@ def _activations(module: Module, facts: ProgramFacts, config: Config) -> Iterato
             continue  # A slice on its way to VMEM; the array itself is checked.
         for array in item.instruction.arrays:
             if array.bytes < _MIN_LARGE_BYTES or _plain(array.dims) in parameters or _is_scratch(array):
+                continue
+            if len(array.dims) == 2 and array.dims[0] in replicated_rows and array.dims[1] in contrasted:
                 continue
             rows = (replicated_rows - ambiguous) & set(array.dims) if len(array.dims) > 2 else set()
             if not rows and array.dims[0] in (replicated_rows - ambiguous) | flat:
@@ -147,6 +155,13 @@ def _rows_of_one_device(facts: ProgramFacts, config: Config) -> set[int]:
     num_shards = math.prod(size for axis, size in facts.mesh.items() if axis != "tensor")
     rows = config.batch_shapes[0].examples // num_shards
     return {rows, rows // config.train.microbatches}
+
+
+def _contrasted_sizes(own_rows: set[int], config: Config) -> set[int]:
+    """Second sizes of the arrays of a contrastive loss that have a row for each pair: embedding, and own rows."""
+    if config.task != "lit":
+        return set()
+    return {config.lit.embed_dim} | {-(-rows // config.lit.chunks) for rows in own_rows}
 
 
 def _lengths(config: Config) -> set[int]:

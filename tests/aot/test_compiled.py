@@ -23,7 +23,7 @@ from aimv2_jax.aot.program import ProgramFacts, Tensor
 from aimv2_jax.aot.replication import find_replicated
 from aimv2_jax.parallel.hardware import CHIPS
 from tests.aot import toys
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import TASKS, tiny_config
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -141,8 +141,8 @@ def facts(*parameters: tuple[str, tuple[int, ...], tuple[int, ...]]) -> ProgramF
 WEIGHT = ("weight", (toys.WIDTH, toys.HIDDEN), (toys.WIDTH // 4, toys.HIDDEN))
 
 
-def replicated(module: Module, *parameters, **sizes: int) -> list[str]:
-    config = tiny_config(data__batch_size=toys.ROWS, model__compute_dtype="bfloat16")
+def replicated(module: Module, *parameters, changes=None, **sizes: int) -> list[str]:
+    config = tiny_config(data__batch_size=toys.ROWS, model__compute_dtype="bfloat16", **changes or {})
     return find_replicated(module, Collectives(module, square()), facts(*parameters), config, **sizes)
 
 
@@ -158,6 +158,18 @@ def test_replication_when_a_gradient_is_whole_everywhere_then_it_is_named(compil
 def test_replication_when_rows_of_the_batch_are_whole_everywhere_then_the_activation_is_named(compiled):
     violations = replicated(compiled["activation_whole"], WEIGHT)
     assert any("tanh: 4096 rows" in line for line in violations), violations
+
+
+def test_replication_of_embeddings_in_a_contrastive_loss(compiled):
+    """Embeddings of all pairs and gradients of what computes them are whole everywhere; other arrays are named."""
+    lit = TASKS["lit"] | {"lit__embed_dim": toys.HIDDEN}
+    others = {"lit__embed_dim": toys.HIDDEN + 1}
+    named = [replicated(compiled["activation_whole"], WEIGHT, changes=each) for each in (lit, lit | others)]
+    assert [any("activation" in line for line in lines) for lines in named] == [False, True]
+    _, *shapes = WEIGHT
+    gradient = compiled["gradient_whole"]
+    assert replicated(gradient, ("params/image_projection/kernel", *shapes), changes=lit) == []
+    assert len(replicated(gradient, ("params/text/kernel", *shapes), changes=lit)) == 1
 
 
 def test_replication_when_a_parameter_enters_or_leaves_whole_then_it_is_named(compiled):
