@@ -1,4 +1,4 @@
-"""An attentive probe on ImageNet-1k with most of the paper's settings (RECIPE.md §11 lists the differences).
+"""The paper's attentive probe on ImageNet-1k (RECIPE.md §11: what the paper leaves open).
 
     python -m aimv2_jax.prepare --input 'imagenet/train/*.tar' --output data/imagenet/train \\
       --caption alt=cls --label class=cls
@@ -20,10 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from aimv2_jax.eval.probes.__main__ import main
 
-FLAGS = [
-    "--kind=attentive", "--grid=full", "--augment=crops", "--epochs=100", "--warmup-epochs=5", "--batch-size=1024",
-    "--label=class", "--validation=0.02", "--no-refit", "--dtype=bfloat16", "--encoder-batch=256",
-]  # fmt: skip
+FLAGS = ["--protocol=paper", "--imagenet", "--label=class", "--dtype=bfloat16", "--encoder-batch=256"]
 
 if __name__ == "__main__":
     sys.exit(main([*FLAGS, *sys.argv[1:]]))

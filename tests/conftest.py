@@ -28,6 +28,7 @@ CHECKED += ["train.losses", "train.task", "train.optimizer", "train.contrastive"
 CHECKED += ["eval.generate", "eval.features", "eval.likelihood", "eval.probes.knn", "eval.probes.sweep"]
 CHECKED += ["data.sentencepiece_model", "data.tokenizer_json", "train.pretrain_task", "train.lit_task"]
 CHECKED += ["train.distill_losses", "train.distill_task", "eval.zeroshot"]
+CHECKED += [f"eval.dense.{module}" for module in ("augment", "heads", "metrics", "optimizer")]
 CHECKED = [f"aimv2_jax.{module}" for module in CHECKED]
 assert all(map(importlib.util.find_spec, CHECKED))  # A hook for a missing module would be silent.
 install_import_hook(CHECKED, "beartype.beartype")

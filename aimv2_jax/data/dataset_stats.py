@@ -7,10 +7,13 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from aimv2_jax import untrusted
+from aimv2_jax.data.class_counts import ClassCounts
 from aimv2_jax.data.records import texts_of
 
 FIRST_KEYS = 10
@@ -78,6 +81,40 @@ class LostInput:
         return cls(count_of(tree["samples"]), count_of(tree["bytes"]), tuple(tree["keys"]))
 
 
+@dataclasses.dataclass(frozen=True)
+class MapCount:
+    """Second images of one name: how many have 8 bits and 16 bits a value, and the largest value of all."""
+
+    bits_8: SampleCount = SampleCount()
+    bits_16: SampleCount = SampleCount()
+    max_value: int = 0
+
+    @property
+    def records(self) -> int:
+        """Number of records that have one."""
+        return self.bits_8.count + self.bits_16.count
+
+    @classmethod
+    def of(cls, values: np.ndarray, key: str) -> MapCount:
+        """The count of the decoded map of record `key`."""
+        one = SampleCount(1, (_shorten_key(key),))
+        largest = int(values.max(initial=0))
+        return cls(bits_16=one, max_value=largest) if values.dtype == np.uint16 else cls(one, max_value=largest)
+
+    def plus(self, other: MapCount) -> MapCount:
+        """Adds counts; keeps the first keys."""
+        return MapCount(
+            self.bits_8.plus(other.bits_8.count, other.bits_8.keys),
+            self.bits_16.plus(other.bits_16.count, other.bits_16.keys),
+            max(self.max_value, other.max_value),
+        )
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> MapCount:
+        bits_8, bits_16 = (SampleCount.from_tree(tree[name]) for name in ("bits_8", "bits_16"))
+        return cls(bits_8, bits_16, count_of(tree["max_value"]))
+
+
 class DatasetStats:
     """Running statistics of a dataset in preparation; the statistics of its parts can be added.
 
@@ -86,6 +123,8 @@ class DatasetStats:
       kinds: number of captions of each kind.
       records_with: number of records that have a caption of the kind.
       labels: names of all labels.
+      classes: classes of each label.
+      images: second images of each name.
       drops: dropped samples, by reason.
       changes: records that differ from their samples, by change.
       lost: unreadable input, by reason.
@@ -96,6 +135,8 @@ class DatasetStats:
         self.kinds: collections.Counter[str] = collections.Counter()
         self.records_with: collections.Counter[str] = collections.Counter()
         self.labels: set[str] = set()
+        self.classes: dict[str, ClassCounts] = {}
+        self.images: dict[str, MapCount] = {}
         self.drops: dict[str, SampleCount] = {}
         self.changes: dict[str, SampleCount] = {}
         self.lost: dict[str, LostInput] = {}
@@ -112,16 +153,28 @@ class DatasetStats:
         """Histograms of the records' images: shorter side, and width / height."""
         return {name: Histogram(edges, tuple(self._bins[name])) for name, edges in _EDGES.items()}
 
+    def declare(self, label: str, names: Sequence[str]) -> None:
+        """Adds the class list of a source for `label`, in the order of the classes' numbers."""
+        self.classes.setdefault(label, ClassCounts()).declare(names)
+
     def keep(
-        self, captions: Mapping[str, str | list[str]], labels: Mapping[str, str], size: tuple[int, int] | None
+        self,
+        captions: Mapping[str, str | list[str]],
+        labels: Mapping[str, str],
+        size: tuple[int, int] | None,
+        images: Mapping[str, MapCount] | None = None,
     ) -> None:
-        """Counts a record; `size` is the (width, height) of its image, if known."""
+        """Counts a record; `size` is the (width, height) of its image, if known, `images` has its second images."""
         self.records += 1
         for kind, texts in captions.items():
             if count := len(texts_of(texts)):
                 self.kinds[kind] += count
                 self.records_with[kind] += 1
         self.labels.update(labels)
+        for label, name in labels.items():
+            self.classes.setdefault(label, ClassCounts()).add(name)
+        for name, count in (images or {}).items():
+            self.images[name] = self.images.get(name, MapCount()).plus(count)
         if size is not None:
             for name, value in ((SIDE, min(size)), (ASPECT, size[0] / size[1])):
                 index = bisect.bisect_right(_EDGES[name], value) - 1
@@ -146,6 +199,10 @@ class DatasetStats:
         self.kinds.update(other.kinds)
         self.records_with.update(other.records_with)
         self.labels |= other.labels
+        for label, classes in other.classes.items():
+            self.classes.setdefault(label, ClassCounts()).merge(classes)
+        for name, count in other.images.items():
+            self.images[name] = self.images.get(name, MapCount()).plus(count)
         for reason, drop in other.drops.items():
             self.drops[reason] = self.drops.get(reason, SampleCount()).plus(drop.count, drop.keys)
         for name, change in other.changes.items():
@@ -162,6 +219,8 @@ class DatasetStats:
             "kinds": dict(sorted(self.kinds.items())),
             "records_with": dict(sorted(self.records_with.items())),
             "labels": sorted(self.labels),
+            "classes": {label: classes.to_tree() for label, classes in sorted(self.classes.items())},
+            "images": _trees(self.images),
             "drops": _trees(self.drops),
             "changes": _trees(self.changes),
             "lost": _trees(self.lost),
@@ -176,6 +235,8 @@ class DatasetStats:
         stats.kinds.update(tree["kinds"])
         stats.records_with.update(tree["records_with"])
         stats.labels = set(tree["labels"])
+        stats.classes = {label: ClassCounts.from_tree(classes) for label, classes in tree["classes"].items()}
+        stats.images = {name: MapCount.from_tree(entry) for name, entry in tree["images"].items()}
         stats.drops = {reason: SampleCount.from_tree(entry) for reason, entry in tree["drops"].items()}
         stats.changes = {name: SampleCount.from_tree(entry) for name, entry in tree["changes"].items()}
         stats.lost = {reason: LostInput.from_tree(entry) for reason, entry in tree["lost"].items()}
@@ -188,7 +249,7 @@ def count_of(value: Any) -> int:
     return untrusted.as_int(value, 0, _MAX_COUNT)
 
 
-def _trees(entries: Mapping[str, SampleCount | LostInput]) -> dict[str, Any]:
+def _trees(entries: Mapping[str, SampleCount | LostInput | MapCount]) -> dict[str, Any]:
     return {name: dataclasses.asdict(entry) for name, entry in sorted(entries.items())}
 
 

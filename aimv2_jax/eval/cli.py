@@ -21,12 +21,13 @@ def add_checkpoint(parser: argparse.ArgumentParser, help_text: str = _RUN_HELP) 
     _add_weights(parser)
 
 
-def add_encoder(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name an encoder and its image preprocessing."""
+def add_encoder(parser: argparse.ArgumentParser, with_layer: bool = True) -> None:
+    """Adds the flags that name an encoder and its image preprocessing; --layer only with `with_layer`."""
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="SPEC", help="the encoder, see below")
-    layer_help = "features after block N, or 0: before the first block (default: after the final norm)"
-    add("--layer", type=int, metavar="N", help=layer_help)
+    if with_layer:
+        layer_help = "features after block N, or 0: before the first block (default: after the final norm)"
+        add("--layer", type=int, metavar="N", help=layer_help)
     add("--image-size", type=positive, metavar="PIXELS", help="side of the centre square (default: the model's own)")
     area_help = "use whole images in at most this many patches (native-resolution models)"
     add("--area", type=positive, metavar="PATCHES", help=area_help)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from aimv2_jax.data.class_counts import class_order
 from aimv2_jax.errors import UserError
+from aimv2_jax.eval.probes.dataset import LabelledDataset
 from aimv2_jax.storage.paths import resolve_path
 from aimv2_jax.untrusted import read_file
 
@@ -35,17 +37,17 @@ def read_templates(source: str) -> list[str]:
     return templates
 
 
-def read_class_names(source: str, labels: Sequence[str], without: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+def read_class_names(source: str, labels: Sequence[str], listed: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
     """Reads the names of every class: {label: names}, in the order of the classes.
 
     A line has the names of a class, separated by commas; or its label, a tab, and its names. Lines without labels
-    belong to the labels in their order (numbers by value), unless all labels are among the lines: then each line is a
-    label itself. Classes that the dataset lacks are candidates too.
+    belong to the `listed` classes, or to the labels in their order (numbers by value), unless all labels are among the
+    lines: then each line is a label itself. Classes that the dataset lacks are candidates too.
 
     Args:
       source: a file, or one of `CLASS_SETS`.
-      labels: the dataset's labels.
-      without: labels that are left out, and that may have a line.
+      labels: the dataset's labels; with `listed`, in its order.
+      listed: all classes of the dataset in the order of their numbers, if it lists them.
 
     Raises:
       UserError: for an unreadable file; for an empty or repeated name or label; for a label without a line, or lines
@@ -56,10 +58,9 @@ def read_class_names(source: str, labels: Sequence[str], without: Collection[str
     if any("\t" in line for line in lines):
         rows = [_split_label(flag, number, line) for number, line in enumerate(lines, start=1)]
     else:
-        rows = list(zip(_labels_of_lines(flag, lines, labels, without), lines))
+        rows = list(zip(_labels_of_lines(flag, lines, labels, listed), lines))
     _check_unique(f"{flag}: two lines have the same label", [label for label, _ in rows])
     names = {label: _split_names(flag, number, text) for number, (label, text) in enumerate(rows, start=1)}
-    names = {label: own for label, own in names.items() if label not in without}
     if source not in CLASS_SETS:
         own_names = [name.casefold() for own in names.values() for name in own]
         _check_unique(f"{flag}: two classes have the same name", own_names)
@@ -69,6 +70,17 @@ def read_class_names(source: str, labels: Sequence[str], without: Collection[str
             f"{flag} has no line for a label of the dataset", unnamed[0], "Add it, or exclude it: --without"
         )
     return names
+
+
+def names_of_classes(source: str, test: LabelledDataset, without: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The names of every class of a dataset from a class file, without those in `without`.
+
+    Raises:
+      UserError: as `read_class_names`.
+    """
+    listed = test.source.info.classes.get(test.label) or class_order({*test.names, *without})
+    names = read_class_names(source, test.names, tuple(listed))
+    return {label: own for label, own in names.items() if label not in without}
 
 
 def _lines(flag: str, source: str, sets: Mapping[str, str]) -> list[str]:
@@ -104,16 +116,15 @@ def _split_names(flag: str, number: int, text: str) -> tuple[str, ...]:
     return names
 
 
-def _labels_of_lines(flag: str, lines: Sequence[str], labels: Sequence[str], without: Collection[str]) -> list[str]:
+def _labels_of_lines(flag: str, lines: Sequence[str], labels: Sequence[str], listed: Sequence[str]) -> list[str]:
     if set(labels) <= set(lines):
         return list(lines)
-    if len(lines) != len(labels):
-        labels = sorted({*labels, *without})
-    if len(lines) != len(labels):
+    in_order = labels if listed else class_order(labels)
+    ordered = list(listed if len(lines) == len(listed) else in_order)
+    if len(lines) != len(ordered):
         counts = f"{len(lines)} lines, {len(labels)} labels"
         remedy = "Give one line a label, or write every line as LABEL<TAB>NAMES"
         raise UserError(f"{flag} does not fit the dataset's labels", counts, remedy)
-    ordered = sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
     for number, (line, label) in enumerate(zip(lines, ordered), start=1):
         if line != label and line in ordered:
             what = f"{flag}: line {number} is in the place of the label {label}, but is another label"

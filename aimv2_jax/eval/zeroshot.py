@@ -11,7 +11,7 @@ log-likelihoods. Results are also reported less the prior, which is the log-like
 colour; --confusion draws those.
 
 --data is a dataset that aimv2_jax.prepare wrote with --label NAME=FIELD. A class's name is its label, unless --classes
-FILE has others: one line a class, in the order of the labels (numbers by value), or LABEL<TAB>NAME. Commas separate
+FILE has others: one line a class, in the order of the classes in dataset.json, or LABEL<TAB>NAME. Commas separate
 several names of a class. "imagenet" has OpenAI's names of the 1,000 classes in the order of their WordNet ids. Every
 name is put into every template. --templates FILE has one a line; "imagenet" is OpenAI's 80, "simple" seven of them.
 
@@ -40,7 +40,7 @@ from aimv2_jax.eval.image_text import load_image_text_model
 from aimv2_jax.eval.likelihood import Scorer
 from aimv2_jax.eval.probes.dataset import LabelledDataset, read_labelled_dataset
 from aimv2_jax.eval.probes.report import confusion_figure, score_metrics
-from aimv2_jax.eval.prompts import CLASS_SETS, TEMPLATE_SETS, class_prompts, read_class_names, read_templates
+from aimv2_jax.eval.prompts import CLASS_SETS, TEMPLATE_SETS, class_prompts, names_of_classes, read_templates
 from aimv2_jax.models.dual_encoder import normalise_rows
 from aimv2_jax.platforms import skip_absent_tpu
 from aimv2_jax.pretrained.dual_encoder import PretrainedDualEncoder
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test = read_labelled_dataset(flags.data, "--data", flags.label, flags.by, flags.without)
     names = {label: (label,) for label in test.names}
     if flags.classes is not None:
-        names = read_class_names(flags.classes, test.names, flags.without)
+        names = names_of_classes(flags.classes, test, flags.without)
         test = test.with_classes(list(names))
     templates = [*flags.template, *(read_templates(flags.templates) if flags.templates else ())] or [_TEMPLATE]
     prompts = class_prompts(names.values(), templates)

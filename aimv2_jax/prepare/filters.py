@@ -9,10 +9,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from aimv2_jax.data.dataset_stats import MapCount
 from aimv2_jax.data.records import BadRecord, Record, bounded_key
 from aimv2_jax.data.transforms import captions
 from aimv2_jax.data.transforms.decode import decode_image, image_size
-from aimv2_jax.prepare.inputs.samples import Sample
+from aimv2_jax.data.transforms.maps import decode_map
+from aimv2_jax.prepare.inputs.samples import DroppedSample, MapFile, OutOfRange, Sample
 
 MAX_TEXT_LENGTH = captions.MAX_LETTERS  # Characters of a caption or label.
 MAX_CAPTIONS_PER_KIND = 100  # Per record.
@@ -25,7 +27,8 @@ class Rules:
 
     `captions` maps a kind to a field, or to several fields whose captions are all of that kind; a field may hold a text
     or a list of texts. `labels` maps a name to a field. `keep` maps a field to its accepted values. `verify` is a field
-    with a digest of the image's bytes. `decode` requires that all pixels can be decoded.
+    with a digest of the image's bytes. `decode` requires that all pixels can be decoded. `images` maps the name of a
+    second image to a field, and `bits` such a name to the bits, 8 or 16, that its values must have.
     """
 
     captions: Mapping[str, str | Sequence[str]] = dataclasses.field(default_factory=dict)
@@ -36,10 +39,12 @@ class Rules:
     max_aspect: float = 20.0
     verify: str | None = None
     decode: bool = False
+    images: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    bits: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """All fields that the rules name."""
+        """All fields of texts that the rules name."""
         verify = [] if self.verify is None else [self.verify]
         captions = itertools.chain.from_iterable(map(field_list, self.captions.values()))
         return tuple(dict.fromkeys([*captions, *self.labels.values(), *self.keep, *verify]))
@@ -50,21 +55,17 @@ def field_list(fields: str | Sequence[str]) -> list[str]:
     return [fields] if isinstance(fields, str) else list(fields)
 
 
-class DroppedSample(Exception):
-    """Raised for a sample that is dropped for `reason`."""
-
-    def __init__(self, reason: str):
-        self.reason = reason
-        super().__init__(reason)
-
-
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A record, its image's (width, height), and the names of the changes that were made to the sample's texts."""
+    """A record, its image's (width, height), the names of the changes that were made to the sample's texts, and counts.
+
+    `images` has the count of each of its second images.
+    """
 
     record: Record
     size: tuple[int, int]
     changes: tuple[str, ...]
+    images: Mapping[str, MapCount] = dataclasses.field(default_factory=dict)
 
 
 def check(sample: Sample, rules: Rules) -> Checked:
@@ -74,7 +75,7 @@ def check(sample: Sample, rules: Rules) -> Checked:
       DroppedSample: if the sample does not pass the rules.
     """
     for field, values in rules.keep.items():
-        if _text_or_none(sample.fields.get(field)) not in values:
+        if text_or_none(sample.fields.get(field)) not in values:
             raise DroppedSample("not_kept")
     if sample.image is None:
         raise DroppedSample(sample.absence)
@@ -83,19 +84,42 @@ def check(sample: Sample, rules: Rules) -> Checked:
     size = _checked_size(sample.image, rules)
     texts, changes = _captions(sample, rules.captions)
     labels, label_changes = _labels(sample, rules.labels)
+    if not (texts or labels or rules.images):
+        raise DroppedSample("no_label" if rules.labels else "no_caption")
     if rules.decode:
         try:
             decode_image(sample.image)
         except BadRecord as error:
             raise DroppedSample(error.reason) from error
-    key = sample.key.encode("utf-8", "backslashreplace").decode()  # File names may be any bytes.
-    return Checked(
-        Record(bounded_key(key), sample.image, texts, labels), size, tuple(dict.fromkeys(changes + label_changes))
-    )
+    key = bounded_key(sample.key.encode("utf-8", "backslashreplace").decode())  # File names may be any bytes.
+    images, counts = _images(sample, rules, size, key)
+    record = Record(key, sample.image, texts, labels, images)
+    return Checked(record, size, tuple(dict.fromkeys(changes + label_changes)), counts)
+
+
+def _images(
+    sample: Sample, rules: Rules, size: tuple[int, int], key: str
+) -> tuple[dict[str, bytes], dict[str, MapCount]]:
+    """The second images of a sample and their counts; each must have one value for every pixel of the image."""
+    images, counts = {}, {}
+    for name, field in rules.images.items():
+        file = sample.maps.get(field, MapFile(None))
+        if file.data is None:
+            raise DroppedSample(f"{file.absence}:{name}")
+        try:
+            values = decode_map(file.data)
+        except BadRecord as error:
+            raise DroppedSample(f"{error.reason}:{name}") from error
+        if values.shape[::-1] != size:
+            raise DroppedSample(f"other_size:{name}")
+        if rules.bits.get(name, 8 * values.itemsize) != 8 * values.itemsize:
+            raise DroppedSample(f"other_bits:{name}")
+        images[name], counts[name] = file.data, MapCount.of(values, key)
+    return images, counts
 
 
 def _verify(image: bytes, digest: Any) -> None:
-    expected = (_text_or_none(digest) or "").strip().lower()
+    expected = (text_or_none(digest) or "").strip().lower()
     if len(expected) not in _DIGESTS:
         raise DroppedSample("checksum_missing")
     if _DIGESTS[len(expected)](image).hexdigest() != expected:
@@ -128,7 +152,7 @@ def _captions(
         texts = list(_usable(values[:MAX_CAPTIONS_PER_KIND], changes))
         if texts:
             texts_by_kind[kind] = texts[0] if len(texts) == 1 else texts
-    if not texts_by_kind:
+    if fields and not texts_by_kind:
         raise DroppedSample("caption_not_text" if "caption_not_text" in changes else "no_caption")
     return texts_by_kind, changes
 
@@ -160,8 +184,11 @@ def _usable(values: Sequence[Any], changes: list[str]) -> Iterator[str]:
 def _labels(sample: Sample, fields: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     labels, changes = {}, []
     for name, field in fields.items():
+        value = sample.fields.get(field)
+        if isinstance(value, OutOfRange):
+            raise DroppedSample(f"label_out_of_range:{name}")
         try:
-            text = to_text(sample.fields.get(field))
+            text = to_text(value)
         except ValueError:
             changes.append("label_not_text")
             continue
@@ -188,7 +215,8 @@ def to_text(value: Any) -> str | None:
     raise ValueError(f"a {type(value).__name__}")
 
 
-def _text_or_none(value: Any) -> str | None:
+def text_or_none(value: Any) -> str | None:
+    """As `to_text`, but None for anything but UTF-8 text."""
     try:
         return to_text(value)
     except ValueError:

@@ -31,7 +31,7 @@ Schedule = Callable[..., Float[Array, ""]]
 def learning_rate(
     *,
     start_lr: float,
-    peak_lr: float,
+    peak_lr: float | Float[Array, ""],
     end_lr: float,
     warmup_steps: int,
     schedule_steps: int,

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 
+import numpy as np
 import pytest
 
 from aimv2_jax.data import bag
@@ -16,6 +17,7 @@ from aimv2_jax.data.record_index import write_index
 from aimv2_jax.data.records import decode, encode
 from aimv2_jax.data.shards import Shard, ShardWriter, move_into
 from aimv2_jax.errors import UserError
+from tests.helpers.datasets import encoded
 
 
 def test_dataset_when_written_then_holds_the_records_in_order_and_counts_them(tmp_path, make_record):
@@ -159,3 +161,28 @@ def test_dataset_when_the_folder_holds_one_then_refused(tmp_path, make_record):
     with pytest.raises(UserError, match="the folder already holds a dataset"):
         write_dataset(tmp_path, [make_record("red", 1)])
     assert json.loads(before) == json.loads((tmp_path / "dataset.json").read_bytes())
+
+
+def test_dataset_lists_classes_and_second_images(tmp_path, make_record):
+    """dataset.json has the classes of a label in the order of their numbers, and counts second images by bits."""
+    masks = [np.full((4, 5), value, dtype) for value, dtype in ((3, np.uint8), (7, np.uint8), (900, np.uint16))]
+    records = [
+        make_record("red", i, labels={"animal": name, "n": str(i)}, images={"mask": encoded(mask)})
+        for i, (name, mask) in enumerate(zip("aba", masks))
+    ]
+    info = write_dataset(tmp_path, records, classes={"animal": ["b", "z", "a"], "unused": ["x"]})
+    assert info == DatasetInfo.from_json((tmp_path / "dataset.json").read_text())
+    assert [*info.classes.items()] == [("animal", {"b": 1, "z": 0, "a": 2}), ("n", {"0": 1, "1": 1, "2": 1})]
+    assert list(info.classes["animal"]) == ["b", "z", "a"]
+    count = info.images["mask"]
+    assert (count.records, count.bits_8.count, count.bits_16.keys, count.max_value) == (3, 2, ("red/2",), 900)
+
+
+def test_dataset_of_an_earlier_program_has_no_classes(tmp_path, make_record):
+    """A dataset.json without classes and second images is read; one with others than counts is refused."""
+    tree = json.loads(write_dataset(tmp_path, [make_record("red", 0)]).to_json())
+    old = {name: value for name, value in tree.items() if name not in ("classes", "images")}
+    assert DatasetInfo.from_json(json.dumps(old)).classes == {}
+    for classes in ({"l": {"a": -1}}, {"l": ["a"]}, ["l"], {"l": {"a": "1"}}):
+        with pytest.raises((ValueError, AttributeError)):
+            DatasetInfo.from_json(json.dumps(tree | {"classes": classes}))

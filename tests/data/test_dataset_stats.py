@@ -3,9 +3,19 @@
 import json
 import random
 
+import numpy as np
 import pytest
 
-from aimv2_jax.data.dataset_stats import ASPECT, FIRST_KEYS, SIDE, DatasetStats, Histogram, LostInput, SampleCount
+from aimv2_jax.data.dataset_stats import (
+    ASPECT,
+    FIRST_KEYS,
+    SIDE,
+    DatasetStats,
+    Histogram,
+    LostInput,
+    MapCount,
+    SampleCount,
+)
 
 
 def build_stats(events):
@@ -21,7 +31,11 @@ def random_events(rng, count):
         kind = rng.choice(["keep", "drop", "change", "lose"])
         if kind == "keep":
             captions = {name: "x" for name in ("alt", "synthetic") if rng.random() < 0.7}
-            events.append((kind, captions, {"l": "1"}, (rng.randint(1, 9000), rng.randint(1, 9000))))
+            labels = {name: rng.choice("abc") for name in ("l", "m") if rng.random() < 0.7}
+            values = np.full((2, 3), rng.randint(0, 255), rng.choice([np.uint8, np.uint16]))
+            maps = {"mask": MapCount.of(values, f"k{i}")} if rng.random() < 0.5 else {}
+            events.append((kind, captions, labels, (rng.randint(1, 9000), rng.randint(1, 9000)), maps))
+            events.append(("declare", "l", rng.choice([["c", "a"], ["c", "a", "d"]])))
         elif kind == "lose":
             events.append((kind, rng.choice("ab"), rng.randint(0, 5), rng.randint(0, 999), rng.choice([None, f"k{i}"])))
         else:
@@ -33,7 +47,7 @@ def test_books_when_of_parts_then_add_up_to_those_of_the_whole():
     rng = random.Random(0)
     events = random_events(rng, 300)
     whole, total = build_stats(events), DatasetStats()
-    for start in range(0, 300, 70):
+    for start in range(0, len(events), 70):
         part = build_stats(events[start : start + 70])
         total.add(DatasetStats.from_tree(json.loads(json.dumps(part.to_tree()))))
     assert total.to_tree() == whole.to_tree()

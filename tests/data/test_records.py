@@ -82,3 +82,29 @@ def test_record_of_version_1_with_a_list_is_corrupt():
 def test_key_of_a_foreign_record_is_bounded():
     keys = [decode(packed(key="k" * 20_000_000 + end)).key for end in "ab"]
     assert keys[0] != keys[1] and {len(key) for key in keys} == {MAX_KEY_LETTERS}
+
+
+MASKED = dataclasses.replace(RECORD, images={"mask": b"\x89PNG mask", "depth": b"\x89PNG depth"})
+
+
+def test_record_with_second_images_is_version_3():
+    """Second images come back by name; their order does not change the bytes."""
+    data = encode(MASKED)
+    assert data[0] == 3 and decode(data) == MASKED
+    assert encode(dataclasses.replace(MASKED, images=dict(reversed(MASKED.images.items())))) == data
+
+
+@pytest.mark.parametrize(
+    ("version", "fields"), [(1, {"images": {"mask": b"x"}}), (2, {"images": {"m": b"x"}}), (3, {})]
+)
+def test_record_whose_version_denies_its_images(version, fields):
+    """A version that does not fit the second images is refused, so that none is silently left out."""
+    with pytest.raises(BadRecord, match="other_version"):
+        decode(packed(version, **fields))
+
+
+@pytest.mark.parametrize("images", [{"mask": "x"}, {3: b"x"}, {"mask": {"a": b"x"}}, ["mask"], [b"x"], b"x"])
+def test_record_with_second_images_of_other_types(images):
+    """Second images of another writer that are no bytes by name are corrupt."""
+    with pytest.raises(BadRecord, match="corrupt_record"):
+        decode(packed(3, images=images))

@@ -19,7 +19,7 @@ from aimv2_jax.eval.probes import run as probe
 from aimv2_jax.eval.probes.__main__ import main
 from aimv2_jax.eval.probes.dataset import read_labelled_dataset, split
 from aimv2_jax.eval.probes.features import FeatureCache
-from aimv2_jax.eval.probes.run import RandomCrops
+from aimv2_jax.eval.probes.head_batches import RandomViews
 from aimv2_jax.eval.probes.sweep import (
     GRIDS,
     AttentiveHead,
@@ -94,12 +94,23 @@ def test_labelled_dataset_errors(data, datasets):
 
     for arguments, sentence in (
         (dict(label="colour"), "no record with this label: 'colour'. Its labels are color, parity"),
-        (dict(label="color", names=NAMES[:2]), f"a color that --train lacks: '{NAMES[2]}'"),
+        (dict(label="color", names=NAMES[:2]), f"9 records with a color that --train lacks: '{NAMES[2]}'"),
         (dict(label="color", without=NAMES[:2]), f"has only one color: '{NAMES[2]}'"),
         (dict(label="parity", by="color"), "no label for --by: 'color'. It has parity"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             read(**arguments)
+
+
+def test_classes_of_two_lists_are_matched_by_name(tmp_path, data):
+    """Classes are in the order of the train dataset's list, whatever that of the test dataset is."""
+    images = [dataclasses.replace(record, labels={"kind": name}) for name in "cab" for record in records(range(2))]
+    write_dataset(tmp_path / "train", images, classes={"kind": ["b", "none", "c", "a"]})
+    write_dataset(tmp_path / "test", images[2:], classes={"kind": ["a", "b"]})
+    train = read_labelled_dataset(str(tmp_path / "train"), "--train", "kind", None, ())
+    test = read_labelled_dataset(str(tmp_path / "test"), "--test", "kind", None, (), train.names)
+    assert train.names == test.names == ("b", "c", "a")
+    assert train.classes.tolist() == [1, 1, 2, 2, 0, 0] and test.classes.tolist() == [2, 2, 0, 0]
 
 
 def test_feature_cache_hit_and_miss(workdir, datasets, tmp_path, monkeypatch):
@@ -168,7 +179,8 @@ def test_sweep_equals_separate_training_with_adamw():
     grid = ((1e-2, 0.1), (3e-2, 0.01))
     config = SweepConfig(grid, epochs=4, warmup_epochs=1, batch_size=8, seed=0)
     head, norm, indices = LinearHead(3), FeatureNorm.fit(features, valid, np.arange(20)), np.arange(20)
-    together = train_sweep(head, norm, config, 3, epoch_batches(features, valid, classes, indices, config), 6)
+    batches = epoch_batches(features, valid, classes, indices, config)
+    together = train_sweep(head, norm, config, 3, batches, 6).params
     for point, (rate, decay) in enumerate(grid):
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 3, 12)
         optimizer = optax.adamw(schedule, weight_decay=decay, mask=is_kernel)
@@ -267,7 +279,7 @@ def test_random_crops_by_epoch_and_seed(workdir, datasets):
     cache = FeatureCache(None, load_encoder(workdir), "patches", None, False, 16)
     fit_idx, _ = split(datasets[0], 0.2, seed=0)
     config = SweepConfig(((1e-3, 0.0),), epochs=2, warmup_epochs=0, batch_size=len(fit_idx), seed=0)
-    runs = [list(RandomCrops(cache, datasets).epochs(fit_idx, config)) for _ in range(2)]
+    runs = [list(RandomViews(cache, datasets).epochs(fit_idx, config)) for _ in range(2)]
     for (ours, _, classes), (theirs, _, numbers) in zip(*runs):
         np.testing.assert_array_equal(ours, theirs)
         np.testing.assert_array_equal(classes, numbers)

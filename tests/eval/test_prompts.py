@@ -78,8 +78,9 @@ def test_class_names_and_their_order(write, content, labels, expected):
 
 @pytest.mark.parametrize("content", ["dog\nbird\ncat\n", "dog\ncat", "c\tcat\nb\tbird\na\tdog"])
 def test_class_names_without_a_label(write, content):
-    """A label that is left out may have a line of the class file, and has no name then."""
-    names = read_class_names(write(content), ["a", "c"], without=["b"])
+    """A label that no image has, such as one that is left out, may have a line of the class file."""
+    names = read_class_names(write(content), ["a", "c"], listed=["a", "b", "c"])
+    assert names.pop("b", ("bird",)) == ("bird",)
     assert names == {"a": ("dog",), "c": ("cat",)}
 
 

@@ -252,8 +252,8 @@ def test_input_fails_midway(run, tars, monkeypatch, files_of):
 
     read = worker.inputs.read
 
-    def failing(shard, fields):
-        yield from read(shard, fields)
+    def failing(shard, *fields):
+        yield from read(shard, *fields)
         if shard.path.endswith("00003.tar"):
             raise OSError(5, "Input/output error", shard.path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -62,8 +63,12 @@ def _dataset_facts(info: DatasetInfo) -> dict[str, list[str]]:
     facts = {
         "records": [f"{info.records:,} in {counted(len(info.shards), 'shard')}, {_format_bytes(info.bytes)}"],
         "captions": captions or ["none"],
-        "labels": [", ".join(info.labels) or "none"],
+        "labels": [", ".join(map(partial(_label_text, info), info.labels)) or "none"],
     }
+    if info.images:
+        facts["second images"] = [
+            f"{name}: {count.records:,}, values up to {count.max_value}" for name, count in info.images.items()
+        ]
     facts["input"] = [f"{counted(info.samples, 'sample')}, {info.samples - info.records:,} dropped or lost"]
     for title, entries in (("dropped", info.drops), ("changed", info.changes)):
         if entries:
@@ -76,6 +81,10 @@ def _dataset_facts(info: DatasetInfo) -> dict[str, list[str]]:
             f"{reason}: {lost.samples:,}, {_format_bytes(lost.bytes)}" for reason, lost in info.lost.items()
         ]
     return facts
+
+
+def _label_text(info: DatasetInfo, label: str) -> str:
+    return f"{label} ({len(info.classes[label]):,} classes)" if label in info.classes else label
 
 
 def _size_charts(info: DatasetInfo) -> list[BarChart]:

@@ -11,36 +11,45 @@ attentive  a learned query over all patches, and a linear layer, on standardised
 linear     a linear layer on the standardised mean of the patches
 knn        a vote of the train images nearest in the cosine of those means
 
-The whole grid of learning rates and weight decays is trained at once. Its best point, or the number of neighbours, is
-chosen on images split off --train, never on --test. The chosen head is then trained again on all of --train, unless
---no-refit is given. Features of the centre crop and of its mirror image are computed once and stored in --cache. With
---augment crops the encoder runs on new random crops in every epoch, so the second training takes as long as the grid.
---json writes top1, ci95 (bootstrap over test images), per_class, kind, label, best, floor (the nearest train image
-by 16 x 16 pixels, on the same images) and examples.
+--protocol quick: the whole grid of learning rates and weight decays is trained at once. Its best point, or the number
+of neighbours, is chosen on images split off --train, never on --test. The chosen head is then trained again on all of
+--train, unless --no-refit is given. Features of the centre crop and of its mirror image are computed once and stored
+in --cache.
+
+--protocol paper: the paper's attentive probe (Table A2; --imagenet: its column for ImageNet-1k), 100 epochs of random
+crops, flips, RandAugment and colour jitter, with one pass of the encoder a step for all points of the grid. As in the
+paper, the best point on --test is reported; --validation SHARE chooses it on images split off --train instead. Other
+flags change single settings; what then differs from the paper is printed.
+
+--json writes top1, ci95 (bootstrap over test images), per_class, kind, label, best, grid (top1 of every point on the
+images that chose), protocol, floor (the nearest train image by 16 x 16 pixels, on the same images) and examples.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from aimv2_jax.allocator import keep_freed_memory
-from aimv2_jax.cli import Parser, non_negative, positive
-from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
-from aimv2_jax.eval.cli import add_encoder, add_labels, check_files, check_layer, write_json
+from aimv2_jax.cli import Parser
+from aimv2_jax.errors import EXIT_FINISHED, cli_main
+from aimv2_jax.eval.cli import add_encoder, add_labels, check_files, write_json
 from aimv2_jax.eval.probes.dataset import read_labelled_dataset, split
+from aimv2_jax.eval.probes.flags import (
+    add_like,
+    add_probe_settings,
+    check_cache,
+    check_flags,
+    open_encoder,
+    probe_config,
+    reference_config,
+)
 from aimv2_jax.eval.probes.knn import pixel_floor
+from aimv2_jax.eval.probes.protocol import QUICK, notes_text, protocol_notes
 from aimv2_jax.eval.probes.report import classification_metrics, confusion_figure, summary
-from aimv2_jax.eval.probes.run import ProbeConfig, head_probe, knn_probe
-from aimv2_jax.eval.probes.sweep import GRIDS
+from aimv2_jax.eval.probes.run import head_probe, knn_probe
 from aimv2_jax.platforms import skip_absent_tpu
-from aimv2_jax.pretrained.encoder import PretrainedEncoder, encoder_of
-from aimv2_jax.pretrained.source import open_weights, untrained
-
-RANDOM = "random"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,76 +58,29 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m aimv2_jax.eval.probes", description=summary, epilog=epilog)
     add_encoder(parser)
     add = parser.add_argument
-    add("--like", metavar="SPEC", help="the encoder whose architecture --checkpoint random has")
+    add_like(parser)
     add("--train", required=True, metavar="DATA", help="prepared train dataset with labels")
     add("--test", required=True, metavar="DATA", help="prepared test dataset with labels")
     add_labels(parser)
-    add("--kind", choices=("attentive", "linear", "knn"), help="default %(default)s")
-    grid_help = "learning rates and weight decays (default %(default)s)"
-    add("--grid", choices=GRIDS, help=grid_help)
-    augment_help = "augmentation of train images (default %(default)s)"
-    add("--augment", choices=("flip", "none", "crops"), help=augment_help)
-    add("--epochs", type=positive, metavar="N", help="default %(default)s; Table A2: 100")
-    add("--warmup-epochs", type=int, metavar="N", help="default %(default)s; Table A2: 5 (ImageNet), 0")
-    add("--batch-size", type=positive, metavar="N", help="default %(default)s; Table A2: 1024, 512")
-    add("--no-normalise", dest="normalise", action="store_false", help="do not standardise features")
-    add(
-        "--validation",
-        type=_share,
-        default=0.15,
-        metavar="SHARE",
-        help="share of --train for validation (default %(default)s)",
-    )
-    add("--no-refit", dest="refit", action="store_false", help="do not train the chosen head again on all of --train")
-    add("--encoder-batch", type=positive, metavar="N", help="images per encoder batch (default: 32 of 256 patches)")
-    seed_help = "seed of the split, the order and the head (default %(default)s)"
-    add("--seed", type=non_negative, metavar="N", help=seed_help)
-    add("--cache", type=Path, metavar="DIR", help="folder for computed features (default: not stored)")
+    kind_help = f"default {QUICK.kind}"
+    add("--kind", choices=("attentive", "linear", "knn"), default=argparse.SUPPRESS, help=kind_help)
+    add("--protocol", choices=("quick", "paper"), default="quick", help="see below (default %(default)s)")
+    add("--imagenet", action="store_true", help="Table A2's batch and warm-up for ImageNet-1k; with --protocol paper")
+    add_probe_settings(parser)
     floor_help = "skip the floor, which decodes all images once more"
     add("--no-floor", dest="floor", action="store_false", help=floor_help)
-    parser.set_defaults(**vars(ProbeConfig()))
     flags = parser.parse_args(arguments)
-    if (flags.checkpoint == RANDOM) != (flags.like is not None):
-        parser.error("--checkpoint random and --like go together")
-    if flags.kind == "knn" and flags.augment == "crops":
-        parser.error("--augment crops is for trained heads, not for knn")
-    if flags.cache is not None and flags.augment == "crops":
-        parser.error("--augment crops stores no features: remove --cache")
-    if flags.warmup_epochs < 0:
-        parser.error("--warmup-epochs is below 0")
+    check_flags(parser, flags)
+    if flags.imagenet and flags.protocol != "paper":
+        parser.error("--imagenet goes with --protocol paper")
+    config = probe_config(flags, reference_config(flags.protocol, flags.imagenet))
+    if flags.protocol == "paper" and config.kind != "attentive":
+        parser.error("--protocol paper is an attentive probe: remove --kind")
+    if config.kind == "knn" and config.random_views:
+        parser.error(f"--augment {config.augment} is for trained heads, not for knn")
+    if config.cache is not None and config.random_views:
+        parser.error(f"--augment {config.augment} stores no features: remove --cache")
     return flags
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
-    return value
-
-
-def probe_config(flags: argparse.Namespace) -> ProbeConfig:
-    """The settings of the probe among the flags."""
-    return ProbeConfig(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(ProbeConfig)})
-
-
-def open_encoder(flags: argparse.Namespace) -> PretrainedEncoder:
-    """Opens the encoder of the flags; `--checkpoint random` gets untrained parameters from the seed."""
-    weights = open_weights(flags.like or flags.checkpoint, flags.heads, flags.weights)
-    print(weights.pixel_statistics())
-    if flags.checkpoint == RANDOM:
-        weights = untrained(weights.spec, flags.seed)
-    encoder = encoder_of(weights, flags.dtype, flags.image_size, flags.area)
-    check_layer(flags.layer, encoder.spec.depth)
-    if flags.augment == "crops" and encoder.spec.area is not None:
-        raise UserError(
-            "--augment crops makes square crops, which a native-resolution model does not use",
-            flags.augment,
-            "Remove it, or give --image-size",
-        )
-    return encoder
 
 
 @cli_main
@@ -126,24 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     skip_absent_tpu()
     keep_freed_memory()
     flags = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    if flags.cache is not None and flags.cache.exists() and not flags.cache.is_dir():
-        raise UserError("--cache is a file", str(flags.cache), "Name a folder")
+    config = probe_config(flags, reference_config(flags.protocol, flags.imagenet))
+    check_cache(config)
     check_files(json=flags.json, confusion=flags.confusion)
     train = read_labelled_dataset(flags.train, "--train", flags.label, flags.by, flags.without)
     test = read_labelled_dataset(flags.test, "--test", flags.label, flags.by, flags.without, train.names)
-    fit_idx, val_idx = split(train, flags.validation, flags.seed)
-    if not len(val_idx):
-        what = "--train has too few images of each class for a validation split"
-        raise UserError(what, len(train), "Give a larger dataset")
-    encoder = open_encoder(flags)
-    probe = knn_probe if flags.kind == "knn" else head_probe
-    outcome = probe(encoder, (train, test), fit_idx, val_idx, probe_config(flags))
+    fit_idx, val_idx = split(train, config.validation, config.seed)
+    encoder = open_encoder(flags, config)
+    notes = protocol_notes(config, reference_config(flags.protocol, flags.imagenet), len(train), len(train.names))
+    print(notes_text(notes))
+    probe = knn_probe if config.kind == "knn" else head_probe
+    outcome = probe(encoder, (train, test), fit_idx, val_idx, config)
     floor = classification_metrics(test, pixel_floor(train, test)) if flags.floor else None
     result = {
         **classification_metrics(test, outcome.predicted),
-        "kind": flags.kind,
+        "kind": config.kind,
         "label": flags.label,
         "best": outcome.best,
+        "grid": outcome.grid,
+        "protocol": notes,
         "floor": floor,
         "examples": {"train": len(fit_idx), "validation": len(val_idx), "test": len(test)},
         "seconds": outcome.seconds,
@@ -160,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.json is not None:
         write_json(flags.json, result)
     if flags.confusion is not None:
-        heading = f"{flags.kind} probe of {flags.label}: top-1 {result['top1']:.3f}"
+        heading = f"{config.kind} probe of {flags.label}: top-1 {result['top1']:.3f}"
         note = f"{len(test)} test images. Rows are true classes, columns predicted ones."
         confusion_figure(test, outcome.predicted, heading, note).savefig(flags.confusion, dpi=110)
     return EXIT_FINISHED

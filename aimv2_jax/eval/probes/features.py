@@ -43,6 +43,13 @@ class FeatureSet:
     valid: Bool[np.ndarray, "N L"]
     seconds: tuple[float, float] = (0.0, 0.0)
 
+    def means(self) -> FeatureSet:
+        """The mean of the patches of each image (L = 1), from features of all patches, in no time."""
+        means = np.empty((*self.features.shape[:2], 1, self.features.shape[-1]), self.features.dtype)
+        for row, (patches, valid) in enumerate(zip(self.features, self.valid)):
+            means[row] = patches[:, valid].mean(1, dtype=np.float32, keepdims=True)
+        return FeatureSet(means, self.valid.any(1, keepdims=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureCache:

@@ -11,6 +11,8 @@ from aimv2_jax.eval.probes.features import prefetch_map
 from aimv2_jax.pretrained.images import open_image
 
 TEMPERATURE = 0.07  # A vote's weight is exp(cosine / TEMPERATURE), with DINO's value.
+DINO_COUNTS = (10, 20, 100, 200)
+"""Numbers of neighbours in DINO's protocol (arXiv 2104.14294), which reports the best one on the test images."""
 COUNTS = (1, 5, 10, 20)  # Candidate numbers of neighbours; the validation images choose among them.
 _FLOOR_SIDE = 16
 _MAX_PAIRS = 1 << 25  # Pairs of a test and a train image that are compared at a time.

@@ -87,7 +87,7 @@ def summary(result: dict[str, Any], names: Sequence[str]) -> str:
         f"{result['kind']} probe of {result['label']}: top-1 {result['top1']:.3f}, "
         f"95 % interval {low:.3f} to {high:.3f}, "
         f"{result['examples']['test']} test images, {len(names)} classes",
-        f"chosen on {result['examples']['validation']} validation images: {result['best']}",
+        _chosen(result),
     ]
     if result["floor"] is not None:
         low, high = result["floor"]["ci95"]
@@ -97,3 +97,9 @@ def summary(result: dict[str, Any], names: Sequence[str]) -> str:
             top1 = {name: value["top1"] if isinstance(value, dict) else value for name, value in part.items()}
             lines.append(f"{title}: " + ", ".join(f"{name} {value:.2f}" for name, value in top1.items()))
     return "\n".join(lines)
+
+
+def _chosen(result: dict[str, Any]) -> str:
+    if result["examples"]["validation"]:
+        return f"chosen on {result['examples']['validation']} validation images: {result['best']}"
+    return f"the best of {len(result['grid'])} grid points on the test images, as in the paper: {result['best']}"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aimv2_jax.data.transforms.decode import FORMAT_OF
 from aimv2_jax.errors import UserError
-from aimv2_jax.prepare.inputs import open_files, tables, webdataset
+from aimv2_jax.prepare.inputs import file_sets, image_folder, open_files, tables, webdataset
 from aimv2_jax.prepare.inputs.reader import FORMATS
 from aimv2_jax.prepare.inputs.samples import InputShard
 from aimv2_jax.storage.bucket import check_scheme, file_system, scheme_of
@@ -24,27 +24,35 @@ _THREADS = 64  # Requests to a bucket are slow but run in parallel.
 # Suffixes of files that are not opened in folders, which may hold millions of them.
 _SKIPPED_SUFFIXES = tuple(f".{suffix}" for suffix in (*FORMAT_OF, "txt", "arrayrecord", "bag"))
 _SUPPORTED_FORMATS = (
-    "Supported inputs are webdataset tars, parquet with a column of images, and .jsonl or .csv tables whose rows name "
-    "their images in a column " + ", ".join(tables.IMAGES)
+    "Supported inputs are webdataset tars, parquet and Arrow with a column of images, .jsonl or .csv tables whose rows "
+    f"name their images in a column {', '.join(tables.IMAGES)}, and {image_folder.PREFIX}DIR with a folder of images "
+    "for each class"
 )
 
 
-def find_shards(inputs: Sequence[str], follow_links: bool = False) -> list[InputShard]:
+def find_shards(inputs: Sequence[str], follow_links: bool = False, split: str | None = None) -> list[InputShard]:
     """Finds the shards of all `inputs` (PATHs and GLOBs, local or remote), each once, sorted by path.
 
     Args:
       follow_links: follows links that lead out of a local folder.
+      split: the split of --split: shards that are not `of_split` have to be filtered by rows.
 
     Raises:
-      UserError: if one of `inputs` does not exist, cannot be read or has no shards, a parquet table has no images, or a
-        link in a folder must not be followed.
+      UserError: if one of `inputs` does not exist, cannot be read or has no shards, a table has no images, files of a
+        dataset are missing, it has several splits and none is given, or a link in a folder must not be followed.
     """
     found: dict[tuple[str, int], InputShard] = {}
     for given in inputs:
+        if given.startswith(image_folder.PREFIX):
+            shards = image_folder.find(given, split, follow_links)
+            changes = dict(follow_links=follow_links, of_split=split is not None)
+            found |= {(shard.path, shard.start): dataclasses.replace(shard, **changes) for shard in shards}
+            continue
         check_scheme(given, "--input")
         with ThreadPoolExecutor(_THREADS) as pool:
-            candidates = pool.map(_recognise, _candidates(given, pool, follow_links))
-            results = [result for result in candidates if result is not None]
+            paths, root = _candidates(given, pool, follow_links)
+            paths, of_split = file_sets.select(paths, root, split, follow_links)
+            results = [result for result in pool.map(_recognise, paths) if result is not None]
         shards = [shard for _, result in results if isinstance(result, list) for shard in result]
         kinds = {shard.kind for shard in shards}
         for kind, result in results:
@@ -53,35 +61,40 @@ def find_shards(inputs: Sequence[str], follow_links: bool = False) -> list[Input
                 raise result
         if not shards:
             raise UserError("--input has no readable input files", given, _SUPPORTED_FORMATS)
-        found |= {(s.path, s.start): dataclasses.replace(s, follow_links=follow_links) for s in shards}
+        changes = dict(follow_links=follow_links, of_split=of_split)
+        found |= {(shard.path, shard.start): dataclasses.replace(shard, **changes) for shard in shards}
     unique: dict[tuple[str, int], InputShard] = {}
     # Files come before links to them, because the files that belong to a tar are in the tar's own folder.
-    for shard in sorted(found.values(), key=lambda shard: (shard.path != _real(shard.path), shard.path)):
-        unique.setdefault((_real(shard.path), shard.start), shard)
+    for shard in sorted(found.values(), key=lambda shard: (shard.path != _real(shard), shard.path)):
+        unique.setdefault((_real(shard), shard.start), shard)
     return sorted(unique.values(), key=lambda shard: (shard.path, shard.start))
 
 
-def _real(path: str) -> str:
-    """Path of a file with all links resolved."""
-    return path if is_remote(path) else os.path.realpath(path)
+def _real(shard: InputShard) -> str:
+    """Path of a file with all links resolved; a class folder keeps its name, which is the class."""
+    is_folder = shard.kind == image_folder.KIND
+    return shard.path if is_folder or is_remote(shard.path) else os.path.realpath(shard.path)
 
 
-def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> list[str]:
-    """Paths that `given` matches, sorted."""
+def _candidates(given: str, pool: ThreadPoolExecutor, follow_links: bool) -> tuple[list[str], str | None]:
+    """Paths that `given` matches, sorted, and `given` itself if it is a folder."""
     if not given:  # Probably an unset shell variable; as a path it would be the current folder.
         raise UserError("--input is empty", given, "Give a file, a folder or a glob")
     if is_remote(given):
         with open_files.input_errors(given):
-            return _without_companions(_remote_paths(given), pool)
+            paths = _remote_paths(given)
+            root = None if given in paths or glob.has_magic(given) else given.rstrip("/")
+            return _without_companions(paths, pool), root
     path = os.path.abspath(resolve_path(given))
     if os.path.lexists(path):
-        return _without_companions(_expanded([path], follow_links), pool)
+        root = path if os.path.isdir(path) else None
+        return _without_companions(_expanded([path], follow_links), pool), root
     matches = glob.glob(path, recursive=True)
     if not follow_links:  # The user chose a named path, but not the files that a pattern matches.
         _refuse_links(matches)
     if not matches:
         raise _missing(given)
-    return _without_companions(_expanded(matches, follow_links), pool)
+    return _without_companions(_expanded(matches, follow_links), pool), None
 
 
 def _missing(given: str) -> UserError:

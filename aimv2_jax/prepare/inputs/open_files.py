@@ -133,13 +133,13 @@ def read_beside(folder: str, name: str, follow_links: bool = False) -> bytes:
     """Reads the file `name` of `folder`.
 
     Raises:
-      FileUnavailable: `link_out_of_folder` if a link leads out of a local `folder` and must not be followed,
-        `oversized_file` beyond `MAX_FILE_BYTES`, and `MISSING` if it does not exist, is no regular file, or `name`
-        leads out of `folder`.
+      FileUnavailable: `path_out_of_folder` if `name` leads out of `folder`, `link_out_of_folder` if a link leads out of
+        a local one and must not be followed, `oversized_file` beyond `MAX_FILE_BYTES`, and `MISSING` if it does not
+        exist or is no regular file.
       OSError: if a bucket fails temporarily.
     """
     if not _is_below(name):
-        raise FileUnavailable(MISSING)
+        raise FileUnavailable("path_out_of_folder" if PurePosixPath(name).parts else MISSING)
     try:
         if is_remote(folder):
             return _read_whole(f"{folder}/{name}")
@@ -152,6 +152,14 @@ def read_beside(folder: str, name: str, follow_links: bool = False) -> bytes:
         if is_temporary(error):  # Otherwise the dataset would depend on the moment at which it was prepared.
             raise
         raise FileUnavailable(MISSING) from error
+
+
+def read_or_reason(folder: str, name: str, follow_links: bool) -> tuple[bytes | None, str]:
+    """The bytes of the file `name` of `folder`, or None; and `MISSING`, or the reason of `read_beside`."""
+    try:
+        return read_beside(folder, name, follow_links), MISSING
+    except FileUnavailable as error:
+        return None, error.reason
 
 
 def size_beside(folder: str, name: str) -> int:

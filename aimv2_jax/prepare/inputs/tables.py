@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import open_files
-from aimv2_jax.prepare.inputs.samples import TABLE_CAPTIONS, BadInput, InputShard, Sample
+from aimv2_jax.prepare.inputs.samples import TABLE_CAPTIONS, BadInput, InputShard, MapFile, Sample
 from aimv2_jax.prepare.inputs.text_encoding import ENCODING, escape_name, parse_object, text_or_bytes
 
 IMAGES = ("file_name", "image", "path", "filename", "filepath")
@@ -181,8 +181,18 @@ class Table:
             found |= dict.fromkeys(values or {})
         return list(found) or None
 
-    def read(self, shard: InputShard, fields: Collection[str] | None = None) -> Iterator[Sample | BadInput]:
-        """Yields each row with all its fields and the image that it names, or no image if that cannot be read."""
+    def maps(self, shard: InputShard, wanted: Collection[str] = ()) -> list[str] | None:
+        """Any field may name a second image as `IMAGES` name the image."""
+        return self.fields(shard, wanted)
+
+    def classes(self, shard: InputShard) -> dict[str, tuple[str, ...]]:
+        """Tables declare no classes."""
+        return {}
+
+    def read(
+        self, shard: InputShard, fields: Collection[str] | None = None, maps: Collection[str] = ()
+    ) -> Iterator[Sample | BadInput]:
+        """Yields each row with all its fields and the images that it names, or none if they cannot be read."""
         folder, stem = posixpath.dirname(shard.path), escape_name(posixpath.basename(shard.path))
         for number, (values, num_bytes) in enumerate(self._rows(shard), shard.first_row):
             if values is None:
@@ -190,10 +200,14 @@ class Table:
                 continue
             name = _image_name(values)
             key = escape_name(name) if name else f"{stem}/{number}"
-            try:
-                yield Sample(key, open_files.read_beside(folder, name, shard.follow_links), values)
-            except open_files.FileUnavailable as error:
-                yield Sample(key, None, values, error.reason)
+            data, absence = open_files.read_or_reason(folder, name, shard.follow_links)
+            names = {field: _text(values.get(field)) for field in maps}
+            files = {
+                field: MapFile(*open_files.read_or_reason(folder, name, shard.follow_links))
+                for field, name in names.items()
+                if name
+            }
+            yield Sample(key, data, values, absence, files)
 
     def _rows(self, shard: InputShard) -> Iterator[tuple[dict[str, Any] | None, int]]:
         """Yields (values, size in bytes) of each row; values is None for a row that cannot be read."""
@@ -214,8 +228,14 @@ def _mean_image_bytes(path: str, layout: JsonLines | Csv, file: BinaryIO) -> int
 
 def _image_name(values: dict[str, Any]) -> str:
     """Image file name as the system stores it, with non-UTF-8 bytes as surrogates; "" if there is none."""
-    name = next((values[name] for name in IMAGES if isinstance(values.get(name), str | bytes)), "")
-    return name if isinstance(name, str) else _decode(name)
+    return _text(next((values[name] for name in IMAGES if isinstance(values.get(name), str | bytes)), ""))
+
+
+def _text(name: Any) -> str:
+    """A file name in a cell as the system stores it, with non-UTF-8 bytes as surrogates; "" if there is none."""
+    if isinstance(name, bytes):
+        return _decode(name)
+    return name if isinstance(name, str) else ""
 
 
 def _image_column(names: Iterable[str]) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from aimv2_jax.data.transforms.decode import FORMAT_OF
 from aimv2_jax.prepare.inputs import open_files, tar_scan
-from aimv2_jax.prepare.inputs.samples import MAX_SAMPLES, BadInput, InputShard, Sample
+from aimv2_jax.prepare.inputs.samples import MAX_SAMPLES, BadInput, InputShard, MapFile, Sample
 from aimv2_jax.prepare.inputs.text_encoding import escape_name, parse_object
 from aimv2_jax.untrusted import as_int
 
@@ -37,12 +37,14 @@ class _Stem:
 
     key: str
     number: int = 0  # Number of earlier samples with the same key.
-    image: tar_scan.Member | None = None
-    txt: tar_scan.Member | None = None
-    json: tar_scan.Member | None = None
+    parts: dict[str, tar_scan.Member] = dataclasses.field(default_factory=dict)  # By kind, see `_split`.
+
+    @property
+    def image(self) -> tar_scan.Member | None:
+        return self.parts.get("image")
 
     def members(self) -> list[tar_scan.Member]:
-        return [member for member in (self.image, self.txt, self.json) if member is not None]
+        return list(self.parts.values())
 
     def is_whole(self) -> bool:
         return self.image is not None and len(self.members()) > 1
@@ -66,7 +68,9 @@ def shards(path: str, num_bytes: int) -> list[InputShard]:
     return [InputShard("webdataset", path, num_bytes)]
 
 
-def read(shard: InputShard, fields: Collection[str] | None = None) -> Iterator[Sample | BadInput]:
+def read(
+    shard: InputShard, fields: Collection[str] | None = None, maps: Collection[str] = ()
+) -> Iterator[Sample | BadInput]:
     """Yields the samples of a tar in the order of their first members, with all fields, then what was lost.
 
     With a NAME_stats.json beside the tar, the samples yielded and lost add up to the number that it announces. Surplus
@@ -75,7 +79,7 @@ def read(shard: InputShard, fields: Collection[str] | None = None) -> Iterator[S
     """
     with _open_tar(shard.path) as tar:
         file, num_bytes = tar.file, tar.num_bytes
-        index = _index(file, num_bytes)
+        index = _index(file, num_bytes, maps)
         stems, lost = index.stems, index.lost
         num_bytes_lost = index.num_bytes_lost + tar.num_packed_bytes_lost
         # Damage can repeat pairs or split them into several stems, but cannot create new pairs.
@@ -89,7 +93,7 @@ def read(shard: InputShard, fields: Collection[str] | None = None) -> Iterator[S
             stems, fragments = _drop_fragments(stems, announced)
             yield from fragments
         for stem in stems:
-            yield from _sample(file, stem)
+            yield from _sample(file, stem, maps)
     num_lost = len(lost) if announced is None else announced - len(stems)
     if num_lost or num_bytes_lost or not num_bytes:
         key = lost[0] if lost and num_lost else None
@@ -121,16 +125,38 @@ def _fields(file: BinaryIO, stems: list[_Stem], wanted: Collection[str]) -> list
     found: dict[str, None] = {}  # An ordered set.
     num_jsons = 0
     for stem in stems:
-        if stem.txt is not None:
+        if "txt" in stem.parts:
             found["txt"] = None
-        if stem.json is not None and (num_jsons < _MAX_JSONS_PROBED or not found.keys() >= set(wanted)):
+        if "json" in stem.parts and (num_jsons < _MAX_JSONS_PROBED or not found.keys() >= set(wanted)):
             num_jsons += 1
-            found |= {f"json:{name}": None for name in parse_object(_data(file, stem.json)) or {}}
+            found |= {f"json:{name}": None for name in parse_object(_data(file, stem.parts["json"])) or {}}
     return list(found)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """(key, kind) of the member `name`: the kind is "image", "txt", "json", or "" for other members."""
+def maps(shard: InputShard, wanted: Collection[str] = ()) -> list[str] | None:
+    """Suffixes of images beside others, such as mask.png for NAME.mask.png; None if there are no samples."""
+    with _open_tar(shard.path) as tar:
+        names = [stem.image.name for stem in _index(tar.file, tar.num_bytes).stems if stem.image is not None]
+    keys = {posixpath.splitext(name)[0] for name in names}
+    dots = ((name, place) for name in names for place, letter in enumerate(name) if letter == ".")
+    found = {
+        name[place + 1 :]: None
+        for name, place in dots
+        if name[:place] in keys and name[:place] != posixpath.splitext(name)[0]
+    }
+    return list(found) if names else None
+
+
+def classes(shard: InputShard) -> dict[str, tuple[str, ...]]:
+    """Tars declare no classes."""
+    return {}
+
+
+def _split(name: str, maps: Collection[str]) -> tuple[str, str]:
+    """(key, kind) of the member `name`: the kind is "image", "txt", "json", one of `maps`, or "" for other members."""
+    for suffix in maps:
+        if name.endswith(f".{suffix}"):
+            return name.removeprefix("./").removesuffix(f".{suffix}"), suffix
     stem, suffix = posixpath.splitext(name)
     suffix = suffix[1:].lower()
     if posixpath.basename(stem).startswith("."):  # macOS adds such files.
@@ -139,7 +165,7 @@ def _split(name: str) -> tuple[str, str]:
     return stem.removeprefix("./"), kind
 
 
-def _index(file: BinaryIO, num_bytes: int) -> _Index:
+def _index(file: BinaryIO, num_bytes: int, maps: Collection[str] = ()) -> _Index:
     """Groups members into samples by stem; a repeated member name begins another sample."""
     stems: dict[tuple[str, int], _Stem] = {}
     seen: dict[str, int] = {}
@@ -147,7 +173,7 @@ def _index(file: BinaryIO, num_bytes: int) -> _Index:
     ignored: list[BadInput] = []
     num_bytes_lost = 0
     for item in tar_scan.scan(file, num_bytes):
-        key, kind = _split(item.name or "")
+        key, kind = _split(item.name or "", maps)
         if isinstance(item, tar_scan.Gap) or (kind and item.num_bytes > open_files.MAX_FILE_BYTES):
             num_bytes_lost += item.num_bytes
             if kind:
@@ -158,8 +184,8 @@ def _index(file: BinaryIO, num_bytes: int) -> _Index:
         number = seen.get(item.name, 0)
         seen[item.name] = number + 1
         stem = stems.setdefault((key, number), _Stem(escape_name(key), number))
-        if getattr(stem, kind) is None:
-            setattr(stem, kind, item)
+        if kind not in stem.parts:
+            stem.parts[kind] = item
         else:
             ignored.append(BadInput("second_member", samples=0, num_bytes=item.num_bytes, key=stem.key))
     known = {key for key, _ in stems}
@@ -204,16 +230,18 @@ def _drop_fragments(stems: list[_Stem], number: int) -> tuple[list[_Stem], list[
     )
 
 
-def _sample(file: BinaryIO, stem: _Stem) -> Iterator[Sample | BadInput]:
+def _sample(file: BinaryIO, stem: _Stem, maps: Collection[str]) -> Iterator[Sample | BadInput]:
     sample_fields: dict[str, Any] = {}
-    if stem.txt is not None:
-        sample_fields["txt"] = _data(file, stem.txt)
-    if stem.json is not None:
-        tree = parse_object(_data(file, stem.json))
+    if "txt" in stem.parts:
+        sample_fields["txt"] = _data(file, stem.parts["txt"])
+    if "json" in stem.parts:
+        tree = parse_object(_data(file, stem.parts["json"]))
         if tree is None:
-            yield BadInput("broken_json", samples=0, num_bytes=stem.json.num_bytes, key=stem.key)
+            yield BadInput("broken_json", samples=0, num_bytes=stem.parts["json"].num_bytes, key=stem.key)
         sample_fields |= {f"json:{name}": value for name, value in (tree or {}).items()}
-    yield Sample(stem.key, _data(file, stem.image) if stem.image is not None else None, sample_fields)
+    files = {field: MapFile(_data(file, stem.parts[field])) for field in maps if field in stem.parts}
+    image = _data(file, stem.image) if stem.image is not None else None
+    yield Sample(stem.key, image, sample_fields, maps=files)
 
 
 def _data(file: BinaryIO, member: tar_scan.Member) -> bytes:

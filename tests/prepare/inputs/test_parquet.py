@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from aimv2_jax.errors import UserError
-from aimv2_jax.prepare.inputs import discover, open_files, parquet
+from aimv2_jax.prepare.inputs import arrow_columns, discover, open_files, parquet
 from aimv2_jax.prepare.inputs.samples import BadInput, Sample
 from tests.helpers.small_inputs import image_bytes, read_all
 
@@ -188,13 +188,13 @@ def test_rows_are_read_one_by_one_where_they_may_be_large(table, monkeypatch):
     monkeypatch.setattr(parquet, "_MAX_BATCH_BYTES", 250_000)
     path = table({"jpg": [bytes(100_000)] * 50, "caption": ["a"] * 50}, compression="zstd")
     batches = []
-    of_batch = parquet._Columns.samples
+    of_batch = arrow_columns.Columns.samples
 
     def noted(self, batch, first):
         batches.append(batch.nbytes)
         return of_batch(self, batch, first)
 
-    monkeypatch.setattr(parquet._Columns, "samples", noted)
+    monkeypatch.setattr(arrow_columns.Columns, "samples", noted)
     assert len(read_all(shard(path))[0]) == 50
     assert max(batches) < 250_000
 
@@ -218,14 +218,14 @@ def test_row_group_when_damaged_then_its_rows_are_counted(table):
 
 def test_unreadable_batch_counts_rest_of_row_group(table, monkeypatch):
     """A batch whose values cannot be read is counted as lost with the rest of its row group."""
-    samples_of = parquet._Columns.samples
+    samples_of = arrow_columns.Columns.samples
 
     def failing(self, batch, first):
         if first == 32:  # pyarrow does so for indices beyond the end of a dictionary.
             raise pyarrow.ArrowIndexError("index out of bounds")
         return samples_of(self, batch, first)
 
-    monkeypatch.setattr(parquet._Columns, "samples", failing)
+    monkeypatch.setattr(arrow_columns.Columns, "samples", failing)
     samples, [bad_input] = read_all(shard(table(img2dataset(120), row_group_size=80)))
     assert [sample.key for sample in samples] == [f"{n:09d}" for n in (*range(32), *range(80, 120))]
     assert (bad_input.samples, bad_input.key) == (48, "00000/32")

@@ -172,6 +172,8 @@ def test_row_of_unreadable_image_has_no_image(folder, name):
     samples, bad_inputs = read_all(jsonl(folder, {"file_name": "b.jpg"}, {"file_name": name, "caption": "A"}))
     assert samples[1].image is None
     assert samples[1].fields == {"file_name": name, "caption": "A"}
+    leads_out = isinstance(name, str) and (".." in name or name.startswith(("/", "gs://")))
+    assert samples[1].absence == ("path_out_of_folder" if leads_out else "no_image")
     assert samples[1].key
     assert bad_inputs == []
 

@@ -10,7 +10,7 @@ import pytest
 from aimv2_jax.data.transforms.decode import FORMAT_OF
 from aimv2_jax.errors import UserError
 from aimv2_jax.prepare.inputs import discover, open_files, reader, text_encoding, webdataset
-from aimv2_jax.prepare.inputs.samples import BadInput, Sample
+from aimv2_jax.prepare.inputs.samples import BadInput, MapFile, Sample
 from tests.helpers.small_inputs import header_offsets, image_bytes, lost, packed, pair, pairs, read_all
 
 
@@ -380,3 +380,17 @@ def test_fields_of_packed_tar(shard):
 
 def test_fields_when_nothing_can_be_read_then_none(shard):
     assert webdataset.fields(shard(b"junk" * 999)) is None
+
+
+def test_second_images_belong_to_their_samples(shard):
+    """Members KEY.SUFFIX of a wanted suffix are second images of KEY; without --image they are samples as before."""
+    members = {f"a.b/{n}{suffix}": b"%d" % n for n in range(3) for suffix in (".seg.v2.png", ".jpg", ".txt")}
+    del members["a.b/1.seg.v2.png"]
+    found = shard(packed(members), successes=3)
+    assert reader.FORMATS["webdataset"].maps(found) == ["seg.v2.png"]
+    samples = list(reader.read(found, maps=["seg.v2.png"]))
+    assert [sample.key for sample in samples] == ["a.b/0", "a.b/1", "a.b/2"]
+    assert [sample.image for sample in samples] == [b"0", b"1", b"2"]
+    assert [list(sample.maps.values()) for sample in samples] == [[MapFile(b"0")], [], [MapFile(b"2")]]
+    [alone] = reader.FORMATS["webdataset"].maps(shard(packed({"x.v2.jpg": b"x"}), "1.tar")) or [None]
+    assert alone is None and len(read_all(shard(packed(members), "2.tar"))[0]) == 5

@@ -1,0 +1,1 @@
+"""Dense probes on frozen features: semantic segmentation and depth."""

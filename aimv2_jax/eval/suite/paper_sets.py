@@ -1,0 +1,147 @@
+"""The fourteen sets of Table B1: sizes, accuracies (Table B2), where they come from, and how to prepare them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+SIZES = ("L", "H", "1B", "3B")
+RESOLUTION = 224
+"""Side in pixels of the images behind `PaperSet.scores`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperSet:
+    """A set of Table B1.
+
+    Attributes:
+      name: its folder under ROOT, with the datasets `train` and `test`.
+      train: number of train images in the paper; `test`, `classes` alike.
+      scores: top-1 in percent of the paper's L, H, 1B and 3B at 224 px.
+      source: where the images come from, and which of their splits the paper's numbers fit.
+      inputs: the --input of preparation and its other flags, for train and test.
+    """
+
+    name: str
+    title: str
+    train: int
+    test: int
+    classes: int
+    scores: tuple[float, float, float, float]
+    source: str
+    inputs: tuple[str, str]
+
+    def commands(self, root: str) -> list[str]:
+        """The commands that prepare the set under `root`."""
+        return [
+            f"python -m aimv2_jax.prepare --input {given} --output {root}/{self.name}/{split}"
+            for split, given in zip(("train", "test"), self.inputs)
+        ]
+
+
+def _folders(train: str, test: str) -> tuple[str, str]:
+    """Inputs with a folder of images for each class."""
+    return f"imagefolder:{train}", f"imagefolder:{test}"
+
+
+def _hugging_face(folder: str, column: str, test: str = "test") -> tuple[str, str]:
+    """Inputs from a Hugging Face dataset on this disk, whose column has the class."""
+    train, other = (f"'{folder}' --split {split} --label class={column}" for split in ("train", test))
+    return train, other
+
+
+def _table(folder: str, train: str, test: str) -> tuple[str, str]:
+    """Inputs from a CSV of paths (column `path`), classes (`class`) and splits (`split`)."""
+    first, second = (f"{folder}/labels.csv --split {split} --label class=class" for split in (train, test))
+    return first, second
+
+
+_WILDS = "wilds.stanford.edu (pip install wilds; write path, class and split of its metadata.csv to labels.csv)"
+
+PAPER_SETS = (
+    PaperSet(
+        "imagenet", "ImageNet-1k", 1_281_167, 50_000, 1000, (86.6, 87.5, 88.1, 88.5),
+        "image-net.org, ILSVRC 2012: train, and val as test, with a folder for each class",
+        _folders("imagenet/train", "imagenet/val"),
+    ),
+    PaperSet(
+        "inaturalist18", "iNaturalist-18", 437_513, 24_426, 8142, (76.0, 77.9, 79.7, 81.5),
+        "github.com/visipedia/inat_comp/tree/master/2018: train, and val as test (write path, class and split of its "
+        "json files to labels.csv)",
+        _table("inat2018", "train", "val"),
+    ),
+    PaperSet(
+        "cifar10", "CIFAR-10", 50_000, 10_000, 10, (99.1, 99.3, 99.4, 99.5),
+        "huggingface.co/datasets/uoft-cs/cifar10", _hugging_face("cifar10", "label"),
+    ),
+    PaperSet(
+        "cifar100", "CIFAR-100", 50_000, 10_000, 100, (92.2, 93.5, 94.1, 94.3),
+        "huggingface.co/datasets/uoft-cs/cifar100", _hugging_face("cifar100", "fine_label"),
+    ),
+    PaperSet(
+        "food101", "Food101", 75_750, 25_250, 101, (95.7, 96.3, 96.7, 96.8),
+        "huggingface.co/datasets/ethz/food101: train, and validation as test",
+        _hugging_face("food101", "label", "validation"),
+    ),
+    PaperSet(
+        "dtd", "DTD", 3_760, 1_880, 47, (87.9, 88.2, 88.4, 88.9),
+        "robots.ox.ac.uk/~vgg/data/dtd: the lists train1 and val1 as train, test1 as test (write path, class and "
+        "split to labels.csv)",
+        _table("dtd", "train", "test"),
+    ),
+    PaperSet(
+        "pets", "Pets", 3_680, 3_669, 37, (96.3, 96.6, 96.8, 97.1),
+        "robots.ox.ac.uk/~vgg/data/pets: the list trainval as train, test as test (write path, class and split to "
+        "labels.csv)",
+        _table("pets", "train", "test"),
+    ),
+    PaperSet(
+        "cars", "Cars", 8_144, 8_041, 196, (96.3, 96.4, 96.5, 96.5),
+        "huggingface.co/datasets/tanganke/stanford_cars (the page of Stanford Cars is gone)",
+        _hugging_face("stanford_cars", "label"),
+    ),
+    PaperSet(
+        "camelyon17", "Camelyon17", 302_436, 34_904, 2, (93.7, 93.3, 94.2, 93.5),
+        f"{_WILDS}: camelyon17's train, and val as test, which the paper's sizes are those of",
+        _table("camelyon17", "train", "val"),
+    ),
+    PaperSet(
+        "pcam", "PCAM", 262_144, 32_768, 2, (89.3, 89.3, 89.0, 89.4),
+        "huggingface.co/datasets/1aurent/PatchCamelyon, or github.com/basveeling/pcam",
+        _hugging_face("PatchCamelyon", "label"),
+    ),
+    PaperSet(
+        "rxrx1", "RxRx1", 40_612, 9_854, 1139, (5.6, 5.8, 6.7, 7.3),
+        f"{_WILDS}: rxrx1's train, and val as test, which the paper's sizes are those of",
+        _table("rxrx1", "train", "val"),
+    ),
+    PaperSet(
+        "eurosat", "EuroSAT", 16_200, 5_400, 10, (98.4, 98.5, 98.8, 99.0),
+        "github.com/phelber/EuroSAT, RGB, by the lists eurosat-train.txt and eurosat-test.txt of "
+        "huggingface.co/datasets/torchgeo/eurosat (write path, class and split to labels.csv)",
+        _table("eurosat", "train", "test"),
+    ),
+    PaperSet(
+        "fmow", "fMoW", 76_863, 19_915, 62, (60.7, 62.2, 63.2, 64.2),
+        f"{_WILDS}: fmow's train, and val as test, which the paper's sizes are those of",
+        _table("fmow", "train", "val"),
+    ),
+    PaperSet(
+        "infograph", "Infograph", 36_023, 15_582, 345, (69.0, 70.4, 71.7, 72.2),
+        "ai.bu.edu/M3SDA, DomainNet: infograph_train.txt and infograph_test.txt (write path, class and split to "
+        "labels.csv)",
+        _table("domainnet", "train", "test"),
+    ),
+)  # fmt: skip
+
+HIGHER_RESOLUTIONS = {
+    "imagenet": {336: (87.6, 88.2, 88.7, 89.2), 448: (87.9, 88.6, 89.0, 89.5)},
+}
+"""Name -> side in pixels -> the paper's accuracies there."""
+
+
+def paper_scores(paper: PaperSet, image_size: int | None) -> tuple[int, tuple[float, float, float, float]]:
+    """The paper's resolution and accuracies to compare with: those at `image_size` if it has them, else at 224 px."""
+    higher = HIGHER_RESOLUTIONS.get(paper.name, {})
+    if image_size in higher:
+        return image_size, higher[image_size]
+    return RESOLUTION, paper.scores

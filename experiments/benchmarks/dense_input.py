@@ -1,0 +1,128 @@
+"""Measures the images that a dense probe's host side prepares in a second of one core, without an encoder.
+
+    python experiments/benchmarks/dense_input.py [--seconds 10] [--json FILE]
+
+Synthetic photographs of 683 x 512 pixels as JPEG with masks as PNG (photos.py) are read from a prepared dataset. The
+rows: training crops of 518 x 518 at scales of 0.5 to 2 with their masks (the settings ade20k, whose colours change on
+the devices); crops of 504 x 504 that are not resized, as those of nyuv2; whole images in 1,369 patches for an encoder
+of native resolution; and the sliding windows of the test. Seconds are of the processor's time, so that other programs
+on the machine do not count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+from aimv2_jax.cli import Parser, check_output, positive  # noqa: E402
+from aimv2_jax.data.dataset_info import write_dataset  # noqa: E402
+from aimv2_jax.data.records import Record  # noqa: E402
+from aimv2_jax.errors import EXIT_FINISHED, cli_main  # noqa: E402
+from aimv2_jax.eval.dense.dataset import DenseDataset, read_dense_dataset  # noqa: E402
+from aimv2_jax.eval.dense.features import DenseEncoder  # noqa: E402
+from aimv2_jax.eval.dense.predict import Predictor  # noqa: E402
+from aimv2_jax.eval.dense.settings import SETTINGS  # noqa: E402
+from aimv2_jax.eval.dense.views import Packer, train_batches  # noqa: E402
+from aimv2_jax.eval.probes.features import prefetch_map  # noqa: E402
+from aimv2_jax.pretrained.encoder import PretrainedEncoder  # noqa: E402
+from aimv2_jax.pretrained.encoder_spec import EncoderSpec  # noqa: E402
+from experiments.benchmarks import photos  # noqa: E402
+
+_IMAGES, _SIZE, _CLASSES = 32, (683, 512), 20
+_GRID = (37, 37)  # 518 pixels.
+SPEC = EncoderSpec(1024, 24, 8, 2816, 14, 518, "learned")
+
+
+def records() -> Iterator[Record]:
+    """Photographs with masks of about twenty shapes."""
+    for number in range(_IMAGES):
+        rng = np.random.default_rng(number)
+        file, mask = io.BytesIO(), Image.new("L", _SIZE)
+        photos.photo(rng, *_SIZE).save(file, "JPEG", quality=photos.QUALITY)
+        draw = ImageDraw.Draw(mask)
+        for _ in range(_CLASSES):
+            x, y, across, down = rng.uniform(0, 500), rng.uniform(0, 400), *rng.uniform(20, 180, 2)
+            draw.ellipse((x, y, x + across, y + down), fill=int(rng.integers(1, _CLASSES + 1)))
+        encoded = io.BytesIO()
+        mask.save(encoded, "PNG")
+        yield Record(f"photo/{number}", file.getvalue(), {}, images={"mask": encoded.getvalue()})
+
+
+def encoder(area: int | None = None) -> DenseEncoder:
+    """An encoder without parameters."""
+    spec = SPEC if area is None else dataclasses.replace(SPEC, position="sincos", area=area)
+    return DenseEncoder(PretrainedEncoder("none", spec, {}, None), _GRID)
+
+
+def train_rows(dataset: DenseDataset, dense: DenseEncoder, own_size: bool = False) -> Iterator[int]:
+    """Yields the number of images of each training batch, of crops at random scales or at the image's own size."""
+    config = dataclasses.replace(SETTINGS["ade20k"], steps=10**6)
+    if own_size:
+        config = dataclasses.replace(config, resize="none", scale_range=(1.0, 1.0))
+    for batch in train_batches(dataset, dense, config, config.batch_size):
+        yield len(batch["patches"])
+
+
+def test_rows(dataset: DenseDataset, dense: DenseEncoder) -> Iterator[int]:
+    """Yields the number of images of each test batch, all of whose windows are decoded and packed."""
+    predictor, packer = Predictor(dense, None, SETTINGS["ade20k"], _GRID, 8), Packer(dense, _GRID)
+    groups = ([number % len(dataset) for number in range(start, start + 8)] for start in range(0, 10**6, 8))
+    for group in prefetch_map(lambda index: predictor.load(dataset[index]), groups):
+        windows = [window for _, views in group for view in views for window in view[0]]
+        pixels = [image for _, views in group for view in views for image in view[1]]
+        packer(windows, pixels, (), len(windows))
+        yield len(group)
+
+
+def rate(rows: Iterator[int], seconds: float) -> float:
+    """Images a second of processor time, after the first batches."""
+    for _ in range(4):
+        next(rows)
+    start, images = time.process_time(), 0
+    while time.process_time() - start < seconds:
+        images += next(rows)
+    return images / (time.process_time() - start)
+
+
+@cli_main
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python experiments/benchmarks/dense_input.py", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--seconds", type=positive, default=10, metavar="N", help="of each row (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rates to this file")
+    flags = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    if flags.json is not None:
+        check_output(flags.json, ".json", "--json")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    rows: dict[str, tuple[Callable, DenseEncoder]] = {
+        "training crops": (train_rows, encoder()),
+        "training crops, not resized": (functools.partial(train_rows, own_size=True), encoder().at((36, 36))),
+        "training, whole images": (train_rows, encoder(1369)),
+        "test windows": (test_rows, encoder()),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(folder, records())
+        dataset = read_dense_dataset(folder, "--input", "mask", dataclasses.replace(SETTINGS["ade20k"], ignore=255))
+        rates = {name: rate(row(dataset, dense), flags.seconds) for name, (row, dense) in rows.items()}
+    for name, images_per_s in rates.items():
+        print(f"{name}: {images_per_s:.0f} images a second of one core")
+    if flags.json is not None:
+        flags.json.write_text(json.dumps({name: round(value, 1) for name, value in rates.items()}, indent=1) + "\n")
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
