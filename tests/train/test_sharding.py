@@ -6,6 +6,7 @@ tensor's largest entry for gradients, which are read from Adam's first moments a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import jax
@@ -125,7 +126,7 @@ TASK_MESHES = {"all three": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), "f
 
 @pytest.mark.parametrize("task", sorted(TASKS.keys() - {"pretrain"}))
 def test_step_of_each_task_when_sharded(task, tokenizer, always_compiled, capfd):
-    """Other tasks give one device's numbers on meshes, too; frozen parameters keep their bits."""
+    """Other tasks give one device's numbers on meshes, too; frozen parameters keep their bits, and the guard holds."""
     sizes = SIZES | TASKS[task]
     one = build_setup(tiny_config(**sizes, mesh__data=1), jax.devices()[:1])
     initial = jax.device_get(one.init())
@@ -139,6 +140,10 @@ def test_step_of_each_task_when_sharded(task, tokenizer, always_compiled, capfd)
         for before, after in zip(jax.tree.leaves(initial.frozen), jax.tree.leaves(result[1].frozen), strict=True):
             np.testing.assert_array_equal(after, before)
     assert_sharded_throughout(capfd)
+    nowhere_finite = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), initial.frozen)
+    _, state, _ = run(one, arrays, dataclasses.replace(initial, frozen=nowhere_finite))
+    for before, after in zip(jax.tree.leaves(initial.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(after, before)  # Left as they are by a step that is not finite.
 
 
 WAYS = {
