@@ -183,4 +183,4 @@ def test_page_gives_clip_benchmark_our_embeddings(tmp_path):
         text = names["model"].encode_text(names["tokenizer"](texts).to("cpu"))
     for theirs, expected in ((image, ours.image_embeddings(images)), (text, ours.text_embeddings(texts))):
         theirs = theirs.numpy() / np.linalg.norm(theirs.numpy(), axis=1, keepdims=True)
-        np.testing.assert_allclose(theirs, expected, rtol=0, atol=2e-5)  # Of float32 sums in another order.
+        np.testing.assert_allclose(theirs, expected, rtol=0, atol=2e-5)  # Float32 sums are in another order.

@@ -45,7 +45,7 @@ from aimv2_jax.pretrained.source import open_weights, untrained
 from aimv2_jax.untrusted import read_file
 
 RANDOM, COLOURS = "random", "colours"
-_MAX_CLASSES = 255  # Of a mask of 8 bits, less the label of pixels that do not count.
+_MAX_CLASSES = 255  # A mask of 8 bits has 256 labels, one of them for pixels that do not count.
 _MAX_NAMES_BYTES = 1 << 20
 _NAMED = 5  # Classes that a message names.
 

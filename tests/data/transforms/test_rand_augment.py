@@ -79,7 +79,7 @@ def test_geometric_operations_move_pixels():
 
 
 def test_randaugment_draws_by_their_distribution():
-    """Half of two operations a picture are applied, all equally often, at magnitude 9 with deviation 0.5."""
+    """Half of the two operations of an image are applied, all equally often, at magnitude 9 with deviation 0.5."""
     policy = RandAugment(5, FILL)
     drawn = [policy.steps(example) for example in range(4000)]
     counts = np.bincount([len(steps) for steps in drawn], minlength=3) / len(drawn)

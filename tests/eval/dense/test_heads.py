@@ -66,7 +66,7 @@ def test_loss_of_rows_equals_that_of_whole_maps(task):
     for step in (99, 100):
         loss, gradient = ours(outputs, jnp.int32(step))
         expected, expected_gradient = plain(outputs, jnp.int32(step))
-        assert float(loss) == pytest.approx(float(expected), rel=2e-5)  # Of float32 sums in another order.
+        assert float(loss) == pytest.approx(float(expected), rel=2e-5)  # Float32 sums are in another order.
         np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=2e-5 * np.abs(expected_gradient).max())
 
 
@@ -156,7 +156,7 @@ def test_hue_turns_as_in_colorsys():
         for pixel, ours in zip(image.tolist(), turned):
             hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
             expected = colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
-            np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3)  # Of 255, in float32.
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3)  # Values are 0 to 255, in float32.
 
 
 @pytest.mark.parametrize("kind", ["photometric", "gamma"])

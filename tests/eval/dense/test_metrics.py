@@ -59,7 +59,7 @@ def test_miou_interval_resamples_images():
     rng, resampled = np.random.default_rng(1), []
     for _ in range(400):
         resampled.append(metrics.mean_iou(areas[rng.integers(30, size=30)].sum(0)))
-    assert (low, high) == pytest.approx(np.percentile(resampled, (2.5, 97.5)), abs=0.006)  # Of 400 resamples.
+    assert (low, high) == pytest.approx(np.percentile(resampled, (2.5, 97.5)), abs=0.006)  # There are 400 resamples.
     same = np.repeat(areas[:1], 5, axis=0)
     assert metrics.interval(same, metrics.mean_iou) == pytest.approx([metrics.mean_iou(areas[0])] * 2)
 

@@ -163,5 +163,5 @@ def test_splits_of_a_damaged_dict(tmp_path, stream):
 )
 def test_files_of_a_split(names, split, expected):
     """A split's files have its name, or a folder has; where none has, rows have to be selected."""
-    paths, is_named = file_sets.select([f"/root/{name}" for name in names], "/root", split, False)
-    assert (paths, is_named) == ([f"/root/{name}" for name in expected], len(expected) < len(names))
+    paths, is_named = file_sets.select([f"/folder/{name}" for name in names], "/folder", split, False)
+    assert (paths, is_named) == ([f"/folder/{name}" for name in expected], len(expected) < len(names))
