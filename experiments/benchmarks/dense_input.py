@@ -4,9 +4,9 @@
 
 Synthetic photographs of 683 x 512 pixels as JPEG with masks as PNG (photos.py) are read from a prepared dataset. The
 rows: training crops of 518 x 518 at scales of 0.5 to 2 with their masks (the settings ade20k, whose colours change on
-the devices); crops of 504 x 504 that are not resized, as those of nyuv2; whole images in 1,369 patches for an encoder
-of native resolution; and the sliding windows of the test. Seconds are of the processor's time, so that other programs
-on the machine do not count.
+the devices), which the devices resize, or the host; crops of 504 x 504 that are not resized, as those of nyuv2; whole
+images in 1,369 patches for an encoder of native resolution; and the sliding windows of the test. Seconds are of the
+processor's time, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def records() -> Iterator[Record]:
         yield Record(f"photo/{number}", file.getvalue(), {}, images={"mask": encoded.getvalue()})
 
 
-def encoder(area: int | None = None) -> DenseEncoder:
+def encoder(area: int | None = None, device_resize: bool = False) -> DenseEncoder:
     """An encoder without parameters."""
     spec = SPEC if area is None else dataclasses.replace(SPEC, position="sincos", area=area)
-    return DenseEncoder(PretrainedEncoder("none", spec, {}, None), _GRID)
+    return DenseEncoder(PretrainedEncoder("none", spec, {}, None), _GRID, device_resize=device_resize)
 
 
 def train_rows(dataset: DenseDataset, dense: DenseEncoder, own_size: bool = False) -> Iterator[int]:
@@ -74,7 +74,7 @@ def train_rows(dataset: DenseDataset, dense: DenseEncoder, own_size: bool = Fals
     if own_size:
         config = dataclasses.replace(config, resize="none", scale_range=(1.0, 1.0))
     for batch in train_batches(dataset, dense, config, config.batch_size):
-        yield len(batch["patches"])
+        yield len(batch["valid"])
 
 
 def test_rows(dataset: DenseDataset, dense: DenseEncoder) -> Iterator[int]:
@@ -108,10 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_output(flags.json, ".json", "--json")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows: dict[str, tuple[Callable, DenseEncoder]] = {
-        "training crops": (train_rows, encoder()),
+        "training crops": (train_rows, encoder(device_resize=True)),
+        "training crops, resized on the host": (train_rows, encoder()),
         "training crops, not resized": (functools.partial(train_rows, own_size=True), encoder().at((36, 36))),
         "training, whole images": (train_rows, encoder(1369)),
-        "test windows": (test_rows, encoder()),
+        "test windows": (test_rows, encoder(device_resize=True)),
+        "test windows, resized on the host": (test_rows, encoder()),
     }
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(folder, records())

@@ -18,7 +18,7 @@ Box = tuple[int | float, int | float, int | float, int | float]
 
 _MAX_ASPECT_ERROR = 0.05  # See `fit_grid`.
 _MIN_FILL = 0.8  # See `fit_grid`.
-_MAX_RESIZED_PIXELS = 1 << 24  # Pixels that `center_view` resizes before it crops: at 224, an image of aspect 334.
+MAX_RESIZED_PIXELS = 1 << 24  # Pixels that `center_view` resizes before it crops: at 224, an image of aspect 334.
 
 
 def crop_box(
@@ -52,19 +52,21 @@ def center_view(image: Image.Image, size: int) -> UInt8[np.ndarray, "H W 3"]:
     rounded down, and so is the crop offset. torchvision's `Resize` and `CenterCrop` differ in the offset only: they
     round half to even, one pixel further when 3, 7, 11, ... pixels are cropped in total.
     """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized = size * long // short
-    start = (resized - size) // 2
-    left, top = (start, 0) if width > height else (0, start)
-    if size * resized <= _MAX_RESIZED_PIXELS:
-        whole = (size, resized) if width <= height else (resized, size)
+    whole = resized_sides(image.size, size)
+    left, top = ((side - size) // 2 for side in whole)
+    if math.prod(whole) <= MAX_RESIZED_PIXELS:
         return np.asarray(image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
     # Crops first; equal up to rounding. The cubic kernel reads two pixels on each side, at either scale.
-    across, down = width / (resized if width > height else size), height / (size if width > height else resized)
+    across, down = image.width / whole[0], image.height / whole[1]
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     image, box = cut(image, box, margin=2 * math.ceil(max(1, across, down)))
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def resized_sides(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """(width, height) of an image of `size` whose shorter side becomes `shorter`; the longer one is rounded down."""
+    longer = shorter * max(size) // min(size)
+    return (shorter, longer) if size[0] <= size[1] else (longer, shorter)
 
 
 def fit_grid(width: int, height: int, area: int) -> tuple[int, int]:

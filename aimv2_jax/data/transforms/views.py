@@ -12,6 +12,7 @@ from aimv2_jax.data.sampling.counter_rng import example_rng
 from aimv2_jax.data.transforms import geometry
 from aimv2_jax.data.transforms.decode import EncodedImage
 from aimv2_jax.data.transforms.geometry import Box
+from aimv2_jax.data.transforms.resampling import Canvas, Unresized, unresized
 
 Size = tuple[int, int]
 """(width, height) of an image."""
@@ -53,6 +54,10 @@ class View:
 
     def __call__(self, image: EncodedImage) -> UInt8[np.ndarray, "H W 3"]:
         return self.resize(self.decode(image))
+
+    def unresized(self, image: EncodedImage, canvas: Canvas) -> Unresized:
+        """The same pixels, still to be resized by a device that takes `canvas`."""
+        return unresized(*self.decode(image), self.size, self.mirrored, canvas)
 
 
 def whole_image(image_size: Size, patch_size: int, max_patches: int, upscale: bool, mirrored: bool = False) -> View:

@@ -6,6 +6,7 @@ B batch, L patches, F features.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -13,17 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from aimv2_jax.data.transforms.geometry import fit_grid
+from aimv2_jax.data.transforms.resampling import Canvas, num_weights
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.layers import Precision, RMSNorm
 from aimv2_jax.models.position_embeddings import resize_positions
 from aimv2_jax.parallel import rules
+from aimv2_jax.pretrained.device_resize import resized_patches
 from aimv2_jax.pretrained.encoder import PretrainedEncoder
 from aimv2_jax.train.losses import normalise_pixels
 
 _BATCH_PATCHES = 32 * 256
+# Pixels before the resize, and by how much they shrink. A crop of ADE20K at half its size is 683 x 512 pixels, for
+# windows of 512; twice the window would be four times its memory.
+_CANVAS_SIDE, _CANVAS_SCALE = 1.5, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,7 @@ class DenseEncoder:
       layers: the blocks whose outputs are concatenated, each after the final norm; None: the features after that norm.
       colours: use the pixels of each patch in place of features.
       scale: whole images have up to the encoder's area times the square of it.
+      device_resize: windows are resized on the devices, to the same pixels as on the host.
     """
 
     encoder: PretrainedEncoder
@@ -43,6 +50,7 @@ class DenseEncoder:
     layers: tuple[int, ...] | None = None
     colours: bool = False
     scale: float = 1.0
+    device_resize: bool = False
 
     def at(self, grid: tuple[int, int]) -> DenseEncoder:
         """The same encoder for windows of another grid; a table of learned positions is resized."""
@@ -53,6 +61,17 @@ class DenseEncoder:
         """The largest number of patches of a whole image; None for an encoder of windows."""
         area = self.encoder.spec.area
         return None if area is None else max(1, round(area * self.scale**2))
+
+    @property
+    def canvas(self) -> Canvas | None:
+        """What the devices take of a window that they resize; the host resizes a larger one.
+
+        None: the host resizes all, as it always does for whole images, whose shapes have no useful bound.
+        """
+        if not self.device_resize or self.area is not None:
+            return None
+        height, width = (math.ceil(_CANVAS_SIDE * count * self.encoder.spec.patch_size) for count in self.grid)
+        return Canvas(height, width, num_weights(_CANVAS_SCALE))
 
     @property
     def length(self) -> int:
@@ -82,6 +101,12 @@ class DenseEncoder:
             table = np.asarray(resize_positions(jnp.asarray(params["position"]), spec.grid, self.grid))
             params = {**params, "position": jax.device_put(table, rules.replicated(self.encoder.mesh))}
         return params
+
+    def patches(self, batch: Mapping[str, Any]) -> UInt8[Array, "B L P"]:
+        """The patches of a batch of `views.Packer`; traced inside jit."""
+        if self.canvas is None:
+            return batch["patches"]
+        return resized_patches(batch["unresized"], self.encoder.spec.patch_size)
 
     def features(self, params: Any, patches: Array, coords: Array, valid: Array) -> Float[Array, "B L F"]:
         """Features in float32 of a batch with the arrays of docs/architecture.md, "Batch"; traced inside jit."""

@@ -13,13 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from aimv2_jax.data.transforms import geometry
 from aimv2_jax.eval.dense.dataset import DenseDataset, Sample
 from aimv2_jax.eval.dense.features import DenseEncoder, whole_image_grid
 from aimv2_jax.eval.dense.heads import merged, on_canvas
 from aimv2_jax.eval.dense.settings import DEPTH, DenseConfig
 from aimv2_jax.eval.dense.train import TrainedHead, padded_rows, patch_outputs
-from aimv2_jax.eval.dense.views import Packer, canvas_of, pixels_at
+from aimv2_jax.eval.dense.views import Packer, Pixels, canvas_of, pixels_at
 from aimv2_jax.eval.dense.windows import Window, sliding_windows, window_weights
 from aimv2_jax.eval.probes.features import prefetch_map
 from aimv2_jax.parallel import rules
@@ -110,14 +109,14 @@ class Predictor:
             predicted[block] = values[: height - top, :width]
         return predicted
 
-    def load(self, sample: Sample) -> tuple[Sample, list[tuple[list[Window], list[np.ndarray]]]]:
+    def load(self, sample: Sample) -> tuple[Sample, list[tuple[list[Window], list[Pixels]]]]:
         """The sample, and its windows with their pixels by view; runs in threads, ahead of the encoder."""
         views = self.views(sample.map.shape)
         windows = [window for view in views for window in view]
-        pixels = iter(_pixels_of(sample.image, windows, self.encoder.encoder.spec.patch_size))
+        pixels = iter(_pixels_of(sample.image, windows, self.encoder))
         return sample, [(view, [next(pixels) for _ in view]) for view in views]
 
-    def _encoded(self, windows: Sequence[Window], pixels: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    def _encoded(self, windows: Sequence[Window], pixels: Sequence[Pixels]) -> Iterator[np.ndarray]:
         """The outputs [R, C, K] of each window."""
         mesh, packer = self.encoder.encoder.mesh, Packer(self.encoder, self.canvas)
         rows = padded_rows(self.batch_size, mesh)
@@ -132,8 +131,8 @@ class Predictor:
     def _outputs(self) -> Any:
         encoder, head, config, canvas = self.encoder, self.trained.head, self.config, self.canvas
 
-        def outputs(encoder_params: Any, variables: Any, batch: dict[str, Array]) -> Array:
-            features = encoder.features(encoder_params, batch["patches"], batch["coords"], batch["valid"])
+        def outputs(encoder_params: Any, variables: Any, batch: dict[str, Any]) -> Array:
+            features = encoder.features(encoder_params, encoder.patches(batch), batch["coords"], batch["valid"])
             values = patch_outputs(head.apply(variables, features, batch["valid"]), config)
             return on_canvas(values, batch["grids"], canvas, encoder.area is not None)
 
@@ -157,10 +156,8 @@ def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return height, width
 
 
-def _pixels_of(image: OpenedImage, windows: Sequence[Window], patch_size: int) -> list[np.ndarray]:
+def _pixels_of(image: OpenedImage, windows: Sequence[Window], encoder: DenseEncoder) -> list[Pixels]:
     """The pixels of each window; an image with several is decoded once."""
-    if len(windows) == 1:
-        return [pixels_at(image, windows[0], patch_size)]
-    decoded = image.decode_full()
-    sizes = [(window.grid[1] * patch_size, window.grid[0] * patch_size) for window in windows]
-    return [geometry.resize(decoded, window.box, size, window.mirrored) for window, size in zip(windows, sizes)]
+    if len(windows) > 1:
+        image = OpenedImage(image.name, image.size, image.decode_full())
+    return [pixels_at(image, window, encoder) for window in windows]

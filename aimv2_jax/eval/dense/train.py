@@ -81,11 +81,11 @@ def _step_of(encoder: DenseEncoder, head: DenseHead, canvas: tuple[int, int], co
 
     @partial(jax.jit, donate_argnums=0)
     def step_fn(
-        state: tuple[Any, Any, Moments], encoder_params: Any, step: Array, key: Array, batch: dict[str, Array]
+        state: tuple[Any, Any, Moments], encoder_params: Any, step: Array, key: Array, batch: dict[str, Any]
     ) -> tuple[tuple[Any, Any, Moments], Array]:
         params, statistics, moments = state
         colour_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
-        patches = random_colours(colour_key, batch["patches"], config.colours)
+        patches = random_colours(colour_key, encoder.patches(batch), config.colours)
         features = encoder.features(encoder_params, patches, batch["coords"], batch["valid"])
         features = jax.lax.stop_gradient(features)
 

@@ -8,32 +8,39 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from aimv2_jax.data.sampling.counter_rng import example_rng
 from aimv2_jax.data.transforms.geometry import patch_coords, patchify
+from aimv2_jax.data.transforms.resampling import Unresized
 from aimv2_jax.data.transforms.views import View
 from aimv2_jax.eval.dense.dataset import IGNORED, DenseDataset
 from aimv2_jax.eval.dense.features import DenseEncoder, whole_image_grid
 from aimv2_jax.eval.dense.settings import DenseConfig
 from aimv2_jax.eval.dense.windows import Window, box_of, scaled_size, side_at
 from aimv2_jax.eval.probes.features import prefetch_map
+from aimv2_jax.pretrained.device_resize import pack
 from aimv2_jax.pretrained.images import OpenedImage
 
 _TRIES = 10  # Crops that `max_class_share` draws at most.
 _SAMPLED = 4  # Every fourth row and column of a crop estimates the share of a class.
 
-Batch = dict[str, np.ndarray]
-"""patches [B L P] uint8, coords [B L 2], valid [B L], grids [B 2] (rows and columns of each window), and for training
-truth [B R·p C·p]: classes as uint8 (255 does not count) or depths as float32 (0 does not count)."""
+Pixels = UInt8[np.ndarray, "H W 3"] | Unresized
+"""The pixels of a window, or what the devices resize to them."""
+Batch = dict[str, Any]
+"""patches [B L P] uint8 or, for the devices to resize, `unresized` (`device_resize.pack`); coords [B L 2],
+valid [B L], grids [B 2] (rows and columns of each window), and for training truth [B R·p C·p]: classes as uint8 (255
+does not count) or depths as float32 (0 does not count)."""
 
 
-def pixels_at(image: OpenedImage, window: Window, patch_size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of a window, resized to whole patches."""
-    rows, columns = window.grid
-    return View((columns * patch_size, rows * patch_size), window.box, window.mirrored)(image)
+def pixels_at(image: OpenedImage, window: Window, encoder: DenseEncoder) -> Pixels:
+    """The pixels of a window, which are resized to whole patches."""
+    (rows, columns), side = window.grid, encoder.encoder.spec.patch_size
+    view = View((columns * side, rows * side), window.box, window.mirrored)
+    return view(image) if encoder.canvas is None else view.unresized(image, encoder.canvas)
 
 
 def map_at(values: np.ndarray, window: Window, patch_size: int) -> np.ndarray:
@@ -91,26 +98,25 @@ class Packer:
     canvas: tuple[int, int]
 
     def __call__(
-        self, windows: Sequence[Window], pixels: Sequence[np.ndarray], truths: Sequence[np.ndarray], rows: int
+        self, windows: Sequence[Window], pixels: Sequence[Pixels], truths: Sequence[np.ndarray], rows: int
     ) -> Batch:
         """The batch of windows with their pixels, and their maps unless `truths` is empty, padded to `rows`."""
         side, length = self.encoder.encoder.spec.patch_size, self.encoder.length
-        patches = np.zeros((rows, length, 3 * side**2), np.uint8)
         coords, valid = np.zeros((rows, length, 2), np.int32), np.zeros((rows, length), bool)
         grids = np.ones((rows, 2), np.int32)
-        batch = {"patches": patches, "coords": coords, "valid": valid, "grids": grids}
+        batch: Batch = {"coords": coords, "valid": valid, "grids": grids}
+        if self.encoder.canvas is None:
+            batch["patches"] = self._patches(windows, pixels, rows)
+        else:
+            size = self.encoder.grid[0] * side, self.encoder.grid[1] * side
+            batch["unresized"] = pack(pixels, self.encoder.canvas, size, rows)
         if truths:
             nothing = IGNORED if truths[0].dtype == np.uint8 else 0
             shape = rows, self.canvas[0] * side, self.canvas[1] * side
             batch["truth"] = np.full(shape, nothing, truths[0].dtype)
-        for row, (window, image) in enumerate(zip(windows, pixels)):
+        for row, window in enumerate(windows):
             grids[row] = window.grid
             where = self._positions(window.grid)
-            if where is None:  # The window fills the row, so that nothing is copied twice.
-                patchify(image, side, out=patches[row])
-                where = slice(None)
-            else:
-                patches[row, where] = patchify(image, side)
             coords[row, where] = patch_coords(window.grid)
             valid[row, where] = True
             if truths:
@@ -118,11 +124,22 @@ class Packer:
                 batch["truth"][row, : truth.shape[0], : truth.shape[1]] = truth
         return batch
 
-    def _positions(self, grid: tuple[int, int]) -> np.ndarray | None:
-        """The places of a window's patches in a row of the batch, in raster order; None: all of them."""
+    def _patches(self, windows: Sequence[Window], pixels: Sequence[Pixels], rows: int) -> UInt8[np.ndarray, "B L P"]:
+        side = self.encoder.encoder.spec.patch_size
+        patches = np.zeros((rows, self.encoder.length, 3 * side**2), np.uint8)
+        for row, (window, image) in enumerate(zip(windows, pixels)):
+            where = self._positions(window.grid)
+            if isinstance(where, slice):  # The window fills the row, so that nothing is copied twice.
+                patchify(image, side, out=patches[row])
+            else:
+                patches[row, where] = patchify(image, side)
+        return patches
+
+    def _positions(self, grid: tuple[int, int]) -> slice | np.ndarray:
+        """The places of a window's patches in a row of the batch, in raster order."""
         rows, columns = grid
         if rows * columns == self.encoder.length:
-            return None
+            return slice(None)
         if self.encoder.area is not None:
             return np.arange(rows * columns)
         return (np.arange(rows)[:, None] * self.encoder.grid[1] + np.arange(columns)).ravel()
@@ -143,11 +160,11 @@ def train_batches(dataset: DenseDataset, encoder: DenseEncoder, config: DenseCon
     """The batches of all steps, decoded ahead; example g is the (g mod N)-th of a new order in each epoch."""
     packer, side = Packer(encoder, canvas_of(encoder, dataset.sizes)), encoder.encoder.spec.patch_size
 
-    def load(example: int) -> tuple[Window, np.ndarray, np.ndarray]:
+    def load(example: int) -> tuple[Window, Pixels, np.ndarray]:
         sample = dataset[int(_order(config.seed, example // len(dataset), len(dataset))[example % len(dataset)])]
         window = train_window(sample.map, encoder, config, example)
         truth = map_at(sample.map, window, side)
-        return window, pixels_at(sample.image, window, side), truth
+        return window, pixels_at(sample.image, window, encoder), truth
 
     groups = (range(step * config.batch_size, (step + 1) * config.batch_size) for step in range(config.steps))
     for loaded in prefetch_map(load, groups):

@@ -139,7 +139,7 @@ def test_center_view_when_very_long_then_the_same(monkeypatch, size):
     """Beyond a size limit only the middle is resized, which differs by rounding only."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
     whole = geometry.center_view(image, 28)
-    monkeypatch.setattr(geometry, "_MAX_RESIZED_PIXELS", 0)
+    monkeypatch.setattr(geometry, "MAX_RESIZED_PIXELS", 0)
     assert np.abs(geometry.center_view(image, 28).astype(int) - whole).max() <= 1
 
 

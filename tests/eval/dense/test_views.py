@@ -11,6 +11,7 @@ from aimv2_jax import load_encoder
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.dense.dataset import read_dense_dataset
 from aimv2_jax.eval.dense.features import DenseEncoder, parse_layers
+from aimv2_jax.eval.dense.predict import Predictor
 from aimv2_jax.eval.dense.settings import SEGMENTATION, SETTINGS, DenseConfig
 from aimv2_jax.eval.dense.views import Packer, map_at, pixels_at, train_batches, train_window
 from aimv2_jax.eval.dense.windows import Window
@@ -50,7 +51,7 @@ def test_map_stays_with_its_image(kind, request):
     mirrored, grids = set(), set()
     for example in range(20):
         window = train_window(labels, dense, CONFIG, example)
-        truth, pixels = map_at(labels, window, 8), pixels_at(image, window, 8)
+        truth, pixels = map_at(labels, window, 8), pixels_at(image, window, dense)
         assert truth.shape == pixels.shape[:2] == (8 * window.grid[0], 8 * window.grid[1])
         agree = np.abs(pixels[..., 0].astype(int) - 10 * truth.astype(int)) < 40  # Half of the least step.
         assert agree.mean() > 0.93  # All but the pixels at the edges of stripes.
@@ -107,6 +108,27 @@ def test_train_batches_are_reproducible(encoder, dense_data):
             np.testing.assert_array_equal(array, second[name])
     means = {batch["patches"][row].astype(int).sum() for batch in runs[0] for row in range(3)}
     assert len(means) == 24
+
+
+def test_device_resize_changes_no_pixel(encoder, dense_data):
+    """Patches of train batches, and features of test windows of one and of several an image, are bitwise the same."""
+    train = read_dense_dataset(str(dense_data / "discs/train"), "--train", "mask", CONFIG)
+    on_devices = dataclasses.replace(encoder, device_resize=True)
+    patches, kept = jax.jit(on_devices.patches), set()
+    for ours, expected in zip(*(train_batches(train, dense, CONFIG, 8) for dense in (on_devices, encoder))):
+        assert "patches" not in ours and ours["unresized"]["pixels"].shape == (8, 48, 72, 3)
+        np.testing.assert_array_equal(patches(ours), expected["patches"])
+        kept |= {bool(weights[:, 1:].any()) for weights in ours["unresized"]["columns_weights"][:3]}
+    assert kept == {True, False}  # Images that the host resized, and that the devices resize.
+    config = dataclasses.replace(CONFIG, scales=(1.0, 1.6), flip_test=True)
+    found, expected = (Predictor(dense, None, config, (4, 6), 8).load(train[0])[1] for dense in (on_devices, encoder))
+    assert [windows for windows, _ in found] == [windows for windows, _ in expected]
+    assert max(len(windows) for windows, _ in found) > 1
+    batches = []
+    for dense, views in ((on_devices, found), (encoder, expected)):
+        windows, pixels = ([item for view in views for item in view[part]] for part in (0, 1))
+        batches.append(Packer(dense, (4, 6))(windows, pixels, (), 24))
+    np.testing.assert_array_equal(patches(batches[0]), batches[1]["patches"])
 
 
 def test_features_at_another_grid_and_of_layers(workdir, encoder):
