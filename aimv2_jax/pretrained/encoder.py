@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,25 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from aimv2_jax.checkpoint.checkpointer import WeightChoice
 from aimv2_jax.data.transforms import geometry
-from aimv2_jax.data.transforms.views import evaluation_view
+from aimv2_jax.data.transforms.resampling import Canvas, Unresized, num_weights
+from aimv2_jax.data.transforms.views import View, evaluation_view
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.layers import Precision
 from aimv2_jax.models.position_embeddings import resize_positions
 from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.pretrained.device_resize import pack, resized_patches
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
-from aimv2_jax.pretrained.images import ImageLike, check_image_list, open_image
+from aimv2_jax.pretrained.images import ImageLike, OpenedImage, check_image_list, open_image
 from aimv2_jax.pretrained.lazy_weights import LazyWeights
 from aimv2_jax.pretrained.source import open_weights
 from aimv2_jax.train.losses import normalise_pixels
 
 _BATCH_PATCHES = 32 * 256  # Patches in a batch of the default size.
+# Pixels before the resize, for each of the result's: an image of 512 pixels has 2.3 at 224.
+_CANVAS_SCALE = 2.6
 _MAX_AREA = 1 << 14  # Patches per image; attention memory makes larger values almost certainly a mistake.
+
+Pixels = UInt8[np.ndarray, "H W 3"] | Unresized
+"""The pixels of an image as an encoder sees it, or what the devices resize to them."""
 
 
 def load_encoder(
@@ -77,7 +85,9 @@ def encoder_of(
         params["encoder/position"] = np.asarray(resize_positions(table, weights.spec.grid, spec.grid))
     mesh = build_mesh(1, -1, 1, 1, jax.local_devices())
     tree = traverse_util.unflatten_dict(params, sep="/")
-    return PretrainedEncoder(weights.source, spec, jax.device_put(tree, rules.replicated(mesh)), mesh, dtype)
+    params = jax.device_put(tree, rules.replicated(mesh))
+    # On CPU the "devices" are the host itself, whose Pillow resizes faster.
+    return PretrainedEncoder(weights.source, spec, params, mesh, dtype, jax.default_backend() != "cpu")
 
 
 def _with_resolution(spec: EncoderSpec, image_size: int | None, area: int | None) -> EncoderSpec:
@@ -101,13 +111,17 @@ def _with_resolution(spec: EncoderSpec, image_size: int | None, area: int | None
 
 @dataclasses.dataclass(frozen=True)
 class PretrainedEncoder:
-    """Maps images to features. Parameters are replicated on `mesh`; batches are split over its devices."""
+    """Maps images to features. Parameters are replicated on `mesh`; batches are split over its devices.
+
+    With `device_resize`, images are resized on the devices, to the same pixels as on the host.
+    """
 
     source: str
     spec: EncoderSpec
     params: Mapping[str, Any]
     mesh: Mesh
     dtype: str = "float32"
+    device_resize: bool = False
 
     def __call__(
         self, images: Sequence[ImageLike], batch_size: int | None = None
@@ -166,6 +180,14 @@ class PretrainedEncoder:
         rows, columns = self.spec.grid
         return self.spec.area or rows * columns
 
+    @property
+    def canvas(self) -> Canvas | None:
+        """What the devices take of an image that they make a square; the host resizes a larger one. None: all."""
+        if not self.device_resize or self.spec.area is not None:
+            return None
+        side = math.ceil(_CANVAS_SCALE * self.spec.image_size)
+        return Canvas(side, side, num_weights(_CANVAS_SCALE))
+
     def batches(
         self, images: Sequence[ImageLike], batch_size: int | None = None
     ) -> Iterator[tuple[dict[str, jax.Array], list[tuple[int, int]]]]:
@@ -173,16 +195,18 @@ class PretrainedEncoder:
         check_image_list(images)
         batch_size = batch_size or self.batch_size
         for start in range(0, len(images), batch_size):
-            pixels = [self.pixels(image) for image in images[start : start + batch_size]]
+            pixels = [self.decoded(image) for image in images[start : start + batch_size]]
             # A few images get a smaller batch; larger calls are padded, so that they compile once.
             yield self.batch(pixels, batch_size if start or len(pixels) > batch_size // 2 else len(pixels))
 
-    def batch(self, pixels: Sequence[np.ndarray], rows: int) -> tuple[dict[str, jax.Array], list[tuple[int, int]]]:
-        """Device arrays for `features` from the result of `pixels`, and the patch grid of each image.
+    def batch(self, pixels: Sequence[Pixels], rows: int) -> tuple[dict[str, jax.Array], list[tuple[int, int]]]:
+        """Device arrays for `features` from the results of `pixels` or `decoded`, and the patch grid of each image.
 
         The batch is padded with invalid rows to `rows`, and to a multiple of the number of devices.
         """
         rows = -(-rows // self.mesh.size) * self.mesh.size
+        if pixels and isinstance(pixels[0], Unresized):
+            return self._resized_batch(pixels, rows), [self.spec.grid] * len(pixels)
         side, length = self.spec.patch_size, self.num_patches
         patches = np.zeros((rows, length, 3 * side**2), np.uint8)
         coords, valid = np.zeros((rows, length, 2), np.int32), np.zeros((rows, length), bool)
@@ -192,10 +216,31 @@ class PretrainedEncoder:
         arrays = {"patches": patches, "coords": coords, "valid": valid}
         return jax.device_put(arrays, rules.batch_sharding(self.mesh)), grids
 
+    def _resized_batch(self, images: Sequence[Unresized], rows: int) -> dict[str, jax.Array]:
+        assert self.canvas is not None
+        square = self.spec.image_size, self.spec.image_size
+        valid = np.zeros((rows, self.num_patches), bool)
+        valid[: len(images)] = True
+        coords = geometry.patch_coords(self.spec.grid) * valid[..., None]
+        arrays = {"images": pack(images, self.canvas, square, rows), "coords": coords, "valid": valid}
+        arrays = jax.device_put(arrays, rules.batch_sharding(self.mesh))
+        return {"patches": _patches(arrays.pop("images"), self.spec.patch_size), **arrays}
+
     def pixels(self, image: ImageLike) -> np.ndarray:
         """The model's input as uint8 [H, W, 3]: the centre square, or the whole image (`evaluation_view`)."""
-        opened, spec = open_image(image), self.spec
-        return evaluation_view(opened.size, spec.image_size, spec.patch_size, spec.area, spec.upscale)(opened)
+        opened = open_image(image)
+        return self._view(opened)(opened)
+
+    def decoded(self, image: ImageLike) -> Pixels:
+        """The result of `pixels`, or what `batch` makes of it on the devices."""
+        if self.canvas is None:
+            return self.pixels(image)
+        opened = open_image(image)
+        return self._view(opened).unresized(opened, self.canvas)
+
+    def _view(self, image: OpenedImage) -> View:
+        spec = self.spec
+        return evaluation_view(image.size, spec.image_size, spec.patch_size, spec.area, spec.upscale)
 
     def features(self, patches: Array, coords: Array, valid: Array, layer: int | None = None) -> Float[Array, "B L D"]:
         """Features of a batch on the devices, with the arrays of docs/architecture.md, "Batch".
@@ -233,3 +278,11 @@ class PretrainedEncoder:
             return head.apply({"params": params["head"]}, features, valid)
 
         return jax.jit(pooled)
+
+
+def mirrored(pixels: Pixels) -> Pixels:
+    """The same image, flipped left to right."""
+    return pixels.mirrored() if isinstance(pixels, Unresized) else pixels[:, ::-1]
+
+
+_patches = jax.jit(resized_patches, static_argnames="patch_size")

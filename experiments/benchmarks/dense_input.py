@@ -1,12 +1,12 @@
-"""Measures the images that a dense probe's host side prepares in a second of one core, without an encoder.
+"""Measures the images that the host side of probes prepares in a second of one core, without an encoder.
 
     python experiments/benchmarks/dense_input.py [--seconds 10] [--json FILE]
 
 Synthetic photographs of 683 x 512 pixels as JPEG with masks as PNG (photos.py) are read from a prepared dataset. The
 rows: training crops of 518 x 518 at scales of 0.5 to 2 with their masks (the settings ade20k, whose colours change on
 the devices), which the devices resize, or the host; crops of 504 x 504 that are not resized, as those of nyuv2; whole
-images in 1,369 patches for an encoder of native resolution; and the sliding windows of the test. Seconds are of the
-processor's time, so that other programs on the machine do not count.
+images in 1,369 patches for an encoder of native resolution; the sliding windows of the test; and photographs of 512
+pixels at 224, for features. Seconds are of the processor's time, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ from PIL import Image, ImageDraw  # noqa: E402
 from aimv2_jax.cli import Parser, check_output, positive  # noqa: E402
 from aimv2_jax.data.dataset_info import write_dataset  # noqa: E402
 from aimv2_jax.data.records import Record  # noqa: E402
+from aimv2_jax.data.sources import Source  # noqa: E402
+from aimv2_jax.data.transforms.geometry import patchify  # noqa: E402
 from aimv2_jax.errors import EXIT_FINISHED, cli_main  # noqa: E402
 from aimv2_jax.eval.dense.dataset import DenseDataset, read_dense_dataset  # noqa: E402
 from aimv2_jax.eval.dense.features import DenseEncoder  # noqa: E402
 from aimv2_jax.eval.dense.predict import Predictor  # noqa: E402
 from aimv2_jax.eval.dense.settings import SETTINGS  # noqa: E402
 from aimv2_jax.eval.dense.views import Packer, train_batches  # noqa: E402
+from aimv2_jax.eval.probes.dataset import named_image, read_record  # noqa: E402
 from aimv2_jax.eval.probes.features import prefetch_map  # noqa: E402
-from aimv2_jax.pretrained.encoder import PretrainedEncoder  # noqa: E402
+from aimv2_jax.pretrained.device_resize import pack  # noqa: E402
+from aimv2_jax.pretrained.encoder import Pixels, PretrainedEncoder  # noqa: E402
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec  # noqa: E402
 from experiments.benchmarks import photos  # noqa: E402
 
@@ -65,7 +69,7 @@ def records() -> Iterator[Record]:
 def encoder(area: int | None = None, device_resize: bool = False) -> DenseEncoder:
     """An encoder without parameters."""
     spec = SPEC if area is None else dataclasses.replace(SPEC, position="sincos", area=area)
-    return DenseEncoder(PretrainedEncoder("none", spec, {}, None), _GRID, device_resize=device_resize)
+    return DenseEncoder(PretrainedEncoder("none", spec, {}, None, device_resize=device_resize), _GRID)
 
 
 def train_rows(dataset: DenseDataset, dense: DenseEncoder, own_size: bool = False) -> Iterator[int]:
@@ -85,6 +89,24 @@ def test_rows(dataset: DenseDataset, dense: DenseEncoder) -> Iterator[int]:
         windows = [window for _, views in group for view in views for window in view[0]]
         pixels = [image for _, views in group for view in views for image in view[1]]
         packer(windows, pixels, (), len(windows))
+        yield len(group)
+
+
+def feature_rows(source: Source, encoder: PretrainedEncoder) -> Iterator[int]:
+    """Yields the number of images of each batch of features."""
+    canvas, square, count = encoder.canvas, (encoder.spec.image_size, encoder.spec.image_size), encoder.batch_size
+    patches = np.zeros((count, encoder.num_patches, 3 * encoder.spec.patch_size**2), np.uint8)
+    groups = ([number % len(source) for number in range(start, start + count)] for start in range(0, 10**6, count))
+
+    def load(index: int) -> Pixels:
+        return encoder.decoded(named_image(source, read_record(source, index, source.name)[1]))
+
+    for group in prefetch_map(load, groups):
+        if canvas is None:
+            for row, pixels in zip(patches, group):
+                patchify(pixels, encoder.spec.patch_size, out=row)
+        else:
+            pack(group, canvas, square, count)
         yield len(group)
 
 
@@ -119,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_dataset(folder, records())
         dataset = read_dense_dataset(folder, "--input", "mask", dataclasses.replace(SETTINGS["ade20k"], ignore=255))
         rates = {name: rate(row(dataset, dense), flags.seconds) for name, (row, dense) in rows.items()}
+        write_dataset(f"{folder}/512", photos.records(512))
+        source = Source("512", f"{folder}/512", "")
+        for name, on_devices in (("features", True), ("features, resized on the host", False)):
+            spec = dataclasses.replace(SPEC, image_size=224)
+            frozen = PretrainedEncoder("none", spec, {}, None, device_resize=on_devices)
+            rates[name] = rate(feature_rows(source, frozen), flags.seconds)
     for name, images_per_s in rates.items():
         print(f"{name}: {images_per_s:.0f} images a second of one core")
     if flags.json is not None:

@@ -14,7 +14,7 @@ from aimv2_jax import load_encoder
 from aimv2_jax.data.transforms import geometry
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.position_embeddings import resize_positions
-from aimv2_jax.pretrained.encoder import encoder_of
+from aimv2_jax.pretrained.encoder import PretrainedEncoder, encoder_of, mirrored
 from aimv2_jax.pretrained.images import NamedImage
 from aimv2_jax.pretrained.model import load
 from aimv2_jax.pretrained.source import open_weights
@@ -53,6 +53,24 @@ def test_encoder_images_of_mixed_sizes(encoder, workdir, images):
     coords = jnp.broadcast_to(geometry.patch_coords((4, 4)), (3, 16, 2))
     expected, _ = loaded.task.model.encoder.apply({"params": loaded.params["encoder"]}, pixels, coords, valid)
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_device_resize_changes_no_feature(encoder, images, monkeypatch):
+    """Images that the devices resize, or the host for its size or kind, have bitwise the same patches and features."""
+    huge = Image.fromarray(disc_image(4)[0]).resize((400, 300))
+    mixed = [*images, huge]
+    on_devices = dataclasses.replace(encoder, device_resize=True)
+    decoded = [on_devices.decoded(image) for image in mixed]
+    assert [image.columns.weights.shape[1] > 1 for image in decoded] == [True, True, True, False]
+    for flip in (lambda image: image, mirrored):
+        ours, grids = on_devices.batch([flip(image) for image in decoded], 6)
+        expected, _ = encoder.batch([flip(encoder.pixels(image)) for image in mixed], 6)
+        assert grids == [(4, 4)] * 4 and ours.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(ours[name], array)
+    expected = encoder(mixed)
+    monkeypatch.setattr(PretrainedEncoder, "pixels", None)  # Whoever calls it fails.
+    np.testing.assert_array_equal(on_devices(mixed), expected)
 
 
 def test_encoder_small_batches(encoder, images):

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from aimv2_jax.allocator import keep_freed_memory
@@ -167,9 +166,7 @@ def open_encoder(flags: argparse.Namespace, config: DenseConfig) -> DenseEncoder
     if flags.image_size is not None:
         encoder = dataclasses.replace(encoder, spec=dataclasses.replace(spec, area=None))
     layers = parse_layers(flags.layers, spec.depth)
-    # On CPU the "devices" are the host, whose Pillow resizes faster.
-    on_devices = jax.default_backend() != "cpu"
-    dense = DenseEncoder(encoder, spec.grid, layers, flags.checkpoint == COLOURS, device_resize=on_devices)
+    dense = DenseEncoder(encoder, spec.grid, layers, flags.checkpoint == COLOURS)
     if encoder.spec.area is not None or config.crop is None:
         return dense
     rows, columns = (max(1, round(side / spec.patch_size)) for side in config.crop)

@@ -42,7 +42,6 @@ class DenseEncoder:
       layers: the blocks whose outputs are concatenated, each after the final norm; None: the features after that norm.
       colours: use the pixels of each patch in place of features.
       scale: whole images have up to the encoder's area times the square of it.
-      device_resize: windows are resized on the devices, to the same pixels as on the host.
     """
 
     encoder: PretrainedEncoder
@@ -50,7 +49,6 @@ class DenseEncoder:
     layers: tuple[int, ...] | None = None
     colours: bool = False
     scale: float = 1.0
-    device_resize: bool = False
 
     def at(self, grid: tuple[int, int]) -> DenseEncoder:
         """The same encoder for windows of another grid; a table of learned positions is resized."""
@@ -68,7 +66,7 @@ class DenseEncoder:
 
         None: the host resizes all, as it always does for whole images, whose shapes have no useful bound.
         """
-        if not self.device_resize or self.area is not None:
+        if not self.encoder.device_resize or self.area is not None:
             return None
         height, width = (math.ceil(_CANVAS_SIDE * count * self.encoder.spec.patch_size) for count in self.grid)
         return Canvas(height, width, num_weights(_CANVAS_SCALE))

@@ -18,10 +18,11 @@ from aimv2_jax.eval.dense.features import DenseEncoder, whole_image_grid
 from aimv2_jax.eval.dense.heads import merged, on_canvas
 from aimv2_jax.eval.dense.settings import DEPTH, DenseConfig
 from aimv2_jax.eval.dense.train import TrainedHead, padded_rows, patch_outputs
-from aimv2_jax.eval.dense.views import Packer, Pixels, canvas_of, pixels_at
+from aimv2_jax.eval.dense.views import Packer, canvas_of, pixels_at
 from aimv2_jax.eval.dense.windows import Window, sliding_windows, window_weights
 from aimv2_jax.eval.probes.features import prefetch_map
 from aimv2_jax.parallel import rules
+from aimv2_jax.pretrained.encoder import Pixels
 from aimv2_jax.pretrained.images import OpenedImage
 
 # Pixels are predicted in blocks of these rows, and of a multiple of these columns, so that few programs are compiled.

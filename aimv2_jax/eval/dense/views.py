@@ -15,7 +15,6 @@ from jaxtyping import UInt8
 
 from aimv2_jax.data.sampling.counter_rng import example_rng
 from aimv2_jax.data.transforms.geometry import patch_coords, patchify
-from aimv2_jax.data.transforms.resampling import Unresized
 from aimv2_jax.data.transforms.views import View
 from aimv2_jax.eval.dense.dataset import IGNORED, DenseDataset
 from aimv2_jax.eval.dense.features import DenseEncoder, whole_image_grid
@@ -23,13 +22,12 @@ from aimv2_jax.eval.dense.settings import DenseConfig
 from aimv2_jax.eval.dense.windows import Window, box_of, scaled_size, side_at
 from aimv2_jax.eval.probes.features import prefetch_map
 from aimv2_jax.pretrained.device_resize import pack
+from aimv2_jax.pretrained.encoder import Pixels
 from aimv2_jax.pretrained.images import OpenedImage
 
 _TRIES = 10  # Crops that `max_class_share` draws at most.
 _SAMPLED = 4  # Every fourth row and column of a crop estimates the share of a class.
 
-Pixels = UInt8[np.ndarray, "H W 3"] | Unresized
-"""The pixels of a window, or what the devices resize to them."""
 Batch = dict[str, Any]
 """patches [B L P] uint8 or, for the devices to resize, `unresized` (`device_resize.pack`); coords [B L 2],
 valid [B L], grids [B 2] (rows and columns of each window), and for training truth [B R·p C·p]: classes as uint8 (255

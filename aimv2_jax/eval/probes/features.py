@@ -22,10 +22,10 @@ from tqdm import tqdm
 from aimv2_jax.data.loading.workers import cores
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.probes.dataset import LabelledDataset
-from aimv2_jax.pretrained.encoder import PretrainedEncoder
+from aimv2_jax.pretrained.encoder import Pixels, PretrainedEncoder, mirrored
 
 Pooling = Literal["patches", "mean"]
-T = TypeVar("T")
+T, U = TypeVar("T"), TypeVar("U")
 _STORED_DTYPE = np.float16  # Its rounding of 2^-11 is far below what changes a probe's accuracy.
 _CACHE_VERSION = 2  # Must grow with any change of the features, so that old files are not read as new ones.
 _MAX_MEMORY_SHARE = 0.7  # Largest share of the machine's memory for the features of one dataset.
@@ -98,13 +98,13 @@ class FeatureCache:
         _check_memory(math.prod(shape) * np.dtype(_STORED_DTYPE).itemsize, title)
         features = np.zeros(shape, _STORED_DTYPE)
         valid = np.zeros((len(dataset), length), bool)
-        self.encode([self.encoder.pixels(dataset.image(0))])  # Compiles before the clock starts.
+        self.encode([self.encoder.decoded(dataset.image(0))])  # Compiles before the clock starts.
         start, encoder_s = time.perf_counter(), 0.0
         count = -(-len(dataset) // self.batch_size)
         for first, pixels in tqdm(self._pixels(dataset), total=count, desc=title, unit="batch"):
             rows = slice(first, first + len(pixels))
             for view in range(views):
-                view_pixels = [image[:, ::-1] for image in pixels] if view else pixels
+                view_pixels = [mirrored(image) for image in pixels] if view else pixels
                 features[rows, view], valid[rows], seconds = self.encode(view_pixels)
                 encoder_s += seconds
         return FeatureSet(features, valid, (time.perf_counter() - start, encoder_s))
@@ -115,8 +115,8 @@ class FeatureCache:
             features, valid, _ = self.encode(pixels)
             yield features, valid
 
-    def encode(self, pixels: Sequence[np.ndarray]) -> tuple[Float[np.ndarray, "B L D"], Bool[np.ndarray, "B L"], float]:
-        """Features of at most a batch of images as the encoder sees them, their mask, and the seconds it took."""
+    def encode(self, pixels: Sequence[Pixels]) -> tuple[Float[np.ndarray, "B L D"], Bool[np.ndarray, "B L"], float]:
+        """Features of at most a batch of images of `PretrainedEncoder.decoded`, their mask, and the seconds it took."""
         batch, _ = self.encoder.batch(pixels, self.batch_size)
         start = time.perf_counter()
         features, valid = self.encoder.features(**batch, layer=self.layer), batch["valid"]
@@ -135,14 +135,14 @@ class FeatureCache:
             raise UserError(what, float(np.abs(features).max()), remedy)
         return stored, valid, time.perf_counter() - start
 
-    def _pixels(self, dataset: LabelledDataset) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(index of the first image, images as the encoder sees them) of each batch, decoded ahead."""
+    def _pixels(self, dataset: LabelledDataset) -> Iterator[tuple[int, list[Pixels]]]:
+        """(index of the first image, images of `PretrainedEncoder.decoded`) of each batch, decoded ahead."""
         starts = range(0, len(dataset), self.batch_size)
         batches = [range(start, min(start + self.batch_size, len(dataset))) for start in starts]
-        return zip(starts, prefetch_map(lambda index: self.encoder.pixels(dataset.image(index)), batches))
+        return zip(starts, prefetch_map(lambda index: self.encoder.decoded(dataset.image(index)), batches))
 
 
-def prefetch_map(function: Callable[[T], np.ndarray], groups: Iterable[Iterable[T]]) -> Iterator[list[np.ndarray]]:
+def prefetch_map(function: Callable[[T], U], groups: Iterable[Iterable[T]]) -> Iterator[list[U]]:
     """Yields [function(item), …] for each group in order, computed in threads a few groups ahead."""
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         waiting: collections.deque[list[concurrent.futures.Future]] = collections.deque()

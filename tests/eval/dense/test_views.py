@@ -113,7 +113,7 @@ def test_train_batches_are_reproducible(encoder, dense_data):
 def test_device_resize_changes_no_pixel(encoder, dense_data):
     """Patches of train batches, and features of test windows of one and of several an image, are bitwise the same."""
     train = read_dense_dataset(str(dense_data / "discs/train"), "--train", "mask", CONFIG)
-    on_devices = dataclasses.replace(encoder, device_resize=True)
+    on_devices = dataclasses.replace(encoder, encoder=dataclasses.replace(encoder.encoder, device_resize=True))
     patches, kept = jax.jit(on_devices.patches), set()
     for ours, expected in zip(*(train_batches(train, dense, CONFIG, 8) for dense in (on_devices, encoder))):
         assert "patches" not in ours and ours["unresized"]["pixels"].shape == (8, 48, 72, 3)
