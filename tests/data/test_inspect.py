@@ -194,7 +194,7 @@ def test_dataset_sheet_draws_second_images(make_dataset):
     fields = {"image": encoded(image), "images": {"depth": encoded(depth), "mask": encoded(mask)}}
     damaged = fields | {"images": {"mask": encoded(image)}}
     large = {"image": encoded(np.zeros((300, 450, 3), np.uint8))}
-    large["images"] = {"mask": encoded(np.indices((300, 450))[1].astype(np.uint8) // 225)}
+    large["images"] = {"mask": encoded((np.indices((300, 450))[1] // 225).astype(np.uint8))}
     folder = make_dataset("maps", 3, {0: fields, 1: damaged, 2: large})
     figure = dataset_sheet(Source("maps", folder), "maps", 3)
     [both, alone, reduced] = images(figure)
