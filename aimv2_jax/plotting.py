@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import functools
 import textwrap
 import unicodedata
@@ -16,6 +17,7 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 
 DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#3d8f4f"
 MARGIN = 0.15  # Inches.
+_GOLDEN = 0.618033988749895  # Steps of the hue by the golden ratio keep neighbouring classes apart.
 _MAX_WRAPPED_CHARS = 1000  # Longer texts are cut before they are wrapped, which takes time.
 
 # The first font comes with matplotlib and covers Latin, Greek, Cyrillic, Arabic, Hebrew. The others are used for other
@@ -45,6 +47,18 @@ STYLE = {
     "text.color": "#222222",
     "text.parse_math": False,  # A caption may contain dollar signs.
 }
+
+
+@functools.cache
+def class_colours() -> UInt8[np.ndarray, "256 3"]:
+    """A colour for each class of a mask; class 0 is dark, and 255, which usually does not count, grey."""
+    colours = np.zeros((256, 3), np.uint8)
+    for index in range(1, 255):
+        lightness = (0.5, 0.68, 0.36)[index % 3]
+        colours[index] = [round(255 * part) for part in colorsys.hls_to_rgb(index * _GOLDEN % 1, lightness, 0.75)]
+    colours[0], colours[255] = (40, 40, 48), (128, 128, 128)
+    colours.flags.writeable = False  # All callers share the array.
+    return colours
 
 
 def draw_heading(figure: Figure, title: str, note: str) -> None:

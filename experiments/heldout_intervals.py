@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from aimv2_jax.cli import Parser
 from aimv2_jax.data.pipeline import evaluation_batches
 from aimv2_jax.errors import cli_main
+from aimv2_jax.eval.bootstrap import limits_95, resampled_sums
 from aimv2_jax.eval.heldout import image_sums, text_sums
 from aimv2_jax.pretrained.model import PretrainedModel, load
 from aimv2_jax.train.evaluate import fixed_prefixes
@@ -53,14 +54,10 @@ def losses_by_image(loaded: PretrainedModel) -> dict[str, Sums]:
     return {name: np.array(values) for name, values in rows.items()}
 
 
-def draw_means(sums: Sums, seed: int = 0) -> Float[np.ndarray, " R"]:
-    """The mean loss of `DRAWS` bootstrap samples of the images; the samples depend on N and the seed alone."""
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(DRAWS):
-        total, count = sums[rng.integers(len(sums), size=len(sums))].sum(0)
-        means.append(total / count)
-    return np.array(means)
+def draw_means(sums: Sums) -> Float[np.ndarray, " R"]:
+    """The mean loss of `DRAWS` bootstrap samples of the images, which are the same for every run."""
+    total, count = resampled_sums(sums, DRAWS).T
+    return total / count
 
 
 def table(runs: Sequence[str], losses: Sequence[dict[str, Sums]]) -> str:
@@ -76,7 +73,7 @@ def table(runs: Sequence[str], losses: Sequence[dict[str, Sums]]) -> str:
 
 
 def _interval(draws: Float[np.ndarray, " R"], sign: str = "") -> str:
-    low, high = np.percentile(draws, (2.5, 97.5))
+    low, high = limits_95(draws)
     return f"{low:{sign}.3f} to {high:{sign}.3f}"
 
 

@@ -27,7 +27,7 @@ CHECKED = ["models", "parallel.collectives", "data.transforms.geometry", "data.s
 CHECKED += ["train.losses", "train.task", "train.optimizer", "train.contrastive", "monitoring.counters"]
 CHECKED += ["eval.generate", "eval.features", "eval.likelihood", "eval.probes.knn", "eval.probes.sweep"]
 CHECKED += ["data.sentencepiece_model", "data.tokenizer_json", "train.pretrain_task", "train.lit_task"]
-CHECKED += ["train.distill_losses", "train.distill_task", "eval.zeroshot"]
+CHECKED += ["train.distill_losses", "train.distill_task", "eval.zeroshot", "eval.bootstrap"]
 CHECKED += [f"eval.dense.{module}" for module in ("augment", "heads", "metrics", "optimizer")]
 CHECKED = [f"aimv2_jax.{module}" for module in CHECKED]
 assert all(map(importlib.util.find_spec, CHECKED))  # A hook for a missing module would be silent.

@@ -20,6 +20,8 @@ from aimv2_jax.data.records import decode
 from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms.decode import decode_image
 from aimv2_jax.data.transforms.geometry import patchify, unpatchify
+from aimv2_jax.plotting import class_colours
+from tests.helpers.datasets import encoded
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments/quickstart.py")
 SAMPLE = "package:data/sample"
@@ -180,6 +182,36 @@ def test_dataset_sheet_shows_several_captions_of_a_kind(make_dataset):
     assert {"alt: 2 (100 %)", "synthetic: 2 (100 %), 5 captions"} <= set(texts(figure))
     assert {"synthetic, 1 of 4", "synthetic, 3 of 4", *several[:3]} <= set(texts(figure))
     assert several[3] not in texts(figure)
+    assert_nothing_overlaps(figure)
+
+
+def test_dataset_sheet_draws_second_images(make_dataset):
+    """Masks and depth maps are to the right of their image, pixel by pixel; one that is damaged is named."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, 56, 3), np.uint8)
+    mask = rng.integers(0, 5, (32, 56), np.uint8)
+    depth = rng.integers(0, 9000, (32, 56)).astype(np.uint16)
+    fields = {"image": encoded(image), "images": {"depth": encoded(depth), "mask": encoded(mask)}}
+    damaged = fields | {"images": {"mask": encoded(image)}}
+    large = {"image": encoded(np.zeros((300, 450, 3), np.uint8))}
+    large["images"] = {"mask": encoded((np.indices((300, 450))[1] // 225).astype(np.uint8))}
+    folder = make_dataset("maps", 3, {0: fields, 1: damaged, 2: large})
+    figure = dataset_sheet(Source("maps", folder), "maps", 3)
+    [both, alone, reduced] = images(figure)
+    assert both.shape == (32 * 4, 3 * 56 * 4 + 2 * 4, 3)
+    colours = class_colours()
+    np.testing.assert_array_equal(both[:, : 56 * 4], sheet.magnified(image, 4))
+    np.testing.assert_array_equal(both[:, -56 * 4 :], sheet.magnified(colours[mask], 4))
+    shown = both[::4, 56 * 4 + 4 : 2 * 56 * 4 + 4 : 4].astype(int)
+    assert (shown[depth == 0] == 128).all()
+    order = np.argsort(depth[depth > 0], kind="stable")
+    brightness = shown[depth > 0].sum(-1)[order]
+    assert (np.diff(brightness[::50]) <= 0).all() and brightness[0] > 600 > 100 > brightness[-1]
+    assert alone.shape == (32 * 4, 56 * 4, 3) and "mask: map_with_colours" in texts(figure)
+    assert reduced.shape == (149, 2 * 224 + 4, 3)
+    np.testing.assert_array_equal(reduced[:, 228:340], np.broadcast_to(colours[0], (149, 112, 3)))
+    np.testing.assert_array_equal(reduced[:, 340:], np.broadcast_to(colours[1], (149, 112, 3)))
+    assert f"depth: 16 bits, values from {depth.min()} to {depth.max()}" in texts(figure)
     assert_nothing_overlaps(figure)
 
 

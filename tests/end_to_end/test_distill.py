@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from aimv2_jax.checkpoint.checkpointer import Checkpointer, CheckpointReader
-from aimv2_jax.data.identity import TOKENIZER
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
 from aimv2_jax.data.tokenizer import load_tokenizer
 from aimv2_jax.errors import UserError
 from aimv2_jax.export.__main__ import main as export
@@ -25,7 +24,7 @@ from aimv2_jax.train.init_from import RunWeights, check_teacher, read_teacher, w
 from tests.helpers.golden_names import paths
 from tests.helpers.programs import shared_programs  # noqa: F401
 from tests.helpers.tiny import TASKS, tiny_arguments, tiny_config
-from tests.helpers.trained_run import random_state
+from tests.helpers.trained_run import random_state, save_model
 
 pytestmark = pytest.mark.usefixtures("two_devices", "shared_programs")
 
@@ -34,15 +33,6 @@ SIZES = {f"distill__encoder__{key}": n for key, n in dict(width=32, depth=2, hea
 SIZES |= {f"distill__decoder__{key}": n for key, n in dict(width=16, depth=2, heads=2, hidden=32).items()}
 SIZES |= {"model__encoder__width": 16, "model__encoder__hidden": 32}
 STEPS = 4
-
-
-def save_model(folder: Path, tokenizer: str = "0" * 16, **changes) -> Path:
-    """Saves random parameters as the first step of a run."""
-    config = tiny_config(**changes)
-    with Checkpointer(folder, keep=1) as checkpointer:
-        extra = {"data": {TOKENIZER: tokenizer}}
-        checkpointer.save(1, random_state(build_setup(config)), config, extra=extra)
-    return folder
 
 
 def settings(teacher: Path, **changes) -> dict[str, object]:
@@ -171,7 +161,7 @@ def test_teacher_without_what_the_losses_need_is_refused(teacher, exported, tmp_
     """An encoder alone, a decoder that was not trained to predict patches, and one of another tokenizer."""
     with pytest.raises(UserError, match=r"distill\.logits needs a teacher with a decoder.*an encoder alone"):
         open_teacher(tiny_config(**settings(exported, distill__pixels=0.0)))
-    captioner = save_model(tmp_path / "captioner", loss__image=False)
+    captioner = save_model(tmp_path / "captioner", "0" * 16, loss__image=False)
     with pytest.raises(UserError, match=r"distill\.pixels needs a teacher that was trained with the image loss"):
         open_teacher(tiny_config(**settings(captioner)))
     config = tiny_config(**settings(captioner, distill__pixels=0.0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aimv2_jax.checkpoint.checkpointer import CheckpointReader
+from aimv2_jax.data.tokenizer import load_tokenizer
 from aimv2_jax.main import main
 from aimv2_jax.monitoring.metrics import read_metrics
 from aimv2_jax.monitoring.report import main as report
@@ -17,6 +18,9 @@ from aimv2_jax.train.builder import build_setup
 from tests.helpers.programs import shared_programs  # noqa: F401
 from tests.helpers.runs import assert_bitwise
 from tests.helpers.tiny import TASKS, only_devices, tiny_arguments, tiny_config
+from tests.helpers.trained_run import save_model
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 SHORT = dict(
     train__log_every=1,
@@ -31,16 +35,17 @@ SOURCES = {"lit": "init__path", "distill": "distill__path"}
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> dict[str, Path]:
-    """Runs of one step: an encoder for LiT, and a teacher of the size that the tiny distillation expects."""
+    """Saved models: an encoder for LiT, and a teacher of the size that the tiny distillation expects."""
     folder = tmp_path_factory.mktemp("sources")
     teacher = {
         key.replace("distill__", "model__"): value
         for key, value in TASKS["distill"].items()
         if key.startswith(("distill__encoder", "distill__decoder"))
     }
+    tokenizer = load_tokenizer(tiny_config()).digest[:16]
     for name, changes in (("lit", {}), ("distill", teacher)):
         with only_devices(1):
-            assert main(tiny_arguments(folder / name, **SHORT | changes | dict(train__steps=1))) == 0
+            save_model(folder / name, tokenizer, **changes)
     return {name: folder / name for name in SOURCES}
 
 

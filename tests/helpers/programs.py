@@ -30,6 +30,8 @@ def shared_programs():
         setup = build(config)
         sections = {name: value for name, value in config_to_dict(config).items() if name not in IGNORED_SECTIONS}
         sections["train"] = {name: sections["train"][name] for name in ("microbatches", "reduce_dtype")}
+        if sections["distill"] is not None:
+            sections["distill"].pop("path")
         sections["cooldown"] = config.cooldown and (config.cooldown.start, config.cooldown.steps)
         text = json.dumps(sections, sort_keys=True, default=str)
         cached = setups.setdefault((text, *setup.mesh.devices.flat, PretrainTask.loss_sums), setup)

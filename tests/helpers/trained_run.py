@@ -13,11 +13,13 @@ from aimv2_jax.checkpoint.checkpointer import Checkpointer
 from aimv2_jax.config.load import build_config
 from aimv2_jax.config.schema import Config
 from aimv2_jax.data.dataset_info import write_dataset
+from aimv2_jax.data.identity import TOKENIZER
 from aimv2_jax.data.records import Record
 from aimv2_jax.monitoring.metrics import MetricsWriter
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.step import TrainState
 from experiments import base
+from tests.helpers.tiny import tiny_config
 
 COLORS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 200)}
 
@@ -78,6 +80,21 @@ def random_state(setup: TrainSetup) -> TrainState:
     params, frozen = (jax.tree.map_with_path(draw, tree) for tree in (abstract.params, abstract.frozen))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     return jax.device_put(zeros.replace(params=params, frozen=frozen), setup.state_shardings)
+
+
+def save_model(folder: Path, tokenizer: str, **changes: object) -> Path:
+    """Saves random parameters of the tiny run as its first step, in place of a run of one step.
+
+    Args:
+      folder: the run's workdir, which is returned.
+      tokenizer: first 16 digits of the digest of the run's tokenizer.
+      changes: as in `tiny.overrides`.
+    """
+    config = tiny_config(**changes)
+    with Checkpointer(folder, keep=1) as checkpointer:
+        extra = {"data": {TOKENIZER: tokenizer}}
+        checkpointer.save(1, random_state(build_setup(config)), config, extra=extra)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from aimv2_jax.storage.bucket import file_system
 from tests.helpers.datasets import datasets, make_dataset, make_record  # noqa: F401
+from tests.helpers.preparing import run_prepare  # noqa: F401
 
 
 def encoded(width=60, height=40, format="JPEG", mode="RGB", seed=0, **options):

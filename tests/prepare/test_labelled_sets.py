@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import re
 
 import numpy as np
 import pyarrow
@@ -12,10 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from aimv2_jax.data.dataset_info import DatasetInfo
-from aimv2_jax.data.records import decode
-from aimv2_jax.data.sources import Source
 from aimv2_jax.data.transforms.decode import image_size
 from aimv2_jax.prepare.__main__ import main
+from tests.helpers import preparing
 from tests.helpers.labelled_sets import (
     IMAGE,
     LABEL,
@@ -26,34 +24,21 @@ from tests.helpers.labelled_sets import (
     table,
     write_image_folder,
 )
+from tests.helpers.preparing import records_of
 
 EXAMPLES = sample_images()
 CLASSES = ["animal", "object", "vehicle"]  # Those with images, sorted.
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    def run(given, *flags, output="out"):
-        """Prepares `given`; returns the exit code, the printed text and the output folder."""
-        folder = tmp_path / output
-        code = main(["--input", str(given), "--output", str(folder), "--workers", "1", *map(str, flags)])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err, folder
-
-    return run
+def run(run_prepare):
+    return run_prepare
 
 
 def refused(result):
-    code, said, folder = result
-    assert code == 2 and re.fullmatch(r"error: .*\.\n", said), said
-    assert not (folder / "dataset.json").exists()
-    return said
-
-
-def records_of(folder):
-    source = Source("set", str(folder))
-    return [decode(source.read(i)) for i in range(len(source))]
+    """The error's line; no dataset was written."""
+    assert not (result[2] / "dataset.json").exists()
+    return preparing.refused(result)
 
 
 def info_of(folder):

@@ -16,37 +16,20 @@ from PIL import Image
 
 from aimv2_jax.data.dataset_info import DatasetInfo
 from aimv2_jax.data.dataset_stats import SampleCount
-from aimv2_jax.data.records import decode
-from aimv2_jax.data.sources import Source
 from aimv2_jax.prepare.__main__ import main
 from tests.helpers.full_disk import files_of_at_most
+from tests.helpers.preparing import records_of, refused
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run(tmp_path, tars, capsys):
+def run(tars, run_prepare):
     def run(*flags, given=tars, output="out"):
         """Returns the exit code, the printed text and the output folder."""
-        capsys.readouterr()
-        folder = tmp_path / output
-        code = main(["--input", str(given), "--output", str(folder), "--workers", "1", *map(str, flags)])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err, folder
+        return run_prepare(given, *flags, output=output)
 
     return run
-
-
-def refused(result):
-    code, said, _ = result
-    assert code == 2 and re.fullmatch(r"error: .*\.\n", said), said
-    return said
-
-
-def records_of(folder):
-    source = Source("set", str(folder))
-    return [decode(source.read(i)) for i in range(len(source))]
 
 
 FLAGS = ["--caption", "alt=json:alt", "short=txt", "--label", "word=json:word", "--shard-size", "30KB"]

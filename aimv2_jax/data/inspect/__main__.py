@@ -5,9 +5,9 @@
 
 DIR is a folder with dataset.json, local or in a bucket. Its sheet shows the counts of dataset.json, whether the index
 of the records is that of the shards, and records spread evenly over the dataset: images with their captions and labels,
-and the reason where a record is unusable. The sheet of a config shows
-the rows of the batch as the model gets them: images cropped, flipped, patchified and reassembled, and text decoded from
-tokens.
+their masks and depth maps to their right, and the reason where a record is unusable. Masks have the colours of classes;
+depths are dark where they are great, and grey where they are 0. The sheet of a config shows the rows of the batch as
+the model gets them: images cropped, flipped, patchified and reassembled, and text decoded from tokens.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from aimv2_jax.data import records
 from aimv2_jax.data.dataset_info import DatasetInfo
 from aimv2_jax.data.dataset_stats import ASPECT, SIDE
+from aimv2_jax.data.inspect.maps import drawn_maps, side_by_side
 from aimv2_jax.data.inspect.sheet import BarChart, Tile, contact_sheet, fitted
 from aimv2_jax.data.records import BadRecord
 from aimv2_jax.data.sources import Source
@@ -51,7 +52,12 @@ def _record_tile(source: Source, index: int) -> Tile:
     except BadRecord as error:
         return Tile(record.key, f"{position} · {file_size}", texts, problem=error.reason)
     width, height = image.size
-    return Tile(record.key, f"{position} · {width} × {height} · {file_size}", texts, fitted(np.asarray(image)))
+    greatest = {name: count.max_value for name, count in source.info.images.items()}
+    maps, lines = drawn_maps(record, greatest)
+    if lines:
+        texts["second images"] = lines
+    pixels = side_by_side([fitted(np.asarray(image)), *maps])
+    return Tile(record.key, f"{position} · {width} × {height} · {file_size}", texts, pixels)
 
 
 def _dataset_facts(info: DatasetInfo) -> dict[str, list[str]]:

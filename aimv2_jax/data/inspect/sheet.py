@@ -60,19 +60,31 @@ class BarChart:
     note: str
 
 
-def magnified(image: Pixels, factor: int) -> Pixels:
+def magnified(image: np.ndarray, factor: int) -> np.ndarray:
     """Repeats every pixel as a square of side `factor`."""
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
 def fitted(image: Pixels, side: int = IMAGE_SIDE) -> Pixels:
     """Fits an image into a square of `side` pixels: a large one reduced, a small one magnified by an integer."""
-    height, width = image.shape[:2]
-    longest = max(height, width)
-    if longest <= side:
-        return magnified(image, side // longest)
-    size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, reducing_gap=None))
+    if max(image.shape[:2]) <= side:
+        return magnified(image, side // max(image.shape[:2]))
+    height, width = _reduced(image.shape[:2], side)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX, reducing_gap=None))
+
+
+def fitted_values(values: np.ndarray, side: int = IMAGE_SIDE) -> np.ndarray:
+    """Fits a map [H, W] as `fitted` fits an image, but takes the nearest value, since means of values are no values."""
+    if max(values.shape) <= side:
+        return magnified(values, side // max(values.shape))
+    rows, columns = (
+        (np.arange(new) + 0.5) * old // new for old, new in zip(values.shape, _reduced(values.shape, side))
+    )
+    return values[np.ix_(rows.astype(np.intp), columns.astype(np.intp))]
+
+
+def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
+    return tuple(max(1, round(length * side / max(size))) for length in size)
 
 
 def contact_sheet(

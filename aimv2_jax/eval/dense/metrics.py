@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Num
 
-_RESAMPLES = 1000
+from aimv2_jax.eval.bootstrap import interval
+
 _DELTA = 1.25
 # Rows and columns that Eigen et al. (2014) evaluate in a NYUv2 image of 480 x 640 pixels: top, bottom, left, right.
 _EIGEN, _EIGEN_SIZE = (45, 471, 41, 601), (480, 640)
@@ -80,21 +80,6 @@ def depth_metrics(errors: Float[np.ndarray, "N 3"], seed: int = 0) -> dict[str, 
         mean_of = lambda sums, index=index: sums[..., index] / len(errors)  # noqa: E731
         metrics[f"{name}_ci95"] = interval(errors, mean_of, seed)
     return metrics
-
-
-def interval(per_image: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval over images of a `figure` of summed values.
-
-    Args:
-      per_image: [N, ...], values that are summed over the images of a resample.
-      figure: maps [R, ...] sums to [R] figures.
-      seed: of the resamples.
-    """
-    count = len(per_image)
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    sums = np.tensordot(weights.astype(np.float64), per_image.astype(np.float64), axes=1)
-    low, high = np.percentile(figure(sums), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def eigen_mask(height: int, width: int) -> Bool[np.ndarray, "H W"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -16,29 +15,17 @@ from aimv2_jax.eval.dense.dataset import IGNORED
 from aimv2_jax.eval.dense.predict import Prediction
 from aimv2_jax.eval.dense.settings import DEPTH, DenseConfig
 from aimv2_jax.eval.plots import image_grid
-from aimv2_jax.plotting import MARGIN, STYLE, draw_heading, drawable
+from aimv2_jax.plotting import MARGIN, STYLE, class_colours, draw_heading, drawable
 
 _SIDE = 256  # Pixels of the longer side of a drawn image.
 _NOT_COUNTED = (128, 128, 128)
-_GOLDEN = 0.618033988749895  # Steps of the hue by the golden ratio keep neighbouring classes apart.
 _BAR_HEIGHT = 0.19  # Inches.
-
-
-def class_colours(count: int) -> UInt8[np.ndarray, "256 3"]:
-    """A colour for each class; class 0 is dark, and 255 (does not count) grey."""
-    colours = np.zeros((256, 3), np.uint8)
-    for index in range(count):
-        lightness = (0.5, 0.68, 0.36)[index % 3]
-        colours[index] = [round(255 * part) for part in colorsys.hls_to_rgb(index * _GOLDEN % 1, lightness, 0.75)]
-    colours[0] = (40, 40, 48)
-    colours[IGNORED] = _NOT_COUNTED
-    return colours
 
 
 def map_colours(values: np.ndarray, config: DenseConfig) -> UInt8[np.ndarray, "H W 3"]:
     """A map as colours: those of its classes, or depths, bright where near; grey does not count."""
     if config.task != DEPTH:
-        return class_colours(IGNORED)[values]
+        return class_colours()[values]
     low, high = config.depths
     colours = matplotlib.colormaps["magma_r"](((values - low) / (high - low)).clip(0, 1))[..., :3]
     colours = (255 * colours).astype(np.uint8)
@@ -71,7 +58,7 @@ def predictions_figure(predictions: Sequence[Prediction], config: DenseConfig, h
 
 def bars_figure(values: Mapping[str, float], names: Sequence[str], heading: str, note: str) -> Figure:
     """The IoU of each class, the best first, in the colours of `predictions_figure`; `names` has all classes."""
-    colours = class_colours(len(names)) / 255
+    colours = class_colours() / 255
     ordered = sorted(values.items(), key=lambda item: -item[1])
     width, left, top, bottom = 7.0, 1.9, 0.72, 0.35
     height = top + len(ordered) * _BAR_HEIGHT + bottom

@@ -11,11 +11,10 @@ from aimv2_jax.data.dataset_info import DATASET_FILE
 from aimv2_jax.data.sources import Source
 from aimv2_jax.errors import UserError
 from aimv2_jax.eval.probes.dataset import LabelledDataset, read_labelled_dataset
-from aimv2_jax.eval.suite.paper_sets import PAPER_SETS, PaperSet
+from aimv2_jax.eval.suite.paper_sets import PAPER_SETS, SPLITS, PaperSet
 from aimv2_jax.untrusted import parse_json_object, read_file
 
 SET_FILE = "set.json"
-SPLITS = ("train", "test")
 _MAX_SET_FILE_BYTES = 1 << 20
 _DEFAULT_LABEL = "class"
 
@@ -174,8 +173,8 @@ def _is_number(text: str) -> bool:
 def _remedy(entry: SuiteSet, present: str | None) -> str:
     if entry.paper is None:
         return f"Prepare it beside {present}" if present else "Prepare train and test there"
-    split = 1 if present == SPLITS[0] else 0
-    return f"Run {entry.paper.commands(str(entry.folder.parent))[split]}"
+    missing = [split for split in SPLITS if split != present]
+    return f"Run {' and '.join(entry.paper.commands(str(entry.folder.parent), missing))}"
 
 
 def missing_lines(catalogue: Catalogue, root: str) -> list[str]:

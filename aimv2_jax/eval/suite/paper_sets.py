@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+SPLITS = ("train", "test")
 SIZES = ("L", "H", "1B", "3B")
 RESOLUTION = 224
 """Side in pixels of the images behind `PaperSet.scores`."""
@@ -19,6 +21,7 @@ class PaperSet:
       scores: top-1 in percent of the paper's L, H, 1B and 3B at 224 px.
       source: where the images come from, and which of their splits the paper's numbers fit.
       inputs: the --input of preparation and its other flags, for train and test.
+      listed: the folder for which `source_labels` has to write labels.csv first; "" if it needs none.
     """
 
     name: str
@@ -29,12 +32,15 @@ class PaperSet:
     scores: tuple[float, float, float, float]
     source: str
     inputs: tuple[str, str]
+    listed: str = ""
 
-    def commands(self, root: str) -> list[str]:
-        """The commands that prepare the set under `root`."""
-        return [
+    def commands(self, root: str, splits: Sequence[str] = SPLITS) -> list[str]:
+        """The commands that prepare `splits` of the set under `root`, to be run where its source lies."""
+        lists = [f"python -m aimv2_jax.eval.suite.source_labels {self.name} {self.listed}"] if self.listed else []
+        return lists + [
             f"python -m aimv2_jax.prepare --input {given} --output {root}/{self.name}/{split}"
-            for split, given in zip(("train", "test"), self.inputs)
+            for split, given in zip(SPLITS, self.inputs)
+            if split in splits
         ]
 
 
@@ -49,13 +55,11 @@ def _hugging_face(folder: str, column: str, test: str = "test") -> tuple[str, st
     return train, other
 
 
-def _table(folder: str, train: str, test: str) -> tuple[str, str]:
-    """Inputs from a CSV of paths (column `path`), classes (`class`) and splits (`split`)."""
-    first, second = (f"{folder}/labels.csv --split {split} --label class=class" for split in (train, test))
-    return first, second
+def _labels(folder: str) -> tuple[str, str]:
+    """Inputs from the labels.csv that `source_labels` writes into a folder."""
+    train, test = (f"{folder}/labels.csv --split {split} --label class=class" for split in SPLITS)
+    return train, test
 
-
-_WILDS = "wilds.stanford.edu (pip install wilds; write path, class and split of its metadata.csv to labels.csv)"
 
 PAPER_SETS = (
     PaperSet(
@@ -65,9 +69,8 @@ PAPER_SETS = (
     ),
     PaperSet(
         "inaturalist18", "iNaturalist-18", 437_513, 24_426, 8142, (76.0, 77.9, 79.7, 81.5),
-        "github.com/visipedia/inat_comp/tree/master/2018: train, and val as test (write path, class and split of its "
-        "json files to labels.csv)",
-        _table("inat2018", "train", "val"),
+        "github.com/visipedia/inat_comp/tree/master/2018: train, and val as test",
+        _labels("inat2018"), "inat2018",
     ),
     PaperSet(
         "cifar10", "CIFAR-10", 50_000, 10_000, 10, (99.1, 99.3, 99.4, 99.5),
@@ -84,15 +87,13 @@ PAPER_SETS = (
     ),
     PaperSet(
         "dtd", "DTD", 3_760, 1_880, 47, (87.9, 88.2, 88.4, 88.9),
-        "robots.ox.ac.uk/~vgg/data/dtd: the lists train1 and val1 as train, test1 as test (write path, class and "
-        "split to labels.csv)",
-        _table("dtd", "train", "test"),
+        "robots.ox.ac.uk/~vgg/data/dtd: the lists train1 and val1 as train, test1 as test",
+        _labels("dtd"), "dtd",
     ),
     PaperSet(
         "pets", "Pets", 3_680, 3_669, 37, (96.3, 96.6, 96.8, 97.1),
-        "robots.ox.ac.uk/~vgg/data/pets: the list trainval as train, test as test (write path, class and split to "
-        "labels.csv)",
-        _table("pets", "train", "test"),
+        "robots.ox.ac.uk/~vgg/data/pets: the list trainval as train, test as test",
+        _labels("pets"), "pets",
     ),
     PaperSet(
         "cars", "Cars", 8_144, 8_041, 196, (96.3, 96.4, 96.5, 96.5),
@@ -101,8 +102,8 @@ PAPER_SETS = (
     ),
     PaperSet(
         "camelyon17", "Camelyon17", 302_436, 34_904, 2, (93.7, 93.3, 94.2, 93.5),
-        f"{_WILDS}: camelyon17's train, and val as test, which the paper's sizes are those of",
-        _table("camelyon17", "train", "val"),
+        "wilds.stanford.edu: train, and val as test, which the paper's sizes are those of",
+        _labels("camelyon17_v1.0"), "camelyon17_v1.0",
     ),
     PaperSet(
         "pcam", "PCAM", 262_144, 32_768, 2, (89.3, 89.3, 89.0, 89.4),
@@ -111,25 +112,24 @@ PAPER_SETS = (
     ),
     PaperSet(
         "rxrx1", "RxRx1", 40_612, 9_854, 1139, (5.6, 5.8, 6.7, 7.3),
-        f"{_WILDS}: rxrx1's train, and val as test, which the paper's sizes are those of",
-        _table("rxrx1", "train", "val"),
+        "wilds.stanford.edu: train, and val as test, which the paper's sizes are those of",
+        _labels("rxrx1_v1.0"), "rxrx1_v1.0",
     ),
     PaperSet(
         "eurosat", "EuroSAT", 16_200, 5_400, 10, (98.4, 98.5, 98.8, 99.0),
-        "github.com/phelber/EuroSAT, RGB, by the lists eurosat-train.txt and eurosat-test.txt of "
-        "huggingface.co/datasets/torchgeo/eurosat (write path, class and split to labels.csv)",
-        _table("eurosat", "train", "test"),
+        "github.com/phelber/EuroSAT, RGB, with the lists eurosat-train.txt and eurosat-test.txt of "
+        "huggingface.co/datasets/torchgeo/eurosat",
+        _labels("eurosat"), "eurosat",
     ),
     PaperSet(
         "fmow", "fMoW", 76_863, 19_915, 62, (60.7, 62.2, 63.2, 64.2),
-        f"{_WILDS}: fmow's train, and val as test, which the paper's sizes are those of",
-        _table("fmow", "train", "val"),
+        "wilds.stanford.edu: train, and val as test, which the paper's sizes are those of",
+        _labels("fmow_v1.1"), "fmow_v1.1",
     ),
     PaperSet(
         "infograph", "Infograph", 36_023, 15_582, 345, (69.0, 70.4, 71.7, 72.2),
-        "ai.bu.edu/M3SDA, DomainNet: infograph_train.txt and infograph_test.txt (write path, class and split to "
-        "labels.csv)",
-        _table("domainnet", "train", "test"),
+        "ai.bu.edu/M3SDA, DomainNet: infograph_train.txt and infograph_test.txt",
+        _labels("domainnet"), "domainnet",
     ),
 )  # fmt: skip
 

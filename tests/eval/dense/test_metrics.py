@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from aimv2_jax.eval.bootstrap import interval
 from aimv2_jax.eval.dense import metrics
 
 IGNORE = 255
@@ -53,7 +54,7 @@ def test_miou_equals_a_loop_over_pixels():
 def test_miou_interval_resamples_images():
     """The interval is that of the figure over resampled images; of equal images it is a point."""
     areas = np.stack([metrics.class_areas(*maps(seed), 6, IGNORE) for seed in range(30)])
-    low, high = metrics.interval(areas, metrics.mean_iou)
+    low, high = interval(areas, metrics.mean_iou)
     value = float(metrics.mean_iou(areas.sum(0)))
     assert low < value < high and high - low < 0.1
     rng, resampled = np.random.default_rng(1), []
@@ -61,7 +62,7 @@ def test_miou_interval_resamples_images():
         resampled.append(metrics.mean_iou(areas[rng.integers(30, size=30)].sum(0)))
     assert (low, high) == pytest.approx(np.percentile(resampled, (2.5, 97.5)), abs=0.006)  # There are 400 resamples.
     same = np.repeat(areas[:1], 5, axis=0)
-    assert metrics.interval(same, metrics.mean_iou) == pytest.approx([metrics.mean_iou(areas[0])] * 2)
+    assert interval(same, metrics.mean_iou) == pytest.approx([metrics.mean_iou(areas[0])] * 2)
 
 
 def test_depth_errors_equal_a_loop_over_pixels():
