@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
         dict(
             slices=1,  # Slices of a pod job: each holds all parameters, and gradients are summed over slices last. [O]
             data=-1,  # Devices of a slice that split the batch and replicate parameters; -1: all remaining devices. [O]
-            # Devices of a slice that split the batch and the parameters; -1 beside data=-1: those with fast links, which
-            # are the GPUs of a node, or all of a slice of TPUs. [O]
+            # Devices of a slice that split the batch and the parameters; -1 beside data=-1: those with fast links, the
+            # GPUs of a node, or all of a slice of TPUs. [O]
             fsdp=1,
             tensor=1,  # Devices of a slice that split heads, hidden units and vocabulary. [O]
         )

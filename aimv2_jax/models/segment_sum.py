@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxtyping import Array, Float, Int
 
 
 def segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], num_segments: int) -> Float[Array, "V D"]:
-    """Sums the rows of every index 0 … V-1; chosen by the platform that the program is lowered for.
+    """Sums the rows of every index 0 … V-1, in the way of the platform that the program is lowered for.
 
-    GPUs use `sorted_segment_sum`, other platforms a scatter-add, which is deterministic there. The two differ in the
+    GPUs use `sorted_segment_sum`, other platforms a scatter-add, which repeats its bits there. The two differ in the
     order of the additions only.
     """
-
-    def scatter_add(rows, index):
-        return jnp.zeros((num_segments, rows.shape[1]), rows.dtype).at[index].add(rows)
-
-    def by_sorting(rows, index):
-        return sorted_segment_sum(rows, index, num_segments)
-
-    return jax.lax.platform_dependent(rows, index, cuda=by_sorting, rocm=by_sorting, default=scatter_add)
+    return _segment_sum.bind(rows, index, num_segments=num_segments)
 
 
-def sorted_segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], num_segments: int) -> Float[Array, "V D"]:
+def sorted_segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], *, num_segments: int) -> Float[Array, "V D"]:
     """Sums the rows of every index 0 … V-1 in a fixed order: sort, segmented scan, and one gather of the totals.
 
     The order of the additions is a binary tree over the sorted rows. Memory is O(N·D), where a one-hot matmul would
@@ -47,3 +42,18 @@ def sorted_segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], num_s
     last = jnp.searchsorted(index, segment, side="right", method="scan_unrolled") - 1
     row = jnp.maximum(last, 0)
     return jnp.where((index[row] == segment)[:, None], sums[row], 0)
+
+
+def _scatter_add(rows, index, *, num_segments):
+    return jnp.zeros((num_segments, rows.shape[1]), rows.dtype).at[index].add(rows)
+
+
+# A primitive, because `jax.lax.platform_dependent` would leave a conditional in the programs of all platforms.
+_segment_sum = Primitive("segment_sum")
+_segment_sum.def_impl(
+    lambda rows, index, *, num_segments: jax.jit(segment_sum, static_argnums=2)(rows, index, num_segments)
+)
+_segment_sum.def_abstract_eval(lambda rows, index, *, num_segments: rows.update(shape=(num_segments, rows.shape[1])))
+mlir.register_lowering(_segment_sum, mlir.lower_fun(_scatter_add, multiple_results=False))
+for _platform in ("cuda", "rocm"):
+    mlir.register_lowering(_segment_sum, mlir.lower_fun(sorted_segment_sum, multiple_results=False), platform=_platform)

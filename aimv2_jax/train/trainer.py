@@ -41,9 +41,9 @@ from aimv2_jax.storage.files import atomic_write, is_remote, is_temporary, make_
 from aimv2_jax.storage.locks import lock_folder
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.data_check import check_data, identify_data
+from aimv2_jax.train.device_memory import check_device_memory
 from aimv2_jax.train.distill_task import TEACHER
 from aimv2_jax.train.init_from import RunWeights, WeightSource, check_teacher, read_teacher, warm_start
-from aimv2_jax.train.device_memory import check_device_memory
 from aimv2_jax.train.loop import TrainLoop
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.resources import Resources
@@ -376,8 +376,8 @@ def log_summary(setup: TrainSetup, workdir: epath.Path, latest: int | None, size
     )
     if spans_islands(setup.mesh, "fsdp"):
         logger.info(
-            f"mesh.fsdp={setup.mesh.shape['fsdp']} spans GPUs that no NVLink joins: weights are gathered over the network "
-            "in every layer. If a node's memory suffices, set mesh.data=-1 and mesh.fsdp=-1, which keeps them inside it"
+            f"mesh.fsdp={setup.mesh.shape['fsdp']} spans GPUs that no NVLink joins: the network carries the weights of "
+            "every layer. If a node's memory suffices, set mesh.data=-1 and mesh.fsdp=-1, which keeps fsdp inside it"
         )
     start = "from the start" if latest is None else f"continuing from step {latest}"
     cooldown = setup.config.cooldown

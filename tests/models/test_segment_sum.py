@@ -28,7 +28,7 @@ def test_sorted_sum_equals_float64(rows, pads):
     values = np.asarray(jax.random.normal(jax.random.key(0), (rows, WIDTH)))
     expected = np.zeros((VOCAB, WIDTH))
     np.add.at(expected, index, values.astype(np.float64))
-    actual = np.asarray(jax.jit(sorted_segment_sum, static_argnums=2)(values, index, VOCAB))
+    actual = np.asarray(jax.jit(sorted_segment_sum, static_argnames="num_segments")(values, index, num_segments=VOCAB))
     # A tree of at most 9 additions, each with an error of half a unit of 2**-23 of a partial sum below 32.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=9 * 32 * 2**-24)
     np.testing.assert_array_equal(actual[np.bincount(index, minlength=VOCAB) == 0], 0)
@@ -37,7 +37,7 @@ def test_sorted_sum_equals_float64(rows, pads):
 def test_sorted_sum_is_exact_for_integers():
     """Of sums without rounding every bit is right, and bfloat16 rows that are widened first lose none."""
     index = captions(4099, 0.9)
-    actual = sorted_segment_sum(jnp.ones((4099, 1)), jnp.asarray(index), VOCAB)
+    actual = sorted_segment_sum(jnp.ones((4099, 1)), jnp.asarray(index), num_segments=VOCAB)
     np.testing.assert_array_equal(actual[:, 0], np.bincount(index, minlength=VOCAB))
 
 
