@@ -39,7 +39,8 @@ def check_device_memory(setup: TrainSetup, devices: Sequence[jax.Device] | None 
             "this config needs more memory than a device has free",
             f"at least {needed / _GIB:.2f} GiB for parameters, moments, gradients and a batch; "
             f"{free[tight[0]] / _GIB:.2f} GiB free on {tight[0]}",
-            "Raise mesh.fsdp, which splits them over more devices, or end what else uses the device",
+            "Raise mesh.fsdp, which splits them over more devices, end what else uses the device, or on a GPU set "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax takes 0.75 of its memory by default)",
         )
 
 
