@@ -32,13 +32,14 @@ def check_device_memory(setup: TrainSetup, devices: Sequence[jax.Device] | None 
     """
     needed = least_bytes(setup)
     devices = setup.mesh.local_devices if devices is None else devices
-    free = {device: free_bytes(device) for device in devices}
-    tight = [device for device, size in free.items() if size is not None and size < needed]
-    if tight:
+    for device in devices:
+        free = free_bytes(device)
+        if free is None or free >= needed:
+            continue
         raise UserError(
             "this config needs more memory than a device has free",
             f"at least {needed / _GIB:.2f} GiB for parameters, moments, gradients and a batch; "
-            f"{free[tight[0]] / _GIB:.2f} GiB free on {tight[0]}",
+            f"{free / _GIB:.2f} GiB free on {device}",
             "Raise mesh.fsdp, which splits them over more devices, end what else uses the device, or on a GPU set "
             "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (jax takes 0.75 of its memory by default)",
         )

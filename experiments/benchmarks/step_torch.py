@@ -109,8 +109,8 @@ class AIMv2(nn.Module):
     ):
         super().__init__()
         self.alpha, self.target_eps = alpha, target_eps
-        self.register_buffer("mean", torch.tensor(mean).repeat(pixels // 3))
-        self.register_buffer("std", torch.tensor(std).repeat(pixels // 3))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float64).repeat(pixels // 3))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float64).repeat(pixels // 3))
         self.patch_embed = nn.Linear(pixels, encoder["width"])
         self.patch_norm = RMSNorm(encoder["width"], eps)
         self.position = nn.Parameter(0.02 * torch.randn(patches, encoder["width"]))
@@ -127,7 +127,8 @@ class AIMv2(nn.Module):
     def forward(self, patches, tokens, text_mask, prefix):
         """Returns total, image and text loss of uint8 patches [B L P] and tokens [B T], float32."""
         length = patches.shape[1]
-        pixels = (patches.to(self.mean.dtype) / 255 - self.mean) / self.std
+        dtype = self.position.dtype
+        pixels = (patches.to(dtype) / 255 - self.mean.to(dtype)) / self.std.to(dtype)
         index = torch.arange(length, device=patches.device)
         mask = (index[None, :] <= index[:, None]) | (index[None, None, :] < prefix[:, None, None])
         x = self.patch_norm(self.patch_embed(pixels))

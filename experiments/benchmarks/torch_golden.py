@@ -83,7 +83,12 @@ def check_golden(folder: Path, model_class: Callable[..., Any], optimizer: Calla
     )  # fmt: skip
     model = model.double().to(device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    model.load_state_dict(_ours(params, shapes), strict=False)  # The normalisation of pixels is no parameter.
+    weights = _ours(params, shapes)
+    if set(weights) != set(shapes):
+        raise UserError(
+            "the reference's tensors are not those of the model", sorted(set(shapes) ^ set(weights)), "Mend _NAMES"
+        )
+    model.load_state_dict(weights, strict=False)  # The normalisation of pixels is no parameter.
     images = batch["image_uint8_bhwc"]
     patches = images.unflatten(1, (-1, side)).unflatten(3, (-1, side)).transpose(2, 3).flatten(1, 2).flatten(2)
     inputs = patches, batch["text_ids"].long(), batch["text_valid"].bool(), batch["prefix_length"]
