@@ -73,8 +73,7 @@ def _embedding_lookup_backward(compute, reduce_dtype, saved, drows):
     tokens, empty = saved
 
     def partial_sum(tokens, drows):
-        rows = drows.astype(empty.dtype).reshape(-1, drows.shape[-1])
-        return segment_sum(rows, tokens.reshape(-1), empty.shape[1])
+        return segment_sum(drows.astype(empty.dtype), tokens, empty.shape[1])
 
     return collectives.reduce_scatter_grad(partial_sum, (tokens, drows), TOKEN_TABLE_AXES, reduce_dtype), None
 

@@ -13,7 +13,7 @@ from jax.interpreters import mlir
 from jaxtyping import Array, Float, Int
 
 
-def segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], num_segments: int) -> Float[Array, "V D"]:
+def segment_sum(rows: Float[Array, "*N D"], index: Int[Array, "*N"], num_segments: int) -> Float[Array, "V D"]:
     """Sums the rows of every index 0 … V-1, in the way of the platform that the program is lowered for.
 
     GPUs use `sorted_segment_sum`, other platforms a scatter-add, which repeats its bits there. The two differ in the
@@ -22,12 +22,15 @@ def segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], num_segments
     return _segment_sum.bind(rows, index, num_segments=num_segments)
 
 
-def sorted_segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], *, num_segments: int) -> Float[Array, "V D"]:
+def sorted_segment_sum(
+    rows: Float[Array, "*N D"], index: Int[Array, "*N"], *, num_segments: int
+) -> Float[Array, "V D"]:
     """Sums the rows of every index 0 … V-1 in a fixed order: sort, segmented scan, and one gather of the totals.
 
     The order of the additions is a binary tree over the sorted rows. Memory is O(N·D), where a one-hot matmul would
     need N·V entries and 2·N·V·D FLOPs.
     """
+    rows, index = rows.reshape(-1, rows.shape[-1]), index.reshape(-1)
     order = jnp.argsort(index, stable=True)
     index = index[order]
     is_first = jnp.concatenate([jnp.ones(1, bool), index[1:] != index[:-1]])
@@ -45,7 +48,7 @@ def sorted_segment_sum(rows: Float[Array, "N D"], index: Int[Array, " N"], *, nu
 
 
 def _scatter_add(rows, index, *, num_segments):
-    return jnp.zeros((num_segments, rows.shape[1]), rows.dtype).at[index].add(rows)
+    return jnp.zeros((num_segments, rows.shape[-1]), rows.dtype).at[index].add(rows)
 
 
 # A primitive, because `jax.lax.platform_dependent` would leave a conditional in the programs of all platforms.
@@ -53,7 +56,7 @@ _segment_sum = Primitive("segment_sum")
 _segment_sum.def_impl(
     lambda rows, index, *, num_segments: jax.jit(segment_sum, static_argnums=2)(rows, index, num_segments)
 )
-_segment_sum.def_abstract_eval(lambda rows, index, *, num_segments: rows.update(shape=(num_segments, rows.shape[1])))
+_segment_sum.def_abstract_eval(lambda rows, index, *, num_segments: rows.update(shape=(num_segments, rows.shape[-1])))
 mlir.register_lowering(_segment_sum, mlir.lower_fun(_scatter_add, multiple_results=False))
 for _platform in ("cuda", "rocm"):
     mlir.register_lowering(_segment_sum, mlir.lower_fun(sorted_segment_sum, multiple_results=False), platform=_platform)

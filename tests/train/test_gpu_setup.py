@@ -75,7 +75,7 @@ def with_memory(free: int) -> SimpleNamespace:
     return SimpleNamespace(memory_stats=lambda: stats)
 
 
-def test_least_memory_is_that_of_state_gradients_and_batch():
+def test_least_memory_is_state_gradients_and_batch():
     """Split parameters count once a device; the bound is that of the arrays themselves."""
     setup = build_setup(tiny_config(mesh__data=1, mesh__fsdp=4, mesh__tensor=2))
     state = setup.init()

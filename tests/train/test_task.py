@@ -359,7 +359,7 @@ def test_kernels_when_they_cannot_run_then_refused(platform, message):
         (dict(model__encoder__heads=8), "gpu", "per head in model.encoder: '.* 4 channels per head'"),
     ],
 )
-def test_cudnn_attention_is_refused_where_it_cannot_run(changes, platform, message):
+def test_cudnn_attention_refused_where_it_cannot_run(changes, platform, message):
     """The error names platform, dtype or heads; a CPU computes the same masks by XLA."""
     config = tiny_config(**dict(model__attention="cudnn", model__compute_dtype="bfloat16") | changes)
     assert build_task(config).model.encoder.options.attention == "cudnn_on_xla"
