@@ -119,8 +119,9 @@ def free_job_id() -> int:
     raise AssertionError("no free port")
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize("nodes", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nodes", [1, 4])
 def test_job_trains_on_nodes_of_several_devices(nodes, tmp_path):
     """README's command trains on one and four nodes, each with one process and two devices, fsdp within a node.
 
