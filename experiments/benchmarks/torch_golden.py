@@ -1,4 +1,4 @@
-"""Compares the PyTorch model of `step_torch.py` with tensors of the reference: losses, gradients and three steps.
+"""Compares the PyTorch model (torch_model.py) with tensors of the reference: losses, gradients and three steps.
 
 DIR is the folder of golden tensors that `pytest tests/test_golden.py --golden DIR` takes. Everything runs in float64,
 in which the reference was computed, so that errors are those of a wrong model and not of rounding.
@@ -7,13 +7,12 @@ in which the reference was computed, so that errors are those of a wrong model a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from aimv2_jax.errors import UserError
+from experiments.benchmarks.torch_model import AIMv2, optimizer
 
 # Of a tensor's largest entry, and absolute for parameters: the reference is float64 rounded once to float32.
 _LARGEST_ERROR = {"losses": 1e-6, "gradients": 1e-6, "parameters": 1e-6}
@@ -63,7 +62,7 @@ def _ours(tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> di
     return ours
 
 
-def check_golden(folder: Path, model_class: Callable[..., Any], optimizer: Callable[..., Any], device: str) -> dict:
+def check_golden(folder: Path, device: str) -> dict[str, float]:
     """Returns the largest error of losses, gradients and parameters after three steps; raises UserError beyond bounds.
 
     The reference leaves out the end of a caption as a target, so that the text mask is that of valid tokens.
@@ -77,7 +76,7 @@ def check_golden(folder: Path, model_class: Callable[..., Any], optimizer: Calla
         for size in (sizes["encoder"], sizes["decoder"])
     ]
     side = sizes["patch_size"]
-    model = model_class(
+    model = AIMv2(
         *trunks, sizes["num_patches"], 3 * side**2, sizes["vocab"], sizes["text_len"], config["rms_norm_eps"],
         config["alpha_image_weight"], config["image_mean"], config["image_std"], config["target_norm"]["eps"],
     )  # fmt: skip
