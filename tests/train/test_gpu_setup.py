@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from aimv2_jax.errors import UserError
+from aimv2_jax.parallel import rules
 from aimv2_jax.parallel.mesh import build_mesh
 from aimv2_jax.train.builder import build_setup
 from aimv2_jax.train.device_memory import check_device_memory, least_bytes
 from aimv2_jax.train.sdc_check import SdcCheck
+from aimv2_jax.train.task import abstract_key
+from aimv2_jax.train.tasks import build_task
 from aimv2_jax.train.trainer import log_summary
 from experiments import base
 from tests.helpers.tiny import tiny_config
@@ -34,6 +39,28 @@ def test_gpu_step_takes_gpu_options():
     config = tiny_config(mesh__data=-1)
     assert build_setup(config, gpus(1)).compiler_options == config.train.gpu_compiler_options
     assert build_setup(config).compiler_options == {}
+
+
+def test_step_for_cuda_adds_in_a_fixed_order(monkeypatch):
+    """Lowered for CUDA on a mesh, the step has cuDNN's attention on every device, and no scatter of repeated indices.
+
+    One scanned block of the encoder calls cuDNN for two masks, one of the decoder for one, forward and backward.
+    """
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
+    mesh = dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    config = tiny_config(**mesh, model__compute_dtype="bfloat16")
+    setup = build_setup(config)
+    setup = dataclasses.replace(setup, task=build_task(config, "gpu"))
+    key = abstract_key()
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(setup.mesh))
+    with rules.scope(setup.mesh):
+        traced = setup.step.trace(setup.abstract_state, setup.abstract_batch(config.batch_shapes[0]), key)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmhaSoftmax(") == program.count("@__cudnn$fmhaSoftmaxBackward(") == 3
+    scatters = [line for line in program.splitlines() if "stablehlo.scatter" in line]
+    assert scatters and all("unique_indices = true" in line for line in scatters)
 
 
 def test_sdc_check_on_gpus_needs_repeatable_steps():
