@@ -55,7 +55,7 @@ def build_mesh(slices: int, data: int, fsdp: int, tensor: int, devices: Sequence
             "Choose sizes whose product is the number of devices, or set one of them to -1",
         )
     try:
-        mesh = Mesh(np.stack([mesh_utils.create_device_mesh(sizes, by_slice[i]) for i in sorted(by_slice)]), AXES)
+        mesh = Mesh(np.stack([_arrange(by_slice[i], sizes) for i in sorted(by_slice)]), AXES)
     except NotImplementedError as error:  # The sizes cut across the rings of the torus.
         raise UserError(
             "config mesh.data x mesh.fsdp x mesh.tensor does not follow the axes of the topology",
@@ -81,6 +81,13 @@ def spans_islands(mesh: Mesh, axis: str) -> bool:
 def _island(device: jax.Device) -> int:
     """Index of the GPU's group of GPUs joined by NVLink; 0 for other devices."""
     return getattr(device, "slice_index", 0) if device.platform == "gpu" else 0
+
+
+def _arrange(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """Devices as an array of `sizes`: GPUs in the order given, which jax would sort by id; others as jax does."""
+    if devices[0].platform == "gpu":
+        return np.array(devices, dtype=object).reshape(sizes)
+    return mesh_utils.create_device_mesh(sizes, devices)
 
 
 def _has_slices(device: jax.Device) -> bool:

@@ -142,11 +142,13 @@ class TrainSetup:
             return step.lower(state, self.abstract_batch(shape), key)
 
     @property
-    def compiler_options(self) -> dict[str, str]:
+    def compiler_options(self) -> dict[str, str | bool]:
         """Compiler options of the config for the devices of the mesh."""
         device = self.mesh.devices.flat[0]
         if device.platform == "gpu":
-            return dict(self.config.train.gpu_compiler_options)
+            options = self.config.train.gpu_compiler_options
+            # XLA refuses "true" and "false" for booleans, which libtpu takes.
+            return {name: {"true": True, "false": False}.get(value, value) for name, value in options.items()}
         chip = chip_kind(device)
         groups = ("all", chip.name) if chip and device.platform == "tpu" else ()
         options = self.config.train.tpu_compiler_options

@@ -62,12 +62,10 @@ def prefix_mask(rows: int, prefixes, counts) -> MaskSpec:
 
 CASES = {
     "prefixes from 1 to all but one": prefix_mask(256, (1, 255), (256, 256)),
-    "odd, prefix and padding": prefix_mask(257, (100, 30), (257, 123)),
-    "a prefix longer than what is valid": prefix_mask(33, (33, 20), (20, 20)),
+    "odd, padding, a prefix that ends in it": prefix_mask(257, (100, 200), (257, 123)),
     "no prefix and nothing valid": prefix_mask(10, (0, 10), (10, 0)),
     "decoder": causal_mask(leading(333, (333, 290))),
-    "full, padding": full_mask(leading(49, (49, 20))),
-    "full, nothing valid": full_mask(leading(5, (5, 0))),
+    "full, padding, nothing valid": full_mask(leading(49, (49, 20, 0))),
 }
 # As for the Pallas kernels (test_kernels.py), relative to the largest entry.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
@@ -93,8 +91,9 @@ def assert_close(ours, reference, dtype: str) -> None:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, "float32") for case in CASES), *((case, "bfloat16") for case in list(CASES)[1::2])]
+)
 def test_cudnn_attention_equals_the_reference(case, dtype, monkeypatch):
     """Results and gradients are those of attention with the dense mask, whatever lies behind the lengths."""
     reference = results("xla", CASES[case], dtype)
@@ -102,6 +101,7 @@ def test_cudnn_attention_equals_the_reference(case, dtype, monkeypatch):
     assert_close(results("cudnn_on_xla", CASES[case], dtype), reference, dtype)
 
 
+@pytest.mark.slow
 def test_cudnn_attention_at_4096_patches():
     """At the longest native images the rows are those of the reference, too."""
     mask_spec = prefix_mask(4096, (1500,), (4000,))
@@ -176,7 +176,7 @@ def test_trunk_with_padding_between_rows():
     mask_spec = MaskSpec(jnp.asarray([3, 4]), valid)  # The second prefix has two valid rows.
     x, weight = (jax.random.normal(jax.random.key(i), (2, 7, 16)) for i in range(2))
     shared = dict(depth=2, heads=2, hidden=24, eps=1e-5, precision=Precision())
-    params = meta.unbox(Trunk(**shared).init(jax.random.key(2), x, mask_spec))
+    params = meta.unbox(jax.jit(lambda key: Trunk(**shared).init(key, x, mask_spec))(jax.random.key(2)))
 
     def run(attention):
         trunk = Trunk(**shared, options=TrunkOptions(attention=attention))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
@@ -19,26 +20,19 @@ from aimv2_jax.train.sdc_check import SdcCheck
 from aimv2_jax.train.task import abstract_key
 from aimv2_jax.train.tasks import build_task
 from aimv2_jax.train.trainer import log_summary
-from experiments import base
 from tests.helpers.tiny import tiny_config
 from tests.parallel.test_mesh import gpus
 
 
 def test_gpu_options_are_known_to_xla():
-    """XLA knows every option of the default config by name and value; it refuses an unknown one."""
-    options = dict(base.get_config().train.gpu_compiler_options)
-    assert "xla_gpu_exclude_nondeterministic_ops" in options
+    """XLA knows every option that a GPU's step is compiled with by name and value; it refuses an unknown one."""
+    options = build_setup(tiny_config(), gpus(1)).compiler_options
+    assert options["xla_gpu_exclude_nondeterministic_ops"] is True and len(options) == 3
+    assert build_setup(tiny_config()).compiler_options == {}
     lowered = jax.jit(lambda x: x + 1).lower(1.0)
     assert lowered.compile(compiler_options=options)(1.0) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_unheard_of"):
         lowered.compile(compiler_options={"xla_gpu_unheard_of": "true"})
-
-
-def test_gpu_step_takes_gpu_options():
-    """A GPU takes its own options and none of a TPU's; a CPU takes none."""
-    config = tiny_config(mesh__data=-1)
-    assert build_setup(config, gpus(1)).compiler_options == config.train.gpu_compiler_options
-    assert build_setup(config).compiler_options == {}
 
 
 def test_step_for_cuda_adds_in_a_fixed_order(monkeypatch):
@@ -105,7 +99,7 @@ def with_memory(free: int) -> SimpleNamespace:
 def test_least_memory_is_state_gradients_and_batch():
     """Split parameters count once a device; the bound is that of the arrays themselves."""
     setup = build_setup(tiny_config(mesh__data=1, mesh__fsdp=4, mesh__tensor=2))
-    state = setup.init()
+    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), setup.abstract_state)
     device = jax.devices()[0]
 
     def held(tree):
