@@ -20,7 +20,7 @@ from aimv2_jax.config.load import load_config
 from aimv2_jax.config.schema import Config
 from aimv2_jax.distributed.cluster import LaunchFlags, find_process
 from aimv2_jax.errors import EXIT_RETRY, UserError, cli_main
-from aimv2_jax.platforms import skip_absent_tpu
+from aimv2_jax.platforms import repeat_gpu_sums, skip_absent_tpu
 from aimv2_jax.storage.bucket import scheme_of
 from aimv2_jax.storage.files import check_folder
 from aimv2_jax.storage.retries import DATA_RETRIES, STORAGE_RETRIES
@@ -109,6 +109,7 @@ def _folder(workdir: str) -> epath.Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains by a command line: that of the process, in a child process; or `arguments`, in this process."""
     skip_absent_tpu()
+    repeat_gpu_sums()
     keep_freed_memory()
     in_process = arguments is not None
     arguments = arguments if in_process else sys.argv[1:]

@@ -38,6 +38,16 @@ def skip_absent_tpu() -> None:
         jax.config.update("jax_platforms", platforms)
 
 
+def repeat_gpu_sums() -> None:
+    """Switches off NCCL's sums in NVLink switches (NVLS), unless the user chose an algorithm.
+
+    Their order of additions is not fixed: Megatron-LM's deterministic mode admits every algorithm of NCCL but this one.
+    NCCL reads its environment at the first collective.
+    """
+    if "NCCL_ALGO" not in os.environ:
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+
 def may_have_gpu(devices: Path = _DEVICES) -> bool:
     """Whether the driver of an NVIDIA GPU is present, by the device files that JAX looks for."""
     return any((devices / name).exists() for name in ("nvidia0", "nvidiactl", "dxg"))

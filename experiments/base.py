@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
         dict(
             slices=1,  # Slices of a pod job: each holds all parameters, and gradients are summed over slices last. [O]
             data=-1,  # Devices of a slice that split the batch and replicate parameters; -1: all remaining devices. [O]
-            fsdp=1,  # Devices of a slice that split the batch and the parameters. [O]
+            # Devices of a slice that split the batch and the parameters; -1 beside data=-1: those with fast links, the
+            # GPUs of a node, or all of a slice of TPUs. [O]
+            fsdp=1,
             tensor=1,  # Devices of a slice that split heads, hidden units and vocabulary. [O]
         )
     )
@@ -64,7 +66,8 @@ def get_config() -> ConfigDict:
             # Steps between checks for silent data corruption, which compute a step twice and compare it bit by bit; 0:
             # never. A check costs one step, and temporarily the memory of a second state. [O]
             sdc_check_every=0,
-            sdc_rotate_devices=True,  # Whether the second step runs on rotated devices, if there are several. [O]
+            # Whether the second step runs on rotated devices, if there are several; not on GPUs (sdc_check.py). [O]
+            sdc_rotate_devices=True,
         )
     )
     # Watchdog timeouts in seconds: a hung run writes all stacks to its log and exits; 0: never.
@@ -116,7 +119,9 @@ def _model() -> ConfigDict:
             # Recomputation in the backward pass: "none", "matmuls" (all but matrix products), "gate" (also up),
             # "attention" (also gate), or "full" blocks; each needs less memory than the previous one. [O]
             remat="none",
-            attention="auto",  # "xla", "pallas" (our kernels), or "auto": kernels on TPU with 128 channels a head. [O]
+            # "xla"; "pallas" (our kernels for TPU, 128 channels a head); "cudnn" (flash attention on NVIDIA GPUs, in
+            # bfloat16); or "auto": the platform's kernels where they take the heads and the dtype, else "xla". [O]
+            attention="auto",
             compute_dtype="bfloat16",  # Activations and matrix products; norms, softmax, losses are float32. [R]
             param_dtype="float32",  # Parameters and Adam's moments. [R]
         )
@@ -282,6 +287,12 @@ def _train() -> ConfigDict:
                     xla_enable_async_reduce_scatter_fusion="true",
                     xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter="true",
                 ),
+            ),
+            # XLA options for the train step on NVIDIA GPUs; reasons: experiments/LOG.md. [O]
+            gpu_compiler_options=dict(
+                xla_gpu_exclude_nondeterministic_ops="true",
+                xla_gpu_deterministic_ops="false",
+                xla_gpu_enable_latency_hiding_scheduler="true",
             ),
             # JAX's persistent compilation cache, so that restarts skip compilation: a folder, or "workdir" for
             # WORKDIR/compiled on accelerators (not on CPUs, whose code may not run on another CPU); None: off. [O]

@@ -9,8 +9,7 @@ activations and gradients 2e-5 of a tensor's largest entry, losses 5e-6 relative
 
 from __future__ import annotations
 
-import json
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,10 +21,7 @@ from safetensors.numpy import load_file
 
 from aimv2_jax.export import apple_export
 from aimv2_jax.export.hf_export import write_folder
-from aimv2_jax.models.aimv2 import AIMv2
 from aimv2_jax.models.attention import MaskSpec
-from aimv2_jax.models.decoder import Decoder
-from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import TrunkOptions
 from aimv2_jax.models.position_embeddings import resize_positions, sincos_positions
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec
@@ -37,6 +33,7 @@ from aimv2_jax.train.pretrain_task import PretrainTask
 from aimv2_jax.train.step import StepOptions, TrainState, accumulate, train_step
 from aimv2_jax.train.task import run_key
 from tests.helpers.golden_names import APPLE_PRETRAIN, nested, paths, to_ours
+from tests.helpers.golden_pretrain import Pretrain, read_json, read_tensors
 
 LARGEST_ENTRY = 2e-5
 LOSS_RELATIVE = 5e-6
@@ -48,112 +45,12 @@ TWO_WAYS = [("scan", "none"), ("loop", "full")]
 fully_optimized = pytest.mark.usefixtures("fully_optimized")
 
 
-def read_json(path: Path) -> dict:
-    assert path.is_file(), f"golden file missing: {path}"
-    return json.loads(path.read_text())
-
-
-def read_tensors(path: Path, expected: set[str]) -> dict[str, np.ndarray]:
-    assert path.is_file(), f"golden file missing: {path}"
-    tensors = load_file(path)
-    missing = expected - set(tensors)
-    assert not missing, f"{path} lacks {sorted(missing)}"
-    return tensors
-
-
 def assert_close(ours, theirs, what: str, tolerance: float = LARGEST_ENTRY):
     """Within `tolerance` of the largest entry of `theirs`."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape, f"{what}: shape {ours.shape}, expected {theirs.shape}"
     error = np.abs(ours - theirs).max()
     assert error <= tolerance * np.abs(theirs).max(), f"{what}: off by {error}, largest entry {np.abs(theirs).max()}"
-
-
-class Pretrain:
-    """Sizes, batch and parameters of the pretrain/ directory, in our format."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.config = read_json(directory / "config.json")
-        sizes = self.config["sizes"]
-        self.sizes = sizes
-        self.length, self.text = sizes["num_patches"], sizes["text_len"]
-
-    def names(self) -> set[str]:
-        return set(self.config["optimizer"]["decayed"])
-
-    def ours(self, file: str, prefix: str = "") -> dict[str, np.ndarray]:
-        tensors = read_tensors(self.directory / file, {prefix + name for name in self.names()})
-        return to_ours({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, APPLE_PRETRAIN)
-
-    @cached_property
-    def params(self) -> dict:
-        return jax.tree.map(jnp.asarray, nested(self.ours("params.safetensors")))
-
-    @cached_property
-    def raw_batch(self) -> dict[str, np.ndarray]:
-        keys = {
-            "image_loss_mask",
-            "image_normalised_bchw",
-            "image_uint8_bhwc",
-            "prefix_length",
-            "text_ids",
-            "text_valid",
-        }
-        return read_tensors(self.directory / "batch.safetensors", keys)
-
-    @cached_property
-    def batch(self) -> dict[str, jax.Array]:
-        raw, (rows, columns), side = self.raw_batch, self.sizes["grid_height_width"], self.sizes["patch_size"]
-        size = len(raw["text_ids"])
-        images = raw["image_uint8_bhwc"]
-        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side)
-        coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(1, -1, 2)
-        batch = {
-            "patches": patches,
-            "coords": np.broadcast_to(coords, (size, *coords.shape[1:])).astype(np.int32),
-            "valid": np.ones((size, self.length), bool),
-            "tokens": raw["text_ids"],
-            "token_valid": raw["text_valid"].astype(bool),
-            "example_index": np.zeros((size, 2), np.uint32),
-        }
-        return jax.tree.map(jnp.asarray, batch)
-
-    @property
-    def prefix(self) -> np.ndarray:
-        return self.raw_batch["prefix_length"]
-
-    def task(self, layers: str, remat: str, predict_eos: bool = False) -> PretrainTask:
-        config, sizes = self.config, self.sizes
-        shared = {"eps": config["rms_norm_eps"], "options": TrunkOptions(layers, remat)}
-
-        def trunk(size):
-            return {
-                "width": size["width"],
-                "depth": size["depth"],
-                "heads": size["heads"],
-                "hidden": size["swiglu_hidden"],
-            }
-
-        model = AIMv2(
-            Encoder(**trunk(sizes["encoder"]), num_patches=self.length, **shared),
-            Decoder(
-                **trunk(sizes["decoder"]),
-                encoder_width=sizes["encoder"]["width"],
-                pixels=self.batch["patches"].shape[-1],
-                vocab_size=sizes["vocab"],
-                text_length=self.text,
-                **shared,
-            ),
-        )
-        return PretrainTask(
-            model=model,
-            weights={"image": config["alpha_image_weight"], "text": config["text_weight"]},
-            predict_eos=predict_eos,
-            target_eps=config["target_norm"]["eps"],
-            pixel_mean=tuple(config["image_mean"]),
-            pixel_std=tuple(config["image_std"]),
-        )
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +148,14 @@ def check_losses(expected: dict, counts, sums, total):
 @every_way
 def test_losses_and_gradients_when_one_batch_then_equal(pretrain, way):
     counts, sums, total, grads = loss_and_gradients(pretrain.task(*way), pretrain)
+    check_losses(read_json(pretrain.directory / "losses.json"), counts, sums, total)
+    for path, theirs in pretrain.ours("grads.safetensors").items():
+        assert_close(grads[path], theirs, f"gradient of {path}")
+
+
+def test_losses_and_gradients_with_cudnn_masks(pretrain):
+    """Attention by the masks that cuDNN knows has the reference's losses and gradients, too."""
+    counts, sums, total, grads = loss_and_gradients(pretrain.task("scan", "none", attention="cudnn_on_xla"), pretrain)
     check_losses(read_json(pretrain.directory / "losses.json"), counts, sums, total)
     for path, theirs in pretrain.ours("grads.safetensors").items():
         assert_close(grads[path], theirs, f"gradient of {path}")

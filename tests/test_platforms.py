@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from aimv2_jax import platforms
-from aimv2_jax.platforms import may_have_gpu, may_have_tpu, skip_absent_tpu
+from aimv2_jax.platforms import may_have_gpu, may_have_tpu, repeat_gpu_sums, skip_absent_tpu
 from tests.helpers.tiny import ROOT
 
 COMMANDS = ["aimv2_jax.main", "aimv2_jax.eval.visualize", "aimv2_jax.eval.heldout", "aimv2_jax.checkpoint.verify"]
@@ -140,3 +140,19 @@ def test_command_when_it_begins_then_an_absent_tpu_is_left_alone(command, monkey
     monkeypatch.setattr(module, "skip_absent_tpu", called)
     with pytest.raises(InterruptedError, match="called"):
         module.main([])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "0"), ({"NCCL_NVLS_ENABLE": "1"}, "1"), ({"NCCL_ALGO": "NVLS"}, None)],
+)
+def test_nccl_sums_repeat_unless_chosen(chosen, expected, monkeypatch):
+    """NVLS is off, unless the user sets it or names an algorithm."""
+    for name in ("NCCL_ALGO", "NCCL_NVLS_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    monkeypatch.setattr(os, "environ", before)
+    repeat_gpu_sums()
+    assert before.get("NCCL_NVLS_ENABLE") == expected

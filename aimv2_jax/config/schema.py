@@ -49,7 +49,7 @@ class ModelConfig:
     pixel_std: tuple[float, float, float]
     layers: Literal["scan", "loop"]
     remat: Remat
-    attention: Literal["auto", "xla", "pallas"]
+    attention: Literal["auto", "xla", "pallas", "cudnn"]
     compute_dtype: Literal["bfloat16", "float32"]
     param_dtype: Literal["float32"]
 
@@ -208,6 +208,7 @@ class TrainConfig:
     microbatches: int
     reduce_dtype: Literal["float32", "bfloat16"]
     tpu_compiler_options: Mapping[str, Mapping[str, str]]
+    gpu_compiler_options: Mapping[str, str]
     compilation_cache: str | None
     tensorboard: bool
     wandb_project: str | None

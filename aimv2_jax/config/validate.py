@@ -245,8 +245,8 @@ def _check_mesh(config: Config) -> None:
     at_least(config, 1, "mesh.slices")
     sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     require(
-        all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+        all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= (2 if sizes[:2] == (-1, -1) else 1),
         "mesh.data, mesh.fsdp, mesh.tensor are not valid sizes",
         sizes,
-        "Give sizes of at least 1; one of them may be -1, which takes the remaining devices",
+        "Give sizes of at least 1; one of them may be -1, which takes the remaining devices, or both data and fsdp",
     )

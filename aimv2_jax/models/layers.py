@@ -18,7 +18,15 @@ from jaxtyping import Array, Float
 
 from aimv2_jax.config.schema import Remat
 from aimv2_jax.models import ops
-from aimv2_jax.models.attention import Implementation, MaskSpec, attend, padded_rows
+from aimv2_jax.models.attention import (
+    Implementation,
+    MaskSpec,
+    attend,
+    collects_grad_dot,
+    needs_valid_rows_first,
+    padded_rows,
+    valid_rows_first,
+)
 
 Initializer = Callable[..., jax.Array]
 LayerRun = Literal["scan", "loop"]
@@ -137,7 +145,9 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
         rows, gain, grad_dot = normed
         width = rows.shape[-1]
-        if self.attention == "xla":  # Collecting on the input takes one pass; q, k and v would take three.
+        if not collects_grad_dot(
+            self.attention
+        ):  # Collecting on the input takes one pass; q, k and v would take three.
             (rows,) = ops.with_grad_dot((rows,), grad_dot)
             grad_dot = None
         q, k, v = (
@@ -197,7 +207,7 @@ class TrunkOptions(NamedTuple):
 
     layers: "scan" compiles one block, "loop" lets the compiler schedule across blocks.
     remat: name of the activations saved for the backward pass (`REMAT`); the others are recomputed.
-    attention: XLA's attention or the Pallas kernels.
+    attention: XLA's attention, the Pallas kernels or cuDNN's.
     """
 
     layers: LayerRun = "scan"
@@ -230,7 +240,7 @@ class Trunk(nn.Module):
         """
         layers, remat, attention = self.options
         if cache is not None:
-            attention = "xla"  # The kernels need whole sequences of whole tiles.
+            attention = "xla"  # The others need whole sequences.
         block = Block(self.heads, self.hidden, self.eps, self.precision, attention, parent=None)
         norm = RMSNorm(self.eps, self.precision, name="norm")
         one_row_mask = MaskSpec(mask_spec.prefix[:1], mask_spec.key_valid[:1, :1])
@@ -240,13 +250,20 @@ class Trunk(nn.Module):
             return norm(x), None, None
         length = x.shape[1]
         x, mask_spec = _pad_rows(x, mask_spec, padded_rows(length, attention))
+        row_order = None
+        if needs_valid_rows_first(attention):
+            row_order, mask_spec = valid_rows_first(mask_spec)
+            x = row_order.apply(x)
 
         def run_block(x, layer):
             params, cache = layer
             x, cache = block.apply({"params": params}, x, mask_spec, cache)
-            return x, (x if return_hidden_states else None, cache)
+            hidden_state = x if row_order is None or not return_hidden_states else row_order.undo(x)
+            return x, (hidden_state if return_hidden_states else None, cache)
 
         x, (hidden_states, cache) = run_layers(run_block, x, (stacked, cache), self.depth, layers, remat)
+        if row_order is not None:
+            x = row_order.undo(x)
         hidden_states = hidden_states[:, :, :length] if return_hidden_states else None
         return norm(x[:, :length]), hidden_states, cache
 

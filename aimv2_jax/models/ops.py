@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aimv2_jax.models.precision import exact_products
+from aimv2_jax.models.segment_sum import segment_sum
 from aimv2_jax.parallel import collectives
 
 TOKEN_TABLE_AXES = ("vocab_in", "output")
@@ -72,7 +73,7 @@ def _embedding_lookup_backward(compute, reduce_dtype, saved, drows):
     tokens, empty = saved
 
     def partial_sum(tokens, drows):
-        return jnp.zeros((empty.shape[1], drows.shape[-1]), empty.dtype).at[tokens].add(drows.astype(empty.dtype))
+        return segment_sum(drows.astype(empty.dtype), tokens, empty.shape[1])
 
     return collectives.reduce_scatter_grad(partial_sum, (tokens, drows), TOKEN_TABLE_AXES, reduce_dtype), None
 

@@ -28,6 +28,9 @@ from aimv2_jax.train.step import StepOptions, TrainState, eval_step, init_state,
 from aimv2_jax.train.task import Batch, ModelTask, abstract_key, merge, run_key
 from aimv2_jax.train.tasks import build_task
 
+# XLA's options with which a program on a GPU gives the same bits each time it runs; the second implies the first.
+_REPEATABLE = ("xla_gpu_exclude_nondeterministic_ops", "xla_gpu_deterministic_ops")
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
@@ -139,9 +142,13 @@ class TrainSetup:
             return step.lower(state, self.abstract_batch(shape), key)
 
     @property
-    def compiler_options(self) -> dict[str, str]:
+    def compiler_options(self) -> dict[str, str | bool]:
         """Compiler options of the config for the devices of the mesh."""
         device = self.mesh.devices.flat[0]
+        if device.platform == "gpu":
+            options = self.config.train.gpu_compiler_options
+            # XLA refuses "true" and "false" for booleans, which libtpu takes.
+            return {name: {"true": True, "false": False}.get(value, value) for name, value in options.items()}
         chip = chip_kind(device)
         groups = ("all", chip.name) if chip and device.platform == "tpu" else ()
         options = self.config.train.tpu_compiler_options
@@ -174,7 +181,8 @@ def build_setup(config: Config, devices: list[jax.Device] | None = None) -> Trai
     """Builds the setup of a config on all devices or on `devices`, which may be described (absent) ones.
 
     Raises:
-      UserError: if mesh, batch or attention heads do not fit the devices.
+      UserError: if mesh, batch or attention heads do not fit the devices, or if their results would not repeat where
+        the config compares them.
     """
     axes = config.mesh
     mesh = build_mesh(axes.slices, axes.data, axes.fsdp, axes.tensor, devices)
@@ -186,6 +194,7 @@ def build_setup(config: Config, devices: list[jax.Device] | None = None) -> Trai
             config.train.reduce_dtype,
             "Set train.reduce_dtype=float32",
         )
+    _check_repeatable(config, platform)
     for shape in config.batch_shapes:
         key = f"data.batch_size (at {shape.patches} patches)" if config.data.areas else "data.batch_size"
         check_batch(shape.examples, mesh, key, config.train.microbatches)
@@ -224,6 +233,17 @@ def _check_heads(config: Config, mesh: Mesh) -> None:
                 f"{devices} devices, {trunk.heads} heads",
                 f"Set mesh.tensor to {' or '.join(map(str, choices))}",
             )
+
+
+def _check_repeatable(config: Config, platform: str) -> None:
+    """Raises UserError if the SDC check would take a GPU's own differences between two runs of a step for a fault."""
+    options = config.train.gpu_compiler_options
+    if config.guard.sdc_check_every and platform == "gpu" and not {options.get(key) for key in _REPEATABLE} & {"true"}:
+        raise UserError(
+            "config guard.sdc_check_every compares steps bit for bit, and no GPU option makes them repeat",
+            ", ".join(f"{key}={value}" for key, value in options.items()) or "no train.gpu_compiler_options",
+            f"Set train.gpu_compiler_options.{_REPEATABLE[0]}=true, or guard.sdc_check_every=0",
+        )
 
 
 def _cooldown(config: Config) -> dict[str, Any]:

@@ -19,13 +19,15 @@ from aimv2_jax.config.schema import (
 )
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import AIMv2
-from aimv2_jax.models.attention import choose_attention
+from aimv2_jax.models.attention import choose_attention, takes_cudnn
 from aimv2_jax.models.baselines import SeparateDecoders
 from aimv2_jax.models.decoder import Decoder
 from aimv2_jax.models.encoder import Encoder
 from aimv2_jax.models.layers import Precision, TrunkOptions
 from aimv2_jax.models.patch_mlp import PatchMLP
 from aimv2_jax.models.sizes import swiglu_hidden
+
+_PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # By implementation of attention.
 
 
 def build_model(config: Config, platform: str) -> AIMv2:
@@ -125,25 +127,35 @@ def precision(config: Config) -> Precision:
 
 def trunk_options(model: ModelConfig, trunk: TrunkConfig, platform: str, remat: Remat) -> TrunkOptions:
     """How the blocks of a trunk are run."""
-    attention = choose_attention(model.attention, trunk.width // trunk.heads, platform)
+    attention = choose_attention(model.attention, trunk.width // trunk.heads, platform, model.compute_dtype)
     return TrunkOptions(model.layers, remat, attention)
 
 
 def check_kernels(config: Config, platform: str) -> None:
-    """Raises UserError if the config requests the Pallas kernels on an unsupported platform or head size."""
-    if config.model.attention != "pallas" or platform == "cpu":  # A CPU interprets the kernels, for tests.
+    """Raises UserError if the config requests attention kernels on an unsupported platform, head size or dtype."""
+    wanted = config.model.attention
+    # A CPU interprets the kernels or computes their parts by XLA, for tests.
+    if wanted not in _PLATFORMS or platform == "cpu":
         return
-    if platform != "tpu":
+    if platform != _PLATFORMS[wanted]:
         raise UserError(
-            "config model.attention=pallas selects kernels that run on TPUs only",
+            f"config model.attention={wanted} selects kernels that run on {_PLATFORMS[wanted].upper()}s only",
             f"the devices are of platform {platform}",
             "Set model.attention=auto",
         )
+    dtype = config.model.compute_dtype
+    if wanted == "cudnn" and dtype != "bfloat16":
+        raise UserError(
+            "config model.attention=cudnn computes in bfloat16 only",
+            f"model.compute_dtype={dtype}",
+            "Set model.attention=auto, or model.compute_dtype=bfloat16",
+        )
     for key, trunk in config.attention_trunks.items():
         channels = trunk.width // trunk.heads
-        if channels % 128:
+        if channels % 128 if wanted == "pallas" else not takes_cudnn(channels, dtype):
+            sizes = "a multiple of 128 channels" if wanted == "pallas" else "8, 16, ... or 128 channels"
             raise UserError(
-                f"config model.attention=pallas needs a multiple of 128 channels per head in {key}",
+                f"config model.attention={wanted} needs {sizes} per head in {key}",
                 f"width {trunk.width}, {trunk.heads} heads, {channels} channels per head",
                 f"Set model.attention=auto, or change {key}.heads",
             )

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "lit.chunks": "the same loss in other parts: rounding only",
     "model.attention": "which kernel computes the same attention: rounding only",
     "train.tpu_compiler_options.*": "how the step is compiled: rounding only",
+    "train.gpu_compiler_options.*": "how the step is compiled: rounding only",
     "data.workers": "which process reads a batch; its contents follow from the step",
     "data.read_threads": "when a record is read",
     "data.prefetch": "when a batch is read",
@@ -47,8 +48,8 @@ MAY_CHANGE = {
     "eval.*": "evaluation changes no parameter; the best step is chosen among losses measured in the same way",
 }
 # Under these patterns keys may also be added or removed; under the others only values may change.
-_MAY_COME_AND_GO = ("eval.*", "guard.*", "watch.*", "processes.*", "train.profile", "train.tpu_compiler_options.*")
-_MAY_COME_AND_GO += ("data.cache_dir", "data.cache_gb")
+_MAY_COME_AND_GO = ("eval.*", "guard.*", "watch.*", "processes.*", "train.profile")
+_MAY_COME_AND_GO += ("train.tpu_compiler_options.*", "train.gpu_compiler_options.*", "data.cache_dir", "data.cache_gb")
 
 # Keys of a cooldown. A branch may differ from its trunk in these and in the keys above.
 COOLDOWN = ("train.cooldown_from", "optimizer.cooldown_share", "optimizer.cooldown_lr")

@@ -1,8 +1,10 @@
 """Silent data corruption check: computes one step twice and compares the results bit for bit.
 
 A faulty chip raises no error: its results are finite and nearly right, and corrupt all later training. The same program
-on the same inputs gives the same bits; otherwise a device is faulty. If a process has several devices, the second
-computation can use them in another order, which also finds a device that is always wrong in the same way.
+on the same inputs gives the same bits; otherwise a device is faulty. On a GPU that takes XLA's deterministic operations
+(`builder.py` checks the options). If a process has several devices, the second computation can use them in another
+order, which also finds a device that is always wrong in the same way; not on GPUs, where NCCL sums in the order of the
+devices on its rings, so that another order gives other bits.
 """
 
 from __future__ import annotations
@@ -42,10 +44,12 @@ class SdcCheck:
       setup: the setup of the run.
       compiled: its train step by batch shape.
       rotate_devices: use the devices of each process in another order, if it has several; compiles the step again.
+        Without effect on GPUs.
     """
 
     def __init__(self, setup: TrainSetup, compiled: Mapping[BatchShape, Any], rotate_devices: bool):
         self._mesh = setup.mesh
+        rotate_devices &= setup.mesh.devices.flat[0].platform != "gpu"
         self._check_mesh = _rotated(setup.mesh) if rotate_devices else setup.mesh
         if self._check_mesh == self._mesh:
             self._rng = setup.rng

@@ -32,6 +32,7 @@ from aimv2_jax.monitoring.events import Event, EventKind, EventLog, process_age_
 from aimv2_jax.monitoring.log import logger
 from aimv2_jax.monitoring.metrics import MetricsWriter
 from aimv2_jax.monitoring.profiler import Profiler
+from aimv2_jax.parallel.mesh import spans_islands
 from aimv2_jax.resilience import device_errors
 from aimv2_jax.resilience.progress import TrainProgress
 from aimv2_jax.resilience.repeated_failures import FOLDER
@@ -40,6 +41,7 @@ from aimv2_jax.storage.files import atomic_write, is_remote, is_temporary, make_
 from aimv2_jax.storage.locks import lock_folder
 from aimv2_jax.train.builder import TrainSetup, build_setup
 from aimv2_jax.train.data_check import check_data, identify_data
+from aimv2_jax.train.device_memory import check_device_memory
 from aimv2_jax.train.distill_task import TEACHER
 from aimv2_jax.train.init_from import RunWeights, WeightSource, check_teacher, read_teacher, warm_start
 from aimv2_jax.train.loop import TrainLoop
@@ -88,6 +90,7 @@ def train(
     if cache is not None:
         _use_compilation_cache(cache)
     setup = build_setup(config)
+    check_device_memory(setup)
     size = state_bytes(setup.abstract_state)
     timeout_s = config.processes.barrier_timeout_s
     with contextlib.ExitStack() as stack:
@@ -371,6 +374,11 @@ def log_summary(setup: TrainSetup, workdir: epath.Path, latest: int | None, size
     logger.info(
         f"devices: {devices.size} x {devices.flat[0].device_kind}, mesh {mesh}; {jax.process_count()} process(es)"
     )
+    if spans_islands(setup.mesh, "fsdp"):
+        logger.info(
+            f"mesh.fsdp={setup.mesh.shape['fsdp']} spans GPUs that no NVLink joins: the network carries the weights of "
+            "every layer. If a node's memory suffices, set mesh.data=-1 and mesh.fsdp=-1, which keeps fsdp inside it"
+        )
     start = "from the start" if latest is None else f"continuing from step {latest}"
     cooldown = setup.config.cooldown
     if cooldown is not None:

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -127,25 +129,30 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory"))
 
 
-def synthetic_batch(program: Any) -> dict[str, Any]:
-    """Returns a batch of noise pixels and random tokens (captions of random length) on the devices of `program`."""
-    import jax
-    import numpy as np
-
+def synthetic_arrays(config: Config) -> dict[str, np.ndarray]:
+    """Returns a batch of noise pixels and random tokens (captions of random length)."""
     random = np.random.default_rng(0)
-    shapes = program.abstract_batch(program.config.batch_shapes[0])
-    size, text = shapes["tokens"].shape
-    rows, columns = program.config.grid
-    coords = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
-    batch = {
-        "patches": random.integers(0, 256, shapes["patches"].shape, np.uint8),
-        "coords": np.broadcast_to(coords, shapes["coords"].shape).astype(np.int32),
-        "valid": np.ones(shapes["valid"].shape, bool),
-        "tokens": random.integers(0, program.config.model.decoder.vocab_size, (size, text), np.int32),
+    (size, length), (_, columns) = config.batch_shapes[0], config.grid
+    text = config.model.decoder.text_length
+    indices = np.arange(length)
+    coords = np.stack([indices // columns, indices % columns], axis=-1)
+    return {
+        "patches": random.integers(0, 256, (size, length, config.patch_pixels), np.uint8),
+        "coords": np.broadcast_to(coords, (size, length, 2)).astype(np.int32),
+        "valid": np.ones((size, length), bool),
+        "tokens": random.integers(0, config.model.decoder.vocab_size, (size, text), np.int32),
         "token_valid": np.arange(text) < random.integers(text // 4, text, (size, 1)),
         "example_index": np.stack([np.zeros(size), np.arange(size)], axis=1).astype(np.uint32),
     }
-    return {name: jax.device_put(array, shapes[name].sharding) for name, array in batch.items()}
+
+
+def synthetic_batch(program: Any) -> dict[str, Any]:
+    """Puts `synthetic_arrays` on the devices of `program`."""
+    import jax
+
+    shapes = program.abstract_batch(program.config.batch_shapes[0])
+    arrays = synthetic_arrays(program.config)
+    return {name: jax.device_put(array, shapes[name].sharding) for name, array in arrays.items()}
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -218,7 +225,7 @@ def measure(config: Config, rounds: int, steps: int, matmul_side: int) -> dict[s
         step_s.append(seconds(trainer.train, steps))
     gflop_per_s = 2 * matmul_side**3 / statistics.median(matmul_s) / 1e9
     images_per_s = config.data.batch_size / statistics.median(step_s)
-    gflop_per_image = flops_per_example(config) / 1e9
+    gflop_per_image = flops_per_example(config, config.batch_shapes[0].patches) / 1e9
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return {
@@ -227,7 +234,7 @@ def measure(config: Config, rounds: int, steps: int, matmul_side: int) -> dict[s
         "images_per_gflop": images_per_s / gflop_per_s,
         "gflop_per_image": gflop_per_image,
         "fraction_of_matmul_rate": images_per_s * gflop_per_image / gflop_per_s,
-        "mfu": model_flops_utilisation(config, images_per_s, [device]),
+        "mfu": model_flops_utilisation(config, images_per_s * gflop_per_image / 1e3, [device]),
         "memory_gib": round(trainer.memory_gib, 3),
         "memory_limit_gib": None if limit is None else round(limit / GIB, 3),
         "step_s": [round(value, 4) for value in step_s],

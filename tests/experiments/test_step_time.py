@@ -10,6 +10,8 @@ import jax
 import pytest
 
 from aimv2_jax.errors import UserError
+from aimv2_jax.monitoring.flops import flops_per_example
+from aimv2_jax.parallel import hardware
 from experiments.benchmarks import recompute, step_time
 from experiments.benchmarks.step_time import fits, largest_batch, main, preset_config
 
@@ -126,6 +128,16 @@ def test_cost_of_the_sdc_check_is_measured():
     """Plain and checked steps are each timed `rounds` times."""
     plain_s, checked_s = recompute.measure(preset_config("tiny"), rounds=2)
     assert len(plain_s) == len(checked_s) == 2 and min(plain_s + checked_s) > 0
+
+
+def test_mfu_is_that_of_the_models_flops(monkeypatch):
+    """MFU is FLOPs of an image x images a second over the chip's peak, at the patches of the batch."""
+    kind = hardware.ChipKind("stand-in", jax.devices()[0].device_kind, 1e12)
+    monkeypatch.setattr(hardware, "_KINDS", (kind,))
+    overrides = [("model.compute_dtype", "bfloat16"), ("model.encoder.position", "sincos"), ("data.areas", "(16,)")]
+    config = preset_config("tiny", overrides)
+    line = step_time.measure(config, rounds=1, steps=1, matmul_side=8)
+    assert line["mfu"] == pytest.approx(line["images_per_s"] * flops_per_example(config, 16) / 1e12)
 
 
 def test_turns_print_a_rate_for_each_line(monkeypatch, capsys):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from aimv2_jax.checkpoint.checkpointer import CheckpointReader
+from tests.helpers.bytes_tokenizer import SITE
 from tests.helpers.launching import LAUNCH, environment, run, stand_in
+from tests.helpers.tiny import ROOT, tiny_arguments
 
 # Imitates srun(1) for a step with one task a node: it passes the environment on, sets SLURM_STEP_* and task numbers,
 # forwards SIGTERM, rejects unknown options, and exits with the highest code of its tasks, 128 + N for one that signal N
@@ -22,7 +28,8 @@ while [[ $1 == --* ]]; do
   shift
 done
 trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
-export SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NUM_NODES=$SLURM_NTASKS SLURM_STEP_NODELIST="n[1-$SLURM_NTASKS]"
+export SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NUM_NODES=$SLURM_NTASKS
+export SLURM_STEP_NODELIST="${NODES:-n[1-$SLURM_NTASKS]}"
 export SLURM_STEP_TASKS_PER_NODE="1(x$SLURM_NTASKS)" SLURM_TASKS_PER_NODE="1(x$SLURM_NTASKS)" SLURM_LOCALID=0
 for ((task = 0; task < SLURM_NTASKS; task++)); do SLURM_PROCID=$task SLURM_NODEID=$task "$@" & tasks+=($!); done
 highest=0
@@ -101,3 +108,45 @@ def test_job_when_sbatch_reads_it_then_one_process_a_node_and_time_to_save():
     assert {"--ntasks-per-node=1", "--requeue", "--open-mode=append", "--signal=TERM@600"} <= set(options)
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+
+
+def free_job_id() -> int:
+    """A job whose coordinator port, which jax derives from its id, is free."""
+    for job in range(4096):
+        with contextlib.closing(socket.socket()) as listener, contextlib.suppress(OSError):
+            listener.bind(("", 65535 - 4096 + 1 + job))
+            return job
+    raise AssertionError("no free port")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_job_trains_on_nodes_of_several_devices(nodes, tmp_path):
+    """README's command trains on one and four nodes, each with one process and two devices, fsdp within a node.
+
+    The nodes are addresses of this machine and the devices CPUs; all else is as on a cluster: the script, Slurm's
+    variables, jax's detection of the cluster, rendezvous, mesh and the training step.
+    """
+    programs = tmp_path / "programs"
+    stand_in(programs, "srun", SRUN), stand_in(programs, "scontrol", SCONTROL)
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    addresses = "127.0.0.1" if nodes == 1 else f"127.0.0.[1-{nodes}]"
+    slurm = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": free_job_id(), "SLURM_NTASKS": nodes, "NODES": addresses}
+    variables = environment(
+        programs,
+        PYTHON=sys.executable,
+        RECORD=tmp_path,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        **slurm,
+    )
+    workdir = tmp_path / "run"
+    mesh = dict(mesh__data=-1, mesh__fsdp=2)
+    arguments = tiny_arguments(workdir, train__steps=2, train__log_every=1, eval__sources={}, **mesh)
+    done = run(["bash", LAUNCH / "slurm.sbatch", *arguments], variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"mesh slice 1 x data {nodes} x fsdp 2 x tensor 1; {nodes} process(es)" in done.stdout
+    assert CheckpointReader(workdir).steps()[-1] == 2
+    assert not record(tmp_path, "scontrol")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aimv2_jax.errors import UserError
-from aimv2_jax.parallel.mesh import build_mesh, check_batch, local_rows
+from aimv2_jax.parallel.mesh import build_mesh, check_batch, local_rows, spans_islands
 from aimv2_jax.parallel.rules import batch_sharding
 from tests.helpers.tiny import ROOT
 
@@ -61,6 +61,9 @@ def gpus(nodes: int, per_node: int = 8) -> list[Gpu]:
         ((1, 1, 32, 1), (1, 1, 32, 1)),
         ((4, -1, 8, 1), (4, 1, 8, 1)),
         ((2, -1, 8, 2), (2, 1, 8, 2)),
+        ((1, -1, -1, 1), (1, 4, 8, 1)),
+        ((1, -1, -1, 2), (1, 4, 4, 2)),
+        ((8, -1, -1, 1), (8, 1, 4, 1)),
     ],
 )
 def test_mesh_on_gpu_nodes(sizes, shape):
@@ -68,6 +71,31 @@ def test_mesh_on_gpu_nodes(sizes, shape):
     mesh = build_mesh(*sizes, devices=gpus(4))
     assert tuple(mesh.shape.values()) == shape
     assert [device.id for device in mesh.devices.flat] == list(range(32))
+    assert spans_islands(mesh, "fsdp") is (shape[2] > 8 or shape[2:] == (8, 2))
+    assert not spans_islands(mesh, "tensor")
+
+
+@pytest.mark.parametrize("devices", [gpus(4), gpus(2, 4)], ids=["4x8", "2x4"])
+def test_mesh_of_gpus_with_scattered_ids(devices):
+    """Islands stay together where ids go round the nodes: an fsdp axis of a node's GPUs is within one."""
+    nodes = len({device.slice_index for device in devices})
+    dealt = [dataclasses.replace(gpu, id=gpu.id % 8 * nodes + gpu.slice_index) for gpu in devices]
+    mesh = build_mesh(1, -1, -1, 1, devices=dealt)
+    assert mesh.shape["data"] == nodes and not spans_islands(mesh, "fsdp") and spans_islands(mesh, "data")
+
+
+def test_mesh_of_gpus_whose_tensor_axis_spans_nodes():
+    """Sums of every layer over the network are refused; within a node, or a group with NVLink, they are not."""
+    with pytest.raises(UserError, match=r"mesh\.tensor spans GPUs.*'16 devices, 8 GPUs joined by NVLink'"):
+        build_mesh(1, -1, 1, 16, devices=gpus(4))
+    joined = [dataclasses.replace(gpu, slice_index=gpu.slice_index // 2) for gpu in gpus(4)]
+    assert build_mesh(1, -1, 1, 16, devices=joined).shape["tensor"] == 16
+
+
+def test_mesh_with_open_data_and_fsdp_without_islands():
+    """CPUs, and GPUs without `slice_index`, are one island."""
+    assert tuple(build_mesh(1, -1, -1, 2).shape.values()) == (1, 1, 4, 2)
+    assert tuple(build_mesh(2, -1, -1, 1).shape.values()) == (2, 1, 4, 1)
 
 
 TPUS = """

@@ -159,6 +159,9 @@ WAYS = {
         model__decoder__remat="full",
         train__microbatches=2,
     ),
+    "cuDNN's masks on every axis": dict(
+        mesh__slices=2, mesh__fsdp=2, mesh__tensor=2, model__attention="cudnn", model__remat="matmuls"
+    ),
     "kernels on one device": dict(mesh__data=1, model__attention="pallas", model__layers="loop"),
 }
 

@@ -353,6 +353,22 @@ def test_kernels_when_they_cannot_run_then_refused(platform, message):
     assert platform == "gpu" or build_task(tiles, platform).model.encoder.options.attention == "pallas"
 
 
+@pytest.mark.parametrize(
+    ("changes", "platform", "message"),
+    [
+        ({}, "tpu", "on GPUs only: 'the devices are of platform tpu'"),
+        (dict(model__compute_dtype="float32"), "gpu", "in bfloat16 only: 'model.compute_dtype=float32'"),
+        (dict(model__encoder__heads=8), "gpu", "per head in model.encoder: '.* 4 channels per head'"),
+    ],
+)
+def test_cudnn_attention_refused_where_it_cannot_run(changes, platform, message):
+    """The error names platform, dtype or heads; a CPU computes the same masks by XLA."""
+    config = tiny_config(**dict(model__attention="cudnn", model__compute_dtype="bfloat16") | changes)
+    assert build_task(config).model.encoder.options.attention == "cudnn_on_xla"
+    with pytest.raises(UserError, match=message):
+        build_task(config, platform)
+
+
 def test_prefix_when_attention_is_full_then_all_patches_of_every_example():
     task = build_task(tiny_config(loss__image=False, model__encoder__attention_mask="full"))
     np.testing.assert_array_equal(task.sample_prefix(run_key(0), batch_of(3)), [LENGTH] * 3)
