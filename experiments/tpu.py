@@ -1,7 +1,7 @@
 """What each TPU generation runs the pre-training with: topology, mesh, recomputation and compiler options.
 
 An experiment takes them by name, `pretrain.py:large,v6e`; `python -m experiments.tpu` prints the run and the topology
-of each, for launch/aot_check.sh. `python -m aimv2_jax.aot --choose` looks for better ones, or for those of other slices.
+of each, for launch/aot_check.sh. `python -m aimv2_jax.aot --choose` looks for better ones, or for other slices.
 
 The batch is always 8192, so a topology also decides the images of a device. The rules behind the values [O]:
 - All images of a device in one pass: gradients are reduced in every pass of an accumulation.

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aimv2_jax.aot.prediction import Figures, Prediction, Refusal
+from aimv2_jax.aot.prediction import MIN_SPARE, Figures, Prediction, Refusal
 from aimv2_jax.cli import Parser, check_output
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
@@ -19,7 +19,6 @@ from aimv2_jax.storage.files import atomic_write
 from aimv2_jax.untrusted import read_json_object
 
 _EXIT_PROBLEMS = 3
-_MIN_SPARE = 0.05  # Fraction of a chip's memory that a prediction must leave free, as a margin of error.
 _COLUMNS = (
     "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms "
     "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | days | chip-hours"
@@ -131,7 +130,7 @@ def find_problems(predictions: Sequence[Prediction]) -> list[str]:
         if isinstance(outcome, Refusal):
             problems.append(f"{name} does not compile: {outcome.refusal}")
             continue
-        if outcome.hbm_spare < _MIN_SPARE:
+        if outcome.hbm_spare < MIN_SPARE:
             problems.append(f"{name} leaves {outcome.hbm_spare:.1%} of the memory free")
         problems += [f"{name} replicates {line}" for line in outcome.replicated]
         for row in outcome.between_slices:

@@ -76,14 +76,14 @@ def test_device_kind_when_seen_by_a_run(kind, name):
 
 def test_mfu_when_the_chip_is_unknown_then_none():
     """The run goes on without it; a v7x's two devices have half of a chip's peak each."""
-    config = tiny_config(**{"model.compute_dtype": "bfloat16"})
+    config = tiny_config(model__compute_dtype="bfloat16")
     assert model_flops_utilisation(config, 1.0, [device("TPU8t")]) is None
     two = model_flops_utilisation(config, 2307 / 2, [device("TPU7x")] * 2)
     assert two == pytest.approx(0.5, rel=1e-3)
 
 
 def test_prediction_when_the_chip_is_unknown_then_refused():
-    with pytest.raises(UserError, match="--chips names an unknown chip: .v8t.* v4, v5e, v5p, v6e, v7x"):
+    with pytest.raises(UserError, match=r"--chips names an unknown chip: .v8t.* v4, v5e, v5p, v6e, v7x"):
         find_chip("v8t", "--chips")
 
 
