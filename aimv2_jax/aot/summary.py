@@ -21,7 +21,7 @@ from aimv2_jax.untrusted import read_json_object
 _EXIT_PROBLEMS = 3
 _COLUMNS = (
     "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms "
-    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | days | chip-hours"
+    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | a chip | days | chip-days | chip-hours"
 )
 
 
@@ -60,7 +60,7 @@ def _cells(prediction: Prediction) -> list[str]:
     way = "full" if prediction.full else "proxy"
     cells = [_name(prediction), f"{slices}{prediction.topology}", mesh, way]
     if isinstance(figures, Refusal):
-        return [*cells, f"does not compile: {figures.refusal}", *[""] * 12]
+        return [*cells, f"does not compile: {figures.refusal}", *[""] * (_COLUMNS.count("|") - 4)]
     xla = prediction.xla_attention
     xla_cell = "-"
     if xla:
@@ -80,7 +80,9 @@ def _cells(prediction: Prediction) -> list[str]:
         xla_cell,
         next(iter(figures.gradient_dtypes), "-"),
         f"{figures.images_per_s:,.0f}",
+        f"{figures.images_per_s / figures.num_chips:,.0f}",
         f"{figures.days:.1f}",
+        f"{figures.chip_hours / 24:,.0f}",
         f"{figures.chip_hours:,.0f}",
     ]
 
