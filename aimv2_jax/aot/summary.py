@@ -21,7 +21,8 @@ from aimv2_jax.untrusted import read_json_object
 _EXIT_PROBLEMS = 3
 _COLUMNS = (
     "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms "
-    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | a chip | days | chip-days | chip-hours"
+    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in "
+    "| images/s | a chip | days | chip-days | chip-hours"
 )
 
 
