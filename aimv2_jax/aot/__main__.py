@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from aimv2_jax.aot.choose import choice_lines, choose, parse_chips
@@ -22,6 +21,7 @@ from aimv2_jax.aot.topology import parse_topology, require_libtpu
 from aimv2_jax.cli import Parser, check_output, positive, positive_number, split_overrides
 from aimv2_jax.config.load import load_config
 from aimv2_jax.config.schema import Config
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.storage.files import atomic_write
 from aimv2_jax.version import warn_of_versions
@@ -102,9 +102,8 @@ def _choose(flags: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     configure({})  # The config's own errors come before those of the compiler.
     require_libtpu()
     warn_of_versions()
-    report = partial(print, flush=True)
-    choices = choose(configure, topology, dict(overrides), flags.candidates, flags.full, report)
-    print("\n".join(["", *choice_lines(choices, topology, flags.config, dict(overrides), flags.price)]))
+    choices = choose(configure, topology, dict(overrides), flags.candidates, flags.full, print_line)
+    print("\n".join(["", *choice_lines(choices, topology, flags.config, dict(overrides), flags.price, flags.area)]))
     best = choices[0]
     config = configure(best.candidate.overrides)
     prediction = Prediction(

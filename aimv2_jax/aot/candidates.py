@@ -152,7 +152,15 @@ def _parameters(trunk: TrunkConfig) -> int:
 class _Estimate:
     """Rough memory and time of one candidate, on one device."""
 
-    def __init__(self, config: Config, topology: Topology, subset: tuple[int, ...], passes: int, images: int, remat):
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        subset: tuple[int, ...],
+        passes: int,
+        images: int,
+        remat: tuple[Remat, Remat],
+    ):
         self._config, self._topology, self._chip = config, topology, topology.chip
         self._passes, self._images, self._remat = passes, images, remat
         self._subset = subset

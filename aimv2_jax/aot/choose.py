@@ -22,10 +22,10 @@ _HEADER = ("candidate", "HBM GiB", "spare", "step ms", "MFU", "with coll.", "chi
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A compiled candidate."""
+    """A compiled candidate; the outcome is an error where there is no step to compile, or libtpu cannot print it."""
 
     candidate: Candidate
-    outcome: Figures | Refusal
+    outcome: Figures | Refusal | UserError
 
     @property
     def fits(self) -> bool:
@@ -92,7 +92,7 @@ def choose(
       report: takes a line before each compilation.
 
     Raises:
-      UserError: if nothing fits, naming the least that is needed; or if no candidate can be built.
+      UserError: if nothing fits, naming the least that is needed; or the error of a candidate that has no step.
     """
     candidates = enumerate_candidates(configure({}), topology, fixed)
     limit = topology.chip.hbm_limit_bytes * (1 - MIN_SPARE)
@@ -102,15 +102,24 @@ def choose(
     while waiting and len(choices) < count:
         candidate = _next(waiting)
         report(f"{len(choices) + 1} of at most {count}: {candidate.name}, ~{candidate.num_bytes / GIB:.1f} GiB")
-        outcome = predict_step(configure(candidate.overrides), topology, full)
-        choices.append(Choice(candidate, outcome))
+        choices.append(Choice(candidate, _outcome(configure(candidate.overrides), topology, full)))
         same = [other for other in waiting if _shape(other) == _shape(candidate)]
         done = same if choices[-1].fits else [candidate]
         waiting = [other for other in waiting if other not in done]
     choices.sort(key=lambda choice: choice.rank)
     if not choices or not choices[0].fits:
-        raise UserError(*_nothing_fits(choices, least, topology))
+        errors = [choice.outcome for choice in choices if isinstance(choice.outcome, UserError)]
+        raise errors[0] if errors else UserError(*_nothing_fits(choices, least, topology))
     return choices
+
+
+def _outcome(config: Config, topology: Topology, full: bool) -> Figures | Refusal | UserError:
+    try:
+        return predict_step(config, topology, full)
+    except UserError as error:
+        if error.what.startswith("--topology"):  # No candidate can be compiled.
+            raise
+        return error
 
 
 def _shape(candidate: Candidate) -> tuple[int, int]:
@@ -134,13 +143,22 @@ def _nothing_fits(choices: Sequence[Choice], least: Candidate, topology: Topolog
         need, name = smallest.outcome.hbm_gib, smallest.candidate.name
     value = f"{topology.name}: the least is {need:.1f} GiB of {limit:.1f}, {name}"
     if choices and not compiled:
-        value += f"; the compiler says: {choices[0].outcome.refusal[:120]}"
+        value += f"; the compiler says: {_reason(choices[0].outcome)[:120]}"
     remedy = "Take more chips or chips with more memory, a smaller data.batch_size, or more --candidates"
     return f"none of {len(choices)} compiled candidates fits with {MIN_SPARE:.0%} to spare", value, remedy
 
 
+def _reason(outcome: Refusal | UserError) -> str:
+    return outcome.refusal if isinstance(outcome, Refusal) else str(outcome)
+
+
 def choice_lines(
-    choices: Sequence[Choice], topology: Topology, config: str, overrides: Mapping[str, str], price: float | None
+    choices: Sequence[Choice],
+    topology: Topology,
+    config: str,
+    overrides: Mapping[str, str],
+    price: float | None,
+    area: int | None = None,
 ) -> list[str]:
     """Returns the table of candidates, and the flags that make the first of them.
 
@@ -148,6 +166,7 @@ def choice_lines(
       config: the experiment, as on the command line.
       overrides: what the user has set besides.
       price: of a chip-hour; None leaves the money out.
+      area: the area that was compiled, if the user has named one.
     """
     rows = [(*_HEADER, "cost") if price else _HEADER]
     for choice in choices:
@@ -164,25 +183,28 @@ def choice_lines(
             for column, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append("  ".join(cells).rstrip())
-    best = choices[0]
-    slices = [f"--slices={topology.slices}"] if topology.slices > 1 else []
-    keys = {**overrides, **best.candidate.overrides}
-    flags = [f"--config={config}", *(f"--config.{key}={value}" for key, value in keys.items())]
+    keys = {**overrides, **choices[0].candidate.overrides}
     if topology.slices > 1:
-        flags.append(f"--config.mesh.slices={topology.slices}")
+        keys["mesh.slices"] = str(topology.slices)
+    flags = " ".join([f"--config={config}", *(f"--config.{key}={value}" for key, value in keys.items())])
+    described = f"--topology={topology.name}"
+    if topology.slices > 1:
+        described += f" --slices={topology.slices}"
+    if area:
+        described += f" --area={area}"
     return [
         *lines,
         "",
         "the first, to train and to predict:",
-        f"  python -m aimv2_jax.main {' '.join(flags)} --workdir=DIR",
-        f"  python -m aimv2_jax.aot {' '.join([f'--topology={topology.name}', *slices, *flags])}",
+        f"  python -m aimv2_jax.main {flags} --workdir=DIR",
+        f"  python -m aimv2_jax.aot {described} {flags}",
     ]
 
 
 def _cells(choice: Choice, price: float | None) -> tuple[str, ...]:
     figures = choice.outcome
-    if isinstance(figures, Refusal):
-        return choice.candidate.name, f"does not compile: {figures.refusal[:60]}"
+    if not isinstance(figures, Figures):
+        return choice.candidate.name, f"does not compile: {_reason(figures)[:60]}"
     cells = (
         choice.candidate.name + ("" if choice.fits else " (too little memory left)"),
         f"{figures.hbm_gib:.2f}",

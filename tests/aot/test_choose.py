@@ -175,6 +175,27 @@ def test_choose_when_nothing_fits_then_the_least(monkeypatch):
         choose(partial(built, "large"), parse_topology("v6e:8x16"), {}, 2, False, print)
 
 
+def test_choose_when_a_candidate_has_no_step(monkeypatch):
+    """Its error stands in the table; if no other fits, or the topology cannot be, it ends the command."""
+    topology, error = parse_topology("v6e:8x16"), UserError("libtpu cannot print it", "x", "Change it")
+    unknown = UserError("--topology is not one that libtpu knows", "v6e:8x16", "Give another")
+    outcomes = iter([error, figures(7), error, unknown])
+
+    def outcome(*_):
+        result = next(outcomes)
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    monkeypatch.setattr(chooser, "predict_step", outcome)
+    choices = choose(partial(built, "large"), topology, {}, 2, False, print)
+    assert [choice.fits for choice in choices] == [True, False]
+    assert "does not compile: libtpu cannot print it" in choice_lines(choices, topology, "a.py", {}, None)[4]
+    for message in ("libtpu cannot print it", "not one that libtpu knows"):
+        with pytest.raises(UserError, match=message):
+            choose(partial(built, "large"), topology, {}, 1, False, print)
+
+
 @needs_compiler
 def test_command_when_choosing_for_four_chips(tmp_path, capsys):
     """It compiles two candidates, and the flags that it prints give the figures of the first again."""
