@@ -183,8 +183,10 @@ class _Estimate:
         state = (moments * self._trained + 4 * self._frozen) / self._split
         kept = {"none": 1.0, "full": 0.1}.get(self._remat[0], 0.5)
         weights = compute * kept * (self._trained + self._frozen) / self._config.mesh.tensor
-        gradients = 4 * self._trained / self._split * (1 if self._passes == 1 else 2)
-        return state + weights + gradients + self._activations(compute) + self._logits()
+        gradients = 4 * self._trained / self._split
+        sums = gradients if self._passes > 1 else 0
+        # Gradients grow while activations are freed.
+        return state + weights + sums + max(gradients, self._activations(compute)) + self._logits()
 
     def _activations(self, compute: int) -> float:
         total, block = 0.0, 0.0

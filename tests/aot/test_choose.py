@@ -167,7 +167,7 @@ def test_choose_when_one_does_not_fit_then_the_next_remat(monkeypatch):
 
 
 def test_choose_when_nothing_fits_then_the_least(monkeypatch):
-    message = r"none of 0 compiled candidates fits with 5% to spare: 'v5e:1x1: the least is 3\d.\d GiB of 15.8"
+    message = r"none of 0 compiled candidates fits with 5% to spare: 'v5e:1x1: the least is \d\d\.\d GiB of 15\.8"
     with pytest.raises(UserError, match=f"{message}.*Take more chips"):
         choose(partial(built, "3b"), parse_topology("v5e:1x1"), {}, 4, False, print)
     monkeypatch.setattr(chooser, "predict_step", lambda *_: figures(9, spare=0.02))
