@@ -47,7 +47,7 @@ def parse_chips(chips: str, topology: str | None, slices: int) -> Topology:
     Raises:
       UserError: for a chip that the table lacks, or a topology of another chip or another number of chips.
     """
-    match = re.fullmatch(r"(\w+):(\d+)", chips)
+    match = re.fullmatch(r"(\w+):(\d{1,6})", chips)
     if not match or int(match[2]) < 1:
         found = parse_topology(chips, slices, "--chips")
     else:

@@ -76,9 +76,11 @@ _KINDS = (
         hbm_limit_bytes=int(31.25 * _GIB),  # compiler, of 32 GiB (doc)
         vmem_bytes=16 * _MIB,  # jax
         torus_axes=3,
-        link_bytes_per_s=50e9,  # doc: 1.1 PB/s of all-reduce a pod of 4096, 269 GB/s a chip, over 6 links
+        # doc: 1.1 PB/s of all-reduce a pod of 4096 over 6 links a chip; by the same measure v5e's links have 50 GB/s
+        # and v6e's 100. Google DeepMind, "How to Scale Your Model", has 45 GB/s too.
+        link_bytes_per_s=45e9,
         ring_size=4,  # doc: slices of 4 x 4 x 4 and larger are full tori
-        dcn_bytes_per_s=50e9 / 8,  # Google DeepMind, "How to Scale Your Model": 6.25 GB/s a chip
+        dcn_bytes_per_s=50e9 / 8,  # the same book: 6.25 GB/s a chip
         libtpu_options=(("chip_config_name", "megacore"),),  # Both cores of a chip are one device, as on Cloud TPUs.
     ),
     Chip(
