@@ -205,10 +205,8 @@ def test_command_when_choosing_for_four_chips(tmp_path, capsys):
     assert main(command("v5e:4", *flags, overrides=keys)) == 0
     shown, best = capsys.readouterr().out, json.loads(report.read_text())
     assert "PREDICTIONS" in shown and "v5e:2x2, 4 chips" in shown and "2 of at most 2" in shown
-    hours = [
-        float(line.split()[-2].replace(",", "")) for line in shown.splitlines() if re.match(r"data \d+.*remat", line)
-    ]
-    assert len(hours) == 2 and hours == sorted(hours) and hours[0] == round(best["chip_hours"])
+    times = [float(line.split()[-5]) for line in shown.splitlines() if re.match(r"data \d+.*remat", line)]
+    assert len(times) == 2 and times == sorted(times) and times[0] == round(best["predicted_ms"], 1)
     again = shown.splitlines()[-1].split()[3:]
     assert main([*again, "--no-xla-attention", f"--json={tmp_path / 'again.json'}"]) == 0
     second = json.loads((tmp_path / "again.json").read_text())
