@@ -73,7 +73,7 @@ _KINDS = (
         peak_flops=262144 * 1.05e9,
         clock_hz=1.05e9,
         hbm_bytes_per_s=1200e9,  # doc
-        hbm_limit_bytes=int(31.25 * _GIB),  # assumed: v6e's share, of 32 GiB (doc)
+        hbm_limit_bytes=int(30.0 * _GIB),  # compiler: 30 and a fraction, of 32 GiB (doc)
         vmem_bytes=16 * _MIB,  # jax
         torus_axes=3,
         # doc: 1.1 PB/s of all-reduce a pod of 4096 over 6 links a chip; by the same measure v5e's links have 50 GB/s
@@ -141,7 +141,7 @@ _KINDS = (
         peak_flops=524288 * 2.2e9,
         clock_hz=2.2e9,
         hbm_bytes_per_s=7380e9 / 2,  # doc: 7380 GB/s a chip
-        hbm_limit_bytes=int(94.75 * _GIB),  # assumed: nearly all, as on v5p, of 192 GiB a chip (doc)
+        hbm_limit_bytes=int(94.0 * _GIB),  # compiler: 94 and a fraction; doc: 192 GiB a chip
         vmem_bytes=64 * _MIB,  # jax
         torus_axes=3,
         link_bytes_per_s=100e9,  # doc: 1200 GB/s a chip, both directions, over 6 links
