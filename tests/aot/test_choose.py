@@ -197,6 +197,7 @@ def test_choose_when_a_candidate_has_no_step(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_command_when_choosing_for_four_chips(tmp_path, capsys):
     """It compiles two candidates, and the flags that it prints give the figures of the first again."""
     report = tmp_path / "best.json"
