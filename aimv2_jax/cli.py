@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,17 @@ def positive(text: str, most: int = 2**31 - 1) -> int:
 def non_negative(text: str) -> int:
     """Parses an integer of at least 0; for argparse's `type=`."""
     return 0 if text == "0" else positive(text)
+
+
+def positive_number(text: str) -> float:
+    """Parses a finite number above zero; for argparse's `type=`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return value
 
 
 def size(text: str) -> int:

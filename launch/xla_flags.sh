@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prints the LIBTPU_INIT_ARGS for every process of a run: bash launch/xla_flags.sh GENERATION [SLICES]
-# GENERATION is v4, v5e, v5p or v6e. libtpu 0.0.52 knows all flags (an unknown flag ends the process at its start), and
+# GENERATION is v4, v5e, v5p, v6e or v7x. libtpu 0.0.52 knows all flags (an unknown flag ends the process at its start), and
 # none changes numerical results.
 #
 # | flag | for | why |
@@ -29,9 +29,9 @@ generation=${1:-} slices=${2:-1}
 flags=()
 case "$generation" in
 v4) flags+=(--xla_enable_async_all_gather=true --xla_enable_async_collective_permute=true) ;;
-v5e | v5p | v6e) ;;
+v5e | v5p | v6e | v7x) ;;
 *)
-  echo "error: unknown TPU generation: '$generation'. Give v4, v5e, v5p or v6e." >&2
+  echo "error: unknown TPU generation: '$generation'. Give v4, v5e, v5p, v6e or v7x." >&2
   exit 2
   ;;
 esac

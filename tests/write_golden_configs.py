@@ -1,4 +1,4 @@
-"""Writes every experiment as it resolves, what each ablation changes, and the list of decayed tensors, for review.
+"""Writes every experiment as it resolves, what ablations and chips change, and the list of decayed tensors, for review.
 
 python -m tests.write_golden_configs
 """
@@ -15,7 +15,7 @@ from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.task import run_key
 from aimv2_jax.train.tasks import build_task
 from tests.config.test_config import GOLDEN, QUICKSTART, experiments, golden_file
-from tests.experiments.test_ablations import summary
+from tests.experiments import test_ablations, test_tpu
 from tests.parallel.test_rules import table
 
 
@@ -24,7 +24,8 @@ def main() -> None:
     for experiment in experiments():
         golden_file(experiment).write_text(config_text(load_config(experiment)))
     task = build_task(load_config(QUICKSTART))
-    (GOLDEN / "ablations.txt").write_text(summary())
+    (GOLDEN / "ablations.txt").write_text(test_ablations.summary())
+    (GOLDEN / "chips.txt").write_text(test_tpu.summary())
     (GOLDEN / "shardings.txt").write_text(table("large"))
     (GOLDEN / "decay.txt").write_text(decay_report(jax.eval_shape(task.init, run_key(0))))
 

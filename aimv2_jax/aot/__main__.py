@@ -1,23 +1,27 @@
 """Compiles a run's train step for described TPUs, without hardware, and predicts memory, time and MFU.
 
 python -m aimv2_jax.aot --config=experiments/pretrain.py:large --topology=v5e:16x16
+python -m aimv2_jax.aot --config=experiments/pretrain.py:large --choose --chips=v6e:64 --price=2.70
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from aimv2_jax.aot.choose import choice_lines, choose, parse_chips
 from aimv2_jax.aot.predict import predict_step
 from aimv2_jax.aot.prediction import Prediction
 from aimv2_jax.aot.report import report_lines
 from aimv2_jax.aot.topology import parse_topology, require_libtpu
-from aimv2_jax.cli import Parser, check_output, positive, split_overrides
+from aimv2_jax.cli import Parser, check_output, positive, positive_number, split_overrides
 from aimv2_jax.config.load import load_config
 from aimv2_jax.config.schema import Config
+from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.storage.files import atomic_write
 from aimv2_jax.version import warn_of_versions
@@ -26,6 +30,8 @@ _EPILOG = """\
 Any key of the config can be set: --config.mesh.fsdp=32 --config.train.reduce_dtype=bfloat16.
 The default compiles the whole step up to its schedule (memory, collectives), and a proxy with two layers of each kind
 ("proxy" in the tables) with code generation (cycles). --full generates the code of the whole step: many minutes.
+--choose compiles candidates of mesh, passes over the batch and recomputation, and ranks them by chip-hours. Keys that
+are set (mesh.fsdp, mesh.data, train.microbatches, model.remat, model.decoder.remat) stay as they are.
 exit codes: 0 reported, even if the step does not compile; 1 internal error; 2 user error
 """
 
@@ -35,17 +41,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m aimv2_jax.aot", description=__doc__.split("\n")[0], epilog=_EPILOG)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="the experiment")
-    add("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x16, v6e:16x16, ...")
+    add("--topology", metavar="CHIP:SHAPE", help="v5e:16x16, v5p:4x4x16, v6e:16x16, ...")
+    add("--choose", action="store_true", help="compile candidates for --chips, and rank them by cost")
+    add("--chips", metavar="CHIP:N", help="with --choose: a chip and the number of them in a slice, or their shape")
+    add("--candidates", type=positive, default=8, metavar="N", help="with --choose: compile at most N (default 8)")
+    add("--price", type=positive_number, metavar="P", help="of a chip-hour: also report what the run costs")
     add("--slices", type=positive, default=1, metavar="N", help="number of slices, joined by the data-centre network")
     add("--area", type=positive, metavar="A", help="one of data.areas (default: the largest)")
     add("--full", action="store_true", help="generate the code of the whole step, not of a shallow proxy")
     add("--breakdown", action="store_true", help="show the cycles by part of the model")
     add("--no-xla-attention", action="store_true", help="leave out the figures with XLA attention")
-    add("--json", metavar="FILE", help="also write the figures to this file")
+    add("--json", metavar="FILE", help="also write the figures (with --choose: of the first candidate) to this file")
     rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     flags = parser.parse_args(rest)
     if flags.json:
         check_output(Path(flags.json), ".json", "--json")
+    if flags.choose != bool(flags.chips):
+        parser.error("--choose and --chips go together")
+    if not flags.choose and not flags.topology:
+        parser.error("the following arguments are required: --topology, or --choose and --chips")
+    if flags.choose:
+        return _choose(flags, overrides)
     topology = parse_topology(flags.topology, flags.slices)
     slices = [("mesh.slices", str(topology.slices))] if topology.slices > 1 else []
     config = at_one_area(load_config(flags.config, [*slices, *overrides]), flags.area)
@@ -66,9 +82,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome=outcome,
         xla_attention=xla_attention,
     )
-    print("\n".join(report_lines(prediction, topology.chip, flags.breakdown)))
-    if flags.json:
-        atomic_write(flags.json, (json.dumps(prediction.to_json(), indent=1) + "\n").encode())
+    print("\n".join(report_lines(prediction, topology.chip, flags.breakdown, flags.price)))
+    _write(prediction, flags.json)
+    return EXIT_FINISHED
+
+
+def _write(prediction: Prediction, file: str | None) -> None:
+    if file:
+        atomic_write(file, (json.dumps(prediction.to_json(), indent=1) + "\n").encode())
+
+
+def _choose(flags: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    topology = parse_chips(flags.chips, flags.topology, flags.slices)
+    slices = {"mesh.slices": str(topology.slices)} if topology.slices > 1 else {}
+
+    def configure(changes: Mapping[str, str]) -> Config:
+        return at_one_area(load_config(flags.config, [*slices.items(), *overrides, *changes.items()]), flags.area)
+
+    configure({})  # The config's own errors come before those of the compiler.
+    require_libtpu()
+    warn_of_versions()
+    choices = choose(configure, topology, dict(overrides), flags.candidates, flags.full, print_line)
+    print("\n".join(["", *choice_lines(choices, topology, flags.config, dict(overrides), flags.price, flags.area)]))
+    best = choices[0]
+    config = configure(best.candidate.overrides)
+    prediction = Prediction(
+        topology=topology.name,
+        slices=topology.slices,
+        config=flags.config,
+        full=flags.full,
+        area=max(config.data.areas, default=None),
+        overrides={**dict(overrides), **best.candidate.overrides},
+        outcome=best.outcome,
+    )
+    _write(prediction, flags.json)
     return EXIT_FINISHED
 
 

@@ -2,6 +2,9 @@
 
 A collective over a torus axis uses its ring in both directions; over two axes, both rings. Latency is ignored: the
 collectives that matter send megabytes.
+
+Where a chip is two devices (v7x), the two share the chip's links: a group with one device of each chip has half of
+them, a group with both has all of them, and moves what its chips exchange inside over their faster connection.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from aimv2_jax.aot.topology import Topology
 from aimv2_jax.parallel.hardware import Chip
 
 Groups = tuple[tuple[int, ...], ...]
+_DIE = "die"  # The connection between the two devices of a chip.
 _LISTS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,?\s*device_ids=\(?\[?([^\])]*)[\])]*)?\s*\{([^}]*)\}")
@@ -27,7 +31,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,?\s*device_ids=\(?\[?
 class Route:
     """Links that a collective occupies, and for how long."""
 
-    links: frozenset[str]  # Such as "0+" for torus axis 0, upwards, or "network" between slices.
+    links: frozenset[str]  # Such as "0+" for torus axis 0, upwards, "die" in a chip, or "network" between slices.
     seconds: float
 
 
@@ -37,7 +41,7 @@ class Layout:
 
     axes: tuple[str, ...]  # Mesh axes within a slice.
     sizes: tuple[int, ...]
-    coords: np.ndarray  # [partitions, torus axes]
+    coords: np.ndarray  # [partitions, torus axes]; with several devices a chip, one more column for the place in it.
     torus: tuple[int, ...]  # Chips along each torus axis.
     num_slices: int
     chip: Chip
@@ -82,8 +86,13 @@ class Layout:
     def _is_ring(self, axis: int) -> bool:
         return self.torus[axis] % self.chip.ring_size == 0
 
+    def _devices_of_chips(self, group: Sequence[int]) -> int:
+        """Number of devices that a group has of each of its chips."""
+        return len(np.unique(self.coords[list(group), len(self.torus) :], axis=0)) if self.chip.devices > 1 else 1
+
     def _group(self, kind: str, num_bytes: int, group: Sequence[int]) -> Route:
         links, rate, hops = set(), 0.0, 0.0
+        inside = self._devices_of_chips(group)
         for axis in range(len(self.torus)):
             positions = np.unique(self.coords[list(group), axis])
             if len(positions) < 2:
@@ -94,16 +103,20 @@ class Layout:
             stride = 1 if ring else int(np.diff(positions).min())
             rate += self.chip.link_bytes_per_s * (2 if ring else 1) / stride
             hops = max(hops, len(positions) / (8 if ring else 4))
+        if inside > 1:
+            links.add(_DIE)
+        rate = rate * inside / self.chip.devices or self.chip.die_bytes_per_s
         size = len(group)
         # The middle of the longest axis limits an all-to-all: n/8 of the bytes on a ring, n/4 on a line.
         if kind == "all-to-all":
-            return Route(frozenset(links), num_bytes * hops / self.chip.link_bytes_per_s)
+            link_rate = self.chip.link_bytes_per_s / self.chip.devices if hops else self.chip.die_bytes_per_s
+            return Route(frozenset(links), num_bytes * (hops or 1 / 2) / link_rate)
         times = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "collective-broadcast": 1}[kind]
         return Route(frozenset(links), times * (size - 1) / size * num_bytes / rate)
 
     def _permute(self, num_bytes: int, pairs: Groups) -> Route:
         """Returns the route of a permute: messages take the shorter way round, and the longest path counts."""
-        links, longest = set(), 0
+        links, longest, inside = set(), 0, False
         for source, target in pairs:
             total = 0
             for axis, size in enumerate(self.torus):
@@ -114,7 +127,12 @@ class Layout:
                     links.add(f"{axis}{'+' if step > 0 else '-'}")
                 total += abs(step)
             longest = max(longest, total)
-        return Route(frozenset(links), longest * num_bytes / self.chip.link_bytes_per_s)
+            inside |= self._devices_of_chips((source, target)) > 1
+        seconds = longest * num_bytes * self.chip.devices / self.chip.link_bytes_per_s
+        if inside:
+            links.add(_DIE)
+            seconds += num_bytes / self.chip.die_bytes_per_s
+        return Route(frozenset(links), seconds)
 
 
 def layout_of(facts: ProgramFacts, topology: Topology) -> Layout:
@@ -124,7 +142,7 @@ def layout_of(facts: ProgramFacts, topology: Topology) -> Layout:
     return Layout(
         axes=tuple(inner),
         sizes=tuple(inner.values()),
-        coords=coords[:, : len(topology.shape)],
+        coords=coords[:, [*range(len(topology.shape)), *([-1] if topology.chip.devices > 1 else [])]],
         torus=topology.shape,
         num_slices=topology.slices,
         chip=topology.chip,

@@ -60,10 +60,11 @@ def predict(
     """Predicts the figures of a compiled step. `proxy` supplies cycles if `program` has no code generation."""
     chip = topology.chip
     shape = config.batch_shapes[0]
-    model_flops = flops_per_example(config, shape.patches) * shape.examples / topology.num_chips
+    # Of one device, as everything below: the compiler's program and its memory are those of a device.
+    model_flops = flops_per_example(config, shape.patches) * shape.examples / topology.num_devices
     common = {
         "hbm_limit_gib": chip.hbm_limit_bytes / GIB,
-        "model_tflops_per_chip": model_flops / 1e12,
+        "model_tflops_per_chip": model_flops * chip.devices / 1e12,
         "versions": program.facts.versions,
         "mesh": program.facts.mesh,
         "num_chips": topology.num_chips,
@@ -84,7 +85,7 @@ def predict(
         lambda instruction, computation: cost_model.estimate(instruction, computation).cycles / chip.clock_hz,
     )
     costs = [(item, cost_model.estimate(item.instruction, item.computation)) for item in scheduled(module)]
-    pairs_flops = flops_of_allowed_pairs(config) * shape.examples / topology.num_chips
+    pairs_flops = flops_of_allowed_pairs(config) * shape.examples / topology.num_devices
     flops = compiled_flops(module)
     step_s = timing.with_overlap_s
     steps = config.train.steps
@@ -97,8 +98,8 @@ def predict(
         hbm_gib=program.hbm_bytes / GIB,
         hbm_spare=1 - program.hbm_bytes / chip.hbm_limit_bytes,
         hbm_parts_gib=_memory_by_purpose(program),
-        model_tflops_per_chip_of_allowed_pairs=pairs_flops / 1e12,
-        compiled_tflops_per_chip=flops / 1e12,
+        model_tflops_per_chip_of_allowed_pairs=pairs_flops * chip.devices / 1e12,
+        compiled_tflops_per_chip=flops * chip.devices / 1e12,
         recompute=flops / model_flops - 1,
         predicted_mcycles=timing.compute_s * chip.clock_hz / 1e6,
         predicted_compute_ms=timing.compute_s * 1e3,
@@ -126,7 +127,7 @@ def predict(
 
 
 def _memory_by_purpose(program: AotProgram) -> dict[str, float]:
-    """Returns GiB on one chip. Activations are everything but state and batch: temporaries of the step."""
+    """Returns GiB on one device. Activations are everything but state and batch: temporaries of the step."""
     facts = program.facts
     parts = {
         "parameters": facts.bytes_of("parameter"),

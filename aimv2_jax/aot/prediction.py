@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+MIN_SPARE = 0.05  # Fraction of a device's memory that a prediction must leave free, as a margin of error.
+
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveTotal:

@@ -26,7 +26,7 @@ class ProgramFacts:
     """Facts about a step that are known before its compilation. The worker writes them as JSON."""
 
     mesh: dict[str, int]
-    coords: list[list[int]]  # Torus coordinates of the mesh's devices, in row-major order.
+    coords: list[list[int]]  # Torus coordinates (x, y, z) and place in their chip of the mesh's devices, row-major.
     tensors: list[Tensor]  # The state, then the batch, in tree order.
     compiler_options: dict[str, str]
     versions: dict[str, str]

@@ -9,8 +9,13 @@ from aimv2_jax.parallel.hardware import Chip
 _MAX_KERNELS = 12
 
 
-def report_lines(prediction: Prediction, chip: Chip, with_breakdown: bool) -> list[str]:
-    """Returns the lines of a report."""
+def money(amount: float) -> str:
+    """Returns an amount in the currency of `--price`, which is not known here."""
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:,.2f}"
+
+
+def report_lines(prediction: Prediction, chip: Chip, with_breakdown: bool, price: float | None = None) -> list[str]:
+    """Returns the lines of a report; `price` of a chip-hour adds what the run costs."""
     outcome = prediction.outcome
     slices = f"{prediction.slices} slices of " if prediction.slices > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in outcome.versions.items())
@@ -23,7 +28,7 @@ def report_lines(prediction: Prediction, chip: Chip, with_breakdown: bool) -> li
     if isinstance(outcome, Refusal):
         return [*lines, f"does not compile: {outcome.refusal}"]
     sections = [
-        _summary(outcome, prediction.xla_attention, chip),
+        _summary(outcome, prediction.xla_attention, chip, price),
         _sources(outcome),
         _collectives(outcome, prediction.slices, chip),
         _replicated(outcome),
@@ -36,13 +41,14 @@ def report_lines(prediction: Prediction, chip: Chip, with_breakdown: bool) -> li
     return lines[:-1]
 
 
-def _summary(figures: Figures, xla_attention: Figures | Refusal | None, chip: Chip) -> list[str]:
+def _summary(figures: Figures, xla_attention: Figures | Refusal | None, chip: Chip, price: float | None) -> list[str]:
     parts = ", ".join(f"{name} {size:.2f}" for name, size in figures.hbm_parts_gib.items())
     reduced = sum(figures.gradient_dtypes.values())
     dtypes = [f"{name} ({size / reduced:.1%} of bytes)" for name, size in figures.gradient_dtypes.items()]
+    hbm = "HBM a chip" if chip.devices == 1 else "HBM a device"
     rows = {
         "compiles": "yes",
-        "HBM a chip": f"{figures.hbm_gib:.2f} of {figures.hbm_limit_gib:.2f} GiB, {figures.hbm_spare:.0%} to spare",
+        hbm: f"{figures.hbm_gib:.2f} of {figures.hbm_limit_gib:.2f} GiB, {figures.hbm_spare:.0%} to spare",
         "  of which": parts,
         "model FLOPs a chip": f"{figures.model_tflops_per_chip:.3f} T a step "
         "(2 a multiply-add, backward = 2 x forward, attention in full)",
@@ -62,6 +68,8 @@ def _summary(figures: Figures, xla_attention: Figures | Refusal | None, chip: Ch
         f"{figures.chip_hours:,.0f} chip-hours",
         "gradients reduced in": ", ".join(dtypes) or "no collective",
     }
+    if price:
+        rows["predicted cost"] = f"{money(figures.chip_hours * price)} at {price:g} a chip-hour"
     if isinstance(xla_attention, Refusal):
         rows["with XLA attention"] = f"does not compile: {xla_attention.refusal}"
     elif xla_attention:

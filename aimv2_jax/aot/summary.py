@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aimv2_jax.aot.prediction import Figures, Prediction, Refusal
+from aimv2_jax.aot.prediction import MIN_SPARE, Figures, Prediction, Refusal
 from aimv2_jax.cli import Parser, check_output
 from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
@@ -19,10 +19,10 @@ from aimv2_jax.storage.files import atomic_write
 from aimv2_jax.untrusted import read_json_object
 
 _EXIT_PROBLEMS = 3
-_MIN_SPARE = 0.05  # Fraction of a chip's memory that a prediction must leave free, as a margin of error.
 _COLUMNS = (
     "experiment | topology | mesh | way | HBM GiB (spare) | TFLOP a chip | recompute | Mcycles | compute ms | step ms "
-    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in | images/s | days | chip-hours"
+    "| MFU | MFU with collectives | XLA attention: MFU, with collectives | gradients in "
+    "| images/s | a chip | days | chip-days | chip-hours"
 )
 
 
@@ -61,7 +61,7 @@ def _cells(prediction: Prediction) -> list[str]:
     way = "full" if prediction.full else "proxy"
     cells = [_name(prediction), f"{slices}{prediction.topology}", mesh, way]
     if isinstance(figures, Refusal):
-        return [*cells, f"does not compile: {figures.refusal}", *[""] * 12]
+        return [*cells, f"does not compile: {figures.refusal}", *[""] * (_COLUMNS.count("|") - 4)]
     xla = prediction.xla_attention
     xla_cell = "-"
     if xla:
@@ -81,7 +81,9 @@ def _cells(prediction: Prediction) -> list[str]:
         xla_cell,
         next(iter(figures.gradient_dtypes), "-"),
         f"{figures.images_per_s:,.0f}",
+        f"{figures.images_per_s / figures.num_chips:,.0f}",
         f"{figures.days:.1f}",
+        f"{figures.chip_hours / 24:,.0f}",
         f"{figures.chip_hours:,.0f}",
     ]
 
@@ -131,7 +133,7 @@ def find_problems(predictions: Sequence[Prediction]) -> list[str]:
         if isinstance(outcome, Refusal):
             problems.append(f"{name} does not compile: {outcome.refusal}")
             continue
-        if outcome.hbm_spare < _MIN_SPARE:
+        if outcome.hbm_spare < MIN_SPARE:
             problems.append(f"{name} leaves {outcome.hbm_spare:.1%} of the memory free")
         problems += [f"{name} replicates {line}" for line in outcome.replicated]
         for row in outcome.between_slices:

@@ -31,13 +31,22 @@ class Topology:
     def num_chips(self) -> int:
         return self.slices * self.chips_per_slice
 
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices
 
-def parse_topology(name: str, slices: int = 1) -> Topology:
-    """Parses a name such as "v5e:16x16"; raises UserError for an invalid one."""
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Sizes of the axes that a mesh can follow: the interconnect's, then a chip's devices if there are several."""
+        return self.shape if self.chip.devices == 1 else (*self.shape, self.chip.devices)
+
+
+def parse_topology(name: str, slices: int = 1, flag: str = "--topology") -> Topology:
+    """Parses a name such as "v5e:16x16"; raises UserError, which names the flag, for an invalid one."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or any(int(size) < 1 for size in match[2].split("x")):
-        raise UserError("--topology is not CHIP:SHAPE", name, "Give for example v5e:16x16, v5p:4x4x16 or v6e:16x16")
-    return Topology(name, slices, find_chip(match[1]), tuple(int(size) for size in match[2].split("x")))
+        raise UserError(f"{flag} is not CHIP:SHAPE", name, "Give for example v5e:16x16, v5p:4x4x16 or v6e:16x16")
+    return Topology(name, slices, find_chip(match[1], flag), tuple(int(size) for size in match[2].split("x")))
 
 
 def require_libtpu() -> None:
@@ -66,9 +75,13 @@ def described_devices(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    chip = topology.chip
+    options: dict[str, Any] = dict(chip.libtpu_options)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    name = f"{chip.libtpu_name or chip.name}:{topology.name.partition(':')[2]}"
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         remedy = f"libtpu reports: {first_line(error).partition(': ')[2]}"
         raise UserError("--topology is not one that libtpu knows", topology.name, remedy) from error

@@ -83,7 +83,7 @@ def _facts(setup: Any, shape: BatchShape) -> ProgramFacts:
 
     return ProgramFacts(
         mesh=dict(setup.mesh.shape),
-        coords=[list(device.coords) for device in setup.mesh.devices.flat],
+        coords=[[*device.coords, device.core_on_chip] for device in setup.mesh.devices.flat],
         tensors=[*_tensors(setup.abstract_state), *_tensors(setup.abstract_batch(shape), "batch")],
         compiler_options=dict(setup.compiler_options),
         versions={"jax": jax.__version__, "flax": flax.__version__, "libtpu": libtpu.__version__},

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-TPU_OPTION_GROUPS = ("all", "v4", "v5e", "v5p", "v6e")
+from aimv2_jax.parallel.hardware import CHIPS
+
+TPU_OPTION_GROUPS = ("all", *CHIPS)
 Remat = Literal["none", "matmuls", "gate", "attention", "full"]  # models/layers.py lists what each saves.
 AttentionMask = Literal["prefix", "full"]
 Output = Literal["pixels", "logits"]

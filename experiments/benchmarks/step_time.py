@@ -78,7 +78,7 @@ def tiny() -> Any:
     return config
 
 
-PRETRAIN = {f"{size}_224": partial(pretrain.get_config, size) for size in pretrain.RUNS}
+PRETRAIN = {f"{size}_224": partial(pretrain.get_config, size) for size in pretrain.SIZES}
 PRESETS = {"reference": reference, "tiny": tiny} | PRETRAIN
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 
-from aimv2_jax.aot.interconnect import groups_of
+from aimv2_jax.aot.interconnect import Layout, groups_of
+from aimv2_jax.parallel.hardware import CHIPS
 from tests.aot.modules import milliseconds, row_groups, square
 
 ROWS = tuple(tuple(range(4 * row, 4 * row + 4)) for row in range(4))
@@ -71,3 +75,32 @@ def test_links_when_permutes_go_opposite_ways_then_they_do_not_share():
 
 def test_time_between_slices_when_three_then_four_thirds_of_the_bytes_at_the_networks_rate():
     assert square(num_slices=3).between_slices(10**8).seconds == pytest.approx(4 / 3)
+
+
+# Eight devices on a ring of four chips, at 1 GB/s a link and 6 GB/s within a chip; fsdp is the place in the chip.
+PAIRS = Layout(
+    ("data", "fsdp"),
+    (4, 2),
+    np.array([(chip, place) for chip in range(4) for place in range(2)]),
+    (4,),
+    1,
+    dataclasses.replace(CHIPS["v7x"], link_bytes_per_s=1e9, die_bytes_per_s=6e9),
+)
+WITHIN, ACROSS = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 2, 4, 6), (1, 3, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "ms", "links"),
+    [
+        ("all-gather", WITHIN, 8 / 2 / 6, {"die"}),
+        ("all-to-all", WITHIN, 8 / 2 / 6, {"die"}),
+        ("all-reduce", ACROSS, 2 * 8 * 3 / 4 / (2 / 2), {"0+", "0-"}),  # Both groups share the ring's two links.
+        ("all-gather", (tuple(range(8)),), 8 * 7 / 8 / 2, {"0+", "0-", "die"}),
+        ("collective-permute", ((0, 1), (1, 0)), 8 / 6, {"die"}),
+        ("collective-permute", ((0, 2), (1, 3)), 2 * 8, {"0+"}),  # Both devices of a chip send over one link.
+    ],
+)
+def test_time_when_a_chip_is_two_devices(kind, groups, ms, links):
+    """They share the chip's links, and have a connection of their own."""
+    route = PAIRS.route(kind, 8_000_000, groups)
+    assert route.seconds * 1e3 == pytest.approx(ms) and route.links == links

@@ -16,6 +16,7 @@ from aimv2_jax.config.schema import Cooldown, mixture_counts
 from aimv2_jax.errors import UserError
 from aimv2_jax.models.aimv2 import count_parameters
 from aimv2_jax.models.sizes import swiglu_hidden
+from aimv2_jax.parallel.hardware import CHIPS
 from aimv2_jax.train.optimizer import decay_report
 from aimv2_jax.train.task import run_key
 from aimv2_jax.train.tasks import build_task
@@ -36,14 +37,17 @@ COUNTS = {
 
 
 def experiments() -> list[str]:
-    """Returns all runs as `--config` names them, except base (without data) and the ablations (test_ablations.py)."""
+    """Returns all runs as `--config` names them.
+
+    Left out are base (without data), the ablations (test_ablations.py) and the runs on a named chip (test_tpu.py).
+    """
     files = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def get_config" in path.read_text()]
     modules = {path: importlib.import_module(f"experiments.{path.stem}") for path in files}
     return [
         f"{path}:{run}" if run else str(path)
         for path, module in modules.items()
         for run in getattr(module, "RUNS", ("",))
-        if path.stem not in ("base", "ablations")
+        if path.stem not in ("base", "ablations") and run.rpartition(",")[2] not in CHIPS
     ]
 
 

@@ -10,8 +10,12 @@ from tests.helpers.launching import LAUNCH, run
 
 libtpu = pytest.importorskip("libtpu")
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-ALIKE = [("v4",), ("v5e", "v5p"), ("v6e",)]  # Generations with the same flags share a process, which reads them once.
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
+ALIKE = [
+    ("v4",),
+    ("v5e", "v5p", "v7x"),
+    ("v6e",),
+]  # Generations with the same flags share a process, which reads them once.
 COMPILE = """
 import sys, jax
 from jax.experimental import topologies

@@ -12,7 +12,7 @@ from aimv2_jax.config.load import load_config
 from aimv2_jax.errors import UserError
 from aimv2_jax.parallel import rules
 from aimv2_jax.train.builder import build_setup
-from experiments.pretrain import RUNS
+from experiments.pretrain import SIZES
 from tests.helpers.golden_names import paths
 from tests.helpers.tiny import ROOT, tiny_config
 
@@ -34,7 +34,7 @@ def table(size: str) -> str:
     )
 
 
-@pytest.mark.parametrize("size", RUNS)
+@pytest.mark.parametrize("size", SIZES)
 def test_rule_table_when_resolved_for_a_preset_then_every_line_matches_and_is_used(size):
     setup = build_setup(load_config(f"{PRETRAIN}:{size}", MESH))
     axes = paths(setup.task.logical_axes())
