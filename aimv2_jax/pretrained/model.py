@@ -134,6 +134,10 @@ def load(spec: str, weights: WeightChoice = "average") -> PretrainedModel:
     return PretrainedModel(config, task, params, workdir, step, mesh)
 
 
+# Keys that earlier versions did not have, by group, with the values that do what those versions did.
+_ADDED: dict[str, dict[str, Any]] = {"train": {"gpu_compiler_options": {}}}
+
+
 def _as_pretraining(config: Config) -> Config:
     """The config of a distilled student as if it had been pre-trained, with the losses whose outputs it learnt."""
     if config.task != "distill":
@@ -145,9 +149,17 @@ def _as_pretraining(config: Config) -> Config:
 
 
 def read_config(saved: Mapping[str, Any], name: str) -> Config:
-    """The config of a checkpoint; raises `UserError` if this version of aimv2_jax has other keys."""
+    """The config of a checkpoint, also of an earlier version that lacked a key of `_ADDED`.
+
+    Raises:
+      UserError: if this version of aimv2_jax has other keys.
+    """
+    tree = dict(saved)
+    for group, added in _ADDED.items():
+        if isinstance(tree.get(group), Mapping):
+            tree[group] = {**added, **tree[group]}
     try:
-        return build_config(saved)
+        return build_config(tree)
     except UserError as error:
         what = f"the config of checkpoint {name} does not fit this version of aimv2_jax: {error.what}"
         raise UserError(what, error.value, "Read it with the aimv2_jax that wrote it") from error

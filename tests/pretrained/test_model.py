@@ -42,6 +42,15 @@ def test_load_config_of_another_version(workdir, monkeypatch):
         load(str(workdir))
 
 
+def test_load_config_of_an_earlier_version(workdir, monkeypatch):
+    """A saved config that lacks a key added since is that of a run without it."""
+    meta = CheckpointReader(workdir).meta(20)
+    train = {key: value for key, value in meta["config"]["train"].items() if key != "gpu_compiler_options"}
+    earlier = {**meta, "config": {**meta["config"], "train": train}}
+    monkeypatch.setattr(CheckpointReader, "meta", lambda *_: earlier)
+    assert load(str(workdir)).config.train.gpu_compiler_options == {}
+
+
 def test_model_at_another_resolution(workdir):
     """A model at another resolution has resized positions, and no other parameter differs."""
     loaded = load(str(workdir))
