@@ -148,7 +148,7 @@ _KINDS = (
         ring_size=4,  # as v5p
         dcn_bytes_per_s=100e9 / 8 / 2,  # doc: 100 Gbit/s a chip
         devices=2,
-        die_bytes_per_s=6 * 100e9,  # doc: the two dies are joined six times as fast as by a link
+        die_bytes_per_s=6 * 100e9,  # six links, as a report quotes Google; not seen in its documentation
         libtpu_name="tpu7x",
     ),
     ChipKind("A100", ("NVIDIA A100",), 312e12),  # doc, as the next two
