@@ -29,6 +29,8 @@ from aimv2_jax.errors import UserError
 _FLOAT32_TINY = 2.0**-126
 _FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 
+_LISTED_RUNS = 8
+
 # Config keys of earlier commits -> their current names.
 _RENAMED = {
     "eval.kinds": "caption_types",
@@ -124,8 +126,9 @@ def _read_experiment(path: Path, run: str) -> dict[str, Any]:
             )
         runs = getattr(module, "RUNS", None)
         if runs is not None and run not in runs:
-            remedy = f"Give {path}:RUN, where RUN is one of {' '.join(runs)}"
-            raise UserError("--config: no such run of the file", run, remedy)
+            raise UserError(
+                "--config: no such run of the file", run, f"Give {path}:RUN, where RUN is {_runs(run, runs)}"
+            )
         with _experiment_errors(path):
             config = module.get_config(run) if run else module.get_config()
     finally:
@@ -138,6 +141,13 @@ def _read_experiment(path: Path, run: str) -> dict[str, Any]:
             "Start from experiments/base.py",
         )
     return config.to_dict()
+
+
+def _runs(wanted: str, runs: Sequence[str]) -> str:
+    """The names of runs in an error message: the first ones, after those that are like `wanted`."""
+    like = difflib.get_close_matches(wanted, runs, n=3)
+    names = [*like, *(run for run in runs if run not in like)]
+    return f"one of {' '.join(names[:_LISTED_RUNS])}" + (f" (of {len(runs)})" if len(runs) > _LISTED_RUNS else "")
 
 
 def _new_spelling(path: Path) -> str | None:

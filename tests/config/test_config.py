@@ -284,10 +284,18 @@ def test_config_when_the_file_is_no_experiment_then_refused(tmp_path, text, word
         load_config(path)
 
 
-@pytest.mark.parametrize("run", ["", ":", ":lrge", ":large,448"])
-def test_experiment_unknown_run_is_refused(run):
-    """A file of several runs lists them when none of them is named."""
-    with pytest.raises(UserError, match=r"no such run.*pretrain\.py:RUN, where RUN is one of base large huge 1b 3b\."):
+@pytest.mark.parametrize(
+    ("run", "first"),
+    [
+        ("", "base large huge 1b 3b"),
+        (":", "base large huge 1b 3b"),
+        (":lrge", "large"),
+        (":large,v6", "large,v6e large,v"),
+    ],
+)
+def test_experiment_unknown_run_is_refused(run, first):
+    """A file of several runs lists them when none of them is named, those with a like name first."""
+    with pytest.raises(UserError, match=rf"no such run.*pretrain\.py:RUN, where RUN is one of {first}.* \(of 30\)\."):
         load_config(f"{ROOT}/experiments/pretrain.py{run}")
 
 

@@ -94,6 +94,7 @@ def test_dense_input_measures_its_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(dense_input, "rate", lambda rows, seconds: float(next(rows)))
     assert dense_input.main([f"--json={tmp_path}/rates.json"]) == 0
     rates = json.loads((tmp_path / "rates.json").read_text())
-    crops = {"training crops": 16.0, "training crops, not resized": 16.0, "training, whole images": 16.0}
-    assert rates == crops | {"test windows": 8.0}
+    expected = {"training crops": 16.0, "test windows": 8.0, "features": 32.0}
+    expected |= {f"{name}, resized on the host": rows for name, rows in expected.items()}
+    assert rates == expected | {"training crops, not resized": 16.0, "training, whole images": 16.0}
     assert "test windows: 8 images a second" in capsys.readouterr().out
