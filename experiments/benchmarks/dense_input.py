@@ -5,8 +5,9 @@
 Synthetic photographs of 683 x 512 pixels as JPEG with masks as PNG (photos.py) are read from a prepared dataset. The
 rows: training crops of 518 x 518 at scales of 0.5 to 2 with their masks (the settings ade20k, whose colours change on
 the devices), which the devices resize, or the host; crops of 504 x 504 that are not resized, as those of nyuv2; whole
-images in 1,369 patches for an encoder of native resolution; the sliding windows of the test; and photographs of 512
-pixels at 224, for features. Seconds are of the processor's time, so that other programs on the machine do not count.
+images in 1,369 patches for an encoder of native resolution; the sliding windows of the test; training crops of
+photographs of 512 x 384 pixels; and photographs whose longer side is 512 pixels at 224, for features. Seconds are of
+the processor's time, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
+from aimv2_jax.allocator import keep_freed_memory  # noqa: E402
 from aimv2_jax.cli import Parser, check_output, positive  # noqa: E402
 from aimv2_jax.data.dataset_info import write_dataset  # noqa: E402
 from aimv2_jax.data.records import Record  # noqa: E402
@@ -46,24 +48,30 @@ from aimv2_jax.pretrained.encoder import Pixels, PretrainedEncoder  # noqa: E402
 from aimv2_jax.pretrained.encoder_spec import EncoderSpec  # noqa: E402
 from experiments.benchmarks import photos  # noqa: E402
 
-_IMAGES, _SIZE, _CLASSES = 32, (683, 512), 20
+_IMAGES, _SIZE, _SMALLER, _CLASSES = 32, (683, 512), (512, 384), 20
 _GRID = (37, 37)  # 518 pixels.
 SPEC = EncoderSpec(1024, 24, 8, 2816, 14, 518, "learned")
 
 
-def records() -> Iterator[Record]:
-    """Photographs with masks of about twenty shapes."""
+def records(size: tuple[int, int]) -> Iterator[Record]:
+    """Photographs of (width, height) `size` with masks of about twenty shapes."""
     for number in range(_IMAGES):
         rng = np.random.default_rng(number)
-        file, mask = io.BytesIO(), Image.new("L", _SIZE)
-        photos.photo(rng, *_SIZE).save(file, "JPEG", quality=photos.QUALITY)
+        file, mask = io.BytesIO(), Image.new("L", size)
+        photos.photo(rng, *size).save(file, "JPEG", quality=photos.QUALITY)
         draw = ImageDraw.Draw(mask)
         for _ in range(_CLASSES):
-            x, y, across, down = rng.uniform(0, 500), rng.uniform(0, 400), *rng.uniform(20, 180, 2)
-            draw.ellipse((x, y, x + across, y + down), fill=int(rng.integers(1, _CLASSES + 1)))
+            left, top, across, down = *rng.uniform(0, 0.75, 2), *rng.uniform(0.03, 0.3, 2)
+            box = left * size[0], top * size[1], (left + across) * size[0], (top + down) * size[1]
+            draw.ellipse(box, fill=int(rng.integers(1, _CLASSES + 1)))
         encoded = io.BytesIO()
         mask.save(encoded, "PNG")
         yield Record(f"photo/{number}", file.getvalue(), {}, images={"mask": encoded.getvalue()})
+
+
+def _dataset(folder: str, size: tuple[int, int]) -> DenseDataset:
+    write_dataset(folder, records(size))
+    return read_dense_dataset(folder, "--input", "mask", dataclasses.replace(SETTINGS["ade20k"], ignore=255))
 
 
 def encoder(area: int | None = None, device_resize: bool = False) -> DenseEncoder:
@@ -128,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     if flags.json is not None:
         check_output(flags.json, ".json", "--json")
+    keep_freed_memory()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows: dict[str, tuple[Callable, DenseEncoder]] = {
         "training crops": (train_rows, encoder(device_resize=True)),
@@ -138,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "test windows, resized on the host": (test_rows, encoder()),
     }
     with tempfile.TemporaryDirectory() as folder:
-        write_dataset(folder, records())
-        dataset = read_dense_dataset(folder, "--input", "mask", dataclasses.replace(SETTINGS["ade20k"], ignore=255))
+        dataset, smaller = (_dataset(f"{folder}/{size[0]}", size) for size in (_SIZE, _SMALLER))
         rates = {name: rate(row(dataset, dense), flags.seconds) for name, (row, dense) in rows.items()}
-        write_dataset(f"{folder}/512", photos.records(512))
-        source = Source("512", f"{folder}/512", "")
+        rates["training crops of 512 px"] = rate(train_rows(smaller, encoder(device_resize=True)), flags.seconds)
+        write_dataset(f"{folder}/photos", photos.records(512))
+        source = Source("photos", f"{folder}/photos", "")
         for name, on_devices in (("features", True), ("features, resized on the host", False)):
             spec = dataclasses.replace(SPEC, image_size=224)
             frozen = PretrainedEncoder("none", spec, {}, None, device_resize=on_devices)
