@@ -10,14 +10,14 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from aimv2_jax.aot.choose import choice_lines, choose, parse_chips
 from aimv2_jax.aot.predict import predict_step
-from aimv2_jax.aot.prediction import Prediction
+from aimv2_jax.aot.prediction import Figures, Prediction, Refusal
 from aimv2_jax.aot.report import report_lines
-from aimv2_jax.aot.topology import parse_topology, require_libtpu
+from aimv2_jax.aot.topology import Topology, parse_topology, require_libtpu
 from aimv2_jax.cli import Parser, check_output, positive, positive_number, split_overrides
 from aimv2_jax.config.load import load_config
 from aimv2_jax.config.schema import Config
@@ -25,6 +25,9 @@ from aimv2_jax.console import print_line
 from aimv2_jax.errors import EXIT_FINISHED, UserError, cli_main
 from aimv2_jax.storage.files import atomic_write
 from aimv2_jax.version import warn_of_versions
+
+Configure = Callable[[Mapping[str, str]], Config]
+"""Builds the config with further keys, given with their text."""
 
 _EPILOG = """\
 Any key of the config can be set: --config.mesh.fsdp=32 --config.train.reduce_dtype=bfloat16.
@@ -60,40 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--choose and --chips go together")
     if not flags.choose and not flags.topology:
         parser.error("the following arguments are required: --topology, or --choose and --chips")
-    if flags.choose:
-        return _choose(flags, overrides)
-    topology = parse_topology(flags.topology, flags.slices)
-    slices = [("mesh.slices", str(topology.slices))] if topology.slices > 1 else []
-    config = at_one_area(load_config(flags.config, [*slices, *overrides]), flags.area)
-    require_libtpu()
-    warn_of_versions()
-    outcome = predict_step(config, topology, flags.full)
-    xla_attention = None
-    if not flags.no_xla_attention and config.model.attention != "xla":
-        with_xla = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
-        xla_attention = predict_step(with_xla, topology, full=False)
-    prediction = Prediction(
-        topology=topology.name,
-        slices=topology.slices,
-        config=flags.config,
-        full=flags.full,
-        area=max(config.data.areas, default=None),
-        overrides=dict(overrides),
-        outcome=outcome,
-        xla_attention=xla_attention,
+    topology = (
+        parse_chips(flags.chips, flags.topology, flags.slices)
+        if flags.choose
+        else parse_topology(flags.topology, flags.slices)
     )
-    print("\n".join(report_lines(prediction, topology.chip, flags.breakdown, flags.price)))
-    _write(prediction, flags.json)
-    return EXIT_FINISHED
-
-
-def _write(prediction: Prediction, file: str | None) -> None:
-    if file:
-        atomic_write(file, (json.dumps(prediction.to_json(), indent=1) + "\n").encode())
-
-
-def _choose(flags: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    topology = parse_chips(flags.chips, flags.topology, flags.slices)
     slices = {"mesh.slices": str(topology.slices)} if topology.slices > 1 else {}
 
     def configure(changes: Mapping[str, str]) -> Config:
@@ -102,21 +76,56 @@ def _choose(flags: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     configure({})  # The config's own errors come before those of the compiler.
     require_libtpu()
     warn_of_versions()
-    choices = choose(configure, topology, dict(overrides), flags.candidates, flags.full, print_line)
-    print("\n".join(["", *choice_lines(choices, topology, flags.config, dict(overrides), flags.price, flags.area)]))
-    best = choices[0]
-    config = configure(best.candidate.overrides)
-    prediction = Prediction(
+    run = _choose if flags.choose else _predict
+    prediction = run(flags, topology, configure, dict(overrides))
+    if flags.json:
+        atomic_write(flags.json, (json.dumps(prediction.to_json(), indent=1) + "\n").encode())
+    return EXIT_FINISHED
+
+
+def _predict(
+    flags: argparse.Namespace, topology: Topology, configure: Configure, overrides: dict[str, str]
+) -> Prediction:
+    """Predicts the step of the config, and prints the report."""
+    config = configure({})
+    outcome = predict_step(config, topology, flags.full)
+    xla_attention = None
+    if not flags.no_xla_attention and config.model.attention != "xla":
+        with_xla = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+        xla_attention = predict_step(with_xla, topology, full=False)
+    prediction = _prediction(flags, topology, config, overrides, outcome, xla_attention)
+    print("\n".join(report_lines(prediction, topology.chip, flags.breakdown, flags.price)))
+    return prediction
+
+
+def _choose(
+    flags: argparse.Namespace, topology: Topology, configure: Configure, overrides: dict[str, str]
+) -> Prediction:
+    """Compiles and ranks candidates, prints their table, and returns the prediction of the first."""
+    choices = choose(configure, topology, overrides, flags.candidates, flags.full, print_line)
+    print("\n".join(["", *choice_lines(choices, topology, flags.config, overrides, flags.price, flags.area)]))
+    changes, outcome = choices[0].candidate.overrides, choices[0].outcome
+    return _prediction(flags, topology, configure(changes), overrides | changes, outcome)
+
+
+def _prediction(
+    flags: argparse.Namespace,
+    topology: Topology,
+    config: Config,
+    overrides: dict[str, str],
+    outcome: Figures | Refusal,
+    xla_attention: Figures | Refusal | None = None,
+) -> Prediction:
+    return Prediction(
         topology=topology.name,
         slices=topology.slices,
         config=flags.config,
         full=flags.full,
         area=max(config.data.areas, default=None),
-        overrides={**dict(overrides), **best.candidate.overrides},
-        outcome=best.outcome,
+        overrides=overrides,
+        outcome=outcome,
+        xla_attention=xla_attention,
     )
-    _write(prediction, flags.json)
-    return EXIT_FINISHED
 
 
 def at_one_area(config: Config, area: int | None) -> Config:
