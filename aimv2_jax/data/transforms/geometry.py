@@ -116,12 +116,22 @@ def resize(
 
 def cut(image: Image.Image, box: Box, margin: int = 0) -> tuple[Image.Image, Box]:
     """The pixels of `image` that `box` touches, with `margin` more on each side, and the box in their coordinates."""
+    part = touched_inside(image.size, box, margin)
+    if part != (0, 0, *image.size):
+        image = image.crop(part)
+    return image, moved(box, part)
+
+
+def touched_inside(size: tuple[int, int], box: Box, margin: int = 0) -> tuple[int, int, int, int]:
+    """The pixels of an image of (width, height) `size` that `box` touches, with `margin` more on each side."""
     left, top, right, bottom = touched(box)
-    left, top = max(0, left - margin), max(0, top - margin)
-    right, bottom = min(image.width, right + margin), min(image.height, bottom + margin)
-    if (left, top, right, bottom) != (0, 0, *image.size):
-        image = image.crop((left, top, right, bottom))
-    return image, (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    return max(0, left - margin), max(0, top - margin), min(size[0], right + margin), min(size[1], bottom + margin)
+
+
+def moved(box: Box, part: Box) -> Box:
+    """`box` in the coordinates of a part of the image."""
+    left, top = part[:2]
+    return box[0] - left, box[1] - top, box[2] - left, box[3] - top
 
 
 def touched(box: Box) -> tuple[int, int, int, int]:

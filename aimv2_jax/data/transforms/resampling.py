@@ -110,30 +110,34 @@ def unresized(
       mirrored: whether the result is flipped left to right.
       canvas: what the device takes; an image that needs more is resized here.
     """
-    result = _unresized(image, box, size)
-    shape, weights = result.pixels.shape, max(side.weights.shape[1] for side in (result.rows, result.columns))
-    if shape[0] > canvas.height or shape[1] > canvas.width or weights > canvas.weights:
+    part, rows, columns = _taps(image.size, box, size)
+    across, down = part[2] - part[0], part[3] - part[1]
+    weights = max(side.weights.shape[1] for side in (rows, columns))
+    # `geometry.center_view` resizes an image this long after its crop, which gives other pixels at the edges.
+    too_long = box is None and math.prod(geometry.resized_sides(image.size, size)) > geometry.MAX_RESIZED_PIXELS
+    if too_long or down > canvas.height or across > canvas.width or weights > canvas.weights:
         result = _as_it_is(geometry.center_view(image, size) if box is None else geometry.resize(image, box, size))
+    else:
+        result = Unresized(np.asarray(geometry.cut(image, part)[0]), rows, columns)
     return result.mirrored() if mirrored else result
 
 
-def _unresized(image: Image.Image, box: Box | None, size: int | tuple[int, int]) -> Unresized:
-    """The pixels that the result needs, and all their weights."""
+def _taps(image_size: tuple[int, int], box: Box | None, size: int | tuple[int, int]) -> tuple[Box, Taps, Taps]:
+    """The box of whole pixels that the result needs, and the taps of its rows and columns."""
     if box is not None:
-        (width, height), (image, box) = geometry.sides(size), geometry.cut(image, box)
-        columns = bicubic_taps(image.width, box[0], box[2], width)
-        rows = bicubic_taps(image.height, box[1], box[3], height)
-        return Unresized(np.asarray(image), rows, columns)
+        part, (width, height) = geometry.touched_inside(image_size, box), geometry.sides(size)
+        left, top, right, bottom = geometry.moved(box, part)
+        columns = bicubic_taps(part[2] - part[0], left, right, width)
+        return part, bicubic_taps(part[3] - part[1], top, bottom, height), columns
     assert isinstance(size, int)
-    resized = geometry.resized_sides(image.size, size)
-    if math.prod(resized) > geometry.MAX_RESIZED_PIXELS:  # Its pixels are those of another order of crop and resize.
-        return _as_it_is(geometry.center_view(image, size))
-    left, top = ((side - size) // 2 for side in resized)
-    columns = bicubic_taps(image.width, 0, image.width, resized[0])[left : left + size]
-    rows = bicubic_taps(image.height, 0, image.height, resized[1])[top : top + size]
-    (first_column, end_column), (first_row, end_row) = _needed(columns, image.width), _needed(rows, image.height)
-    pixels = np.asarray(image.crop((first_column, first_row, end_column, end_row)))
-    return Unresized(pixels, rows.moved(-first_row), columns.moved(-first_column))
+    resized = geometry.resized_sides(image_size, size)
+    columns, rows = (
+        bicubic_taps(old, 0, old, new)[(new - size) // 2 : (new - size) // 2 + size]
+        for old, new in zip(image_size, resized)
+    )
+    left, right = _needed(columns, image_size[0])
+    top, bottom = _needed(rows, image_size[1])
+    return (left, top, right, bottom), rows.moved(-top), columns.moved(-left)
 
 
 def _as_it_is(pixels: UInt8[np.ndarray, "H W 3"]) -> Unresized:
