@@ -7,6 +7,7 @@ import functools
 import textwrap
 import unicodedata
 
+import matplotlib
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 
 DARK, GREY, BLUE, ORANGE, GREEN = "#222222", "#777777", "#1f5fa8", "#d9731a", "#3d8f4f"
 MARGIN = 0.15  # Inches.
+_NOT_COUNTED = (128, 128, 128)  # Pixels of a mask or depth map.
 _GOLDEN = 0.618033988749895  # Steps of the hue by the golden ratio keep neighbouring classes apart.
 _MAX_WRAPPED_CHARS = 1000  # Longer texts are cut before they are wrapped, which takes time.
 
@@ -56,8 +58,15 @@ def class_colours() -> UInt8[np.ndarray, "256 3"]:
     for index in range(1, 255):
         lightness = (0.5, 0.68, 0.36)[index % 3]
         colours[index] = [round(255 * part) for part in colorsys.hls_to_rgb(index * _GOLDEN % 1, lightness, 0.75)]
-    colours[0], colours[255] = (40, 40, 48), (128, 128, 128)
+    colours[0], colours[255] = (40, 40, 48), _NOT_COUNTED
     colours.flags.writeable = False  # All callers share the array.
+    return colours
+
+
+def depth_colours(shares: np.ndarray, counted: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """Depths as shares of the greatest one, bright where near; what is not `counted` is grey. Both are [H, W]."""
+    colours = (255 * matplotlib.colormaps["magma_r"](shares.clip(0, 1))[..., :3]).astype(np.uint8)
+    colours[~counted] = _NOT_COUNTED
     return colours
 
 

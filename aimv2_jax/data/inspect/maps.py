@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from jaxtyping import UInt8, UInt16
 
 from aimv2_jax.data.inspect.sheet import fitted_values
 from aimv2_jax.data.records import BadRecord, Record
 from aimv2_jax.data.transforms.maps import decode_map
-from aimv2_jax.plotting import Pixels, class_colours
+from aimv2_jax.plotting import Pixels, class_colours, depth_colours
 
 _GAP = 4  # Pixels between an image and its maps.
-_NOT_MEASURED = (128, 128, 128)
 
 
 def map_pixels(values: UInt8[np.ndarray, "H W"] | UInt16[np.ndarray, "H W"], greatest: int) -> Pixels:
     """Values of 8 bits in the colours of classes; those of 16 bits dark where they are near `greatest`, 0 in grey."""
     if values.dtype == np.uint8:
         return class_colours()[values]
-    colours = matplotlib.colormaps["magma_r"](values / max(1, greatest))[..., :3]
-    pixels = (255 * colours).astype(np.uint8)
-    pixels[values == 0] = _NOT_MEASURED
-    return pixels
+    return depth_colours(values / max(1, greatest), values > 0)
 
 
 def drawn_maps(record: Record, greatest: dict[str, int]) -> tuple[list[Pixels], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib import rc_context
@@ -15,10 +14,9 @@ from aimv2_jax.eval.dense.dataset import IGNORED
 from aimv2_jax.eval.dense.predict import Prediction
 from aimv2_jax.eval.dense.settings import DEPTH, DenseConfig
 from aimv2_jax.eval.plots import image_grid
-from aimv2_jax.plotting import MARGIN, STYLE, class_colours, draw_heading, drawable
+from aimv2_jax.plotting import MARGIN, STYLE, class_colours, depth_colours, draw_heading, drawable
 
 _SIDE = 256  # Pixels of the longer side of a drawn image.
-_NOT_COUNTED = (128, 128, 128)
 _BAR_HEIGHT = 0.19  # Inches.
 
 
@@ -27,10 +25,7 @@ def map_colours(values: np.ndarray, config: DenseConfig) -> UInt8[np.ndarray, "H
     if config.task != DEPTH:
         return class_colours()[values]
     low, high = config.depths
-    colours = matplotlib.colormaps["magma_r"](((values - low) / (high - low)).clip(0, 1))[..., :3]
-    colours = (255 * colours).astype(np.uint8)
-    colours[(values <= low) | (values >= high)] = _NOT_COUNTED
-    return colours
+    return depth_colours((values - low) / (high - low), (values > low) & (values < high))
 
 
 def predictions_figure(predictions: Sequence[Prediction], config: DenseConfig, heading: str) -> Figure:
