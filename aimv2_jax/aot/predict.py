@@ -60,7 +60,7 @@ def predict(
     """Predicts the figures of a compiled step. `proxy` supplies cycles if `program` has no code generation."""
     chip = topology.chip
     shape = config.batch_shapes[0]
-    # Of one device, as everything below: the compiler's program and its memory are those of a device.
+    # Everything below is per device, as the compiler's program and its memory are.
     model_flops = flops_per_example(config, shape.patches) * shape.examples / topology.num_devices
     common = {
         "hbm_limit_gib": chip.hbm_limit_bytes / GIB,

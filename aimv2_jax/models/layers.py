@@ -145,9 +145,8 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B Q D"], Cache | None]:
         rows, gain, grad_dot = normed
         width = rows.shape[-1]
-        if not collects_grad_dot(
-            self.attention
-        ):  # Collecting on the input takes one pass; q, k and v would take three.
+        if not collects_grad_dot(self.attention):
+            # Collecting on the input takes one pass; q, k and v would take three.
             (rows,) = ops.with_grad_dot((rows,), grad_dot)
             grad_dot = None
         q, k, v = (

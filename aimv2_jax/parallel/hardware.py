@@ -40,7 +40,7 @@ class Chip(ChipKind):
     clock_hz: float  # Clock of the compiler's estimated cycles.
     hbm_bytes_per_s: float
     hbm_limit_bytes: int  # The compiler's limit for one program.
-    vmem_bytes: int  # Of one core.
+    vmem_bytes: int  # Per core.
     torus_axes: int
     link_bytes_per_s: float  # Per interconnect link and direction, of a chip.
     ring_size: int  # A torus axis whose size is a multiple of this has wrap-around links; other axes are lines.

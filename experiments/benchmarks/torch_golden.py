@@ -14,7 +14,7 @@ import torch
 from aimv2_jax.errors import UserError
 from experiments.benchmarks.torch_model import AIMv2, optimizer
 
-# Of a tensor's largest entry, and absolute for parameters: the reference is float64 rounded once to float32.
+# Relative to a tensor's largest entry, and absolute for parameters: the reference is float64 rounded once to float32.
 _LARGEST_ERROR = {"losses": 1e-6, "gradients": 1e-6, "parameters": 1e-6}
 _ENCODER, _DECODER = "models.image_encoder", "models.text_decoder"
 # Parts of the reference's names -> ours, applied in order.
